@@ -1,0 +1,98 @@
+"""The ``accessory`` command: a verb a feature. ``python -m accessory`` is the same, for torchrun and srun."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from accessory import __version__
+from accessory.errors import UserError
+
+
+def main() -> None:
+    """Parse the command line and run a verb; a UserError is one sentence and exit code 1."""
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        sys.exit(f"accessory: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="accessory", description=__doc__.split(".")[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("finetune", help="train a model as a run's YAML file says (with torchrun, srun, or plain)")
+    verb.add_argument("config", type=Path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
+    verb.set_defaults(run=_finetune)
+
+    verb = verbs.add_parser("generate", help="continue prompts with a trained model (with torchrun, srun, or plain)")
+    verb.add_argument("checkpoint", type=Path, help="directory")
+    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
+    verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
+    verb.add_argument("--raw", action="store_true", help="continue the text as it is, without the dialog template")
+    verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
+    verb.add_argument("--max-gen-len", type=int, default=512, help="tokens; default: %(default)s")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; default: %(default)s")
+    verb.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
+    verb.set_defaults(run=_generate)
+
+    verb = verbs.add_parser("compare", help="loss curves, perplexity and expert load of runs, side by side")
+    verb.add_argument("runs", nargs="+", type=Path, help="run directories")
+    verb.add_argument("--png", type=Path, default=Path("compare.png"), help="picture; default: %(default)s")
+    verb.set_defaults(run=_compare)
+
+    data = verbs.add_parser("data", help="make training data").add_subparsers(required=True, metavar="WHAT")
+    verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
+    verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
+    verb.set_defaults(run=_stdlib)
+    verb = data.add_parser("tokenizer", help="train a byte-fallback BPE SentencePiece tokenizer on a mix")
+    verb.add_argument("mix", type=Path, help="YAML data mix")
+    verb.add_argument("out", type=Path, help="tokenizer.model to write")
+    verb.add_argument("--vocab-size", type=int, default=4096, help="pieces; default: %(default)s")
+    verb.set_defaults(run=_tokenizer)
+    return parser
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from accessory.parallel.launch import run_job
+    from accessory.train.config import RunConfig
+    from accessory.train.loop import finetune
+
+    run_job(lambda launch: finetune(RunConfig.load(arguments.config, arguments.overrides), launch))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from accessory.infer.chat import answer
+    from accessory.parallel.launch import run_job
+
+    run_job(lambda launch: answer(arguments, launch))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from accessory.train.report import History, compare_table, load_table, plot
+
+    runs = [History.load(directory) for directory in arguments.runs]
+    print(compare_table(runs))
+    for run in runs:
+        print(f"\nexpert load of {run.name}, 1.00 = a fair share\n{load_table(run.loads)}")
+    plot(runs, arguments.png)
+    print(f"\npicture: {arguments.png}")
+
+
+def _stdlib(arguments: argparse.Namespace) -> None:
+    from accessory.data.stdlib import write_corpus
+
+    for name, count in write_corpus(arguments.out).items():
+        print(f"{arguments.out / name}: {count} records")
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from accessory.data.mix import mix_texts
+    from accessory.data.tokenizer import Tokenizer, train_tokenizer
+
+    out = train_tokenizer(mix_texts(arguments.mix), arguments.out, arguments.vocab_size)
+    print(f"{out}: {Tokenizer(out).n_words} pieces")

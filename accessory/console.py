@@ -1,0 +1,25 @@
+"""What a person sees: rank 0 speaks, and long steps show a bar on a terminal."""
+
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text: str = "") -> None:
+    """Print a line on rank 0, above any progress bar."""
+    if is_main():
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(items: Any = None, **options: Any) -> tqdm:
+    """tqdm on rank 0's terminal; nothing elsewhere, nor where output goes to a file."""
+    hidden = None if is_main() else True  # None: only where the output is a terminal
+    return tqdm(items, disable=hidden, dynamic_ncols=True, **options)

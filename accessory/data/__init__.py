@@ -1,0 +1,1 @@
+"""From a YAML mix to batches: records -> template -> tokens and labels -> deterministic order."""

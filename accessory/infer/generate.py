@@ -1,0 +1,83 @@
+"""Plain generation with a KV cache: greedy, or sampled from the nucleus."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.errors import UserError
+from accessory.model.attention import KVCache
+from accessory.model.decoder import Decoder
+from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_world_size
+
+
+def make_caches(model: Decoder, batch: int, length: int) -> list[KVCache]:
+    """Empty caches for ``batch`` sequences of at most ``length`` tokens, one per layer."""
+    args, weight = model.args, model.norm.weight
+    shape = (batch, length, args.n_kv_heads // get_model_parallel_world_size(), args.head_dim)
+    return [KVCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(args.n_layers)]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_gen_len: int,
+    max_seq_len: int,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+) -> Iterator[Tensor]:
+    """Continue several prompts at once; yields one token per prompt [B] (on the CPU) at a time.
+
+    Prompts are padded on the right and run through the model together: under causal attention padding cannot reach
+    the real tokens, and each sequence then writes on at its own position, over the padding. The caller stops taking
+    when it has seen enough; a sequence also ends (its tokens then mean nothing) at ``max_seq_len``.
+
+    Every rank of the model-parallel group must run this with the same arguments, and gets the same tokens.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_p: share of the probability that sampling is kept to.
+
+    Raises:
+        UserError: a prompt is empty, or leaves no room below ``max_seq_len``.
+    """
+    device = model.norm.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise UserError("a prompt must have at least one token")
+    if max(lengths) >= max_seq_len:
+        raise UserError(f"a prompt of {max(lengths)} tokens leaves no room to answer in max_seq_len {max_seq_len}")
+    steps = min(max_gen_len, max_seq_len - min(lengths))
+    caches = make_caches(model, len(prompts), min(max_seq_len, max(lengths) + steps))
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    real = torch.tensor(lengths, device=device)
+    everywhere = torch.arange(max(lengths), device=device).expand(len(prompts), -1)
+    position = real - 1
+    ends = torch.arange(len(prompts), device=device) * max(lengths) + position
+    last, _ = model(tokens.to(device), real, rows=ends, caches=caches, positions=everywhere)
+    for _ in range(steps):
+        chosen = _choose(last, temperature, top_p)
+        yield chosen.cpu()
+        position = (position + 1).clamp(max=caches[0].keys.shape[1] - 1)
+        one = torch.ones_like(real)
+        logits, _ = model(chosen.unsqueeze(1), one, caches=caches, positions=position.unsqueeze(1))
+        last = logits[:, 0]
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The next token of each sequence [B] from logits [B, V]; rank 0 of the group decides for all."""
+    if temperature > 0:
+        probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+        probs[probs.cumsum(-1) - probs > top_p] = 0.0  # keep every token that starts below top_p, so at least one
+        chosen = order.gather(1, probs.multinomial(1)).squeeze(1)
+    else:
+        chosen = logits.argmax(-1)
+    if get_model_parallel_world_size() > 1:
+        group = get_model_parallel_group()
+        dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)
+    return chosen

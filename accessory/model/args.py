@@ -1,0 +1,73 @@
+"""The model's shape, as a checkpoint's ``config.json`` states it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accessory.config import from_mapping, read_mapping
+from accessory.errors import UserError
+
+
+@dataclass(frozen=True)
+class MoEArgs:
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """A Mixtral-class decoder; the defaults are Mixtral 8x7B's.
+
+    ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
+    ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss.
+    """
+
+    dim: int = 4096
+    hidden_dim: int = 14336
+    head_dim: int = 128
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    vocab_size: int = 32000
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: float | None = None
+    sliding_window: int | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 4096
+    moe: MoEArgs = MoEArgs()
+    load_balancing_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model config: {name} must be at least 1, found {getattr(self, name)}")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"model config: n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model config: head_dim must be even for rotary embedding, found {self.head_dim}")
+        if not 1 <= self.moe.num_experts_per_tok <= self.moe.num_experts:
+            raise UserError(
+                f"model config: moe.num_experts_per_tok must lie between 1 and moe.num_experts "
+                f"({self.moe.num_experts}), found {self.moe.num_experts_per_tok}"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ModelArgs":
+        """Read ``config.json``. Raises UserError on an unknown key, naming the nearest."""
+        return from_mapping(cls, read_mapping(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token meets, embedding look-up excluded (FLOPs per trained token = 6 x this + attention)."""
+        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
+        experts = 3 * self.moe.num_experts_per_tok * self.dim * self.hidden_dim
+        return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * self.vocab_size
+
+    def train_flops_per_token(self, seq_len: int) -> float:
+        """Forward + backward FLOPs of one token in a causal sequence of ``seq_len`` (recompute not counted)."""
+        window = min(seq_len, self.sliding_window or seq_len)
+        return 6.0 * (self.active_parameters() + self.n_layers * self.n_heads * self.head_dim * window)

@@ -1,0 +1,125 @@
+"""Make a model without a throw-away full copy: on the meta device first, then each rank fills only its own slices."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.logical import Cut, Region, Source, divided_sizes, logical_cuts, region_shape
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel.tensor import check_divides, get_model_parallel_rank, get_model_parallel_world_size
+
+
+def build_model(
+    args: ModelArgs,
+    layout: str,
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str = "auto",
+    recompute: bool = False,
+    shard: Callable[[Decoder], None] | None = None,
+) -> Decoder:
+    """Build a decoder cut over the current model-parallel group and fill it from ``source``.
+
+    Args:
+        layout: "mixtral" (expert) or "mixtral_sparse".
+        source: where logical tensors are read from; each rank reads only its own regions.
+        dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype).
+        shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
+
+    Raises:
+        UserError: the model-parallel size does not divide what the layout cuts.
+    """
+    cut_by = get_layout(layout)
+    check_divides(f"layout '{layout}'", get_model_parallel_world_size(), divided_sizes(args, cut_by))
+    with torch.device("meta"):
+        model = Decoder(args, cut_by, kernel, recompute).to(dtype)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    fill(model, source)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Decoder, source: Source) -> None:
+    """Copy the logical tensors of ``source`` into the parameters; an FSDP-sharded parameter reads only its rows."""
+    cuts = logical_cuts(model.args, model.layout)
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        first = _first_row(parameter)
+        region = cuts[name].region(get_model_parallel_rank(), get_model_parallel_world_size())
+        for rows, piece in split_rows(region, first, first + len(local)):
+            local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
+
+
+def _first_row(parameter: Tensor) -> int:
+    """Where this rank's rows of an FSDP-sharded parameter begin (FSDP cuts dim 0 as torch.chunk does)."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            each = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
+            return min(each * parameter.device_mesh.get_local_rank(axis), parameter.shape[0])
+    return 0
+
+
+def split_rows(region: Region, first: int, last: int) -> Iterator[tuple[slice, Region]]:
+    """Rows ``first`` to ``last`` of the matrix that ``region`` is stored as, as boxes of the logical tensor.
+
+    A 3-D region [e, R, C] is stored with its first two dimensions merged, [e * R, C]. Yields (the rows counted from
+    ``first``, the logical box that belongs there).
+    """
+    if len(region) < 3:
+        if last > first:
+            yield slice(0, last - first), (slice(region[0].start + first, region[0].start + last), *region[1:])
+        return
+    experts, rows, columns = region
+    height = rows.stop - rows.start
+    for index in range(first // height, -(-last // height)):
+        low, high = max(first, index * height), min(last, (index + 1) * height)
+        expert = experts.start + index
+        box = slice(rows.start + low - index * height, rows.start + high - index * height)
+        yield slice(low - first, high - first), (slice(expert, expert + 1), box, columns)
+
+
+class RandomWeights:
+    """Initial weights as a function of (seed, logical name, place): the same for every layout and parallel size.
+
+    Matrices are normal with standard deviation 0.02, norms are one (transformers' defaults for Mixtral). Numbers are
+    drawn on the CPU in fp32, in blocks of rows with a generator each, so a rank draws only the blocks it needs.
+    """
+
+    BLOCK = 2**20  # numbers per block; changing it changes every model made from a seed
+    STD = 0.02
+
+    def __init__(self, cuts: dict[str, Cut], seed: int):
+        self.shapes = {name: cut.shape for name, cut in cuts.items()}
+        self.seed = seed
+
+    def read(self, name: str, region: Region) -> Tensor:
+        out = torch.empty(region_shape(region))
+        if out.dim() == 1:
+            return out.fill_(1.0)
+        matrices = out if out.dim() == 3 else out.unsqueeze(0)
+        first_matrix = region[0].start if out.dim() == 3 else 0
+        rows, columns = region[-2:]
+        width = self.shapes[name][-1]
+        height = max(1, self.BLOCK // width)
+        for index, matrix in enumerate(matrices):
+            for block in range(rows.start // height, -(-rows.stop // height)):
+                low, high = max(rows.start, block * height), min(rows.stop, (block + 1) * height)
+                values = self._block(f"{name}/{first_matrix + index}/{block}", height, width)
+                matrix[low - rows.start : high - rows.start] = values[low - block * height : high - block * height, columns]
+        return out
+
+    def _block(self, key: str, height: int, width: int) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.empty(height, width).normal_(0.0, self.STD, generator=generator)

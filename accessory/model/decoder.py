@@ -1,0 +1,110 @@
+"""The decoder: embedding, blocks of attention and MoE, norm, output."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from accessory.dtypes import at_least_fp32
+from accessory.model.args import ModelArgs
+from accessory.model.attention import Attention, KVCache
+from accessory.model.moe import MoE
+from accessory.model.moe.layouts import Layout
+from accessory.model.moe.router import RouterStats
+from accessory.model.norm import RMSNorm
+from accessory.model.rope import rotations
+from accessory.parallel.cross_entropy import linear_cross_entropy
+from accessory.parallel.tensor import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+)
+
+
+class Targets(NamedTuple):
+    """Where a target stands in a batch: the hidden state of row ``rows[i]`` of [B * S] must predict ``ids[i]``."""
+
+    rows: Tensor  # [n] int64
+    ids: Tensor  # [n] int64
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; the names are those of the reference's checkpoints."""
+
+    def __init__(self, args: ModelArgs, layout: Layout, kernel: str):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = MoE(args, layout, kernel)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, real: Tensor, cache: KVCache | None, positions: Tensor | None
+    ) -> tuple[Tensor, RouterStats]:
+        x = x + self.attention(self.attention_norm(x), rotation, cache, positions)
+        y, stats = self.feed_forward(self.ffn_norm(x), real)
+        return x + y, stats
+
+
+class Decoder(nn.Module):
+    """A Mixtral-class language model, cut over the model-parallel group as ``layout`` says.
+
+    ``recompute`` drops the activations inside each block and computes them again in backward.
+    """
+
+    def __init__(self, args: ModelArgs, layout: Layout, kernel: str = "auto", recompute: bool = False):
+        super().__init__()
+        self.args, self.layout, self.recompute = args, layout, recompute
+        self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args, layout, kernel) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = ColumnParallelLinear(args.dim, args.vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        targets: Targets | None = None,
+        rows: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStats]:
+        """Run the model over right-padded sequences.
+
+        Args:
+            tokens: [B, S] token ids; what stands behind a sequence's end is ignored.
+            lengths: [B] real tokens of each sequence (padding never counts in the router statistics; 0 is allowed).
+            targets: if given, the result is the sum of cross-entropy over them; else it is logits,
+            rows: of these rows of [B * S] only, if given.
+            caches: one per layer, for generation; ``positions`` [B, S] then says where each token stands.
+
+        Returns:
+            The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, each
+            [L, B, E].
+        """
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        real = steps < lengths.unsqueeze(1)
+        x = self.tok_embeddings(tokens)
+        where = steps.unsqueeze(0) if positions is None else positions
+        rotation = rotations(where, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling, x.dtype)
+        stats = []
+        for number, layer in enumerate(self.layers):
+            inputs = (x, rotation, real, caches[number] if caches else None, positions)
+            if self.recompute and torch.is_grad_enabled():
+                x, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, layer_stats = layer(*inputs)
+            stats.append(layer_stats)
+        router = RouterStats(*(torch.stack(s) for s in zip(*stats, strict=True)))
+        if targets is not None:
+            rows = targets.rows
+        hidden = self.norm(x if rows is None else x.flatten(0, 1).index_select(0, rows))
+        if targets is not None:
+            return linear_cross_entropy(hidden, self.output.weight, targets.ids), router
+        return at_least_fp32(self._logits(hidden)), router
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Output layer over the whole vocabulary: [..., D] -> [..., V] on every rank."""
+        return gather_from_model_parallel_region(self.output(copy_to_model_parallel_region(hidden)))

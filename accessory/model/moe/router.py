@@ -1,0 +1,56 @@
+"""The router: which experts a token goes to, and how much each of them counts."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.dtypes import at_least_fp32
+
+
+class Routing(NamedTuple):
+    """The decision for T tokens; ``probs`` and ``weights`` are at least fp32."""
+
+    probs: Tensor  # [T, E] softmax over all experts
+    weights: Tensor  # [T, K] the chosen experts' probabilities, renormalised to sum to 1
+    experts: Tensor  # [T, K] their numbers
+
+
+class RouterStats(NamedTuple):
+    """What a batch did to the experts, as sums over the real tokens of each sequence; padding never counts.
+
+    Sums can be added over layers, micro-batches and ranks before anything is divided (see ``train.balance``).
+    """
+
+    counts: Tensor  # [B, E] int64: routed rows per expert; sums to K x tokens
+    probs: Tensor  # [B, E] sum of router probabilities; carries gradient
+
+
+class Router(nn.Module):
+    """softmax(gate(x)) over all E experts, top K, renormalised (Jiang et al. 2024, Mixtral of Experts).
+
+    Computed in at least fp32 whatever the model's dtype: a bf16 softmax changes the chosen experts of some tokens.
+    Replicated on every model-parallel rank.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    def forward(self, x: Tensor) -> Routing:
+        """``x`` [T, D] -> Routing."""
+        probs = F.linear(at_least_fp32(x), at_least_fp32(self.weight)).softmax(-1)
+        weights, experts = probs.topk(self.top_k, dim=-1)
+        return Routing(probs, weights / weights.sum(-1, keepdim=True), experts)
+
+
+def router_stats(routing: Routing, real: Tensor) -> RouterStats:
+    """Sum a routing over the tokens marked ``real`` [B, S] of each sequence."""
+    batch, length = real.shape
+    num_experts = routing.probs.shape[-1]
+    chosen = torch.zeros_like(routing.probs, dtype=torch.int64).scatter_(1, routing.experts, 1)
+    counts = (chosen * real.reshape(-1, 1)).view(batch, length, num_experts).sum(1)
+    probs = (routing.probs * real.reshape(-1, 1)).view(batch, length, num_experts).sum(1)
+    return RouterStats(counts, probs)

@@ -1,0 +1,1 @@
+"""Process groups, tensor parallelism, FSDP: everything that knows about other processes, but for the two layouts."""

@@ -1,0 +1,115 @@
+"""A run's YAML file, typed. Every default stands here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from accessory.config import apply_overrides, from_mapping, read_mapping
+from accessory.errors import UserError
+from accessory.parallel.fsdp import DataParallel
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    layout: Literal["mixtral", "mixtral_sparse"] | None = None  # null: the checkpoint's own; expert or sparse
+    checkpoint: str | None = None  # directory to start from; null: random weights from the seed
+    config: str | None = None  # config.json; null: the checkpoint's own
+    tokenizer: str | None = None  # tokenizer.model; null: the checkpoint's own
+    kernel: Literal["auto", "grouped", "loop"] = "auto"  # how grouped products are computed; auto: torch's where it can
+
+
+@dataclass(frozen=True)
+class DataSection:
+    mix: str  # YAML data mix
+    max_seq_len: int | None = None  # tokens; null: the model's max_seq_len
+    validation: float = 0.02  # share of the samples held out
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    model_parallel: int = 1  # ranks that hold one copy of the model
+    data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
+    recompute: bool = True  # drop activations inside blocks, compute them again in backward
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    lr: float = 2e-5
+    min_lr: float = 0.0  # where the cosine ends
+    warmup_epochs: float = 0.03  # linear warm-up, in epochs
+    weight_decay: float = 0.0  # never on norms and biases
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_grad: float = 2.0  # largest 2-norm of the whole model's gradient
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    epochs: int = 1
+    max_steps: int | None = None  # stop (and end the schedule) after so many optimiser steps
+    batch_size: int = 4  # sequences per micro-step and data-parallel rank
+    accumulation: int = 1  # micro-steps per optimiser step
+    # statistics the load-balancing loss is taken over. global: the whole global batch (with accumulation > 1 that
+    # costs one more forward); document: each sequence on its own (free). Neither depends on how the batch is cut.
+    balance: Literal["global", "document"] = "global"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LogSection:
+    every: int = 10  # steps
+    validate_every: int | None = None  # steps; null: before the first step and after every epoch
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "accessory"  # of wandb
+
+
+@dataclass(frozen=True)
+class SaveSection:
+    every_epochs: int = 1  # the last epoch is always saved
+    format: Literal["safetensors", "pth"] = "safetensors"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    data: DataSection
+    out: str  # run directory
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    log: LogSection = field(default_factory=LogSection)
+    save: SaveSection = field(default_factory=SaveSection)
+
+    def __post_init__(self) -> None:
+        at_least_one = {
+            "parallel.model_parallel": self.parallel.model_parallel,
+            "train.epochs": self.train.epochs,
+            "train.max_steps": self.train.max_steps,
+            "train.batch_size": self.train.batch_size,
+            "train.accumulation": self.train.accumulation,
+            "data.max_seq_len": self.data.max_seq_len,
+            "log.every": self.log.every,
+            "log.validate_every": self.log.validate_every,
+            "save.every_epochs": self.save.every_epochs,
+        }
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, found {value}")
+        if not 0 <= self.data.validation < 1:
+            raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
+        if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
+            raise UserError("optim.lr and optim.clip_grad must be above 0")
+        if self.model.checkpoint is None and None in (self.model.config, self.model.tokenizer, self.model.layout):
+            raise UserError(
+                "name model.checkpoint (a directory to start from), or model.config, model.tokenizer and model.layout "
+                "to start from random weights"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str]) -> "RunConfig":
+        """Read a run's YAML file and apply ``key.sub=value`` overrides."""
+        return from_mapping(cls, apply_overrides(read_mapping(path), overrides), str(path))

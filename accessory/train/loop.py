@@ -1,0 +1,222 @@
+"""A training run from its configuration to its saved model."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from accessory.checkpoint.accessory import AccessoryCheckpoint
+from accessory.console import is_main, progress, say
+from accessory.data.loader import Batch, BatchPlan, epoch_order
+from accessory.data.mix import load_mix
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.dtypes import at_least, get_dtype
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.build import RandomWeights, build_model
+from accessory.model.logical import Source, logical_cuts
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.launch import Launch
+from accessory.parallel.tensor import (
+    get_data_parallel_group,
+    get_model_parallel_world_size,
+    initialize_groups,
+)
+from accessory.train.config import RunConfig
+from accessory.train.loggers import Loggers
+from accessory.train.metrics import Window, peak_flops, speed
+from accessory.train.optim import learning_rate, make_optimizer
+from accessory.train.report import History, load_table, plot
+from accessory.train.save import save_model
+from accessory.train.step import train_step
+
+
+class Trainer:
+    """One finetuning run: set up in ``__init__``, done by ``run``.
+
+    Attributes:
+        model: the decoder, sharded over data-parallel ranks. training, validation: the samples.
+    """
+
+    def __init__(self, config: RunConfig, launch: Launch):
+        self.config, self.device = config, launch.device
+        initialize_groups(config.parallel.model_parallel)
+        self.dp_rank = dist.get_rank(get_data_parallel_group())
+        self.dp_size = dist.get_world_size(get_data_parallel_group())
+        self._read_model_description()
+        self._read_data()
+        self._build_model()
+        train = config.train
+        self.batches = BatchPlan(train.batch_size, train.accumulation, self.dp_rank, self.dp_size)
+        self.steps_per_epoch = self.batches.steps(len(self.training))
+        steps = self.steps_per_epoch * train.epochs
+        self.steps = min(steps, train.max_steps or steps)
+        self.mean_length = sum(len(s.tokens) for s in self.training) / len(self.training)
+        self.out = Path(config.out)
+        self.loggers: Loggers | None = None
+        if is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            resolved = dataclasses.asdict(config)
+            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+            self.loggers = Loggers(self.out, config.log, resolved)
+
+    def _read_model_description(self) -> None:
+        section = self.config.model
+        self.source: Source
+        if section.checkpoint:
+            checkpoint = AccessoryCheckpoint(section.checkpoint, section.config)
+            self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout.name, checkpoint
+            tokenizer = section.tokenizer or checkpoint.tokenizer
+            if tokenizer is None:
+                raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
+        else:
+            assert section.config and section.tokenizer and section.layout  # RunConfig has checked
+            self.args, self.layout, tokenizer = ModelArgs.load(section.config), section.layout, section.tokenizer
+            cuts = logical_cuts(self.args, get_layout(self.layout))
+            self.source = RandomWeights(cuts, self.config.train.seed)
+        self.tokenizer = Tokenizer(tokenizer)
+        check_vocabulary(self.tokenizer, self.args.vocab_size)
+
+    def _read_data(self) -> None:
+        section, seed = self.config.data, self.config.train.seed
+        self.max_seq_len = section.max_seq_len or self.args.max_seq_len
+        dataset = load_mix(section.mix, self.tokenizer, self.max_seq_len, seed)
+        self.training, self.validation = dataset.split(section.validation, seed)
+        say(
+            f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
+            f"{dataset.truncated} truncated to {self.max_seq_len} tokens, {dataset.dropped} dropped (no target left)"
+        )
+
+    def _build_model(self) -> None:
+        parallel, section = self.config.parallel, self.config.model
+        compute = get_dtype(parallel.precision)
+        self.model = build_model(
+            self.args,
+            self.layout,
+            self.source,
+            dtype=at_least(compute),
+            device=self.device,
+            kernel=section.kernel,
+            recompute=parallel.recompute,
+            shard=lambda model: wrap(model, parallel.data_parallel, compute, self.device.type),
+        )
+        self.optimizer = make_optimizer(self.model.parameters(), self.config.optim)
+        cuts = logical_cuts(self.args, self.model.layout)
+        self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
+        total = sum(math.prod(cut.shape) for cut in cuts.values())
+        peak, origin = peak_flops(self.device, compute)
+        self.peak = peak
+        say(
+            f"model: {total / 1e6:,.1f} M parameters, {self.args.active_parameters() / 1e6:,.1f} M active per token; layout "
+            f"{self.layout}, model parallel {get_model_parallel_world_size()} x data parallel {self.dp_size} "
+            f"({parallel.data_parallel}), {parallel.precision}\n"
+            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})"
+        )
+
+    def run(self) -> None:
+        """Train, validate, save, report."""
+        config = self.config
+        if config.train.balance == "global" and config.train.accumulation > 1 and self.args.load_balancing_weight:
+            say("balance loss over the global batch: accumulation costs one more forward (train.balance=document: none)")
+        self.validate(0)
+        step, window = 0, Window()
+        bar = progress(total=self.steps, unit="step")
+        for epoch, micro_batches in self._steps():
+            rate = learning_rate(step, self.steps, self.steps_per_epoch, config.optim)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            try:
+                result = train_step(
+                    self.model,
+                    self.optimizer,
+                    micro_batches,
+                    clip_grad=config.optim.clip_grad,
+                    balance=config.train.balance,
+                    data_parallel=config.parallel.data_parallel,
+                    cut=self.cut,
+                )
+            except UserError as error:
+                raise UserError(f"step {step + 1} of epoch {epoch}: {error}") from error
+            window.add(result)
+            step += 1
+            bar.update()
+            last, epoch_ends = step == self.steps, step % self.steps_per_epoch == 0
+            if step % config.log.every == 0 or last:
+                self._log(step, window, rate)
+            with window.paused():
+                if last or epoch_ends or (config.log.validate_every and step % config.log.validate_every == 0):
+                    self.validate(step)
+                if last or (epoch_ends and (epoch + 1) % config.save.every_epochs == 0):
+                    self._save(f"epoch{epoch}" if epoch_ends else f"epoch{epoch}-iter{step}")
+        bar.close()
+        self._report()
+
+    def _steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (epoch, this rank's micro-batches) of every optimiser step."""
+        done = 0
+        for epoch in range(self.config.train.epochs):
+            order = epoch_order(len(self.training), self.config.train.seed, epoch)
+            for micro_batches in self.batches.epoch(self.training, order):
+                if done == self.steps:
+                    return
+                yield epoch, [batch.to(self.device) for batch in micro_batches]
+                done += 1
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Mean cross-entropy over the targets of the held-out samples."""
+        if not self.validation:
+            return
+        plan = dataclasses.replace(self.batches, accumulation=1)
+        order = sorted(range(len(self.validation)), key=lambda i: len(self.validation[i].tokens))
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        bar = progress(
+            plan.epoch(self.validation, order), total=plan.steps(len(order)), desc="validation", unit="batch", leave=False
+        )
+        for (batch,) in bar:
+            loss, _ = self.model(*batch.to(self.device).inputs())
+            total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
+        dist.all_reduce(total, group=get_data_parallel_group())
+        loss_sum, targets = total.tolist()
+        mean = loss_sum / max(1.0, targets)
+        say(f"step {step:5d}  validation loss {mean:.4f}  perplexity {math.exp(min(700.0, mean)):.3f}")
+        if self.loggers:
+            self.loggers.log(step, {"val_loss": mean, "val_perplexity": math.exp(min(700.0, mean))})
+
+    def _log(self, step: int, window: Window, rate: float) -> None:
+        values, loads = window.reduce()
+        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.peak)}
+        shares = loads / loads.sum(1, keepdim=True).clamp(min=1) * loads.shape[1]
+        values |= {"load_max": float(shares.max()), "load_min": float(shares.min())}
+        say(
+            f"step {step:5d}/{self.steps}  loss {values['loss']:.4f}  balance {values['balance']:.3f}  "
+            f"grad {values['grad_norm']:.2f}  lr {rate:.2e}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"MFU {values['mfu']:.1%}  expert load {values['load_min']:.2f}-{values['load_max']:.2f}"
+        )
+        if self.loggers:
+            self.loggers.log(step, values | {"loads": loads.tolist()})
+
+    def _save(self, name: str) -> None:
+        directory = self.out / name
+        dtype = get_dtype(self.config.parallel.precision)
+        save_model(self.model, directory, self.tokenizer.path, dtype, self.config.save.format)
+        say(f"saved {directory}")
+
+    def _report(self) -> None:
+        if self.loggers:
+            self.loggers.close()
+            history = History.load(self.out)
+            plot([history], self.out / "report.png")
+            say(f"expert load of the run, 1.00 = a fair share:\n{load_table(history.loads)}")
+            say(f"metrics: {self.out / 'metrics.jsonl'}   picture: {self.out / 'report.png'}")
+
+
+def finetune(config: RunConfig, launch: Launch) -> None:
+    """The ``finetune`` verb."""
+    torch.manual_seed(config.train.seed)
+    Trainer(config, launch).run()

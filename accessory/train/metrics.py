@@ -1,0 +1,84 @@
+"""Sums that stay on the device until they are logged, and the speed of a run."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.model.args import ModelArgs
+from accessory.parallel.tensor import get_data_parallel_group
+from accessory.train.step import StepResult
+
+# dense bf16 peak of a card, TFLOP/s, from NVIDIA's data sheets (without sparsity)
+GPU_PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+class Window:
+    """What happened since the last log, as sums over steps; averages are taken once, after one reduction."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepResult] = []
+        self.started = time.perf_counter()
+
+    def add(self, step: StepResult) -> None:
+        self.steps.append(step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (validation, saving) does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
+
+    def reduce(self) -> tuple[dict[str, float], Tensor]:
+        """Sum over steps and data-parallel ranks (a collective), and start anew.
+
+        Returns:
+            loss (mean over targets), balance (mean over steps), grad_norm (of the last step), targets, tokens, seconds;
+            and the experts' loads, [L, E] on the CPU.
+        """
+        group = get_data_parallel_group()
+        sums = torch.stack([torch.stack([s.loss_sum, s.balance]) for s in self.steps]).sum(0)
+        counts = torch.stack([s.counts for s in self.steps]).sum(0)
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(counts, group=group)
+        targets = int(sum(s.targets for s in self.steps))
+        tokens = int(sum(s.tokens for s in self.steps))
+        now = time.perf_counter()
+        values = {
+            "loss": float(sums[0]) / max(1, targets),
+            "balance": float(sums[1]) / len(self.steps),
+            "grad_norm": float(self.steps[-1].grad_norm),
+            "targets": targets,
+            "tokens": tokens,
+            "seconds": now - self.started,
+        }
+        self.steps, self.started = [], now
+        return values, counts.cpu()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The most FLOP/s this rank could do, and where that number is from: a data sheet, or a matrix product timed here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for card, peak in GPU_PEAK.items():
+            if card in name:
+                return peak, f"{card} data sheet"
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    seconds = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * size**3 / seconds, f"a {size} x {size} matrix product timed here"
+
+
+def speed(values: dict[str, float], args: ModelArgs, mean_length: float, peak: float) -> dict[str, float]:
+    """Tokens/s of the whole job, and model FLOPs utilisation: model FLOPs (no recompute) over all ranks' peak."""
+    rate = values["tokens"] / values["seconds"]
+    mfu = rate * args.train_flops_per_token(round(mean_length)) / (peak * dist.get_world_size())
+    return {"tokens_per_s": rate, "mfu": mfu}
