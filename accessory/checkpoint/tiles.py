@@ -63,7 +63,8 @@ class TileReader:
         self.files: dict[str, Mapping[str, Tensor]] = {}
         expected: dict[str, dict[str, Tile]] = defaultdict(dict)
         for tile in tiles:
-            self.tiles[tile.name].append(tile)
+            if all(tile.region != other.region for other in self.tiles[tile.name]):  # a replicated tensor is read once
+                self.tiles[tile.name].append(tile)
             expected[tile.file][tile.key] = tile
         for file, by_key in expected.items():
             self.files[file] = open_tensors(directory / file)

@@ -14,7 +14,8 @@ from accessory.parallel.tensor import (
     get_model_parallel_world_size,
 )
 
-CHUNK = 1024  # rows of logits alive at a time
+CHUNK = {"cpu": 256, "cuda": 2048}
+"""Rows of logits alive at a time: on CPU few enough to stay in cache, on GPU enough to fill it."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,29 +41,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide = at_least(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=at_least(weight.dtype)) if needs_weight else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         start = get_model_parallel_rank() * len(weight)
-        loss = torch.zeros((), dtype=at_least(hidden.dtype), device=hidden.device)
-        for first in range(0, len(hidden), CHUNK):
-            rows = slice(first, first + CHUNK)
-            logits = at_least_fp32(hidden[rows] @ weight.T)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        chunk = CHUNK[hidden.device.type]
+        # one buffer for all chunks, and one in the model's dtype if that is narrower; everything happens in place
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=wide)
+        narrow = buffer if hidden.dtype == wide else torch.empty_like(buffer, dtype=hidden.dtype)
+        for first in range(0, len(hidden), chunk):
+            rows = slice(first, min(first + chunk, len(hidden)))
+            logits, product = buffer[: rows.stop - first], narrow[: rows.stop - first]
+            torch.mm(hidden[rows], weight.T, out=product)
+            if product is not logits:
+                logits.copy_(product)
             local = targets[rows] - start
-            mine = (local >= 0) & (local < len(weight))
+            mine = ((local >= 0) & (local < len(weight))).to(wide)
             local = local.clamp(0, len(weight) - 1).unsqueeze(1)
             target_logit = logits.gather(1, local).squeeze(1) * mine
-            log_sum, target_logit = _across_vocabulary(logits, target_logit)
-            loss += (log_sum - target_logit).sum()
-            if needs_hidden or needs_weight:
-                d_logits = logits.sub_(log_sum.unsqueeze(1)).exp_()  # softmax - one hot
-                d_logits.scatter_add_(1, local, -mine.to(logits.dtype).unsqueeze(1))
-                d_logits = d_logits.to(hidden.dtype)
-                if d_hidden is not None:
-                    torch.mm(d_logits, weight, out=d_hidden[rows])
-                if d_weight is not None and d_weight.dtype == hidden.dtype:
-                    d_weight.addmm_(d_logits.T, hidden[rows])
-                elif d_weight is not None:
-                    d_weight += d_logits.T @ hidden[rows]
+            largest = _all_reduce(logits.amax(1), dist.ReduceOp.MAX)
+            exp_sum = logits.sub_(largest.unsqueeze(1)).exp_().sum(1)
+            exp_sum, target_logit = _all_reduce(torch.stack([exp_sum, target_logit]), dist.ReduceOp.SUM)
+            loss += (exp_sum.log() + largest - target_logit).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = logits.div_(exp_sum.unsqueeze(1)).scatter_add_(1, local, -mine.unsqueeze(1))  # softmax - one hot
+            if product is not logits:
+                d_logits = product.copy_(d_logits)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[rows])
+            if d_weight is not None and d_weight.dtype == d_logits.dtype:
+                d_weight.addmm_(d_logits.T, hidden[rows])
+            elif d_weight is not None:
+                d_weight += d_logits.T @ hidden[rows]
         ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
         return loss
 
@@ -73,13 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
-def _across_vocabulary(logits: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """log(sum(exp)) of each row over the whole vocabulary, and the target's logit, from this rank's columns."""
-    if get_model_parallel_world_size() == 1:
-        return logits.logsumexp(1), target_logit
-    group = get_model_parallel_group()
-    largest = logits.amax(1)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    sums = torch.stack([(logits - largest.unsqueeze(1)).exp_().sum(1), target_logit])
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() + largest, sums[1]
+def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    """Over the ranks that hold the other columns of the vocabulary."""
+    if get_model_parallel_world_size() > 1:
+        dist.all_reduce(x, operation, group=get_model_parallel_group())
+    return x

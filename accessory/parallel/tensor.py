@@ -28,11 +28,6 @@ from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_rank,
     get_model_parallel_world_size,
 )
-from fairscale.nn.model_parallel.mappings import (
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from accessory.errors import UserError
@@ -77,6 +72,24 @@ def _leave_uninitialised(*_: Any, **__: Any) -> None:
 mappings._reduce = _reduce
 mappings._gather = _gather
 layers._initialize_affine_weight = _leave_uninitialised
+
+
+def copy_to_model_parallel_region(x: Tensor) -> Tensor:
+    """Enter the region where ranks compute different parts: identity forward, all-reduce backward.
+
+    For what is whole on every rank but whose gradient is partial on each.
+    """
+    return mappings.copy_to_model_parallel_region(x) if get_model_parallel_world_size() > 1 else x
+
+
+def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
+    """Leave the region: all-reduce forward (partial sums become the whole), identity backward."""
+    return mappings.reduce_from_model_parallel_region(x) if get_model_parallel_world_size() > 1 else x
+
+
+def gather_from_model_parallel_region(x: Tensor) -> Tensor:
+    """Leave the region: all-gather along the last dimension forward, own slice backward."""
+    return mappings.gather_from_model_parallel_region(x) if get_model_parallel_world_size() > 1 else x
 
 
 def _on_default_device(layer: nn.Module) -> None:

@@ -15,7 +15,7 @@ class ModelSection:
     checkpoint: str | None = None  # directory to start from; null: random weights from the seed
     config: str | None = None  # config.json; null: the checkpoint's own
     tokenizer: str | None = None  # tokenizer.model; null: the checkpoint's own
-    kernel: Literal["auto", "grouped", "loop"] = "auto"  # how grouped products are computed; auto: torch's where it can
+    kernel: Literal["auto", "grouped", "looped", "reference"] = "auto"  # how experts are computed; auto: by device
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.moe.kernels import grouped_mm, swiglu
+from accessory.model.moe.kernels import pick_kernel
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,6 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
 
     def forward(self, x_nD: Tensor, weight_n1: Tensor, ends_e: Tensor) -> Tensor:
-        """Rows sorted by expert [n, D] -> outputs times the routing weight [n, D].
-
-        The weight is applied before the down projection, so that the experts' output need not be kept for backward.
-        """
-        gate_nF = self._project(x_nD, self.w1, ends_e)
-        up_nF = self._project(x_nD, self.w3, ends_e)
-        return self._project(swiglu(gate_nF, up_nF, weight_n1), self.w2, ends_e)
-
-    def _project(self, x: Tensor, weight: Tensor, ends_e: Tensor) -> Tensor:
-        return grouped_mm(self.kernel, x, weight.unflatten(0, (self.num_local, -1)), ends_e)
+        """Rows sorted by expert [n, D] -> their experts' outputs, times the routing weight [n, D]."""
+        w1, w2, w3 = (w.unflatten(0, (self.num_local, -1)) for w in (self.w1, self.w2, self.w3))
+        return pick_kernel(self.kernel, x_nD, w1.shape[1])(x_nD, w1, w2, w3, weight_n1, ends_e)

@@ -1,78 +1,145 @@
-"""How a grouped matrix product over sorted rows is computed.
+"""How the experts' SwiGLU over sorted rows is computed. Every kernel takes the same and gives the same.
 
-``x`` [N, in] holds the rows of group 0, then of group 1, ...; ``ends`` [E] (int32) says where each group ends; row n is
-multiplied by its group's ``w[e]`` [out, in]. Every kernel gives the same result; another one (block-sparse megablocks,
-say) is another entry in KERNELS.
+``x`` [n, D] holds the rows of expert 0, then of expert 1, ...; ``ends`` [e] (int32) says where each expert's rows end;
+``w1, w3`` [e, F, D] and ``w2`` [e, D, F] are the experts' weights; ``weight`` [n, 1] is each row's routing weight.
+The result is ``weight * w2(silu(w1 x) * (w3 x))``, [n, D]. Another kernel (block-sparse megablocks, say) is another
+function here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def loop_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """One product per group. The plain reference; runs in any dtype, fp64 too, and waits for ``ends`` on the host."""
-    stops = ends.tolist()
-    starts = [0, *stops[:-1]]
-    # unbind, not w[e]: the backward of indexing fills a whole [E, out, in] gradient for every group
-    return torch.cat([x[a:b] @ w_e.T for a, b, w_e in zip(starts, stops, w.unbind(0), strict=True)])
+ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def torch_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """torch's grouped matmul: CUTLASS on GPU, without a host sync; not in fp64."""
-    return F.grouped_mm(x, w.transpose(1, 2), offs=ends)
+def reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The definition: one expert after the other, differentiated by autograd."""
+    out = []
+    for (start, stop), a, b, c in zip(_spans(ends), w1.unbind(), w2.unbind(), w3.unbind(), strict=True):
+        rows = x[start:stop]
+        out.append((F.silu(rows @ a.T) * (rows @ c.T)) @ b.T)
+    return torch.cat(out) * weight
 
 
-KERNELS: dict[str, GroupedMM] = {"loop": loop_mm, "grouped": torch_mm}
+def looped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One expert after the other, so that its intermediate values stay in cache; gradients are written by hand.
 
-
-def grouped_mm(kernel: str, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Grouped product by the named kernel; "auto" is torch's wherever dtype and strides let it run."""
-    if kernel == "auto":
-        aligned = all(size * x.element_size() % 16 == 0 for size in w.shape[1:])
-        kernel = "grouped" if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else "loop"
-    return KERNELS[kernel](x, w, ends)
-
-
-def swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """``silu(gate) * up * weight`` for ``gate``, ``up`` [N, F] and one ``weight`` [N, 1] per row.
-
-    Plain arithmetic keeps silu(gate) and silu(gate) * up for backward; this keeps only the inputs, and on CPU works
-    through blocks of rows that stay in cache.
+    Only the two up projections are kept for backward. Runs in any dtype; waits for ``ends`` on the host.
     """
-    return _SwiGLU.apply(gate, up, weight)
+    return _Looped.apply(x, w1, w2, w3, weight, ends)
 
 
-def swiglu_reference(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    return F.silu(gate) * up * weight
+def grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped matmul (CUTLASS on Hopper) for all experts at once, without waiting for the host; not in fp64.
+
+    The routing weight is applied before the down projection, so that the experts' output need not be kept.
+    """
+    gate = F.grouped_mm(x, w1.mT, offs=ends)
+    up = F.grouped_mm(x, w3.mT, offs=ends)
+    return F.grouped_mm(_WeightedSwiGLU.apply(gate, up, weight), w2.mT, offs=ends)
 
 
-class _SwiGLU(torch.autograd.Function):
+KERNELS: dict[str, ExpertKernel] = {"reference": reference, "looped": looped, "grouped": grouped}
+
+
+def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> ExpertKernel:
+    """The kernel called ``name``; "auto" is ``looped`` on CPU, ``grouped`` on GPU wherever dtype and strides let it run."""
+    if name == "auto":
+        aligned = all(size * x.element_size() % 16 == 0 for size in (x.shape[1], hidden_dim))
+        name = "grouped" if x.is_cuda and aligned and x.dtype != torch.float64 else "looped"
+    return KERNELS[name]
+
+
+def _spans(ends: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise([0, *ends.tolist()]))
+
+
+BLOCK = 512
+"""Rows that ``looped`` takes at once: few enough to stay in cache, enough to outweigh the calls (an expert is never cut)."""
+
+
+class _Looped(torch.autograd.Function):
+    """Legend: g = w1 x, u = w3 x, s = silu(g), y = weight * w2 (s * u); the weight is applied at width D, not F."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        gate, up = x.new_empty(len(x), w1.shape[1]), x.new_empty(len(x), w1.shape[1])
+        y = torch.empty_like(x)
+        ctx.spans = _spans(ends)
+        for rows, experts in _blocks(ctx.spans):
+            for e, span in experts:
+                torch.mm(x[span], w1[e].T, out=gate[span])
+                torch.mm(x[span], w3[e].T, out=up[span])
+            h = F.silu(gate[rows]).mul_(up[rows])
+            for e, span in experts:
+                torch.mm(h[_within(span, rows)], w2[e].T, out=y[span])
+        ctx.save_for_backward(x, w1, w2, w3, weight, gate, up)
+        return y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, w2, w3, weight, gate, up = ctx.saved_tensors
+        dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        dw1, dw2, dw3 = (
+            torch.empty_like(w) if need else None for w, need in zip((w1, w2, w3), ctx.needs_input_grad[1:4], strict=True)
+        )
+        for rows, experts in _blocks(ctx.spans):
+            g, u = gate[rows], up[rows]
+            s = F.silu(g)
+            h, dh = s * u, torch.empty_like(g)
+            weighted_dy, weighted_x = dy[rows] * weight[rows], x[rows] * weight[rows]
+            for e, span in experts:
+                local = _within(span, rows)
+                torch.mm(dy[span], w2[e], out=dh[local])
+                if dw2 is not None:
+                    torch.mm(weighted_dy[local].T, h[local], out=dw2[e])
+            torch.sum(h.mul_(dh), -1, keepdim=True, out=d_weight[rows])
+            du = s.mul_(dh)
+            dg = torch.ops.aten.silu_backward(dh.mul_(u), g)
+            for e, span in experts:
+                local = _within(span, rows)
+                if dw1 is not None:
+                    torch.mm(dg[local].T, weighted_x[local], out=dw1[e])
+                if dw3 is not None:
+                    torch.mm(du[local].T, weighted_x[local], out=dw3[e])
+                torch.mm(dg[local], w1[e], out=dx[span]).addmm_(du[local], w3[e])
+        return dx.mul_(weight), dw1, dw2, dw3, d_weight, None
+
+
+def _blocks(spans: list[tuple[int, int]]) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Neighbouring experts together, up to BLOCK rows: (rows of the block, [(expert, its rows)]).
+
+    Experts without rows are in it too: a product over no rows gives them the zero gradient that they have.
+    """
+    block: list[tuple[int, slice]] = []
+    for e, (start, stop) in enumerate(spans):
+        if block and stop - block[0][1].start > BLOCK:
+            yield slice(block[0][1].start, start), block
+            block = []
+        block.append((e, slice(start, stop)))
+    yield slice(block[0][1].start, spans[-1][1]), block
+
+
+def _within(span: slice, rows: slice) -> slice:
+    return slice(span.start - rows.start, span.stop - rows.start)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """``silu(gate) * up * weight``, keeping only its inputs for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        out = torch.empty_like(gate)
-        for g, u, w, o in _blocks(gate, up, weight, out):
-            torch.mul(F.silu(g).mul_(u), w, out=o)
-        return out
+        return F.silu(gate).mul_(up).mul_(weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        d_gate, d_up, d_weight = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(weight)
-        for g, u, w, d, dg, du, dw in _blocks(gate, up, weight, grad, d_gate, d_up, d_weight):
-            grad_silu = d * F.silu(g)
-            torch.sum(grad_silu * u, -1, keepdim=True, out=dw)
-            torch.mul(grad_silu, w, out=du)
-            torch.ops.aten.silu_backward(d * u * w, g, grad_input=dg)
-        return d_gate, d_up, d_weight
-
-
-def _blocks(*tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
-    rows = max(1, 2**17 // tensors[0].shape[1]) if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
-    return zip(*(t.split(rows) for t in tensors), strict=True)
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        ds = dh * F.silu(gate)
+        d_weight = (ds * up).sum(-1, keepdim=True)
+        return torch.ops.aten.silu_backward(dh * weight * up, gate), ds.mul_(weight), d_weight

@@ -1,0 +1,52 @@
+"""What the benchmarks share: honest timing, and a line that says where and when."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from accessory.parallel.tensor import initialize_groups
+
+
+def start_one_process() -> None:
+    """Model-parallel groups of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    initialize_groups(1)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def time_in_turn(bodies: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each body: the median of ``rounds``, taken in turn so that a slow moment hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in bodies}
+    for number in range(rounds + 1):
+        for name, body in bodies.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            body()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+
+
+def environment() -> str:
+    """Hardware, versions and commit of this run."""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        hardware = f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{hardware}; {versions}; commit {commit or 'unknown'}; {time.strftime('%Y-%m-%d')}"

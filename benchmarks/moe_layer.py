@@ -1,0 +1,101 @@
+"""Forward + backward time of one MoE layer: each kernel in each layout, next to transformers' own implementations and to
+a dense SwiGLU of the same FLOPs, which is the limit.
+
+    python benchmarks/moe_layer.py
+
+Routing is real (a random router, top 2 of 8), the router itself is counted, gradients of inputs and all weights are
+taken. The figure is the dense layer's time over the implementation's: 1.00 is the limit.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from common import environment, pick_device, start_one_process, time_in_turn
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.moe import MoE
+from accessory.model.moe.layouts import LAYOUTS
+
+SHAPE = ModelArgs(dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
+
+
+class Dense(nn.Module):
+    """SwiGLU that does for every token what top-K routing does: K times the width."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        width = args.hidden_dim * args.moe.num_experts_per_tok
+        self.w1, self.w3 = nn.Linear(args.dim, width, bias=False), nn.Linear(args.dim, width, bias=False)
+        self.w2 = nn.Linear(width, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Ours(nn.Module):
+    def __init__(self, layout: str, kernel: str):
+        super().__init__()
+        self.moe = MoE(SHAPE, LAYOUTS[layout], kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))[0]
+
+
+def theirs(implementation: str) -> nn.Module:
+    config = MixtralConfig(hidden_size=SHAPE.dim, intermediate_size=SHAPE.hidden_dim, num_local_experts=8)
+    config._experts_implementation = implementation
+    return MixtralSparseMoeBlock(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 4096, 8192])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    start_one_process()
+    device = pick_device()
+    print(environment())
+    for dtype in (torch.float32, torch.bfloat16):
+        models = {f"{layout} / {kernel}": Ours(layout, kernel) for layout in LAYOUTS for kernel in ("grouped", "looped")}
+        models |= {f"transformers / {name}": theirs(name) for name in ("grouped_mm", "batched_mm", "eager")}
+        models["dense (the limit)"] = Dense(SHAPE)
+        for model in models.values():
+            model.to(device, dtype)
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.02)
+        router = torch.randn(8, SHAPE.dim, device=device).mul_(0.5)
+        for model in models.values():
+            for name, parameter in model.named_parameters():
+                if "gate.weight" in name:
+                    parameter.data.copy_(router)
+        print(f"\n{str(dtype).removeprefix('torch.')}: dense time / time (ms)")
+        print(f"{'tokens':28s}" + "".join(f"{tokens:>18d}" for tokens in arguments.tokens))
+        rows: dict[str, str] = {name: f"{name:28s}" for name in models}
+        for tokens in arguments.tokens:
+            x = torch.randn(1, tokens, SHAPE.dim, device=device, dtype=dtype, requires_grad=True)
+            upstream = torch.randn_like(x)
+
+            def body(model: nn.Module, x: Tensor = x, upstream: Tensor = upstream) -> None:
+                model.zero_grad(set_to_none=True)
+                x.grad = None
+                model(x).backward(upstream)
+
+            # batched_mm copies the weights for every routed row: 15 GB at 1024 tokens
+            running = {name: model for name, model in models.items() if tokens <= 256 or "batched" not in name}
+            rounds = arguments.rounds * (4 if tokens <= 256 else 1)
+            seconds = time_in_turn({name: lambda m=model: body(m) for name, model in running.items()}, rounds, device)
+            for name in models:
+                if name in seconds:
+                    ratio = seconds["dense (the limit)"] / seconds[name]
+                    rows[name] += f"{ratio:8.2f} ({seconds[name] * 1e3:6.1f})"
+                else:
+                    rows[name] += f"{'-':>17s}"
+        print("\n".join(rows.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

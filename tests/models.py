@@ -1,0 +1,152 @@
+"""Small models and data for the tests, and what every rank of a test does with them."""
+
+import random
+
+import torch
+import torch.distributed as dist
+
+from accessory.data.loader import BatchPlan
+from accessory.data.mix import Sample
+from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.build import RandomWeights, build_model
+from accessory.model.logical import logical_cuts
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.tensor import (
+    get_data_parallel_group,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+    initialize_groups,
+)
+from accessory.train.config import OptimSection
+from accessory.train.optim import make_optimizer
+from accessory.train.save import gather
+from accessory.train.step import train_step
+
+TINY = ModelArgs(
+    dim=32,
+    hidden_dim=24,
+    head_dim=8,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,
+    vocab_size=64,
+    rope_theta=1e4,
+    rope_scaling=0.5,
+    sliding_window=6,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
+    load_balancing_weight=0.1,
+)
+OPTIM = OptimSection(lr=1e-2, weight_decay=0.1, clip_grad=0.5, betas=(0.9, 0.95), eps=1e-8)
+
+
+def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64):
+    """Random logical tensors, large enough for routing and attention to be far from uniform."""
+    cuts = logical_cuts(args, get_layout("mixtral"))
+    source = RandomWeights(cuts, seed)
+    whole = {name: tuple(slice(0, n) for n in cut.shape) for name, cut in cuts.items()}
+    return {name: (source.read(name, r).to(dtype) * (scale if len(r) > 1 else 1.0)) for name, r in whole.items()}
+
+
+class Tensors:
+    """A dictionary of logical tensors as a source."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def read(self, name, region):
+        return self.tensors[name][region]
+
+
+def samples(count, seed, args=TINY, longest=14):
+    """Random sequences with a masked prompt of random length."""
+    rng = random.Random(seed)
+    result = []
+    for _ in range(count):
+        length = rng.randint(3, longest)
+        prompt = rng.randint(1, length - 1)
+        tokens = [rng.randrange(args.vocab_size) for _ in range(length)]
+        result.append(Sample(tokens, [False] * prompt + [True] * (length - prompt)))
+    return result
+
+
+def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto"):
+    return build_model(
+        args,
+        layout,
+        source,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        recompute=recompute,
+        kernel=kernel,
+        shard=lambda model: wrap(model, mode, compute or dtype, "cpu"),
+    )
+
+
+def local_parts(model):
+    """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
+    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    cuts = logical_cuts(model.args, model.layout)
+    whole = gather(model, keep=True, dtype=next(model.parameters()).dtype)
+    return {name: (cuts[name].region(rank, size), tensor) for name, tensor in whole.items()}
+
+
+def assemble(parts, args=TINY):
+    """Full logical tensors from what the ranks returned; where several hold the same part they must agree bitwise."""
+    full = {name: torch.full(cut.shape, torch.nan) for name, cut in logical_cuts(args, get_layout("mixtral")).items()}
+    for part in parts:
+        for name, (region, tensor) in part.items():
+            full[name] = full[name].to(tensor.dtype)
+            box = tensor.view([s.stop - s.start for s in region])
+            before = full[name][region]
+            assert before.isnan().all() or torch.equal(before, box), f"ranks disagree about {name}"
+            full[name][region] = box
+    assert not any(tensor.isnan().any() for tensor in full.values())
+    return full
+
+
+def train(
+    args, layout, mp, mode, steps, *, accumulation, balance, recompute=False, seed=0, dtype=torch.float64, compute=None
+):
+    """Train on ``steps`` (lists of samples, one global batch each) and return what happened on this rank."""
+    initialize_groups(mp)
+    dp = dist.get_world_size(get_data_parallel_group())
+    dp_rank = dist.get_rank(get_data_parallel_group())
+    model = build(args, layout, Tensors(weights(args, seed)), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
+    logits = [evaluate(model, sample.tokens) for sample in steps[0][:2]]
+    optimizer = make_optimizer(model.parameters(), OPTIM)
+    cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
+    seen = {}
+    optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)
+    results = []
+    for batch in steps:
+        plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dp_rank, dp)
+        (micro_batches,) = plan.epoch(batch, range(len(batch)))
+        result = train_step(
+            model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
+        )
+        sums = torch.stack([result.loss_sum.double(), result.balance.double()])
+        counts = result.counts.clone()
+        dist.all_reduce(sums, group=get_data_parallel_group())
+        dist.all_reduce(counts, group=get_data_parallel_group())
+        loss = sums[0] / result.targets + args.load_balancing_weight * sums[1]
+        results.append({"loss": loss.item(), "grad_norm": result.grad_norm.item(), "counts": counts})
+    return {"logits": logits, "steps": results, "gradients": seen["gradients"], "weights": local_parts(model)}
+
+
+@torch.no_grad()
+def evaluate(model, tokens):
+    """Logits [S, V] of one sequence."""
+    return model(torch.tensor([tokens]), torch.tensor([len(tokens)]))[0][0]
+
+
+def _gradients(model):
+    parts = {}
+    cuts = logical_cuts(model.args, model.layout)
+    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        parts[name] = (cuts[name].region(rank, size), full.clone())
+    return parts

@@ -1,0 +1,101 @@
+"""A plain Mixtral in one process: full logical tensors, no autograd tricks, nothing shared with the code under test."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def forward(w, args, tokens):
+    """One sequence [S] -> logits [S, V], router probabilities [L, S, E] and chosen experts [L, S, K]."""
+    length, probs, chosen = len(tokens), [], []
+    x = w["tok_embeddings.weight"][tokens]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    hidden_from = (distance < 0) | (distance >= (args.sliding_window or length))
+    for n in range(args.n_layers):
+        layer = {k.removeprefix(f"layers.{n}."): v for k, v in w.items() if k.startswith(f"layers.{n}.")}
+        h = norm(x, layer["attention_norm.weight"], args.norm_eps)
+        q, k, v = (
+            (h @ layer[f"attention.{m}.weight"].T).view(length, -1, args.head_dim).transpose(0, 1)
+            for m in ("wq", "wk", "wv")
+        )
+        q, k = rotate(q, args), rotate(k, args)
+        group = args.n_heads // args.n_kv_heads
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = (q @ k.transpose(1, 2) / math.sqrt(args.head_dim)).masked_fill(hidden_from, -math.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1) @ layer["attention.wo.weight"].T
+        h = norm(x, layer["ffn_norm.weight"], args.norm_eps)
+        p = (h @ layer["feed_forward.gate.weight"].T).softmax(-1)
+        top = p.topk(args.moe.num_experts_per_tok, -1).indices
+        share = torch.zeros_like(p).scatter(1, top, p.gather(1, top))
+        share = share / share.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for e in range(args.moe.num_experts):
+            w1, w2, w3 = (layer[f"feed_forward.experts.{m}"][e] for m in ("w1", "w2", "w3"))
+            y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+        x = x + y
+        probs.append(p)
+        chosen.append(top)
+    return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(probs), torch.stack(chosen)
+
+
+def norm(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x, args):
+    """Rotary embedding of [heads, S, head_dim] over pairs (2i, 2i + 1), by the definition."""
+    out = torch.empty_like(x)
+    position = torch.arange(x.shape[1], dtype=x.dtype) * (args.rope_scaling or 1.0)
+    for i in range(args.head_dim // 2):
+        angle = position * args.rope_theta ** (-2 * i / args.head_dim)
+        cos, sin = angle.cos(), angle.sin()
+        out[..., 2 * i] = x[..., 2 * i] * cos - x[..., 2 * i + 1] * sin
+        out[..., 2 * i + 1] = x[..., 2 * i] * sin + x[..., 2 * i + 1] * cos
+    return out
+
+
+def loss(w, args, samples, balance):
+    """Training loss over a whole global batch of (tokens, trained) pairs, as FORMATS defines it."""
+    total, targets, documents = 0.0, 0, []
+    for tokens, trained in samples:
+        logits, probs, chosen = forward(w, args, torch.tensor(tokens))
+        for position in range(len(tokens) - 1):
+            if trained[position + 1]:
+                total = total - logits[position].log_softmax(-1)[tokens[position + 1]]
+                targets += 1
+        documents.append((probs, F.one_hot(chosen, args.moe.num_experts).sum(2)))
+    if balance == "global":
+        documents = [tuple(torch.cat(part, 1) for part in zip(*documents, strict=True))]
+    tokens = sum(probs.shape[1] for probs, _ in documents)
+    uneven = 0.0
+    for probs, counts in documents:
+        length = probs.shape[1]
+        per_layer = args.moe.num_experts / (length * args.moe.num_experts_per_tok) * (counts.sum(1) * probs.mean(1)).sum(-1)
+        uneven = uneven + per_layer.mean() * length / tokens
+    return total / targets + args.load_balancing_weight * uneven
+
+
+def train(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps):
+    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; returns weights, clipped gradients, norms."""
+    w = {name: tensor.clone().requires_grad_() for name, tensor in w.items()}
+    moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
+    first_gradients, norms = None, []
+    for step, samples in enumerate(batches, 1):
+        for tensor in w.values():
+            tensor.grad = None
+        loss(w, args, samples, balance).backward()
+        size = math.sqrt(sum(t.grad.pow(2).sum().item() for t in w.values()))
+        norms.append(size)
+        with torch.no_grad():
+            for name, tensor in w.items():
+                g = tensor.grad.mul_(min(1.0, clip / (size + 1e-6)))
+                m, v = moments[name]
+                m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+                v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
+                if tensor.dim() > 1:
+                    tensor.mul_(1 - lr * weight_decay)
+                tensor.sub_(lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps))
+        if first_gradients is None:
+            first_gradients = {name: t.grad.clone() for name, t in w.items()}
+    return {name: t.detach() for name, t in w.items()}, first_gradients, norms

@@ -1,0 +1,63 @@
+"""Results do not depend on the partition: every layout and parallel size gives the numbers of one plain process."""
+
+import pytest
+import reference
+import torch
+from models import OPTIM, TINY, assemble, samples, train, weights
+from ranks import run_ranks
+
+STEPS = [samples(8, seed=1), samples(8, seed=2), samples(7, seed=3)]  # the last global batch is not full
+
+LAYOUTS = ("mixtral", "mixtral_sparse")
+PARTITIONS = {  # world size: (model parallel, data parallel mode)
+    1: [(1, "fsdp")],
+    2: [(2, "fsdp"), (1, "fsdp"), (1, "sdp"), (1, "ddp")],
+    4: [(4, "fsdp"), (2, "fsdp"), (2, "ddp")],
+    8: [(4, "fsdp")],
+}
+
+
+def run_all(partitions, steps, balance):
+    out = []
+    for layout, mp, mode, recompute in partitions:
+        out.append(train(TINY, layout, mp, mode, steps, accumulation=2, balance=balance, recompute=recompute))
+    return out
+
+
+@pytest.fixture(scope="module", params=["global", "document"])
+def one_process(request):
+    """(balance, weights, gradients, norms) of the plain reference."""
+    batches = [[(s.tokens, s.trained) for s in batch] for batch in STEPS]
+    trained, gradients, norms = reference.train(
+        weights(),
+        TINY,
+        batches,
+        balance=request.param,
+        clip=OPTIM.clip_grad,
+        lr=OPTIM.lr,
+        weight_decay=OPTIM.weight_decay,
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+    )
+    assert min(norms) > OPTIM.clip_grad, "clipping must be on"
+    return request.param, trained, gradients, norms
+
+
+@pytest.mark.parametrize("world", PARTITIONS)
+def test_three_steps_equal_one_process(world, one_process):
+    balance, trained, gradients, norms = one_process
+    partitions = [(layout, mp, mode, layout == "mixtral") for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
+    ranks = run_ranks(world, run_all, partitions, STEPS, balance, timeout=240)
+    for index, partition in enumerate(partitions):
+        parts = [rank[index] for rank in ranks]
+        assert all(p["steps"][0]["grad_norm"] == parts[0]["steps"][0]["grad_norm"] for p in parts), "norm differs by rank"
+        for sample, logits in zip(STEPS[0], parts[-1]["logits"], strict=False):
+            expected = reference.forward(weights(), TINY, torch.tensor(sample.tokens))[0]
+            torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+        for step, norm in enumerate(norms):
+            assert parts[0]["steps"][step]["grad_norm"] == pytest.approx(norm, rel=1e-10), (partition, step)
+        for what, expected in (("gradients", gradients), ("weights", trained)):
+            full = assemble([part[what] for part in parts])
+            for name, tensor in expected.items():
+                error = (full[name] - tensor).abs().max().item() / tensor.abs().max().item()
+                assert error <= 1e-10, f"{partition}: {what} of {name} differ by {error:.1e}"
