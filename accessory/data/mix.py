@@ -90,9 +90,13 @@ def read_mix(path: str | Path, seed: int) -> Iterator[tuple[list[Segment], bool]
         if not isinstance(value, dict):
             raise UserError(f"{path}: META entry {number} must be a mapping with at least a path")
         entry = from_mapping(MixEntry, value, f"{path}: META entry {number}")
-        records = list(read_records(path.parent / Path(os.path.expandvars(entry.path)).expanduser()))
+        expanded = os.path.expandvars(entry.path)
+        if "$" in expanded:
+            raise UserError(f"{path}: META entry {number}: {entry.path}: the variable is not set in the environment")
+        file = path.parent / Path(expanded).expanduser()
+        records = list(read_records(file))
         if not records:
-            raise UserError(f"{path.parent / entry.path}: holds no record")
+            raise UserError(f"{file}: holds no record")
         if entry.ratio < 1:
             count = max(1, round(len(records) * entry.ratio))
             chosen = sorted(random.Random(f"{seed}/{number}").sample(range(len(records)), count))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def run_job(body: Callable[[Launch], Any]) -> NoReturn:
             else:
                 print(f"accessory: rank {launch.rank} of {launch.world} failed", file=sys.stderr)
                 traceback.print_exception(error)
+        if launch.rank == 0:
+            time.sleep(1)  # it may hold the store, in which ranks that fail in the same moment look
     leave(code)
 
 

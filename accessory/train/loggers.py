@@ -40,7 +40,7 @@ class Loggers:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _start_wandb(directory: Path, config: LogSection, run_config: dict[str, Any]) -> Any:

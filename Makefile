@@ -1,0 +1,21 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: setup quickstart test
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch .venv/ready
+
+# the main job on real text, in minutes: see exps/quickstart.sh
+quickstart: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash exps/quickstart.sh
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest

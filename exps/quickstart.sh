@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The main job in small, on real text: make a corpus and a tokenizer, finetune a small Mixtral in the expert layout and
+# again, from the same start, in the sparse layout, compare the two, and let each answer a question.
+# Two processes on a CPU machine (gloo); every GPU where there are any (NCCL).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=runs/quickstart
+
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+processes=$((gpus > 1 ? gpus - gpus % 2 : gpus == 1 ? 1 : 2))
+model_parallel=$((processes > 1 ? 2 : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}
+launch() { torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" -m accessory "$@"; }
+title() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
+
+title "1. corpus and tokenizer, from the standard library's documentation"
+accessory data stdlib $run/data
+accessory data tokenizer $run/data/mix.yaml $run/data/tokenizer.model --vocab-size 4096
+
+for layout in mixtral mixtral_sparse; do
+    title "2. finetune in the layout $layout, $processes processes, model parallel $model_parallel"
+    launch finetune configs/finetune/quickstart.yaml model.layout=$layout out=$run/$layout \
+        parallel.model_parallel=$model_parallel train.batch_size=$((16 * model_parallel / processes))
+done
+
+title "3. side by side"
+accessory compare $run/mixtral $run/mixtral_sparse --png $run/compare.png
+
+for layout in mixtral mixtral_sparse; do
+    title "4. an answer from $run/$layout"
+    accessory generate $run/$layout/epoch0-iter* "What does the function json.dumps do?" --max-gen-len 60 --precision fp32
+done

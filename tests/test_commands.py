@@ -1,0 +1,174 @@
+"""The commands a user types, as processes: the main job in both layouts, and every kind of bad input."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = {
+    "dim": 32,
+    "hidden_dim": 48,
+    "head_dim": 8,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 400,
+    "max_seq_len": 512,
+    "moe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def command(*words, ranks=1, timeout=120):
+    """Run ``accessory words`` as ``ranks`` processes of one job; returns (exit codes, stdout, stderr) of all together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        extra = {k: str(v) for k, v in place.items()} if ranks > 1 else {}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "accessory", *map(str, words)],
+                env=environment | extra,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A corpus, a tokenizer, a model description and a run file."""
+    home = tmp_path_factory.mktemp("home")
+    assert command("data", "stdlib", home / "data")[0] == [0]
+    assert len((home / "data/dialog.jsonl").read_text().splitlines()) >= 5000
+    lines = {name: (home / "data" / name).read_text().splitlines()[:60] for name in ("dialog.jsonl", "instruction.jsonl")}
+    for name, some in lines.items():
+        (home / "data" / name).write_text("\n".join(some))
+    codes, out, _ = command("data", "tokenizer", home / "data/mix.yaml", home / "tokenizer.model", "--vocab-size", 400)
+    assert codes == [0] and "400 pieces" in out
+    (home / "model.json").write_text(json.dumps(MODEL))
+    (home / "run.yaml").write_text(
+        f"""
+model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
+data: {{mix: {home}/data/mix.yaml, max_seq_len: 256, validation: 0.1}}
+parallel: {{model_parallel: 2, precision: fp32}}
+optim: {{lr: 1e-3}}
+train: {{max_steps: 6, batch_size: 4, accumulation: 2}}
+log: {{every: 2, wandb: offline}}
+out: {home}/run
+"""
+    )
+    return home
+
+
+@pytest.fixture(scope="module")
+def runs(home):
+    """The run directories of the same job in both layouts."""
+    for layout in ("mixtral", "mixtral_sparse"):
+        codes, out, err = command("finetune", home / "run.yaml", f"model.layout={layout}", f"out={home}/{layout}", ranks=2)
+        assert codes == [0, 0], err
+        assert "Traceback" not in err
+        assert len(re.findall(r"^step +6/6 ", out, re.M)) == 1, "rank 0 alone speaks"
+    return home / "mixtral", home / "mixtral_sparse"
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_layouts_give_the_same_curves(runs):
+    expert, sparse = (rows(run) for run in runs)
+    assert [r["step"] for r in expert] == [0, 2, 4, 6, 6]
+    for a, b in zip(expert, sparse, strict=True):
+        for key in {"loss", "balance", "grad_norm", "val_loss"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+        assert a.get("loads") == b.get("loads")
+    assert expert[-1]["val_loss"] < expert[0]["val_loss"]
+
+
+def test_a_run_leaves_what_it_promises(runs):
+    for run in runs:
+        assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+        assert list(run.glob("wandb/offline-run-*")) and list(run.glob("tensorboard/events*"))
+        assert (run / "config.yaml").is_file()
+        saved = run / "epoch0-iter6"
+        assert sorted(p.name for p in saved.iterdir()) == [
+            "config.json",
+            "consolidated.00-of-02.model.safetensors",
+            "consolidated.01-of-02.model.safetensors",
+            "meta.json",
+            "tokenizer.model",
+        ]
+        assert json.loads((saved / "meta.json").read_text()) == {"llama_type": run.name}
+
+
+def test_compare_shows_both(runs, tmp_path):
+    codes, out, _ = command("compare", *runs, "--png", tmp_path / "picture.png")
+    assert codes == [0]
+    assert "validation perplexity before" in out and "tokens/s" in out and "expert load of mixtral_sparse" in out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_gives_the_same_answer_in_any_layout_and_size(runs):
+    answers = []
+    for layout, ranks in (("mixtral", 1), ("mixtral_sparse", 2)):
+        words = ("generate", runs[0] / "epoch0-iter6", "What is json?", "--precision", "fp32", "--max-gen-len", 8)
+        codes, out, err = command(*words, "--layout", layout, ranks=ranks)
+        assert codes == [0] * ranks, err
+        answers.append(out)
+    assert answers[0] == answers[1] and answers[0].startswith("> What is json?")
+
+
+def test_finetune_starts_from_a_checkpoint(runs, home):
+    """What one layout saved at model parallel 2, the other continues alone, from the same loss."""
+    words = [f"model.checkpoint={runs[0]}/epoch0-iter6", "model.config=null", "model.tokenizer=null"]
+    words += ["model.layout=mixtral_sparse", "parallel.model_parallel=1", f"out={home}/more", "train.max_steps=1"]
+    codes, _, err = command("finetune", home / "run.yaml", *words, "log.wandb=off")
+    assert codes == [0], err
+    assert rows(home / "more")[0]["val_loss"] == pytest.approx(rows(runs[0])[-1]["val_loss"], rel=1e-6)
+    assert (home / "more/epoch0-iter1/consolidated.00-of-01.model.safetensors").is_file()
+
+
+BAD = {
+    "missing file": (["data.mix=nowhere.yaml"], "nowhere.yaml: no such file"),
+    "unknown key": (["optim.weight_deca=0.1"], "unknown key 'weight_deca'; did you mean 'weight_decay'?"),
+    "wrong type": (["train.batch_size=many"], "batch_size: expected int, found 'many'"),
+    "model parallel": (["model.layout=mixtral_sparse", "model.config={home}/odd.json"], "use one of [1]"),
+    "world": (["parallel.model_parallel=3"], "does not divide the 2 processes: use one of [1, 2]"),
+    "vocabulary": (["model.config={home}/large.json"], "has 400 pieces but the model's vocab_size is 32000"),
+    "record": (["data.mix={home}/broken.yaml"], "broken.jsonl:2: not valid JSON"),
+    "not finite": (["optim.lr=1e25", "optim.warmup_epochs=0"], "not finite; no weight was changed"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_sentence(kind, home):
+    (home / "odd.json").write_text(json.dumps(MODEL | {"hidden_dim": 49}))
+    (home / "large.json").write_text(json.dumps(MODEL | {"vocab_size": 32000}))
+    good = (home / "data/dialog.jsonl").read_text().splitlines()[0]
+    (home / "broken.jsonl").write_text(f'{good}\n{{"conversations": [\n')
+    (home / "broken.yaml").write_text("META: [{path: broken.jsonl}]")
+    overrides, sentence = BAD[kind]
+    out = home / "bad" / kind.replace(" ", "_")
+    words = [word.format(home=home) for word in overrides]
+    codes, _, err = command("finetune", home / "run.yaml", *words, f"out={out}", "log.wandb=off", ranks=2, timeout=60)
+    assert codes == [1, 1]
+    errors = [line for line in err.splitlines() if "accessory: error:" in line]
+    assert len(errors) == 1 and sentence in errors[0], err
+    assert "Traceback" not in err
+    assert not list(Path(out).glob("epoch*")), "half-written checkpoint"
