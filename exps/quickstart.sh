@@ -15,7 +15,7 @@ title() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
 title "1. corpus and tokenizer, from the standard library's documentation"
 accessory data stdlib $run/data
-accessory data tokenizer $run/data/mix.yaml $run/data/tokenizer.model --vocab-size 4096
+accessory data tokenizer $run/data/mix.yaml $run/data/tokenizer.model --vocab-size 2048
 
 for layout in mixtral mixtral_sparse; do
     title "2. finetune in the layout $layout, $processes processes, model parallel $model_parallel"
@@ -28,5 +28,5 @@ accessory compare $run/mixtral $run/mixtral_sparse --png $run/compare.png
 
 for layout in mixtral mixtral_sparse; do
     title "4. an answer from $run/$layout"
-    accessory generate $run/$layout/epoch0-iter* "What does the function json.dumps do?" --max-gen-len 60 --precision fp32
+    accessory generate $run/$layout/epoch0-iter* "What does the function json.dumps do?" --max-gen-len 60 --precision fp64
 done

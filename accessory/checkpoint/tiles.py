@@ -118,11 +118,15 @@ def open_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _Safetensors(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
-    except (SafetensorError, RuntimeError, KeyError, EOFError, OSError) as error:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: damaged or not a checkpoint file ({' '.join(str(error).split())[:120]})") from error
     except Exception as error:  # torch raises pickle.UnpicklingError, and others, for what it refuses to unpickle
         raise UserError(f"{path}: refused, it holds more than tensors (a pickle could run code)") from error
+    tensors = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f'{path}: expected {{"model": {{name: tensor}}}} in it')
+    return tensors
 
 
 class _Safetensors(Mapping[str, Tensor]):

@@ -48,6 +48,13 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
+def show_masters(model: nn.Module) -> None:
+    """Let the parameters be their sharded masters again: after a forward some are still gathered, in the compute dtype."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's shard of an FSDP-sharded tensor; a plain tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -43,7 +43,7 @@ def read_environment() -> Launch:
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
         world = int(env["SLURM_NTASKS"])
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000))
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", str(world)))
         return Launch(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), int(per_node.split("(")[0].split(",")[0]))
     return Launch(0, 1, 0, 1)

@@ -18,6 +18,7 @@ from accessory.checkpoint.accessory import (
 from accessory.console import is_main
 from accessory.model.decoder import Decoder
 from accessory.model.logical import Region, logical_cuts, region_shape
+from accessory.parallel.fsdp import show_masters
 from accessory.parallel.tensor import (
     get_data_parallel_group,
     get_model_parallel_rank,
@@ -54,6 +55,7 @@ def gather(model: Decoder, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
         keep: whether this rank wants them; all data-parallel ranks must call.
     """
     whole = {}
+    show_masters(model)
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:

@@ -1,0 +1,269 @@
+"""Extreme routing and nearly empty batches: no hang, no NaN, and still the numbers of one plain process."""
+
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from models import OPTIM, TINY, Tensors, assemble, build, local_parts, samples, weights
+from ranks import run_ranks
+
+from accessory.data.loader import BatchPlan, collate
+from accessory.data.mix import Sample
+from accessory.model.logical import logical_cuts
+from accessory.parallel.fsdp import local_part
+from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.train.optim import make_optimizer
+from accessory.train.step import train_step
+
+LAYOUTS = ("mixtral", "mixtral_sparse")
+PARTITIONS = {1: [(1, "fsdp")], 2: [(2, "fsdp"), (1, "fsdp"), (1, "ddp")]}  # world: (model parallel, data parallel)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny operations on several threads spin for a hundred times as long when another process wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def plain():
+    return weights()
+
+
+def routed_to(first, second):
+    """Weights that send every token to the same two experts: one dimension of the residual stream stays as it is."""
+    w = {name: tensor.clone() for name, tensor in plain().items()}
+    w["tok_embeddings.weight"][:, 0] = 2.0
+    for n in range(TINY.n_layers):
+        gate = w[f"layers.{n}.feed_forward.gate.weight"]
+        gate *= 0.01
+        gate[:, 0] = -8.0
+        gate[first, 0], gate[second, 0] = 8.0, 6.0
+        w[f"layers.{n}.attention.wo.weight"][0] = 0.0
+        w[f"layers.{n}.feed_forward.experts.w2"][:, 0] = 0.0
+    return w
+
+
+def saturated():
+    """As above, with probabilities that are exactly one and zero."""
+    w = routed_to(6, 7)
+    for n in range(TINY.n_layers):
+        w[f"layers.{n}.feed_forward.gate.weight"][:, 0] *= 1000
+    return w
+
+
+def untrained(samples):
+    return [Sample(s.tokens, [False] * len(s.tokens)) for s in samples]
+
+
+def longer(samples):
+    """Sequences longer than any other here, so that they come last in a global batch."""
+    return [Sample(s.tokens + [1] * 14, s.trained + [True] * 14) for s in samples]
+
+
+@functools.cache
+def cases():
+    """{name: (weights, global batches, accumulation)}"""
+    return {
+        "all to experts 0 and 1": (routed_to(0, 1), [samples(6, 1), samples(6, 2)], 2),
+        "all to experts 7 and 6": (routed_to(7, 6), [samples(6, 1), samples(6, 2)], 1),
+        "saturated router": (saturated(), [samples(6, 1), samples(6, 2)], 2),
+        "micro-batch without a target": (plain(), [untrained(samples(4, 1)) + longer(samples(4, 2)), samples(8, 3)], 2),
+        "fewer sequences than ranks": (plain(), [samples(1, 1), samples(4, 2), samples(1, 3)], 1),
+        "fewer sequences than micro-batches": (plain(), [samples(1, 1), samples(1, 2)], 3),
+    }
+
+
+NO_TARGETS = [untrained(samples(4, 1)), samples(4, 2)]
+
+
+def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="global", lr=OPTIM.lr, **options):
+    """Train from ``w``; returns per step loss, norm and counts, whether gradients were finite, and the last weights."""
+    initialize_groups(mp)
+    group = get_data_parallel_group()
+    model = build(args, layout, Tensors(w), mode=mode, **options)
+    optimizer = make_optimizer(model.parameters(), replace(OPTIM, lr=lr))
+    cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
+    finite, steps = [], []
+    optimizer.register_step_pre_hook(lambda *_: finite.extend(bool(g.isfinite().all()) for g in gradients(model).values()))
+    for batch in batches:
+        dp = dist.get_world_size(group)
+        plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dist.get_rank(group), dp)
+        (micro_batches,) = plan.epoch(batch, range(len(batch)))
+        result = train_step(
+            model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
+        )
+        sums = torch.stack([result.loss_sum.double(), result.balance.double()])
+        counts = result.counts.clone()
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(counts, group=group)
+        step = {
+            "loss": (sums[0] / result.targets.clamp(min=1) + args.load_balancing_weight * sums[1]).item(),
+            "grad_norm": result.grad_norm.item(),
+            "counts": counts,
+            "targets": int(result.targets),
+            "tokens": int(result.tokens),
+            "micro_batches": [(b.real_tokens, b.target_tokens) for b in micro_batches],
+        }
+        steps.append(step)
+    return {"steps": steps, "finite": all(finite), "weights": local_parts(model)}
+
+
+def gradients(model):
+    """This rank's shards."""
+    return {name: local_part(p.grad) for name, p in model.named_parameters()}
+
+
+def partitions(world):
+    return [(layout, mp, mode) for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
+
+
+def run_cases(world):
+    return {(*part, name): step_through(TINY, *part, *case) for part in partitions(world) for name, case in cases().items()}
+
+
+def without_targets(world):
+    """A global batch without any target, with a balance loss and without."""
+    silent, results = replace(TINY, load_balancing_weight=0.0), {}
+    for part in partitions(world):
+        results[part] = (
+            step_through(TINY, *part, plain(), NO_TARGETS, 2),
+            step_through(silent, *part, plain(), NO_TARGETS[:1], 2),
+            step_through(TINY, *part, plain(), NO_TARGETS, 1, balance="document"),
+        )
+    return results
+
+
+def loss_and_gradients(layout, mp, mode, dtype, compute, recompute):
+    initialize_groups(mp)
+    model = build(TINY, layout, Tensors(plain()), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
+    loss, stats = model(*collate(samples(6, 4), 6).inputs())
+    (loss + stats.probs.square().sum()).backward()
+    return {"loss": loss.detach(), "counts": stats.counts, "probs": stats.probs.detach()} | gradients(model)
+
+
+def recompute_differences(world):
+    """{partition, dtype: names of what is not bitwise the same}"""
+    results = {}
+    for part in partitions(world)[:4]:
+        for dtype, compute in ((torch.float64, None), (torch.float32, torch.bfloat16)):
+            kept, again = (loss_and_gradients(*part, dtype, compute, recompute) for recompute in (False, True))
+            assert len(kept) == 3 + len(plain())
+            results[*part, compute or dtype] = [
+                name for name, tensor in kept.items() if not torch.equal(tensor, again[name])
+            ]
+    return results
+
+
+def learn(world):
+    """Losses over twenty steps on one batch."""
+    results = {}
+    for part in partitions(world)[:4]:
+        for compute in (torch.float32, torch.bfloat16):
+            w = {name: t / 2 if t.dim() > 1 else t for name, t in plain().items()}
+            options = {"dtype": torch.float32, "compute": compute, "lr": 3e-3}
+            result = step_through(TINY, *part, w, [samples(4, 5)] * 20, 1, **options)
+            assert result["finite"]
+            results[*part, compute] = [step["loss"] for step in result["steps"]]
+    return results
+
+
+def run_world(world):
+    return {part.__name__: part(world) for part in (run_cases, without_targets, recompute_differences, learn)}
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """{world: what each rank returned}"""
+    return {world: run_ranks(world, run_world, world) for world in PARTITIONS}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """{case: (weights, norms, and counts and loss of the first step) of the plain reference}"""
+    results = {}
+    optim = {"lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "betas": OPTIM.betas, "eps": OPTIM.eps}
+    for name, (w, batches, _) in cases().items():
+        pairs = [[(s.tokens, s.trained) for s in batch] for batch in batches]
+        trained, _, norms = reference.train(w, TINY, pairs, balance="global", clip=OPTIM.clip_grad, **optim)
+        counts = sum(route_counts(w, s.tokens) for s in batches[0])
+        results[name] = trained, norms, counts, reference.loss(w, TINY, pairs[0], "global").item()
+    return results
+
+
+def route_counts(w, tokens):
+    """Rows of each expert [L, E] in one sequence."""
+    chosen = reference.forward(w, TINY, torch.tensor(tokens))[2]
+    return torch.nn.functional.one_hot(chosen, TINY.moe.num_experts).sum((1, 2))
+
+
+@pytest.mark.parametrize("world", PARTITIONS)
+def test_extremes_equal_one_process(world, worlds, expected):
+    ranks = [rank["run_cases"] for rank in worlds[world]]
+    for key in ranks[0]:
+        name = key[-1]
+        trained, norms, counts, loss = expected[name]
+        parts = [rank[key] for rank in ranks]
+        steps = parts[0]["steps"]
+        assert all(part["finite"] for part in parts), key
+        assert steps[0]["loss"] == pytest.approx(loss, rel=1e-10), key
+        assert [s["grad_norm"] for s in steps] == pytest.approx(norms, rel=1e-9), key
+        for step, batch in zip(steps, cases()[name][1], strict=True):
+            tokens = sum(len(s.tokens) for s in batch)
+            assert step["tokens"] == tokens and step["targets"] == sum(sum(s.trained[1:]) for s in batch), key
+            assert (step["counts"].sum(1) == tokens * TINY.moe.num_experts_per_tok).all(), key
+        if name != "saturated router":  # there all but one expert are as unlikely, and any may be second
+            assert torch.equal(steps[0]["counts"], counts), key
+        full = assemble([part["weights"] for part in parts])
+        for weight, tensor in trained.items():
+            error = (full[weight] - tensor).abs().max().item() / tensor.abs().max().item()
+            assert error <= 1e-9, f"{key}: {weight} differs by {error:.1e}"
+
+
+def test_the_cases_are_as_extreme_as_they_say(worlds):
+    results = [rank["run_cases"] for rank in worlds[2]]
+    for name, experts in (("all to experts 0 and 1", [0, 1]), ("all to experts 7 and 6", [6, 7])):
+        for step in results[0]["mixtral", 2, "fsdp", name]["steps"]:
+            assert step["counts"].sum(0).nonzero().flatten().tolist() == experts
+    steps = results[0]["mixtral", 2, "fsdp", "micro-batch without a target"]["steps"]
+    assert [targets > 0 for _, targets in steps[0]["micro_batches"]] == [False, True]
+    idle = [rank["mixtral", 1, "fsdp", "fewer sequences than ranks"]["steps"][0]["micro_batches"] for rank in results]
+    assert idle[0][0][0] > 0 and idle[1] == [(0, 0)]
+    steps = results[1]["mixtral", 2, "fsdp", "fewer sequences than micro-batches"]["steps"]
+    assert [tokens > 0 for tokens, _ in steps[0]["micro_batches"]] == [True, False, False]
+
+
+def test_a_whole_batch_without_targets(worlds):
+    one = worlds[1][0]["without_targets"]["mixtral", 1, "fsdp"]
+    for ranks in worlds.values():
+        for key in ranks[0]["without_targets"]:
+            balanced, silent, document = ([rank["without_targets"][key][i] for rank in ranks] for i in range(3))
+            for parts, same in ((balanced, one[0]), (document, one[2])):
+                norms = [step["grad_norm"] for step in parts[0]["steps"]]
+                assert all(part["finite"] for part in parts) and norms[0] > 0, key
+                assert norms == pytest.approx([step["grad_norm"] for step in same["steps"]], rel=1e-9), key
+            assert silent[0]["steps"][0]["loss"] == 0 and silent[0]["steps"][0]["grad_norm"] == 0
+            for name, tensor in assemble([part["weights"] for part in silent]).items():
+                decay = 1 - OPTIM.lr * OPTIM.weight_decay if tensor.dim() > 1 else 1.0
+                torch.testing.assert_close(tensor, plain()[name] * decay, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("world", PARTITIONS)
+def test_recompute_changes_no_bit(world, worlds):
+    for rank in worlds[world]:
+        assert not any(rank["recompute_differences"].values()), rank["recompute_differences"]
+
+
+@pytest.mark.parametrize("world", PARTITIONS)
+def test_narrow_precisions_learn_one_batch(world, worlds):
+    for rank in worlds[world]:
+        for key, curve in rank["learn"].items():
+            assert all(math.isfinite(loss) for loss in curve), key
+            assert curve[-1] < 0.7 * curve[0], (key, curve)

@@ -1,0 +1,351 @@
+"""Generation, logits and scores of MetaModel equal what the plain reference computes, sequence by sequence."""
+
+import functools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from models import TINY, Tensors, build, weights
+from ranks import run_ranks
+
+from accessory.data.tokenizer import Tokenizer, train_tokenizer
+from accessory.errors import UserError
+from accessory.infer.generate import generate_ids
+from accessory.model.build import build_model
+from accessory.model.meta import MetaModel
+from accessory.parallel.tensor import initialize_groups
+from accessory.train.save import save_model
+
+LAYOUTS = ("mixtral", "mixtral_sparse")
+PIECES = 300
+ARGS = replace(TINY, vocab_size=PIECES)
+WORDS = [
+    "the",
+    "a",
+    "list",
+    "of",
+    "tokens",
+    "is",
+    "made",
+    "from",
+    "words",
+    "and",
+    "then",
+    "every",
+    "answer",
+    "not",
+    "questions",
+]
+PROMPTS = ["the list of tokens", "a", "then every answer is made from the words of questions, and not", "é👍"]
+STEPS = 9
+LONGEST = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny operations on several threads spin for a hundred times as long when another process wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def plain():
+    w = weights(ARGS)
+    w["output.weight"][2] = 1.2 * w["output.weight"][66]  # so that some answers end
+    return w
+
+
+def continued(w, args, prompt, steps, eos=None):
+    """Greedy continuation, the whole sequence computed anew for each token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(reference.forward(w, args, torch.tensor(tokens))[0][-1].argmax()))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+# token ids, straight through the decoder
+
+
+IDS = [[5], [9, 1, 33], [7, 60, 3, 3, 21, 40, 2], [8, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+WINDOWS = (None, 1, 4, 6)
+LIMITS = (64, 16, 13)  # max_seq_len; below 64 some sequences end before others
+
+
+def generate_from_ids(sizes):
+    results, source = {}, Tensors(weights())
+    for size in sizes:
+        initialize_groups(size)
+        for layout in LAYOUTS:
+            for window in WINDOWS:
+                args, device = replace(TINY, sliding_window=window), torch.device("cpu")
+                model = build_model(args, layout, source, dtype=torch.float64, device=device)
+                for limit in LIMITS:
+                    steps = generate_ids(model, IDS, max_gen_len=STEPS, max_seq_len=limit)
+                    results[size, layout, window, limit] = torch.stack(list(steps), 1).tolist()
+    return results
+
+
+# texts, through MetaModel
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(WORDS, k=8)) + ", and then some." for _ in range(200)]
+    return Tokenizer(train_tokenizer(lines, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", PIECES))
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer):
+    """Token ids of each prompt's greedy answer, ``</s>`` included."""
+    prompts = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
+    return [continued(plain(), ARGS, prompt, STEPS, tokenizer.eos_id) for prompt in prompts]
+
+
+def text_of(tokenizer, answer):
+    return tokenizer.decode([token for token in answer if token != tokenizer.eos_id])
+
+
+def use_models(home, tokenizer, stop, examples, contexts):
+    """Everything that MetaModel offers, for a model on all ranks in both layouts, and one on each rank alone."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    initialize_groups(world)
+    for layout in LAYOUTS:
+        model = build(ARGS, layout, Tensors(plain()))
+        save_model(model, home / f"{layout}-{world}", tokenizer, torch.float64, "safetensors")
+    results = {}
+    for saved, layout, group in (
+        ("mixtral", None, dist.group.WORLD),
+        ("mixtral", "mixtral_sparse", dist.group.WORLD),
+        ("mixtral_sparse", "mixtral", dist.group.WORLD),
+        ("mixtral_sparse", None, None),
+    ):
+        options = {"mp_group": group, "dtype": torch.float64, "device": "cpu", "max_seq_len": LONGEST}
+        model = MetaModel.from_pretrained(str(home / f"{saved}-{world}"), layout, **options)
+        torch.manual_seed(rank)  # other numbers on each rank
+        results[saved, layout, group is not None] = {
+            "layout": model.llma.layout.name,
+            "texts": model.generate(PROMPTS, max_gen_len=STEPS),
+            "stopped": model.generate(PROMPTS, max_gen_len=STEPS, additional_stop_symbols=["never", stop]),
+            "streams": [list(model.stream_generate(prompt, max_gen_len=STEPS)) for prompt in PROMPTS],
+            "logits": [model.compute_logits(examples, bos=True, eos=eos) for eos in (False, True)],
+            "id logits": model.compute_logits([[1, 7, 9], [4]]),
+            "scores": model.evaluate_examples(examples, bos=True, eos=True),
+            "context scores": model.evaluate_examples(examples, contexts=contexts),
+            "sampled": [model.generate(PROMPTS, max_gen_len=STEPS, temperature=2.0) for _ in range(2)],
+            "kernel of one": model.generate(PROMPTS, max_gen_len=STEPS, temperature=0.7, top_p=1e-9),
+            "draws": draws(model),
+        }
+    return results
+
+
+def draws(model):
+    """One token, drawn many times from the nucleus."""
+    prompts = [[1, 7, 9]] * 500
+    return next(generate_ids(model.llma, prompts, max_gen_len=1, max_seq_len=9, temperature=1.5, top_p=0.5)).tolist()
+
+
+EXAMPLES = ["the list of tokens is made", "a", "then every answer 👍"]
+
+
+@pytest.fixture(scope="module")
+def greedy_example(tokenizer, answers):
+    """A prompt with its own greedy answer, as ids, and the prompt."""
+    prompt = tokenizer.encode(PROMPTS[0], bos=True, eos=False)
+    return prompt + answers[0], prompt
+
+
+def run_world(home, tokenizer, stop, examples, contexts):
+    sizes = [size for size in (1, 2) if size <= dist.get_world_size()]
+    return generate_from_ids(sizes), use_models(home, tokenizer, stop, examples, contexts)
+
+
+@pytest.fixture(scope="module")
+def examples(greedy_example):
+    """Texts and token ids, and for each the context it begins with."""
+    return [*EXAMPLES, greedy_example[0]], ["the list", "", "then every", greedy_example[1]]
+
+
+@pytest.fixture(scope="module")
+def stop(tokenizer, answers):
+    """Two characters in the middle of an answer."""
+    text = text_of(tokenizer, answers[0])
+    return text[len(text) // 2 : len(text) // 2 + 2]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request, tokenizer, stop, examples, tmp_path_factory):
+    return run_ranks(request.param, run_world, tmp_path_factory.mktemp("saved"), tokenizer.path, stop, *examples)
+
+
+@pytest.fixture(scope="module")
+def models(ranks):
+    """What every rank said with every model."""
+    return [model for _, models in ranks for model in models.values()]
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    w = weights()
+    return {
+        (window, index): continued(w, replace(TINY, sliding_window=window), prompt, STEPS)
+        for window in WINDOWS
+        for index, prompt in enumerate(IDS)
+    }
+
+
+def test_cached_generation_equals_recomputing(ranks, greedy):
+    assert len({tuple(answer) for answer in greedy.values()}) > len(IDS), "the window makes no difference"
+    for results, _ in ranks:
+        for (size, layout, window, limit), rows in results.items():
+            for index, (prompt, row) in enumerate(zip(IDS, rows, strict=True)):
+                assert len(row) == STEPS
+                room = min(STEPS, limit - len(prompt))
+                assert row[:room] == greedy[window, index][:room], (size, layout, window, limit, index)
+
+
+def test_the_layout_is_the_one_asked_for(ranks):
+    for _, models in ranks:
+        assert {key: model["layout"] for key, model in models.items()} == {key: key[1] or key[0] for key in models}
+
+
+def test_generate(models, tokenizer, answers):
+    ended = [tokenizer.eos_id in answer for answer in answers]
+    assert any(ended) and not all(ended), "some answers must end, some not"
+    for model in models:
+        assert model["texts"] == [text_of(tokenizer, answer) for answer in answers]
+        assert model["kernel of one"] == model["texts"]
+
+
+def test_stop_symbols_are_cut_off(models, tokenizer, answers, stop):
+    for model in models:
+        assert model["stopped"] == [text_of(tokenizer, answer).split(stop)[0] for answer in answers]
+        assert model["stopped"] != model["texts"]
+
+
+def test_stream_generate(models, tokenizer, answers):
+    for model in models:
+        for answer, text, stream in zip(answers, model["texts"], model["streams"], strict=True):
+            assert stream[-1] == {"text": text, "end_of_content": True}
+            assert not any(part["end_of_content"] for part in stream[:-1])
+            written = [token for token in answer if token != tokenizer.eos_id]
+            assert [part["text"] for part in stream[:-1]] == [
+                tokenizer.decode(written[: i + 1]) for i in range(len(written))
+            ]
+
+
+def expected_logits(tokenizer, example, eos=False):
+    ids = tokenizer.encode(example, True, eos) if isinstance(example, str) else example
+    return ids, reference.forward(plain(), ARGS, torch.tensor(ids))[0]
+
+
+def test_compute_logits(models, tokenizer, examples):
+    expected = [[expected_logits(tokenizer, example, eos)[1] for example in examples[0]] for eos in (False, True)]
+    by_id = [expected_logits(tokenizer, ids)[1] for ids in ([1, 7, 9], [4])]
+    for model in models:
+        for ours, plain in zip([*model["logits"], model["id logits"]], [*expected, by_id], strict=True):
+            for row, logits in zip(ours, plain, strict=True):
+                torch.testing.assert_close(row, logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("which", ["scores", "context scores"])
+def test_evaluate_examples(models, tokenizer, examples, which):
+    for number, (example, context) in enumerate(zip(*examples, strict=True)):
+        ids, logits = expected_logits(tokenizer, example, eos=which == "scores")
+        start = 1
+        if which == "context scores":
+            start = len(tokenizer.encode(context, True, False) if isinstance(context, str) else context)
+        terms = [logits[i - 1].log_softmax(-1)[ids[i]].item() for i in range(start, len(ids))]
+        for model in models:
+            result = {name: values[number] for name, values in model[which].items()}
+            assert result["log_likelihood"] == pytest.approx(sum(terms), rel=1e-10)
+            assert result["ppl"] == pytest.approx(math.exp(-sum(terms) / len(terms)), rel=1e-10)
+            assert result["max_equal"] == all(int(logits[i - 1].argmax()) == ids[i] for i in range(start, len(ids)))
+            torch.testing.assert_close(result["non_context_logits"], logits[start - 1 : -1], rtol=1e-10, atol=1e-10)
+    if which == "context scores":
+        assert models[0][which]["max_equal"] == [False, False, False, True]
+
+
+def test_sampling_is_the_same_on_all_ranks_and_another_each_time(ranks):
+    for key in ranks[0][1]:
+        together = key[-1]
+        sampled = [models[key]["sampled"] for _, models in ranks]
+        assert all(first != second for first, second in sampled)
+        assert all((one == sampled[0]) == (together or one is sampled[0]) for one in sampled)
+        assert all(models[key]["texts"] not in one for (_, models), one in zip(ranks, sampled, strict=True))
+
+
+def test_draws_are_those_of_the_nucleus(models):
+    probs = (reference.forward(plain(), ARGS, torch.tensor([1, 7, 9]))[0][-1] / 1.5).softmax(-1)
+    order = probs.argsort(descending=True).tolist()
+    nucleus, share = [], 0.0
+    while share <= 0.5:
+        nucleus.append(order[len(nucleus)])
+        share += probs[nucleus[-1]].item()
+    assert 3 <= len(nucleus) < PIECES / 2
+    for model in models:
+        counts = torch.tensor(model["draws"]).bincount(minlength=PIECES)
+        assert counts[nucleus].sum() == counts.sum() == 500
+        expected = probs[nucleus] / share * 500
+        assert ((counts[nucleus] - expected).abs() <= 5 * expected.sqrt() + 1).all()
+
+
+def use_wrongly(home, tokenizer):
+    """Messages of what is refused, and generation with a vocabulary that has more rows than the tokenizer pieces."""
+    initialize_groups(1)
+    args = replace(TINY, vocab_size=PIECES + 20)
+    w = weights(args)
+    w["output.weight"][PIECES:] = 1.5 * w["output.weight"][:20]  # what stands for no piece is likely
+    save_model(build(args, "mixtral", Tensors(w)), home / "padded", tokenizer, torch.float64, "pth")
+    save_model(build(args, "mixtral", Tensors(w)), home / "without", None, torch.float64, "pth")
+    options = {"dtype": torch.float64, "device": "cpu", "max_seq_len": LONGEST}
+    model = MetaModel.from_pretrained([home / "padded"], **options)
+    calls = {
+        "no tokenizer.model": lambda: MetaModel.from_pretrained(home / "without", **options),
+        "one checkpoint directory, found 2": lambda: MetaModel.from_pretrained([home, home], **options),
+        "no such directory": lambda: MetaModel.from_pretrained(home / "none", **options),
+        "did you mean 'mixtral'": lambda: MetaModel.from_pretrained(home / "padded", "mixtrl", **options),
+        "with_visual": lambda: MetaModel.from_pretrained(home / "padded", with_visual=True),
+        "list of prompts": lambda: model.generate("a text"),
+        "images": lambda: model.generate(["a"], images=[1]),
+        "leaves no room": lambda: model.generate(["the answer " * 60]),
+        "example 0 does not begin": lambda: model.evaluate_examples(["the list"], contexts=["every"]),
+        "example 0 has no token to score": lambda: model.evaluate_examples(["the list"], contexts=["the list"]),
+        "1 examples but 2 contexts": lambda: model.evaluate_examples(["the list"], contexts=["the", "a"]),
+        "expected a list": lambda: model.compute_logits("the list"),
+        "at least one token": lambda: list(generate_ids(model.llma, [[1], []], max_gen_len=1, max_seq_len=9)),
+    }
+    messages = {}
+    for expected, call in calls.items():
+        with pytest.raises(UserError) as error:
+            call()
+        messages[expected] = str(error.value)
+    try:
+        messages["padded"] = model.generate(PROMPTS[:2], max_gen_len=5)
+    except Exception as error:
+        messages["padded"] = error.__class__.__name__
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages(tokenizer, tmp_path_factory):
+    return run_ranks(1, use_wrongly, tmp_path_factory.mktemp("wrong"), tokenizer.path)[0]
+
+
+def test_wrong_uses_are_told(messages):
+    for expected, message in messages.items():
+        assert expected == "padded" or expected in message
+
+
+def test_tokens_beyond_the_tokenizer_do_not_stop_generation(messages):
+    assert isinstance(messages["padded"], list) and all(isinstance(text, str) for text in messages["padded"]), messages[
+        "padded"
+    ]

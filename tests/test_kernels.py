@@ -1,0 +1,146 @@
+"""Every experts kernel gives what the plain loop gives; cross-entropy in chunks gives what plain torch gives."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from accessory.model.moe.kernels import BLOCK, KERNELS
+from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
+from accessory.parallel.tensor import get_model_parallel_rank, initialize_groups
+
+DIM, HIDDEN = 16, 24
+ROWS = {  # rows of each expert
+    "ragged": [5, 1, 7, 3],
+    "empty groups": [0, 4, 0, 6],
+    "all in the last": [0, 0, 0, 9],
+    "all in the first": [9, 0, 0, 0],
+    "no rows": [0, 0, 0, 0],
+    "more than a block": [BLOCK + 3, 0, BLOCK - 5, 8],
+}
+EXACT = [("looped", torch.float64, 1e-12), ("looped", torch.float32, 1e-5), ("grouped", torch.float32, 1e-5)]
+COARSE = [("looped", torch.bfloat16, 0.05), ("grouped", torch.bfloat16, 0.05), ("reference", torch.bfloat16, 0.05)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny operations on several threads spin for a hundred times as long when another process wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(kernel, rows, dtype, frozen=(), expanded=False):
+    """Output and gradients of one kernel; ``expanded``: the gradient that ``sum()`` hands back."""
+    generator = torch.Generator().manual_seed(0)
+    experts, n = len(rows), sum(rows)
+    shapes = {"x": (n, DIM), "w1": (experts, HIDDEN, DIM), "w2": (experts, DIM, HIDDEN), "w3": (experts, HIDDEN, DIM)}
+    inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    inputs["weight"] = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(n, DIM, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(dtype)
+    # values that every dtype holds exactly, so that only the kernels' own arithmetic differs
+    inputs = {name: t.to(torch.bfloat16).to(dtype).requires_grad_(name not in frozen) for name, t in inputs.items()}
+    out = KERNELS[kernel](*inputs.values(), torch.tensor(rows).cumsum(0).int())
+    out.backward(gradient[:1, :1].expand(n, DIM) if expanded and n else gradient)
+    return {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
+
+
+def assert_close(ours, expected, tolerance, what=""):
+    """Same shape, and the largest error at most ``tolerance`` of the largest value."""
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        ours, expected.to(ours.dtype), rtol=0, atol=tolerance * largest, msg=lambda text: f"{what}: {text}"
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT + COARSE)
+def test_kernel_equals_the_definition(kernel, dtype, tolerance, rows):
+    ours, expected = run(kernel, rows, dtype), run("reference", rows, torch.float64)
+    for name, tensor in expected.items():
+        assert ours[name].dtype == dtype
+        assert_close(ours[name], tensor, tolerance, name)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("frozen", [("w1", "w2", "w3"), ("w2",), ("w1", "w3", "weight")], ids="-".join)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT)
+def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tolerance, frozen, rows):
+    ours, expected = run(kernel, rows, dtype, frozen=frozen), run("reference", rows, torch.float64)
+    assert ours.keys() == expected.keys() - set(frozen)
+    for name, gradient in ours.items():
+        assert_close(gradient, expected[name], tolerance, name)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [case for case in EXACT if case[0] != "grouped"])  # torch refuses
+def test_expanded_output_gradient(kernel, dtype, tolerance):
+    ours = run(kernel, ROWS["ragged"], dtype, expanded=True)
+    expected = run("reference", ROWS["ragged"], torch.float64, expanded=True)
+    for name, tensor in expected.items():
+        assert_close(ours[name], tensor, tolerance, name)
+
+
+VOCABULARY = 64
+LENGTHS = [0, 1, 5, CHUNK["cpu"], 2 * CHUNK["cpu"] + 7]
+
+
+def cross_entropy_inputs(rows, scale):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, DIM, generator=generator, dtype=torch.float64) * scale
+    weight = torch.randn(VOCABULARY, DIM, generator=generator, dtype=torch.float64)
+    return hidden, weight, torch.randint(VOCABULARY, (rows,), generator=generator)
+
+
+def run_cross_entropy(world, dtype, frozen, scale):
+    """{rows: (loss, gradient of hidden, gradient of this rank's part of weight)} of three times the loss."""
+    initialize_groups(world)
+    part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
+    results = {}
+    for rows in LENGTHS:
+        hidden, weight, targets = cross_entropy_inputs(rows, scale)
+        hidden = hidden.to(dtype).requires_grad_("hidden" not in frozen)
+        weight = weight[part].to(dtype).requires_grad_("weight" not in frozen)
+        loss = linear_cross_entropy(hidden, weight, targets)
+        (3 * loss).backward()
+        results[rows] = loss.detach(), hidden.grad, weight.grad
+    return results
+
+
+def run_all_cross_entropies(world, cases):
+    return [run_cross_entropy(world, *case) for case in cases]
+
+
+CROSS_ENTROPY = [  # dtype, frozen, scale of the logits, tolerance
+    (torch.float64, (), 1.0, 1e-12),
+    (torch.float64, (), 1e4, 1e-12),  # exp() of such logits overflows
+    (torch.float64, ("weight",), 1.0, 1e-12),
+    (torch.float64, ("hidden",), 1.0, 1e-12),
+    (torch.float32, (), 1.0, 1e-5),
+    (torch.bfloat16, (), 1.0, 0.05),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cross_entropy_equals_the_definition(world):
+    ranks = run_ranks(world, run_all_cross_entropies, world, [case[:3] for case in CROSS_ENTROPY])
+    for index, (dtype, frozen, scale, tolerance) in enumerate(CROSS_ENTROPY):
+        for rows in LENGTHS:
+            hidden, weight, targets = cross_entropy_inputs(rows, scale)
+            hidden.requires_grad_(), weight.requires_grad_()
+            expected = -(hidden @ weight.T).log_softmax(-1)[torch.arange(rows), targets].sum()
+            (3 * expected).backward()
+            plain = linear_cross_entropy_reference(hidden, weight, targets)
+            assert plain.item() == pytest.approx(expected.item(), rel=1e-12)
+            what = f"{dtype}, frozen {frozen}, scale {scale}, {rows} rows"
+            parts = [rank[index][rows] for rank in ranks]
+            for loss, d_hidden, _ in parts:
+                assert loss.dtype == torch.promote_types(dtype, torch.float32)
+                assert_close(loss, expected.detach(), tolerance, what)
+                if "hidden" in frozen:
+                    assert d_hidden is None
+                else:
+                    assert_close(d_hidden, hidden.grad, tolerance, what)
+            if "weight" in frozen:
+                assert all(d_weight is None for _, _, d_weight in parts)
+            else:
+                assert_close(torch.cat([d_weight for _, _, d_weight in parts]), weight.grad, tolerance, what)
