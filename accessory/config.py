@@ -86,7 +86,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             arguments[name] = _convert(hints[name], values[name], f"{where}: {name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: the key '{name}' is missing")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError as error:  # values that do not fit together
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -29,7 +29,7 @@ class MixEntry:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise UserError(f"data mix: ratio of {self.path} must lie above 0 and at most at 1, found {self.ratio}")
+            raise UserError(f"ratio of {self.path} must lie above 0 and at most at 1, found {self.ratio}")
 
 
 @dataclass(frozen=True)
@@ -120,22 +120,24 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: no such file")
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"{path}: expected a .json or .jsonl file")
+    if path.suffix == ".json":
+        records = _parse(path.read_bytes(), path, 1)
+        if not isinstance(records, list):
+            raise UserError(f"{path}: expected a list of records, found {type(records).__name__}")
+        yield from ((f"{path}[{index}]", record) for index, record in enumerate(records))
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
+
+
+def _parse(text: bytes, path: Path, first_line: int) -> Any:
+    """Parse JSON; an error names the line, the first line of ``text`` being ``first_line`` of the file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            if path.suffix == ".json":
-                records = json.load(file)
-                if not isinstance(records, list):
-                    raise UserError(f"{path}: expected a list of records, found {type(records).__name__}")
-                yield from ((f"{path}[{index}]", record) for index, record in enumerate(records))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
-                    yield f"{path}:{number}", record
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 at byte {error.start}") from error
+        line = first_line + text[: error.start].count(b"\n")
+        raise UserError(f"{path}:{line}: not valid UTF-8: {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg}") from error

@@ -34,10 +34,17 @@ def render(record: Any) -> tuple[list[Segment], bool]:
     if not isinstance(record, Mapping):
         raise RecordError(f"expected an object, found {type(record).__name__}")
     if "conversations" in record:
-        return dialog(record["conversations"]), False
-    if "instruction" in record:
-        return instruction(record), True
-    raise RecordError("neither 'conversations' (dialog) nor 'instruction' among its keys: " + ", ".join(map(str, record)))
+        segments, eos = dialog(record["conversations"]), False
+    elif "instruction" in record:
+        segments, eos = instruction(record), True
+    else:
+        keys = ", ".join(map(str, record))
+        raise RecordError(f"neither 'conversations' (dialog) nor 'instruction' among its keys: {keys}")
+    try:
+        "".join(segment.text for segment in segments).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("its text holds half a character (a lone surrogate)") from error
+    return segments, eos
 
 
 def dialog_prompt(question: str) -> str:

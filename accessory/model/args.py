@@ -42,14 +42,14 @@ class ModelArgs:
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
-                raise UserError(f"model config: {name} must be at least 1, found {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:
-            raise UserError(f"model config: n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+            raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.head_dim % 2:
-            raise UserError(f"model config: head_dim must be even for rotary embedding, found {self.head_dim}")
+            raise UserError(f"head_dim must be even for rotary embedding, found {self.head_dim}")
         if not 1 <= self.moe.num_experts_per_tok <= self.moe.num_experts:
             raise UserError(
-                f"model config: moe.num_experts_per_tok must lie between 1 and moe.num_experts "
+                "moe.num_experts_per_tok must lie between 1 and moe.num_experts "
                 f"({self.moe.num_experts}), found {self.moe.num_experts_per_tok}"
             )
 
