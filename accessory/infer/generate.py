@@ -26,6 +26,7 @@ def generate_ids(
     *,
     max_gen_len: int,
     max_seq_len: int,
+    vocab_size: int | None = None,
     temperature: float = 0.0,
     top_p: float = 0.95,
 ) -> Iterator[Tensor]:
@@ -38,6 +39,7 @@ def generate_ids(
     Every rank of the model-parallel group must run this with the same arguments, and gets the same tokens.
 
     Args:
+        vocab_size: choose among this many tokens (a model's vocabulary may be padded beyond its tokenizer's); None: all.
         temperature: 0 takes the likeliest token.
         top_p: share of the probability that sampling is kept to.
 
@@ -61,7 +63,7 @@ def generate_ids(
     ends = torch.arange(len(prompts), device=device) * max(lengths) + position
     last, _ = model(tokens.to(device), real, rows=ends, caches=caches, positions=everywhere)
     for _ in range(steps):
-        chosen = _choose(last, temperature, top_p)
+        chosen = _choose(last[:, :vocab_size], temperature, top_p)
         yield chosen.cpu()
         position = (position + 1).clamp(max=caches[0].keys.shape[1] - 1)
         one = torch.ones_like(real)

@@ -139,6 +139,7 @@ class MetaModel:
             encoded,
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
+            vocab_size=self.tokenizer.n_words,
             temperature=temperature,
             top_p=top_p,
         )
