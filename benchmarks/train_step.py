@@ -61,7 +61,7 @@ def ours(precision: str, device: torch.device) -> Callable[[], float]:
         device=device,
         shard=lambda m: wrap(m, "fsdp", compute, device.type),
     )
-    optimizer = make_optimizer(model.parameters(), OPTIM)
+    optimizer = make_optimizer(model, OPTIM)
     trained = [False] * PROMPT + [True] * (LENGTH - PROMPT)
     micro_batch = collate([Sample(row.tolist(), trained) for row in batch()], SEQUENCES).to(device)
 

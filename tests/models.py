@@ -115,7 +115,7 @@ def train(
     dp_rank = dist.get_rank(get_data_parallel_group())
     model = build(args, layout, Tensors(weights(args, seed)), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
     logits = [evaluate(model, sample.tokens) for sample in steps[0][:2]]
-    optimizer = make_optimizer(model.parameters(), OPTIM)
+    optimizer = make_optimizer(model, OPTIM)
     cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)

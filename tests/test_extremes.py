@@ -89,7 +89,7 @@ def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="g
     initialize_groups(mp)
     group = get_data_parallel_group()
     model = build(args, layout, Tensors(w), mode=mode, **options)
-    optimizer = make_optimizer(model.parameters(), replace(OPTIM, lr=lr))
+    optimizer = make_optimizer(model, replace(OPTIM, lr=lr))
     cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
     finite, steps = [], []
     optimizer.register_step_pre_hook(lambda *_: finite.extend(bool(g.isfinite().all()) for g in gradients(model).values()))

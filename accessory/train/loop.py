@@ -105,7 +105,7 @@ class Trainer:
             recompute=parallel.recompute,
             shard=lambda model: wrap(model, parallel.data_parallel, compute, self.device.type),
         )
-        self.optimizer = make_optimizer(self.model.parameters(), self.config.optim)
+        self.optimizer = make_optimizer(self.model, self.config.optim)
         cuts = logical_cuts(self.args, self.model.layout)
         self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
         total = sum(math.prod(cut.shape) for cut in cuts.values())

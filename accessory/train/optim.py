@@ -1,17 +1,18 @@
 """AdamW and its learning rate."""
 
 import math
-from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import AdamW
 
+from accessory.parallel.fsdp import show_masters
 from accessory.train.config import OptimSection
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimSection) -> AdamW:
-    """Fused AdamW; matrices decay, norms and biases (vectors) do not."""
-    trainable = [p for p in parameters if p.requires_grad]
+def make_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
+    """Fused AdamW over a model's masters; matrices decay, norms and biases (vectors) do not."""
+    show_masters(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
