@@ -140,6 +140,14 @@ def test_trained_tokens_are_the_output_of_an_instruction(tokenizer, question, an
     assert len(prompt) - len(given) <= 1 and (given + written == prompt + answer or answer.startswith(" "))
 
 
+def test_a_token_that_reaches_over_the_border_belongs_to_the_answer(tokenizer):
+    segments = [Segment("the answ", False), Segment("er", True), Segment(" is", False)]
+    tokens, trained = tokenizer.encode_segments(segments, False)
+    assert tokens == tokenizer.encode("the answer is", bos=True, eos=False)
+    assert [tokenizer.decode(run) for run in spans(tokens, trained)] == ["answer"]
+    assert spans(tokens, trained)[0] == tokenizer.encode("the answer", False, False)[-1:], "it must be one token"
+
+
 def test_a_character_in_bytes_is_wholly_on_one_side(tokenizer):
     for text in "👍语é":
         tokens, trained = tokenizer.encode_segments([Segment(text, False), Segment(text, True), Segment(text, False)], False)

@@ -81,6 +81,7 @@ def cases():
     }
 
 
+EMPTY_ROWS = ("fewer sequences than ranks", "fewer sequences than micro-batches")
 NO_TARGETS = [untrained(samples(4, 1)), samples(4, 2)]
 
 
@@ -125,8 +126,16 @@ def partitions(world):
     return [(layout, mp, mode) for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
 
 
+BALANCES = ("global", "document")
+
+
 def run_cases(world):
-    return {(*part, name): step_through(TINY, *part, *case) for part in partitions(world) for name, case in cases().items()}
+    results = {}
+    for part in partitions(world):
+        for name, (w, batches, accumulation) in cases().items():
+            for balance in BALANCES if name in EMPTY_ROWS else BALANCES[:1]:
+                results[*part, balance, name] = step_through(TINY, *part, w, batches, accumulation, balance=balance)
+    return results
 
 
 def without_targets(world):
@@ -187,14 +196,16 @@ def worlds():
 
 @pytest.fixture(scope="module")
 def expected():
-    """{case: (weights, norms, and counts and loss of the first step) of the plain reference}"""
+    """{case, balance: (weights, norms, and counts and loss of the first step) of the plain reference}"""
     results = {}
     optim = {"lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "betas": OPTIM.betas, "eps": OPTIM.eps}
     for name, (w, batches, _) in cases().items():
         pairs = [[(s.tokens, s.trained) for s in batch] for batch in batches]
-        trained, _, norms = reference.train(w, TINY, pairs, balance="global", clip=OPTIM.clip_grad, **optim)
         counts = sum(route_counts(w, s.tokens) for s in batches[0])
-        results[name] = trained, norms, counts, reference.loss(w, TINY, pairs[0], "global").item()
+        for balance in BALANCES:
+            trained, _, norms = reference.train(w, TINY, pairs, balance=balance, clip=OPTIM.clip_grad, **optim)
+            loss = reference.loss(w, TINY, pairs[0], balance).item()
+            results[name, balance] = trained, norms, counts, loss
     return results
 
 
@@ -208,8 +219,8 @@ def route_counts(w, tokens):
 def test_extremes_equal_one_process(world, worlds, expected):
     ranks = [rank["run_cases"] for rank in worlds[world]]
     for key in ranks[0]:
-        name = key[-1]
-        trained, norms, counts, loss = expected[name]
+        balance, name = key[-2:]
+        trained, norms, counts, loss = expected[name, balance]
         parts = [rank[key] for rank in ranks]
         steps = parts[0]["steps"]
         assert all(part["finite"] for part in parts), key
@@ -230,13 +241,15 @@ def test_extremes_equal_one_process(world, worlds, expected):
 def test_the_cases_are_as_extreme_as_they_say(worlds):
     results = [rank["run_cases"] for rank in worlds[2]]
     for name, experts in (("all to experts 0 and 1", [0, 1]), ("all to experts 7 and 6", [6, 7])):
-        for step in results[0]["mixtral", 2, "fsdp", name]["steps"]:
+        for step in results[0]["mixtral", 2, "fsdp", "global", name]["steps"]:
             assert step["counts"].sum(0).nonzero().flatten().tolist() == experts
-    steps = results[0]["mixtral", 2, "fsdp", "micro-batch without a target"]["steps"]
+    steps = results[0]["mixtral", 2, "fsdp", "global", "micro-batch without a target"]["steps"]
     assert [targets > 0 for _, targets in steps[0]["micro_batches"]] == [False, True]
-    idle = [rank["mixtral", 1, "fsdp", "fewer sequences than ranks"]["steps"][0]["micro_batches"] for rank in results]
+    idle = [
+        rank["mixtral", 1, "fsdp", "global", "fewer sequences than ranks"]["steps"][0]["micro_batches"] for rank in results
+    ]
     assert idle[0][0][0] > 0 and idle[1] == [(0, 0)]
-    steps = results[1]["mixtral", 2, "fsdp", "fewer sequences than micro-batches"]["steps"]
+    steps = results[1]["mixtral", 2, "fsdp", "global", "fewer sequences than micro-batches"]["steps"]
     assert [tokens > 0 for tokens, _ in steps[0]["micro_batches"]] == [True, False, False]
 
 

@@ -76,6 +76,11 @@ def test_reduce_from_sums_a_leaf_and_keeps_it(ranks):
         assert torch.equal(gradient, values(number))
 
 
+def strides_of_its_own(rank):
+    """The same shape on both ranks, laid out by rows on one and by columns on the other."""
+    return values(rank) if rank == 0 else values(rank).T.contiguous().T
+
+
 def not_contiguous(rank):
     results = {}
     x = torch.ones(SHAPE, requires_grad=True)
@@ -86,6 +91,10 @@ def not_contiguous(rank):
     results["copy of transposed"] = x.grad
     results["reduce transposed"] = reduce_from_model_parallel_region(values(rank).T)
     results["reduce expanded"] = reduce_from_model_parallel_region(values(rank)[:1].expand(SHAPE))
+    results["reduce stepped"] = reduce_from_model_parallel_region(values(rank)[:, ::2])
+    results["reduce, strides differ"] = reduce_from_model_parallel_region(strides_of_its_own(rank))
+    results["gather, strides differ"] = gather_from_model_parallel_region(strides_of_its_own(rank))
+    results["gather expanded"] = gather_from_model_parallel_region(values(rank)[:1].expand(SHAPE))
     results["gather transposed"] = gather_from_model_parallel_region(values(rank).T)
     x = values(rank).requires_grad_()
     out = gather_from_model_parallel_region(x[:, ::2])
@@ -104,6 +113,10 @@ def test_tensors_that_are_not_contiguous(ranks):
             "copy of transposed": (values(0, SHAPE[::-1]) + values(1, SHAPE[::-1])).T.float(),
             "reduce transposed": sums.T,
             "reduce expanded": sums[:1].expand(SHAPE),
+            "reduce stepped": sums[:, ::2],
+            "reduce, strides differ": sums,
+            "gather, strides differ": torch.cat([values(0), values(1)], 1),
+            "gather expanded": torch.cat([values(0)[:1], values(1)[:1]], 1).expand(3, 8),
             "gather transposed": torch.cat([values(0).T, values(1).T], 1),
             "gather stepped": torch.cat([values(0)[:, ::2], values(1)[:, ::2]], 1),
             "gradient of stepped": gathered,
