@@ -133,6 +133,8 @@ def run_cases(world):
     results = {}
     for part in partitions(world):
         for name, (w, batches, accumulation) in cases().items():
+            if part[-1] == "ddp" and name not in EMPTY_ROWS:
+                continue  # routing does not meet the way gradients are kept
             for balance in BALANCES if name in EMPTY_ROWS else BALANCES[:1]:
                 results[*part, balance, name] = step_through(TINY, *part, w, batches, accumulation, balance=balance)
     return results
@@ -172,13 +174,13 @@ def recompute_differences(world):
 
 
 def learn(world):
-    """Losses over twenty steps on one batch."""
-    results = {}
+    """Losses over twenty steps on one batch; fp32 in one process only, to save time."""
+    results, args = {}, replace(TINY, n_layers=1)
+    w = {name: t / 2 if t.dim() > 1 else t for name, t in plain().items() if not name.startswith("layers.1.")}
     for part in partitions(world)[:4]:
-        for compute in (torch.float32, torch.bfloat16):
-            w = {name: t / 2 if t.dim() > 1 else t for name, t in plain().items()}
+        for compute in (torch.bfloat16, torch.float32)[: 3 - world]:
             options = {"dtype": torch.float32, "compute": compute, "lr": 3e-3}
-            result = step_through(TINY, *part, w, [samples(4, 5)] * 20, 1, **options)
+            result = step_through(args, *part, w, [samples(4, 5)] * 20, 1, **options)
             assert result["finite"]
             results[*part, compute] = [step["loss"] for step in result["steps"]]
     return results

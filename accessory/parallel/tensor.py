@@ -6,7 +6,8 @@ What is corrected, each shown by a test:
 
 - ``_reduce`` works in place, so the backward of "copy to" overwrites a gradient that others still read, and the forward
   of "reduce from" overwrites a leaf;
-- ``_reduce`` and ``_gather`` hand non-contiguous tensors to gloo, which then reads and writes the wrong memory;
+- ``_reduce`` hands non-contiguous tensors to gloo, which then reads and writes the wrong memory (``_gather`` fails on
+  expanded ones);
 - ``_initialize_affine_weight`` builds the full weight on every rank, only to keep a slice: here parameters are made
   empty (on the meta device if that is the default) and filled slice by slice by ``accessory.model.build``;
 - layers ignore the default device and dtype.

@@ -37,7 +37,8 @@ def looped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: 
 def grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """torch's grouped matmul (CUTLASS on Hopper) for all experts at once, without waiting for the host; not in fp64.
 
-    The routing weight is applied before the down projection, so that the experts' output need not be kept.
+    The routing weight is applied before the down projection, so that the experts' output need not be kept. The gradient
+    of the result must be contiguous, as ``combine`` hands it back.
     """
     gate = F.grouped_mm(x, w1.mT, offs=ends)
     up = F.grouped_mm(x, w3.mT, offs=ends)
