@@ -15,7 +15,6 @@ What is corrected, each shown by a test:
 
 import contextlib
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,13 +161,7 @@ def check_divides(what: str, model_parallel: int, sizes: dict[str, int]) -> None
     """Raise a UserError that lists the allowed sizes unless ``model_parallel`` divides every one of ``sizes``."""
     failing = [f"{name} {size}" for name, size in sizes.items() if size % model_parallel]
     if failing:
-        allowed = allowed_sizes(sizes.values())
+        allowed = [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
         raise UserError(
             f"{what}: model-parallel size {model_parallel} does not divide {', '.join(failing)}: use one of {allowed}"
         )
-
-
-def allowed_sizes(sizes: Sequence[int] | Any) -> list[int]:
-    """The numbers that divide all of ``sizes``."""
-    sizes = list(sizes)
-    return [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
