@@ -45,6 +45,28 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--png", type=Path, default=Path("compare.png"), help="picture; default: %(default)s")
     verb.set_defaults(run=_compare)
 
+    verb = verbs.add_parser("convert", help="write a checkpoint of any format in another one")
+    verb.add_argument("sources", nargs="+", type=Path, help="directory, or several in order: a base, then what changes it")
+    verb.add_argument("destination", type=Path, help="directory to write")
+    verb.add_argument("--to", required=True, choices=["hf", "mistral", "mixtral", "mixtral_sparse"], help="format")
+    verb.add_argument("--mp", type=int, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
+    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
+    verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
+    verb.add_argument("--shard-gb", type=float, default=5, help="largest file of --to hf, GB; default: %(default)s")
+    verb.add_argument("--config", type=Path, help="another config.json than the source's")
+    verb.set_defaults(run=_convert)
+
+    verb = verbs.add_parser("inspect", help="what a checkpoint is: format, shape, sizes, and whether it is whole")
+    verb.add_argument("paths", nargs="+", type=Path, help="directory, or several in order")
+    verb.add_argument("--config", type=Path, help="another config.json than the directory's")
+    verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser("verify", help="whether two checkpoints of any formats are the same model; exit code 1 if not")
+    verb.add_argument("a", type=Path, help="directory")
+    verb.add_argument("b", type=Path, help="directory")
+    verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
+    verb.set_defaults(run=_verify)
+
     data = verbs.add_parser("data", help="make training data").add_subparsers(required=True, metavar="WHAT")
     verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
     verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
@@ -81,6 +103,24 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"\nexpert load of {run.name}, 1.00 = a fair share\n{load_table(run.loads)}")
     plot(runs, arguments.png)
     print(f"\npicture: {arguments.png}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.tools import run_convert
+
+    run_convert(arguments)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.tools import run_inspect
+
+    run_inspect(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.tools import run_verify
+
+    run_verify(arguments)
 
 
 def _stdlib(arguments: argparse.Namespace) -> None:

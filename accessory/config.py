@@ -45,6 +45,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with ``key.sub=value`` strings applied; the value is parsed as YAML."""
     values = json.loads(json.dumps(values))  # a deep copy of plain data

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from accessory.data.loader import BatchPlan
 from accessory.data.mix import Sample
+from accessory.data.tokenizer import train_tokenizer
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import logical_cuts
@@ -20,7 +21,7 @@ from accessory.parallel.tensor import (
 )
 from accessory.train.config import OptimSection
 from accessory.train.optim import make_optimizer
-from accessory.train.save import gather
+from accessory.train.save import gathered
 from accessory.train.step import train_step
 
 TINY = ModelArgs(
@@ -39,6 +40,16 @@ TINY = ModelArgs(
     load_balancing_weight=0.1,
 )
 OPTIM = OptimSection(lr=1e-2, weight_decay=0.1, clip_grad=0.5, betas=(0.9, 0.95), eps=1e-8)
+
+
+WORDS = ["the", "a", "list", "of", "tokens", "is", "made", "from", "words", "and", "then", "every", "answer", "not"]
+
+
+def make_tokenizer(path, pieces=300):
+    """A small tokenizer.model at ``path``."""
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(WORDS, k=8)) + ", and then some." for _ in range(200)]
+    return train_tokenizer(lines, path, pieces)
 
 
 def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64):
@@ -88,8 +99,7 @@ def local_parts(model):
     """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
     rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
     cuts = logical_cuts(model.args, model.layout)
-    whole = gather(model, keep=True, dtype=next(model.parameters()).dtype)
-    return {name: (cuts[name].region(rank, size), tensor) for name, tensor in whole.items()}
+    return {name: (cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
 
 
 def assemble(parts, args=TINY):

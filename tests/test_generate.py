@@ -2,17 +2,16 @@
 
 import functools
 import math
-import random
 from dataclasses import replace
 
 import pytest
 import reference
 import torch
 import torch.distributed as dist
-from models import TINY, Tensors, build, weights
+from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
-from accessory.data.tokenizer import Tokenizer, train_tokenizer
+from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.build import build_model
@@ -23,35 +22,9 @@ from accessory.train.save import save_model
 LAYOUTS = ("mixtral", "mixtral_sparse")
 PIECES = 300
 ARGS = replace(TINY, vocab_size=PIECES)
-WORDS = [
-    "the",
-    "a",
-    "list",
-    "of",
-    "tokens",
-    "is",
-    "made",
-    "from",
-    "words",
-    "and",
-    "then",
-    "every",
-    "answer",
-    "not",
-    "questions",
-]
 PROMPTS = ["the list of tokens", "a", "then every answer is made from the words of questions, and not", "é👍"]
 STEPS = 9
 LONGEST = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny operations on several threads spin for a hundred times as long when another process wants the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -99,9 +72,7 @@ def generate_from_ids(sizes):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    rng = random.Random(0)
-    lines = [" ".join(rng.choices(WORDS, k=8)) + ", and then some." for _ in range(200)]
-    return Tokenizer(train_tokenizer(lines, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", PIECES))
+    return Tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", PIECES))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +92,7 @@ def use_models(home, tokenizer, stop, examples, contexts):
     initialize_groups(world)
     for layout in LAYOUTS:
         model = build(ARGS, layout, Tensors(plain()))
-        save_model(model, home / f"{layout}-{world}", tokenizer, torch.float64, "safetensors")
+        save_model(model, home / f"{layout}-{world}", {"tokenizer.model": tokenizer}, torch.float64, "safetensors")
     results = {}
     for saved, layout, group in (
         ("mixtral", None, dist.group.WORLD),
@@ -305,13 +276,13 @@ def use_wrongly(home, tokenizer):
     args = replace(TINY, vocab_size=PIECES + 20)
     w = weights(args)
     w["output.weight"][PIECES:] = 1.5 * w["output.weight"][:20]  # what stands for no piece is likely
-    save_model(build(args, "mixtral", Tensors(w)), home / "padded", tokenizer, torch.float64, "pth")
-    save_model(build(args, "mixtral", Tensors(w)), home / "without", None, torch.float64, "pth")
+    save_model(build(args, "mixtral", Tensors(w)), home / "padded", {"tokenizer.model": tokenizer}, torch.float64, "pth")
+    save_model(build(args, "mixtral", Tensors(w)), home / "without", {}, torch.float64, "pth")
     options = {"dtype": torch.float64, "device": "cpu", "max_seq_len": LONGEST}
     model = MetaModel.from_pretrained([home / "padded"], **options)
     calls = {
         "no tokenizer.model": lambda: MetaModel.from_pretrained(home / "without", **options),
-        "one checkpoint directory, found 2": lambda: MetaModel.from_pretrained([home, home], **options),
+        "found an empty list": lambda: MetaModel.from_pretrained([], **options),
         "no such directory": lambda: MetaModel.from_pretrained(home / "none", **options),
         "did you mean 'mixtral'": lambda: MetaModel.from_pretrained(home / "padded", "mixtrl", **options),
         "with_visual": lambda: MetaModel.from_pretrained(home / "padded", with_visual=True),

@@ -1,28 +1,21 @@
 """The converted directories of LLaMA2-Accessory, in both layouts, any model-parallel size, ``.pth`` or ``.safetensors``.
 
 DIR/consolidated.RR-of-MM.model.{pth,safetensors}   model-parallel rank RR of MM; every name prefixed ``llma.``
-DIR/config.json   DIR/meta.json   DIR/tokenizer.model
+DIR/config.json   DIR/meta.json
 """
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-
-from accessory.checkpoint.tiles import Tile, TileReader
-from accessory.config import read_mapping
+from accessory.checkpoint.storage import FileFormat, TensorFile, index_file
+from accessory.checkpoint.tiles import Tile
+from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Source, logical_cuts
-from accessory.model.moe.layouts import LAYOUTS, Layout, get_layout
+from accessory.model.logical import logical_cuts
+from accessory.model.moe.layouts import Layout, get_layout
 
-FileFormat = Literal["safetensors", "pth"]
 PREFIX = "llma."
 
 
@@ -30,13 +23,12 @@ def file_name(rank: int, size: int, suffix: str) -> str:
     return f"consolidated.{rank:02d}-of-{size:02d}.model.{suffix}"
 
 
-def rank_tiles(args: ModelArgs, layout: Layout, rank: int, size: int, suffix: str) -> Iterator[Tile]:
+def rank_tiles(args: ModelArgs, layout: Layout, rank: int, size: int, file: str) -> Iterator[Tile]:
     """The tiles in the file of model-parallel rank ``rank`` of ``size``.
 
     The expert layout stores a matrix per expert, by its global number: ``experts.{e}.w1.weight``. The sparse layout
     stores the slices of all experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape.
     """
-    file = file_name(rank, size, suffix)
     for name, cut in logical_cuts(args, layout).items():
         region = cut.region(rank, size)
         prefix, is_expert, weight = name.partition(".experts.")
@@ -50,101 +42,68 @@ def rank_tiles(args: ModelArgs, layout: Layout, rank: int, size: int, suffix: st
                 yield Tile(name, (slice(e, e + 1), *region[1:]), file, key)
 
 
-class AccessoryCheckpoint:
-    """A converted directory as a source of logical tensors.
-
-    Args:
-        directory: holds the files above.
-        config: another config.json than the directory's own.
-        layout: another llama_type than the directory's meta.json.
+class AccessoryDirectory:
+    """A directory of the files above.
 
     Attributes:
-        args: the model's shape. layout: how the files are cut. tokenizer: path of tokenizer.model, or None.
+        adds: the files are ``model-diff``: what they hold is added to another checkpoint's weights.
     """
 
-    def __init__(self, directory: str | Path, config: str | Path | None = None, layout: str | None = None):
-        self.directory = Path(directory)
-        size, suffix = _find_files(self.directory)
-        self.args = ModelArgs.load(config or self.directory / "config.json")
+    def __init__(self, directory: Path, size: int, kind: str, layout: str | None = None):
+        self.directory, self.size, self.adds = directory, size, kind.startswith("model-diff")
+        files = [f"consolidated.{rank:02d}-of-{size:02d}.{kind}" for rank in range(size)]
+        indexed = {file: index_file(directory / file) for file in files}
+        for rank, (file, content) in enumerate(indexed.items()):
+            _check_rank(directory / file, content, rank, size)
+        self.stored = {file: content.tensors for file, content in indexed.items()}
+        self.layout = self.format = layout or self._own_layout()
+
+    @classmethod
+    def find(cls, directory: Path) -> "AccessoryDirectory | None":
+        found = set()
+        for path in directory.iterdir():
+            if match := re.fullmatch(r"consolidated\.\d\d-of-(\d\d)\.(model(?:-diff)?\.(?:pth|safetensors))", path.name):
+                found.add((int(match[1]), match[2]))
+        if len(found) > 1:
+            kinds = ", ".join(f"of-{size:02d}.{kind}" for size, kind in sorted(found))
+            raise UserError(f"{directory}: holds files of more than one checkpoint ({kinds}); keep one set")
+        return cls(directory, *found.pop()) if found else None
+
+    def tiles(self, args: ModelArgs) -> Iterator[Tile]:
+        for rank, file in enumerate(self.stored):
+            yield from rank_tiles(args, get_layout(self.layout), rank, self.size, file)
+
+    def _own_layout(self) -> str:
+        """What meta.json says; where there is none, what the names say."""
         meta = self.directory / "meta.json"
-        llama_type = layout or (read_mapping(meta).get("llama_type") if meta.is_file() else None)
-        if llama_type is None:
-            raise UserError(f"{meta}: no such file; it says which layout the checkpoint has: {' or '.join(LAYOUTS)}")
-        self.layout = get_layout(llama_type)
-        tokenizer = self.directory / "tokenizer.model"
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
-        tiles = (t for rank in range(size) for t in rank_tiles(self.args, self.layout, rank, size, suffix))
-        self._reader = TileReader(self.directory, tiles)
-        self.read = self._reader.read
+        named = read_mapping(meta).get("llama_type") if meta.is_file() else None
+        if named is not None:
+            return get_layout(named).name
+        fused = any(re.search(r"\.feed_forward\.w1$", key) for keys in self.stored.values() for key in keys)
+        return "mixtral_sparse" if fused else "mixtral"
 
 
-def _find_files(directory: Path) -> tuple[int, str]:
-    """The model-parallel size and suffix of a directory's ``consolidated`` files."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected a checkpoint")
-    found = set()
-    for path in directory.iterdir():
-        if match := re.fullmatch(r"consolidated\.\d\d-of-(\d\d)\.model\.(pth|safetensors)", path.name):
-            found.add((int(match[1]), match[2]))
-    if not found:
-        raise UserError(f"{directory}: no consolidated.RR-of-MM.model.pth or .safetensors in it")
-    if len(found) > 1:
-        kinds = ", ".join(f"of-{size:02d} .{suffix}" for size, suffix in sorted(found))
-        raise UserError(f"{directory}: holds files of more than one checkpoint ({kinds}); keep one set")
-    return found.pop()
+def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
+    """A file written here knows its rank: nothing else would show that two files of the sparse layout changed places."""
+    said = content.notes.get("rank", str(rank)), content.notes.get("size", str(size))
+    if said != (str(rank), str(size)):
+        raise UserError(
+            f"{path}: its name says model-parallel rank {rank} of {size}, but it was written as rank {said[0]} of "
+            f"{said[1]}: give the files their own names back"
+        )
 
 
-def temporary_name(directory: Path) -> Path:
-    """Where a directory is written before it gets its name."""
-    return directory.with_name(directory.name + ".tmp")
+def planned_tiles(args: ModelArgs, layout: str, size: int, suffix: FileFormat) -> Iterator[Tile]:
+    """The tiles of a whole directory that is to be written."""
+    for rank in range(size):
+        yield from rank_tiles(args, get_layout(layout), rank, size, file_name(rank, size, suffix))
 
 
-def prepare_directory(directory: Path) -> None:
-    """Make an empty temporary directory beside ``directory``, to be filled and then published."""
-    shutil.rmtree(temporary_name(directory), ignore_errors=True)
-    temporary_name(directory).mkdir(parents=True)
+def rank_notes(rank: int, size: int) -> dict[str, str]:
+    """What a file says of itself."""
+    return {"rank": str(rank), "size": str(size)}
 
 
-def publish_directory(directory: Path) -> None:
-    """Rename a completely written temporary directory to its final name: what bears the name is whole."""
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    temporary_name(directory).rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_rank_file(
-    directory: Path,
-    args: ModelArgs,
-    layout: Layout,
-    rank: int,
-    size: int,
-    source: Source,
-    dtype: torch.dtype,
-    suffix: FileFormat,
-) -> None:
-    """Write one model-parallel rank's file and wait until it is on the disk."""
-    tensors = {}
-    for tile in rank_tiles(args, layout, rank, size, suffix):
-        tensors[tile.key] = tile.encode(source.read(tile.name, tile.region).to("cpu", dtype)).clone()
-    path = directory / file_name(rank, size, suffix)
-    if suffix == "safetensors":
-        save_file(tensors, path)
-    else:
-        torch.save({"model": tensors}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_description(directory: Path, args: ModelArgs, layout: Layout, tokenizer: Path | None) -> None:
-    """Write config.json and meta.json, and copy the tokenizer."""
-    _write_json(directory / "config.json", args.to_dict())
-    _write_json(directory / "meta.json", {"llama_type": layout.name})
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, directory / "tokenizer.model")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def write_description(directory: Path, args: ModelArgs, layout: str) -> None:
+    write_json(directory / "config.json", args.to_dict())
+    write_json(directory / "meta.json", {"llama_type": layout})

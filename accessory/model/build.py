@@ -1,6 +1,7 @@
 """Make a model without a throw-away full copy: on the meta device first, then each rank fills only its own slices."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,7 +50,10 @@ def build_model(
 
 @torch.no_grad()
 def fill(model: Decoder, source: Source) -> None:
-    """Copy the logical tensors of ``source`` into the parameters; an FSDP-sharded parameter reads only its rows."""
+    """Copy the logical tensors of ``source`` into the parameters; an FSDP-sharded parameter reads only its rows.
+
+    Values that are no numbers are told, not refused: what to do about them is the user's to decide.
+    """
     cuts = logical_cuts(model.args, model.layout)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -57,6 +61,8 @@ def fill(model: Decoder, source: Source) -> None:
         region = cuts[name].region(get_model_parallel_rank(), get_model_parallel_world_size())
         for rows, piece in split_rows(region, first, first + len(local)):
             local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
+        if not torch.isfinite(local).all():
+            print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
 
 
 def _first_row(parameter: Tensor) -> int:

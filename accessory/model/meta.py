@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.checkpoint.accessory import AccessoryCheckpoint
+from accessory.checkpoint.open import Checkpoint
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
@@ -44,11 +44,12 @@ class MetaModel:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
         quant: bool = False,
+        strict: bool = True,
     ) -> MetaModel:
-        """Load a checkpoint directory into any layout at any model-parallel size; each rank reads only its slices.
+        """Load a checkpoint of any format into any layout at any model-parallel size; each rank reads only its slices.
 
         Args:
-            pretrained_path: a directory (a list may hold one).
+            pretrained_path: a directory, or several in order: a base, then what changes it (see ``Checkpoint``).
             llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
             llama_config: another config.json than the directory's.
             tokenizer_path: another tokenizer.model than the directory's.
@@ -56,6 +57,7 @@ class MetaModel:
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
                 The last model loaded in a process decides its group.
             device: None: this process's GPU if there is one, else the CPU.
+            strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
 
         Raises:
             UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts.
@@ -64,20 +66,17 @@ class MetaModel:
             raise UserError(
                 "with_visual and quant are not supported yet: this model reads text, in bf16, fp16, fp32 or fp64"
             )
-        paths = [pretrained_path] if isinstance(pretrained_path, str | Path) else list(pretrained_path)
-        if len(paths) != 1:
-            raise UserError(f"expected one checkpoint directory, found {len(paths)}")
         if not dist.is_initialized():
             join(Launch(0, 1, 0, 1))
         use_model_parallel_group(mp_group)
-        checkpoint = AccessoryCheckpoint(paths[0], llama_config)
+        checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
         tokenizer_path = tokenizer_path or checkpoint.tokenizer
         if tokenizer_path is None:
-            raise UserError(f"{paths[0]}: no tokenizer.model in it; give tokenizer_path")
+            raise UserError(f"{pretrained_path}: no tokenizer.model in it; give tokenizer_path")
         tokenizer = Tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
         default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        layout = llama_type or checkpoint.layout.name
+        layout = llama_type or checkpoint.layout
         where = torch.device(device) if device is not None else default
         llma = build_model(checkpoint.args, layout, checkpoint, dtype=dtype, device=where)
         return cls(llma.requires_grad_(False), tokenizer, max_seq_len)

@@ -159,9 +159,14 @@ def use_model_parallel_group(group: dist.ProcessGroup | None) -> None:
 
 def check_divides(what: str, model_parallel: int, sizes: dict[str, int]) -> None:
     """Raise a UserError that lists the allowed sizes unless ``model_parallel`` divides every one of ``sizes``."""
-    failing = [f"{name} {size}" for name, size in sizes.items() if size % model_parallel]
+    failing = [f"{name} {size}" for name, size in sizes.items() if model_parallel < 1 or size % model_parallel]
     if failing:
-        allowed = [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
         raise UserError(
-            f"{what}: model-parallel size {model_parallel} does not divide {', '.join(failing)}: use one of {allowed}"
+            f"{what}: model-parallel size {model_parallel} does not divide {', '.join(failing)}: "
+            f"use one of {allowed_sizes(sizes)}"
         )
+
+
+def allowed_sizes(sizes: dict[str, int]) -> list[int]:
+    """The model-parallel sizes that divide every one of ``sizes``."""
+    return [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]

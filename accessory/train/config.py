@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from accessory.checkpoint.storage import FileFormat
 from accessory.config import apply_overrides, from_mapping, read_mapping
 from accessory.errors import UserError
 from accessory.parallel.fsdp import DataParallel
@@ -12,9 +13,11 @@ from accessory.parallel.fsdp import DataParallel
 @dataclass(frozen=True)
 class ModelSection:
     layout: Literal["mixtral", "mixtral_sparse"] | None = None  # null: the checkpoint's own; expert or sparse
-    checkpoint: str | None = None  # directory to start from; null: random weights from the seed
+    # directory to start from, of any format, or several in order; null: random weights from the seed
+    checkpoint: str | tuple[str, ...] | None = None
     config: str | None = None  # config.json; null: the checkpoint's own
     tokenizer: str | None = None  # tokenizer.model; null: the checkpoint's own
+    strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
     kernel: Literal["auto", "grouped", "looped", "reference"] = "auto"  # how experts are computed; auto: by device
 
 
@@ -68,7 +71,7 @@ class LogSection:
 @dataclass(frozen=True)
 class SaveSection:
     every_epochs: int = 1  # the last epoch is always saved
-    format: Literal["safetensors", "pth"] = "safetensors"
+    format: FileFormat = "safetensors"  # or pth
 
 
 @dataclass(frozen=True)

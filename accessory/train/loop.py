@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from accessory.checkpoint.accessory import AccessoryCheckpoint
+from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.console import is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan, epoch_order
 from accessory.data.mix import load_mix
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
-from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import Source, logical_cuts
 from accessory.model.moe.layouts import get_layout
@@ -69,17 +68,19 @@ class Trainer:
         section = self.config.model
         self.source: Source
         if section.checkpoint:
-            checkpoint = AccessoryCheckpoint(section.checkpoint, section.config)
-            self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout.name, checkpoint
+            checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
+            self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout, checkpoint
             tokenizer = section.tokenizer or checkpoint.tokenizer
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
+            carried = {} if section.tokenizer else checkpoint.carried
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
-            self.args, self.layout, tokenizer = ModelArgs.load(section.config), section.layout, section.tokenizer
+            self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
             cuts = logical_cuts(self.args, get_layout(self.layout))
-            self.source = RandomWeights(cuts, self.config.train.seed)
+            self.source, carried = RandomWeights(cuts, self.config.train.seed), {}
         self.tokenizer = Tokenizer(tokenizer)
+        self.carried = carried | {"tokenizer.model": self.tokenizer.path}
         check_vocabulary(self.tokenizer, self.args.vocab_size)
 
     def _read_data(self) -> None:
@@ -204,7 +205,7 @@ class Trainer:
     def _save(self, name: str) -> None:
         directory = self.out / name
         dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.model, directory, self.tokenizer.path, dtype, self.config.save.format)
+        save_model(self.model, directory, self.carried, dtype, self.config.save.format)
         say(f"saved {directory}")
 
     def _report(self) -> None:

@@ -1,0 +1,159 @@
+"""Write a checkpoint in any format: one tensor after the other, whatever the model's size."""
+
+import errno
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from accessory.checkpoint import accessory, huggingface, mistral
+from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.publish import prepare_directory, publish_directory
+from accessory.checkpoint.storage import FileFormat, TensorWriter
+from accessory.checkpoint.tiles import Tile
+from accessory.console import progress, say
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.logical import divided_sizes
+from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.parallel.tensor import check_divides
+
+TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write. ``size``: model-parallel parts. ``dtype`` None: each tensor's own."""
+
+    format: TargetFormat
+    size: int = 1
+    dtype: torch.dtype | None = None
+    suffix: FileFormat = "safetensors"
+    shard_bytes: float = 5e9  # of a Hugging Face file
+
+    def check(self, args: ModelArgs) -> None:
+        """Raise UserError if a model of this shape cannot be written so."""
+        if self.format in LAYOUTS:
+            check_divides(f"layout '{self.format}'", self.size, divided_sizes(args, get_layout(self.format)))
+        elif self.size != 1:
+            raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
+        if self.format == "hf" and self.suffix != "safetensors":
+            raise UserError("the format 'hf' is written as safetensors only")
+
+
+def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
+    """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
+
+    In memory there is one stored tensor at a time, at most twice.
+
+    Raises:
+        UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
+            or the tokenizer is not the model's.
+    """
+    target.check(checkpoint.args)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: exists already; name another directory, or remove it")
+    tokenizer = Tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    if tokenizer:
+        check_vocabulary(tokenizer, checkpoint.args.vocab_size)
+    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in checkpoint.readers[0].tiles}
+    files = _planned_files(checkpoint.args, target, dtypes)
+    nbytes = sum(_nbytes(tile, dtypes) for tiles in files.values() for tile in tiles)
+    temporary = prepare_directory(destination)
+    try:
+        _check_room(temporary, destination, nbytes)
+        damaged = _write_files(checkpoint, temporary, target, files, dtypes, nbytes)
+        for name, source in checkpoint.carried.items():
+            shutil.copyfile(source, temporary / name)
+        if target.format == "hf":
+            keys = {file: [tile.key for tile in tiles] for file, tiles in files.items()}
+            special = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+            dtype = dtypes["tok_embeddings.weight"]
+            huggingface.write_description(temporary, checkpoint.args, dtype, special, keys, nbytes)
+        elif target.format == "mistral":
+            mistral.write_description(temporary, checkpoint.args)
+        else:
+            accessory.write_description(temporary, checkpoint.args, target.format)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise UserError(f"{destination}: {what}; nothing was left behind") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish_directory(destination)
+    if damaged:
+        more = " ..." if len(damaged) > 4 else ""
+        say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {', '.join(damaged[:4])}{more}")
+
+
+def _planned_files(args: ModelArgs, target: Target, dtypes: dict[str, torch.dtype]) -> dict[str, list[Tile]]:
+    if target.format == "hf":
+        return _shards(huggingface.model_tiles(args), target, dtypes)
+    tiles = (
+        mistral.planned_tiles(args, target.suffix)
+        if target.format == "mistral"
+        else accessory.planned_tiles(args, target.format, target.size, target.suffix)
+    )
+    files: dict[str, list[Tile]] = defaultdict(list)
+    for tile in tiles:
+        files[tile.file].append(tile)
+    return files
+
+
+def _shards(tiles: Iterable[Tile], target: Target, dtypes: dict[str, torch.dtype]) -> dict[str, list[Tile]]:
+    """Deal tiles out to files of at most ``shard_bytes`` (but at least one tile)."""
+    shards: list[list[Tile]] = []
+    room = 0.0
+    for tile in tiles:
+        size = _nbytes(tile, dtypes)
+        if size > room or not shards:
+            shards.append([])
+            room = target.shard_bytes
+        shards[-1].append(tile)
+        room -= size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards)}
+
+
+def _write_files(
+    checkpoint: Checkpoint,
+    directory: Path,
+    target: Target,
+    files: dict[str, list[Tile]],
+    dtypes: dict[str, torch.dtype],
+    nbytes: int,
+) -> list[str]:
+    """Write every file; returns the logical tensors that hold values which are no numbers."""
+    damaged: dict[str, None] = {}
+    with progress(total=nbytes, unit="B", unit_scale=True, desc="writing") as bar:
+        for rank, (file, tiles) in enumerate(files.items()):
+            announced = {tile.key: (dtypes[tile.name], tile.stored_shape()) for tile in tiles}
+            notes = accessory.rank_notes(rank, target.size) if target.format in LAYOUTS else {}
+            with TensorWriter(directory / file, announced, notes) as out:
+                for tile in tiles:
+                    tensor = tile.encode(checkpoint.read(tile.name, tile.region).to(dtypes[tile.name]))
+                    if not torch.isfinite(tensor).all():
+                        damaged[tile.name] = None
+                    out.write(tile.key, tensor)
+                    bar.update(tensor.nbytes)
+    return list(damaged)
+
+
+def _check_room(temporary: Path, destination: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(temporary).free
+    if free < nbytes:
+        raise UserError(
+            f"{destination}: the disk is too small: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _nbytes(tile: Tile, dtypes: dict[str, torch.dtype]) -> int:
+    return math.prod(tile.stored_shape()) * dtypes[tile.name].itemsize

@@ -1,0 +1,71 @@
+"""Mistral's own releases: ``consolidated.*`` and ``params.json``.
+
+The names are those of the expert layout at model-parallel size 1, without a prefix. Weights come as
+``consolidated.00.pth`` (also in parts that are to be concatenated, ``consolidated.00.pth-split00.pth``, ...), as several
+files that share the tensors out among them (``consolidated.00.pt``, ``consolidated.01.pt``, ...), or as
+``consolidated.safetensors``. The .pt release of 8x7B Instruct keeps the experts of a layer in one matrix per projection,
+``block_sparse_moe.w1 [E * F, D]``, w2 transposed: also read here.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from accessory.checkpoint.accessory import PREFIX, rank_tiles
+from accessory.checkpoint.storage import FileFormat, Stored, index_file
+from accessory.checkpoint.tiles import Tile
+from accessory.config import write_json
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.moe.layouts import get_layout
+
+_PATTERN = re.compile(r"(consolidated(?:[.-]\d+(?:-of-\d+)?)?\.(?:safetensors|pth|pt))(.+)?")
+
+
+class MistralDirectory:
+    """A directory of the files above."""
+
+    format, layout, size, adds = "mistral", "mixtral", 1, False
+
+    def __init__(self, directory: Path, files: dict[str, list[Path]]):
+        self.directory = directory
+        tensors: dict[str, Stored] = {}
+        for parts in files.values():
+            for key, stored in index_file(*sorted(parts)).tensors.items():
+                if key in tensors:
+                    raise UserError(f"{directory}: {key} stands in more than one file; keep one set of files")
+                tensors[key] = stored
+        self.stored = {"": tensors}
+
+    @classmethod
+    def find(cls, directory: Path) -> "MistralDirectory | None":
+        files: dict[str, list[Path]] = {}
+        for path in directory.iterdir():
+            if match := _PATTERN.fullmatch(path.name):
+                files.setdefault(match[1], []).append(path)
+        for name, parts in files.items():
+            if len(parts) > 1 and directory / name in parts:  # the whole file beside its parts
+                files[name] = [directory / name]
+        return cls(directory, files) if files else None
+
+    def tiles(self, args: ModelArgs) -> Iterator[Tile]:
+        merged = any(".block_sparse_moe." in key for key in self.stored[""])
+        layout = get_layout("mixtral_sparse" if merged else "mixtral")
+        for tile in rank_tiles(args, layout, 0, 1, ""):
+            key = tile.key.removeprefix(PREFIX)
+            yield dataclasses.replace(tile, key=key.replace(".feed_forward.", ".block_sparse_moe.") if merged else key)
+
+
+def planned_tiles(args: ModelArgs, suffix: FileFormat) -> Iterator[Tile]:
+    """The tiles of a whole directory that is to be written."""
+    file = "consolidated.safetensors" if suffix == "safetensors" else "consolidated.00.pth"
+    for tile in rank_tiles(args, get_layout("mixtral"), 0, 1, file):
+        yield dataclasses.replace(tile, key=tile.key.removeprefix(PREFIX))
+
+
+def write_description(directory: Path, args: ModelArgs) -> None:
+    """params.json: config.json's keys, less those that only training knows and those that say nothing."""
+    params = args.to_dict()
+    training = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+    write_json(directory / "params.json", {k: v for k, v in params.items() if k not in training and v is not None})

@@ -1,0 +1,149 @@
+"""Open any checkpoint: the format is recognised from the directory's files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.accessory import AccessoryDirectory
+from accessory.checkpoint.huggingface import HuggingFaceDirectory, args_from
+from accessory.checkpoint.mistral import MistralDirectory
+from accessory.checkpoint.publish import carried_files
+from accessory.checkpoint.storage import Stored
+from accessory.checkpoint.tiles import Tile, TileReader
+from accessory.config import from_mapping, read_mapping
+from accessory.console import say
+from accessory.dtypes import at_least_fp32
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.build import RandomWeights
+from accessory.model.logical import Region, logical_cuts
+from accessory.model.moe.layouts import get_layout
+
+PathLike = str | Path
+
+
+class Directory(Protocol):
+    """A checkpoint directory in one of the formats."""
+
+    directory: Path
+    format: str  # as ``accessory convert --to`` calls it
+    layout: str  # how its experts are cut: "mixtral" or "mixtral_sparse"
+    size: int  # into how many model-parallel parts
+    adds: bool  # its values are to be added to another checkpoint's
+    stored: dict[str, dict[str, Stored]]
+
+    def tiles(self, args: ModelArgs) -> Iterator[Tile]: ...
+
+
+def recognise(path: PathLike) -> Directory:
+    """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected a checkpoint")
+    for kind in (AccessoryDirectory, HuggingFaceDirectory, MistralDirectory):
+        found = kind.find(directory)
+        if found is not None:
+            return found
+    raise UserError(
+        f"{directory}: no checkpoint in it; expected consolidated.RR-of-MM.model.pth or .safetensors, "
+        "consolidated.00.pth, consolidated.safetensors, or model.safetensors (one file or several)"
+    )
+
+
+def load_args(path: PathLike) -> ModelArgs:
+    """Read the model's shape from a config.json of any format, or a params.json."""
+    config = read_mapping(path)
+    if "hidden_size" in config:
+        return args_from(config, str(path))
+    return from_mapping(ModelArgs, config, str(path))
+
+
+class Checkpoint:
+    """One or several directories, in any format, as a source of logical tensors.
+
+    The first is a whole model. Each further one replaces the tensors that it holds, or is added to them (``model-diff``).
+
+    Args:
+        paths: a directory, or several in order.
+        config: another config.json than the first directory's own.
+        layout: how an accessory directory is cut, if its meta.json does not say so.
+        strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
+
+    Attributes:
+        args: the model's shape. layout: the layout to run it in, if the user names none. tokenizer: path of
+        tokenizer.model, or None. carried: files to be copied along, by name. sound: whether everything fitted.
+
+    Raises:
+        UserError: something is missing, damaged, unexpected or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        paths: PathLike | Sequence[PathLike],
+        config: PathLike | None = None,
+        layout: str | None = None,
+        strict: bool = True,
+    ):
+        paths = [paths] if isinstance(paths, str | Path) else list(paths)
+        if not paths:
+            raise UserError("expected a checkpoint directory, found an empty list")
+        self.directories = [recognise(path) for path in paths]
+        base = self.directories[0]
+        if base.adds:
+            raise UserError(f"{paths[0]}: holds differences to another checkpoint; name that one before it")
+        self.args = load_args(config or _own_config(base.directory))
+        self.layout = base.layout
+        self.carried = carried_files(base.directory)
+        tokenizers = (d.directory / "tokenizer.model" for d in self.directories)
+        self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
+        self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
+        self.sound = True
+        self._random: RandomWeights | None = None
+        self._check(strict)
+
+    def _check(self, strict: bool) -> None:
+        for number, reader in enumerate(self.readers):
+            problems = list(reader.problems(partial=number > 0, most=2 if strict else None))
+            if strict and problems:
+                more = f" (and {len(problems) - 2} more problems)" if len(problems) > 2 else ""
+                told = "; ".join(problems[:2]) + more
+                raise UserError(f"{told}: does config.json describe this checkpoint? accessory inspect lists all")
+            for problem in problems:
+                say(f"warning: {problem}")
+            self.sound &= not problems
+        if not strict:
+            self._random = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), seed=0)
+
+    def read(self, name: str, region: Region) -> Tensor:
+        """The values of logical tensor ``name`` in ``region``."""
+        value, differences = None, []
+        for directory, reader in zip(reversed(self.directories), reversed(self.readers), strict=True):
+            if name in reader.complete:
+                if not directory.adds:
+                    value = reader.read(name, region)
+                    break
+                differences.append(reader.read(name, region))
+        if value is None:
+            assert self._random is not None
+            value = self._random.read(name, region)
+        for difference in reversed(differences):
+            value = at_least_fp32(value) + at_least_fp32(difference)
+        return value
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that logical tensor ``name`` has in the first directory that holds it."""
+        for reader in self.readers:
+            if name in reader.complete:
+                tile = reader.tiles[name][0]
+                return reader.stored[tile.file][tile.key].dtype
+        return torch.float32
+
+
+def _own_config(directory: Path) -> Path:
+    for name in ("config.json", "params.json"):
+        if (directory / name).is_file():
+            return directory / name
+    raise UserError(f"{directory}: neither config.json nor params.json in it; name a config.json")

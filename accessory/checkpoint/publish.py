@@ -1,0 +1,50 @@
+"""A directory appears under its name only when it is whole: written under a temporary name, then renamed."""
+
+import shutil
+from pathlib import Path
+
+from accessory.errors import UserError
+
+# what a checkpoint carries along beside weights and configuration, whatever its format
+CARRIED = (
+    "tokenizer.model*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "tekken.json",
+)
+
+
+def temporary_name(directory: Path) -> Path:
+    """Where a directory is written before it gets its name."""
+    return directory.with_name(directory.name + ".tmp")
+
+
+def prepare_directory(directory: Path) -> Path:
+    """Make an empty temporary directory beside ``directory``, to be filled and then published; what was left of an
+    earlier attempt goes."""
+    temporary = temporary_name(directory)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+    return temporary
+
+
+def publish_directory(directory: Path) -> None:
+    """Rename a completely written temporary directory to its final name: what bears the name is whole."""
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    temporary_name(directory).rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def carried_files(directory: Path) -> dict[str, Path]:
+    """Tokenizer and generation settings of a checkpoint directory, by name."""
+    return {path.name: path for pattern in CARRIED for path in sorted(directory.glob(pattern)) if path.is_file()}

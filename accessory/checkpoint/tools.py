@@ -1,0 +1,116 @@
+"""The verbs ``convert``, ``inspect`` and ``verify``: what they print."""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.verify import compare, different_settings
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.dtypes import DTYPES, get_dtype
+from accessory.errors import UserError
+from accessory.model.logical import divided_sizes, logical_cuts
+from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.parallel.tensor import allowed_sizes
+
+TITLES = {
+    "hf": "Hugging Face (MixtralForCausalLM)",
+    "mistral": "Mistral's own",
+    "mixtral": "Accessory, expert layout (mixtral)",
+    "mixtral_sparse": "Accessory, sparse layout (mixtral_sparse)",
+}
+GROUPS = {
+    "embeddings": "tok_embeddings",
+    "attention": ".attention.",
+    "router": ".gate.",
+    "experts": ".experts.",
+    "norms": "norm.",
+    "output": "output",
+}
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    dtype = get_dtype(arguments.dtype) if arguments.dtype else None
+    target = Target(arguments.to, arguments.mp, dtype, arguments.format, arguments.shard_gb * 1e9)
+    convert(Checkpoint(arguments.sources, arguments.config), arguments.destination, target)
+    print(f"wrote {arguments.destination}")
+
+
+def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
+    """The scripts ``tools/split.py`` and ``tools/split_sparse.py``, which users of the reference project know."""
+    parser = argparse.ArgumentParser(description=f"Cut a checkpoint of any format for the layout '{layout}'.")
+    parser.add_argument("source", nargs="?", type=Path, default=Path(), help="directory; default: this one")
+    parser.add_argument("destination", nargs="?", type=Path, default=Path(name), help="default: %(default)s")
+    parser.add_argument("--mp", type=int, default=8, metavar="N", help="model-parallel parts; default: %(default)s")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: each tensor's own")
+    parser.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        run_convert(argparse.Namespace(**vars(arguments), sources=[arguments.source], to=layout, shard_gb=5, config=None))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    checkpoint = Checkpoint(arguments.paths, arguments.config, strict=False)
+    args = checkpoint.args
+    stored = [tensor for d in checkpoint.directories for file in d.stored.values() for tensor in file.values()]
+    nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
+    paths = {path for tensor in stored for path in tensor.parts.paths}
+    for directory in checkpoint.directories:
+        print(f"{directory.directory}: {TITLES[directory.format]}, in {directory.size} model-parallel part(s)")
+    print(f"  files       {len(paths)}, {nbytes / 1e9:,.2f} GB")
+    shape = {k: v for k, v in args.to_dict().items() if k != "moe"} | args.to_dict()["moe"]
+    print("  model       " + ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None))
+    if checkpoint.tokenizer:
+        tokenizer = Tokenizer(checkpoint.tokenizer)
+        print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")
+        check_vocabulary(tokenizer, args.vocab_size)
+    for layout in LAYOUTS.values():
+        sizes = allowed_sizes(divided_sizes(args, layout))
+        print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, sizes))}")
+    cuts = logical_cuts(args, get_layout("mixtral"))
+    print(f"\n  {'tensors':<12}{'count':>6}  {'parameters':>16}  dtype")
+    total = 0
+    for group, part in GROUPS.items():
+        names = [n for n in cuts if part in n and (group != "norms" or ".gate." not in n)]
+        size = sum(math.prod(cuts[name].shape) for name in names)
+        dtypes = Counter(str(checkpoint.dtype(name)).removeprefix("torch.") for name in names)
+        print(f"  {group:<12}{len(names):>6}  {size:>16,}  {', '.join(dtypes)}")
+        total += size
+    print(f"  {'all':<12}{len(cuts):>6}  {total:>16,}  {args.active_parameters():,} active per token")
+    if not checkpoint.sound:
+        sys.exit("accessory: error: files and config.json do not fit together (see the warnings)")
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    a, b = Checkpoint(arguments.a), Checkpoint(arguments.b)
+    settings = different_settings(a, b)
+    for name, (ours, theirs) in settings.items():
+        print(f"{name}: {ours} | {theirs}")
+    if settings:
+        sys.exit("DIFFERENT: the models' settings are not the same")
+    results = compare(a, b)
+    differing = [r for r in results if not (r.exact or r.rounded or r.error <= arguments.tolerance)]
+    for r in differing:
+        print(f"{r.name}: largest difference {r.difference:.3e}, {r.error:.1e} of the largest value ({_dtypes(r.dtypes)})")
+    if differing:
+        sys.exit(f"DIFFERENT: {len(differing)} of {len(results)} tensors")
+    rounded = [r for r in results if not r.exact and r.rounded]
+    within = [r for r in results if not r.exact and not r.rounded]
+    how = "bit for bit"
+    if within:
+        how = f"within {max(r.error for r in within):.1e} of each tensor's largest value"
+    elif rounded:
+        how = f"bit for bit, once rounded to the narrower dtype ({_dtypes(rounded[0].dtypes)})"
+    print(f"the same model: {len(results)} tensors, {how}")
+
+
+def _dtypes(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    return " | ".join(str(dtype).removeprefix("torch.") for dtype in pair)

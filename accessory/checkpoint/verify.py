@@ -1,0 +1,81 @@
+"""Are two checkpoints, of any formats, the same logical model?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.open import Checkpoint
+from accessory.console import progress
+from accessory.dtypes import at_least_fp32
+from accessory.model.logical import Region, logical_cuts
+from accessory.model.moe.layouts import get_layout
+
+# they say nothing about the function that the model computes
+_NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+
+
+@dataclass
+class Comparison:
+    """One logical tensor of two checkpoints.
+
+    ``exact``: bit for bit the same. ``rounded``: equal once the wider of the two dtypes is rounded to the narrower.
+    ``error``: largest difference, relative to the largest value (NaN if either holds one).
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, torch.dtype]
+    exact: bool = True
+    rounded: bool = True
+    difference: float = 0.0
+    largest: float = 0.0
+
+    @property
+    def error(self) -> float:
+        return self.difference / self.largest if self.difference else 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        self.exact &= a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+        self.rounded &= torch.equal(_bits(a.to(narrow)), _bits(b.to(narrow)))
+        if not self.exact:
+            wide_a, wide_b = at_least_fp32(a), at_least_fp32(b)
+            self.difference = _largest(self.difference, (wide_a - wide_b).abs().max().item())
+            self.largest = _largest(self.largest, wide_a.abs().max().item())
+
+
+def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
+    """Settings of the two models' shape or maths that are not the same: name -> (of a, of b)."""
+    first, second = a.args.to_dict(), b.args.to_dict()
+    return {k: (first[k], second[k]) for k in first if k not in _NOT_COMPARED and first[k] != second[k]}
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
+    """Compare two checkpoints of the same shape, tensor by tensor; a matrix at a time is in memory."""
+    cuts = logical_cuts(a.args, get_layout("mixtral"))
+    result = []
+    for name, cut in progress(cuts.items(), desc="comparing", unit="tensor"):
+        comparison = Comparison(name, (a.dtype(name), b.dtype(name)))
+        for region in _matrices(cut.region(0, 1)):
+            comparison.add(a.read(name, region).contiguous(), b.read(name, region).contiguous())
+        result.append(comparison)
+    return result
+
+
+def _matrices(region: Region) -> Iterator[Region]:
+    """A region's matrices one by one, if it has three dimensions."""
+    if len(region) < 3:
+        yield region
+        return
+    for e in range(region[0].start, region[0].stop):
+        yield (slice(e, e + 1), *region[1:])
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same bytes as integers: NaN equals NaN, and 0 is not -0."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+
+
+def _largest(a: float, b: float) -> float:
+    return b if b != b or b > a else a
