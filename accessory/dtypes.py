@@ -23,3 +23,8 @@ def at_least(dtype: torch.dtype) -> torch.dtype:
 def at_least_fp32(x: Tensor) -> Tensor:
     """fp16 and bf16 become fp32; fp32 and fp64 stay: where precision matters, never less than fp32."""
     return x.to(at_least(x.dtype))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one fast sum says so unless it overflows."""
+    return bool(x.sum(dtype=at_least(x.dtype)).isfinite()) or bool(x.isfinite().all())

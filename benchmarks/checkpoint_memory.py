@@ -87,7 +87,7 @@ def main() -> None:
             ("mixtral_sparse mp 2, pth", ["--to", "mixtral_sparse", "--mp", "2", "--format", "pth"]),
             ("mixtral_sparse mp 1", ["--to", "mixtral_sparse"]),
             ("mistral", ["--to", "mistral"]),
-            ("hf", ["--to", "hf"]),
+            ("hf again", ["--to", "hf"]),
         ):
             out = Path(folder, name.replace(" ", "-"))
             (peak,), seconds = measure([*accessory, "convert", str(last), str(out), *options])

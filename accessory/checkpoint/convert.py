@@ -18,6 +18,7 @@ from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile
 from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.dtypes import all_finite
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import divided_sizes
@@ -140,7 +141,7 @@ def _write_files(
             with TensorWriter(directory / file, announced, notes) as out:
                 for tile in tiles:
                     tensor = tile.encode(checkpoint.read(tile.name, tile.region).to(dtypes[tile.name]))
-                    if not torch.isfinite(tensor).all():
+                    if not all_finite(tensor):
                         damaged[tile.name] = None
                     out.write(tile.key, tensor)
                     bar.update(tensor.nbytes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from accessory.dtypes import all_finite
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.logical import Cut, Region, Source, divided_sizes, logical_cuts, region_shape
@@ -61,7 +62,7 @@ def fill(model: Decoder, source: Source) -> None:
         region = cuts[name].region(get_model_parallel_rank(), get_model_parallel_world_size())
         for rows, piece in split_rows(region, first, first + len(local)):
             local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
-        if not torch.isfinite(local).all():
+        if not all_finite(local):
             print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
 
 
