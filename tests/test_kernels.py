@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from accessory.model.moe.kernels import BLOCK, KERNELS
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
-from accessory.parallel.tensor import get_model_parallel_rank, initialize_groups
+from accessory.parallel.tensor import copy_to_model_parallel_region, get_model_parallel_rank, initialize_groups
 
 DIM, HIDDEN = 16, 24
 ROWS = {  # rows of each expert
@@ -100,7 +100,7 @@ def run_cross_entropy(world, dtype, frozen, scale):
         hidden, weight, targets = cross_entropy_inputs(rows, scale)
         hidden = hidden.to(dtype).requires_grad_("hidden" not in frozen)
         weight = weight[part].to(dtype).requires_grad_("weight" not in frozen)
-        loss = linear_cross_entropy(hidden, weight, targets)
+        loss = linear_cross_entropy([(copy_to_model_parallel_region(hidden), weight)], targets)
         (3 * loss).backward()
         results[rows] = loss.detach(), hidden.grad, weight.grad
     return results

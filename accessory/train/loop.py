@@ -34,6 +34,9 @@ from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model
 from accessory.train.step import train_step
+from accessory.tuning.spec import AdaptedSource, resolve
+from accessory.tuning.table import tuning_table
+from accessory.tuning.watch import watch_adapters
 
 
 class Trainer:
@@ -93,20 +96,27 @@ class Trainer:
         )
 
     def _build_model(self) -> None:
-        parallel, section = self.config.parallel, self.config.model
+        parallel, section, seed = self.config.parallel, self.config.model, self.config.train.seed
         compute = get_dtype(parallel.precision)
+        layout = get_layout(self.layout)
+        tuning = resolve(self.config.tuning, self.args, layout, seed)
+        cuts = logical_cuts(self.args, layout, tuning.adapters)
+        added = cuts.keys() - logical_cuts(self.args, layout).keys()
         self.model = build_model(
             self.args,
             self.layout,
-            self.source,
+            AdaptedSource(self.source, RandomWeights(cuts, seed), added),
             dtype=at_least(compute),
             device=self.device,
             kernel=section.kernel,
             recompute=parallel.recompute,
+            adapters=tuning.adapters,
+            trains=tuning.trains,
+            frozen_dtype=compute,
             shard=lambda model: wrap(model, parallel.data_parallel, compute, self.device.type),
         )
         self.optimizer = make_optimizer(self.model, self.config.optim)
-        cuts = logical_cuts(self.args, self.model.layout)
+        watch_adapters(self.model, self.optimizer, added)
         self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
         total = sum(math.prod(cut.shape) for cut in cuts.values())
         peak, origin = peak_flops(self.device, compute)
@@ -115,7 +125,8 @@ class Trainer:
             f"model: {total / 1e6:,.1f} M parameters, {self.args.active_parameters() / 1e6:,.1f} M active per token; layout "
             f"{self.layout}, model parallel {get_model_parallel_world_size()} x data parallel {self.dp_size} "
             f"({parallel.data_parallel}), {parallel.precision}\n"
-            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})"
+            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
+            f"{tuning_table(self.model)}"
         )
 
     def run(self) -> None:
@@ -161,7 +172,7 @@ class Trainer:
         done = 0
         for epoch in range(self.config.train.epochs):
             order = epoch_order(len(self.training), self.config.train.seed, epoch)
-            for micro_batches in self.batches.epoch(self.training, order):
+            for micro_batches in self.batches.epoch(self.training, order, epoch):
                 if done == self.steps:
                     return
                 yield epoch, [batch.to(self.device) for batch in micro_batches]
