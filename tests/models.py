@@ -92,11 +92,11 @@ def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=Non
     )
 
 
-def local_parts(model):
+def local_parts(model, dtype=torch.float64):
     """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
     rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
     cuts = logical_cuts(model.args, model.layout, model.adapters)
-    whole = gather(model, keep=True, dtype=next(model.parameters()).dtype)
+    whole = gather(model, keep=True, dtype=dtype)
     return {name: (cuts[name].region(rank, size), tensor) for name, tensor in whole.items()}
 
 

@@ -213,6 +213,9 @@ class Trainer:
             self.loggers.log(step, values | {"loads": loads.tolist()})
 
     def _save(self, name: str) -> None:
+        if self.model.adapters:
+            say(f"{name} is not saved: a checkpoint has no place for adapters yet")
+            return
         directory = self.out / name
         dtype = get_dtype(self.config.parallel.precision)
         save_model(self.model, directory, self.tokenizer.path, dtype, self.config.save.format)
