@@ -23,10 +23,11 @@ TARGETS = ("attention", "experts", "router", "embeddings", "output")
 LINEARS = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
 
 
-def run_ours(layout, section, w, batch):
+def run_ours(layout, kernel, section, w, batch):
     initialize_groups(1)
     spec = resolve(section, ARGS, get_layout(layout))
-    model = build(ARGS, layout, Tensors(w), dtype=torch.float32, adapters=spec.adapters, trains=spec.trains)
+    tuning = {"adapters": spec.adapters, "trains": spec.trains}
+    model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel, **tuning)
     logits, _ = model(batch.tokens, batch.lengths)
     loss_sum, _ = model(*batch.inputs())
     loss = loss_sum / batch.target_tokens
@@ -67,14 +68,17 @@ def as_peft(t, shared):
     return out
 
 
-@pytest.mark.parametrize(("layout", "shared"), [("mixtral", True), ("mixtral", False), ("mixtral_sparse", False)])
-def test_logits_loss_and_gradients(layout, shared):
+@pytest.mark.parametrize(
+    ("layout", "kernel", "shared"),
+    [("mixtral", "looped", True), ("mixtral", "grouped", False), ("mixtral_sparse", "looped", False)],
+)
+def test_logits_loss_and_gradients(layout, kernel, shared):
     section = TuningSection(lora=LoraSection(rank=RANK, alpha=ALPHA, targets=TARGETS))
     w = weights(ARGS, scale=5.0, dtype=torch.float32, adapters=resolve(section, ARGS, get_layout(layout)).adapters)
     if shared:
         w |= {name.replace("w1", "w3"): w[name] for name in w if name.endswith("w1_lora_a")}
     batch = collate(samples(4, seed=5, longest=40), 4)
-    ((logits, loss, gradients),) = run_ranks(1, run_ours, layout, section, w, batch)
+    ((logits, loss, gradients),) = run_ranks(1, run_ours, layout, kernel, section, w, batch)
 
     width = 1 if shared else 2  # of the fused adapter, in ranks
     config = LoraConfig(

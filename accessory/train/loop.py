@@ -119,6 +119,7 @@ class Trainer:
         watch_adapters(self.model, self.optimizer, added)
         self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
         total = sum(math.prod(cut.shape) for cut in cuts.values())
+        self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
         peak, origin = peak_flops(self.device, compute)
         self.peak = peak
         say(
@@ -201,7 +202,7 @@ class Trainer:
 
     def _log(self, step: int, window: Window, rate: float) -> None:
         values, loads = window.reduce()
-        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.peak)}
+        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.trained, self.peak)}
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1) * loads.shape[1]
         values |= {"load_max": float(shares.max()), "load_min": float(shares.min())}
         say(
