@@ -113,7 +113,8 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(tokens)
         where = steps.unsqueeze(0) if positions is None else positions
         rotation = rotations(where, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling, x.dtype)
-        draw = None if keys is None else draws(keys, steps)
+        drops = any(adapter.dropout for adapter in self.adapters.values())
+        draw = draws(keys, steps) if drops and keys is not None else None
         stats = []
         for number, layer in enumerate(self.layers):
             inputs = (x, rotation, real, caches[number] if caches else None, positions, draw)
