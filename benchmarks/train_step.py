@@ -1,6 +1,7 @@
 """The whole training step (forward, backward, clipping, AdamW) next to transformers' own MixtralForCausalLM.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --lora 16      # adapters on attention and experts, next to the PEFT library's
 
 Same shape (vocabulary 32000), same batch with masked prompts as in finetuning, same optimiser and clipping, balance loss
 on. fp32, and bf16 compute over fp32 masters (transformers: autocast). Each side runs in a process of its own, in turn,
@@ -27,9 +28,10 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.fsdp import wrap
-from accessory.train.config import OptimSection
+from accessory.train.config import LoraSection, OptimSection, TuningSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
+from accessory.tuning.spec import resolve
 
 SHAPE = ModelArgs(
     dim=512,
@@ -50,15 +52,20 @@ def batch() -> torch.Tensor:
     return torch.randint(3, SHAPE.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def ours(precision: str, device: torch.device) -> Callable[[], float]:
+def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]:
     start_one_process()
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    section = TuningSection(lora=LoraSection(rank=lora) if lora else None)
+    tuning = resolve(section, SHAPE, LAYOUTS["mixtral"])
     model = build_model(
         SHAPE,
         "mixtral",
-        RandomWeights(logical_cuts(SHAPE, LAYOUTS["mixtral"]), seed=0),
+        RandomWeights(logical_cuts(SHAPE, LAYOUTS["mixtral"], tuning.adapters), seed=0),
         dtype=torch.float32,
         device=device,
+        adapters=tuning.adapters,
+        trains=tuning.trains,
+        frozen_dtype=compute,
         shard=lambda m: wrap(m, "fsdp", compute, device.type),
     )
     optimizer = make_optimizer(model, OPTIM)
@@ -74,7 +81,7 @@ def ours(precision: str, device: torch.device) -> Callable[[], float]:
     return step
 
 
-def theirs(precision: str, device: torch.device) -> Callable[[], float]:
+def theirs(precision: str, device: torch.device, lora: int) -> Callable[[], float]:
     config = MixtralConfig(
         vocab_size=SHAPE.vocab_size,
         hidden_size=SHAPE.dim,
@@ -89,7 +96,10 @@ def theirs(precision: str, device: torch.device) -> Callable[[], float]:
         use_cache=False,
     )
     model = MixtralForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0, fused=True)
+    if lora:
+        model = with_peft(model.to(torch.bfloat16) if precision == "bf16" else model, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0, fused=True)
     tokens = batch().to(device)
     labels = tokens.clone()
     labels[:, :PROMPT] = -100
@@ -98,7 +108,7 @@ def theirs(precision: str, device: torch.device) -> Callable[[], float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad)
+        torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss)
@@ -106,10 +116,25 @@ def theirs(precision: str, device: torch.device) -> Callable[[], float]:
     return step
 
 
-def measure(side: str, precision: str, steps: int) -> None:
+def with_peft(model: MixtralForCausalLM, rank: int) -> torch.nn.Module:
+    """The same adapters: PEFT's one on the fused gate_up_proj has twice the rank of ours on w1 and w3."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={r".*\.gate_up_proj": 2 * rank},
+        alpha_pattern={r".*\.gate_up_proj": 2 * rank},
+    )
+    return get_peft_model(model, config)
+
+
+def measure(side: str, precision: str, steps: int, lora: int) -> None:
     """In a process of its own: print one JSON line."""
     device = pick_device()
-    step = {"accessory": ours, "transformers": theirs}[side](precision, device)
+    step = {"accessory": ours, "transformers": theirs}[side](precision, device, lora)
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
@@ -126,10 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="0: full finetuning")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments.steps)
+        measure(*arguments.measure, arguments.steps, arguments.lora)
         return
     print(environment())
     for precision in ("fp32", "bf16"):
@@ -137,6 +163,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for side, results in found.items():
                 command = [sys.executable, __file__, "--measure", side, precision, "--steps", str(arguments.steps)]
+                command += ["--lora", str(arguments.lora)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 results.append(json.loads(output.splitlines()[-1]))
         rate = {side: SEQUENCES * LENGTH / median(r["seconds"] for r in results) for side, results in found.items()}

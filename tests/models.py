@@ -52,12 +52,17 @@ def make_tokenizer(path, pieces=300):
     return train_tokenizer(lines, path, pieces)
 
 
-def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64):
-    """Random logical tensors, large enough for routing and attention to be far from uniform."""
-    cuts = logical_cuts(args, get_layout("mixtral"))
+def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64, adapters=None):
+    """Random logical tensors, large enough for routing and attention to be far from uniform; adapters are not zero."""
+    cuts = logical_cuts(args, get_layout("mixtral"), adapters)
     source = RandomWeights(cuts, seed)
     whole = {name: tuple(slice(0, n) for n in cut.shape) for name, cut in cuts.items()}
-    return {name: (source.read(name, r).to(dtype) * (scale if len(r) > 1 else 1.0)) for name, r in whole.items()}
+    result = {name: (source.read(name, r).to(dtype) * (scale if len(r) > 1 else 1.0)) for name, r in whole.items()}
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in result.items():
+        if name.endswith(("lora_b", "bias")):
+            tensor.normal_(0.0, 0.1, generator=generator)
+    return result
 
 
 class Tensors:
@@ -82,7 +87,8 @@ def samples(count, seed, args=TINY, longest=14):
     return result
 
 
-def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto"):
+def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto", **tuning):
+    """``tuning``: adapters and trains, as build_model takes them."""
     return build_model(
         args,
         layout,
@@ -91,6 +97,8 @@ def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=Non
         device=torch.device("cpu"),
         recompute=recompute,
         kernel=kernel,
+        frozen_dtype=compute,
+        **tuning,
         shard=lambda model: wrap(model, mode, compute or dtype, "cpu"),
     )
 
@@ -98,13 +106,14 @@ def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=Non
 def local_parts(model):
     """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
     rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
-    cuts = logical_cuts(model.args, model.layout)
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
     return {name: (cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
 
 
-def assemble(parts, args=TINY):
+def assemble(parts, args=TINY, adapters=None):
     """Full logical tensors from what the ranks returned; where several hold the same part they must agree bitwise."""
-    full = {name: torch.full(cut.shape, torch.nan) for name, cut in logical_cuts(args, get_layout("mixtral")).items()}
+    cuts = logical_cuts(args, get_layout("mixtral"), adapters)
+    full = {name: torch.full(cuts[name].shape, torch.nan) for name in parts[0]}
     for part in parts:
         for name, (region, tensor) in part.items():
             full[name] = full[name].to(tensor.dtype)
@@ -117,16 +126,17 @@ def assemble(parts, args=TINY):
 
 
 def train(
-    args, layout, mp, mode, steps, *, accumulation, balance, recompute=False, seed=0, dtype=torch.float64, compute=None
+    args, layout, mp, mode, steps, *, accumulation, balance, recompute=False, dtype=torch.float64, compute=None, **tuning
 ):
     """Train on ``steps`` (lists of samples, one global batch each) and return what happened on this rank."""
     initialize_groups(mp)
     dp = dist.get_world_size(get_data_parallel_group())
     dp_rank = dist.get_rank(get_data_parallel_group())
-    model = build(args, layout, Tensors(weights(args, seed)), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
+    source = Tensors(weights(args, adapters=tuning.get("adapters")))
+    model = build(args, layout, source, mode=mode, dtype=dtype, compute=compute, recompute=recompute, **tuning)
     logits = [evaluate(model, sample.tokens) for sample in steps[0][:2]]
     optimizer = make_optimizer(model, OPTIM)
-    cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
+    cut = {name for name, c in logical_cuts(args, model.layout, model.adapters).items() if c.dim is not None}
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)
     results = []
@@ -153,10 +163,13 @@ def evaluate(model, tokens):
 
 def _gradients(model):
     parts = {}
-    cuts = logical_cuts(model.args, model.layout)
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
     rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
+        if not parameter.requires_grad:
+            assert gradient is None, f"{name} is frozen but has a gradient"
+            continue
         full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         parts[name] = (cuts[name].region(rank, size), full.clone())
     return parts

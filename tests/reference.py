@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(w, args, tokens):
-    """One sequence [S] -> logits [S, V], router probabilities [L, S, E] and chosen experts [L, S, K]."""
+def forward(w, args, tokens, scaling=1.0):
+    """One sequence [S] -> logits [S, V], router probabilities [L, S, E] and chosen experts [L, S, K].
+
+    Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A.
+    """
     length, probs, chosen = len(tokens), [], []
+    w = with_adapters(w, scaling)
     x = w["tok_embeddings.weight"][tokens]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     hidden_from = (distance < 0) | (distance >= (args.sliding_window or length))
@@ -16,27 +20,41 @@ def forward(w, args, tokens):
         layer = {k.removeprefix(f"layers.{n}."): v for k, v in w.items() if k.startswith(f"layers.{n}.")}
         h = norm(x, layer["attention_norm.weight"], args.norm_eps)
         q, k, v = (
-            (h @ layer[f"attention.{m}.weight"].T).view(length, -1, args.head_dim).transpose(0, 1)
+            (h @ layer[f"attention.{m}.weight"].T + layer.get(f"attention.{m}.bias", 0.0))
+            .view(length, -1, args.head_dim)
+            .transpose(0, 1)
             for m in ("wq", "wk", "wv")
         )
         q, k = rotate(q, args), rotate(k, args)
         group = args.n_heads // args.n_kv_heads
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         scores = (q @ k.transpose(1, 2) / math.sqrt(args.head_dim)).masked_fill(hidden_from, -math.inf)
-        x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1) @ layer["attention.wo.weight"].T
+        heads = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
+        x = x + heads @ layer["attention.wo.weight"].T + layer.get("attention.wo.bias", 0.0)
         h = norm(x, layer["ffn_norm.weight"], args.norm_eps)
         p = (h @ layer["feed_forward.gate.weight"].T).softmax(-1)
         top = p.topk(args.moe.num_experts_per_tok, -1).indices
         share = torch.zeros_like(p).scatter(1, top, p.gather(1, top))
         share = share / share.sum(-1, keepdim=True)
-        y = torch.zeros_like(x)
+        y, biased = torch.zeros_like(x), "feed_forward.experts.w1_bias" in layer
         for e in range(args.moe.num_experts):
             w1, w2, w3 = (layer[f"feed_forward.experts.{m}"][e] for m in ("w1", "w2", "w3"))
-            y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+            b1, b2, b3 = (layer[f"feed_forward.experts.{m}_bias"][e] if biased else 0.0 for m in ("w1", "w2", "w3"))
+            y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T + b1) * (h @ w3.T + b3)) @ w2.T + b2)
         x = x + y
         probs.append(p)
         chosen.append(top)
     return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(probs), torch.stack(chosen)
+
+
+def with_adapters(w, scaling):
+    """Every matrix as it is with its LoRA: W + scaling * B A; the embedding's W is stored transposed."""
+    w = dict(w)
+    for name in [name for name in w if name.endswith("lora_a")]:
+        matrix = name.replace(".lora_a", ".weight").replace("_lora_a", "")
+        product = scaling * w[name.replace("lora_a", "lora_b")] @ w[name]
+        w[matrix] = w[matrix] + (product.T if matrix == "tok_embeddings.weight" else product)
+    return w
 
 
 def norm(x, weight, eps):
@@ -55,11 +73,11 @@ def rotate(x, args):
     return out
 
 
-def loss(w, args, samples, balance):
+def loss(w, args, samples, balance, scaling=1.0):
     """Training loss over a whole global batch of (tokens, trained) pairs, as FORMATS defines it."""
     total, targets, documents = 0.0, 0, []
     for tokens, trained in samples:
-        logits, probs, chosen = forward(w, args, torch.tensor(tokens))
+        logits, probs, chosen = forward(w, args, torch.tensor(tokens), scaling)
         for position in range(len(tokens) - 1):
             if trained[position + 1]:
                 total = total - logits[position].log_softmax(-1)[tokens[position + 1]]
@@ -76,15 +94,19 @@ def loss(w, args, samples, balance):
     return total / targets + args.load_balancing_weight * uneven
 
 
-def train(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps):
-    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; returns weights, clipped gradients, norms."""
-    w = {name: tensor.clone().requires_grad_() for name, tensor in w.items()}
+def train(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
+    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; returns weights, clipped gradients, norms.
+
+    ``trains``: names of the tensors that do; None: all.
+    """
+    frozen = {name: tensor for name, tensor in w.items() if trains is not None and name not in trains}
+    w = {name: tensor.clone().requires_grad_() for name, tensor in w.items() if name not in frozen}
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
     first_gradients, norms = None, []
     for step, samples in enumerate(batches, 1):
         for tensor in w.values():
             tensor.grad = None
-        loss(w, args, samples, balance).backward()
+        loss(w | frozen, args, samples, balance, scaling).backward()
         size = math.sqrt(sum(t.grad.pow(2).sum().item() for t in w.values()))
         norms.append(size)
         with torch.no_grad():
@@ -93,7 +115,7 @@ def train(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps):
                 m, v = moments[name]
                 m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
                 v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
-                if tensor.dim() > 1:
+                if tensor.dim() > 1 and not name.endswith("bias"):
                     tensor.mul_(1 - lr * weight_decay)
                 tensor.sub_(lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps))
         if first_gradients is None:

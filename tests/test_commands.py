@@ -144,7 +144,26 @@ def test_finetune_starts_from_a_checkpoint(runs, home):
     assert (home / "more/epoch0-iter1/consolidated.00-of-01.model.safetensors").is_file()
 
 
+def test_adapters_train_alike_in_both_layouts(home):
+    tuning = ["tuning.lora.rank=4", "tuning.lora.dropout=0.1", "tuning.bias=true", "tuning.norm=true"]
+    for layout in ("mixtral_peft", "mixtral_sparse"):
+        words = [f"model.layout={layout}", f"out={home}/lora_{layout}", "log.wandb=off"]
+        codes, out, err = command("finetune", home / "run.yaml", *tuning, *words, ranks=2)
+        assert codes == [0, 0], err
+        table = out[out.index("what trains") : out.index("step ")]
+        assert re.search(r"^experts LoRA +7,680 +\S+%  float32$", table, re.M), (
+            table
+        )  # 2 layers x 3 x 4 experts x 4 x (32 + 48)
+        assert re.search(r"^frozen +[\d,]+ +\S+%  float32$", table, re.M), table
+    expert, sparse = (rows(home / f"lora_{layout}") for layout in ("mixtral_peft", "mixtral_sparse"))
+    for a, b in zip(expert, sparse, strict=True):
+        for key in {"loss", "balance", "grad_norm", "val_loss"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+    assert expert[-1]["val_loss"] < expert[0]["val_loss"]
+
+
 BAD = {
+    "tuning": (["tuning.freeze=[routers]"], "tuning.freeze: 'routers' matches none"),
     "missing file": (["data.mix=nowhere.yaml"], "nowhere.yaml: no such file"),
     "unknown key": (["optim.weight_deca=0.1"], "unknown key 'weight_deca'; did you mean 'weight_decay'?"),
     "wrong type": (["train.batch_size=many"], "batch_size: expected int, found 'many'"),

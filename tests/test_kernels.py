@@ -4,9 +4,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from accessory.model.moe.kernels import BLOCK, KERNELS
+from accessory.model.moe.kernels import BLOCK, KERNELS, MATMULS
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
-from accessory.parallel.tensor import get_model_parallel_rank, initialize_groups
+from accessory.parallel.tensor import copy_to_model_parallel_region, get_model_parallel_rank, initialize_groups
 
 DIM, HIDDEN = 16, 24
 ROWS = {  # rows of each expert
@@ -80,6 +80,46 @@ def test_expanded_output_gradient(kernel, dtype, tolerance):
         assert_close(ours[name], tensor, tolerance, name)
 
 
+def run_matmul(kernel, rows, dtype, width, frozen=()):
+    """Output and gradients of one grouped product, [n, DIM] x [e, width, DIM], and what it kept for backward."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (sum(rows), DIM), "w": (len(rows), width, DIM)}
+    inputs = {name: torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype) for name, shape in shapes.items()}
+    inputs = {name: t.requires_grad_(name not in frozen) for name, t in inputs.items()}
+    gradient = torch.randn(sum(rows), width, generator=generator).to(torch.bfloat16).to(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = MATMULS[kernel](*inputs.values(), torch.tensor(rows).cumsum(0).int())
+    out.backward(gradient)
+    result = {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
+    return result, {name for name, t in inputs.items() if t.numel() and t.data_ptr() in kept}
+
+
+@pytest.mark.parametrize("width", [HIDDEN, 3], ids=["wide", "rank 3"])  # 3: strides that torch's kernel refuses
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT + COARSE)
+def test_matmul_equals_the_definition(kernel, dtype, tolerance, rows, width):
+    expected, _ = run_matmul("reference", rows, torch.float64, width)
+    for frozen in ((), ("x",), ("w",)):
+        ours, kept = run_matmul(kernel, rows, dtype, width, frozen)
+        assert ours.keys() == expected.keys() - set(frozen)
+        for name, tensor in ours.items():
+            assert tensor.dtype == dtype
+            assert_close(tensor, expected[name], tolerance, f"{name}, frozen {frozen}")
+        if kernel != "reference" and frozen:
+            assert kept <= set(frozen), "kept for a gradient that nobody wants"
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT)
+def test_frozen_experts_do_not_keep_their_input(kernel, dtype, tolerance):
+    rows, kept = ROWS["ragged"], []
+    x, weight = torch.randn(sum(rows), DIM, dtype=dtype, requires_grad=True), torch.rand(sum(rows), 1, dtype=dtype)
+    shapes = ((len(rows), HIDDEN, DIM), (len(rows), DIM, HIDDEN), (len(rows), HIDDEN, DIM))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        KERNELS[kernel](x, *(torch.randn(s, dtype=dtype) for s in shapes), weight, torch.tensor(rows).cumsum(0).int())
+    assert kept and x.data_ptr() not in kept
+
+
 VOCABULARY = 64
 LENGTHS = [0, 1, 5, CHUNK["cpu"], 2 * CHUNK["cpu"] + 7]
 
@@ -100,7 +140,7 @@ def run_cross_entropy(world, dtype, frozen, scale):
         hidden, weight, targets = cross_entropy_inputs(rows, scale)
         hidden = hidden.to(dtype).requires_grad_("hidden" not in frozen)
         weight = weight[part].to(dtype).requires_grad_("weight" not in frozen)
-        loss = linear_cross_entropy(hidden, weight, targets)
+        loss = linear_cross_entropy([(copy_to_model_parallel_region(hidden), weight)], targets)
         (3 * loss).backward()
         results[rows] = loss.detach(), hidden.grad, weight.grad
     return results
@@ -118,6 +158,30 @@ CROSS_ENTROPY = [  # dtype, frozen, scale of the logits, tolerance
     (torch.float32, (), 1.0, 1e-5),
     (torch.bfloat16, (), 1.0, 0.05),
 ]
+
+
+def run_two_factors(world):
+    """Loss and gradients of an output layer with a low-rank factor beside it, which is cut like it."""
+    initialize_groups(world)
+    part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
+    hidden, weight, targets = cross_entropy_inputs(CHUNK["cpu"] + 3, 1.0)
+    low, b = hidden[:, :2].clone().requires_grad_(), weight[part, :2].clone().requires_grad_()
+    loss = linear_cross_entropy([(hidden, weight[part]), (copy_to_model_parallel_region(low), b)], targets)
+    loss.backward()
+    return loss.detach(), low.grad, b.grad
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cross_entropy_of_two_factors(world):
+    hidden, weight, targets = cross_entropy_inputs(CHUNK["cpu"] + 3, 1.0)
+    low, b = hidden[:, :2].clone().requires_grad_(), weight[:, :2].clone().requires_grad_()
+    expected = linear_cross_entropy_reference(torch.cat([hidden, low], 1), torch.cat([weight, b], 1), targets)
+    expected.backward()
+    parts = run_ranks(world, run_two_factors, world)
+    for loss, d_low, _ in parts:
+        assert_close(loss, expected.detach(), 1e-12)
+        assert_close(d_low, low.grad, 1e-12)
+    assert_close(torch.cat([d_b for *_, d_b in parts]), b.grad, 1e-12)
 
 
 @pytest.mark.parametrize("world", [1, 2])

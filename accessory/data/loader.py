@@ -18,6 +18,7 @@ class Batch:
     tokens: Tensor  # [B, S]
     lengths: Tensor  # [B]
     targets: Targets  # the n positions that must predict a trained token
+    keys: Tensor  # [B] a number of each sequence in the run, of which its dropout is made
     real_tokens: int
     target_tokens: int
 
@@ -30,11 +31,14 @@ class Batch:
             return x.to(device, non_blocking=True)
 
         targets = Targets(move(self.targets.rows), move(self.targets.ids))
-        return Batch(move(self.tokens), move(self.lengths), targets, self.real_tokens, self.target_tokens)
+        keys = move(self.keys)
+        return Batch(move(self.tokens), move(self.lengths), targets, keys, self.real_tokens, self.target_tokens)
 
 
-def collate(samples: Sequence[Sample], batch_size: int) -> Batch:
+def collate(samples: Sequence[Sample], batch_size: int, keys: Sequence[int] | None = None) -> Batch:
     """Pad samples to the longest; fill up to ``batch_size`` rows with empty sequences, which count for nothing."""
+    numbers = torch.zeros(batch_size, dtype=torch.int64)
+    numbers[: len(samples)] = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
     width = max([len(s.tokens) for s in samples], default=1)
     tokens = torch.zeros(batch_size, width, dtype=torch.int64)
     lengths = torch.zeros(batch_size, dtype=torch.int64)
@@ -47,7 +51,7 @@ def collate(samples: Sequence[Sample], batch_size: int) -> Batch:
                 rows.append(index * width + position)
                 ids.append(sample.tokens[position + 1])
     targets = Targets(torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
-    return Batch(tokens, lengths, targets, sum(len(s.tokens) for s in samples), len(ids))
+    return Batch(tokens, lengths, targets, numbers, sum(len(s.tokens) for s in samples), len(ids))
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,20 @@ class BatchPlan:
         """Optimiser steps of an epoch; the last may be smaller, every sample is used."""
         return -(-samples // self.global_batch)
 
-    def epoch(self, samples: Sequence[Sample], order: Sequence[int]) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each step.
+    def epoch(self, samples: Sequence[Sample], order: Sequence[int], number: int = 0) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each step of epoch ``number``.
 
         Which samples a step sees depends only on the order and the size of the global batch. Inside it they are laid
         out by length, so that sequences of one micro-step are alike and little is padded: results do not depend on it.
         """
         for start in range(0, len(order), self.global_batch):
-            chosen = sorted((samples[i] for i in order[start : start + self.global_batch]), key=lambda s: len(s.tokens))
+            chosen = sorted(order[start : start + self.global_batch], key=lambda i: len(samples[i].tokens))
             micro_steps = []
             for step in range(self.accumulation):
                 first = (step * self.world + self.rank) * self.batch_size
-                micro_steps.append(collate(chosen[first : first + self.batch_size], self.batch_size))
+                mine = chosen[first : first + self.batch_size]
+                keys = [number * len(samples) + i for i in mine]
+                micro_steps.append(collate([samples[i] for i in mine], self.batch_size, keys))
             yield micro_steps
 
 

@@ -67,7 +67,11 @@ class ModelArgs:
         experts = 3 * self.moe.num_experts_per_tok * self.dim * self.hidden_dim
         return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * self.vocab_size
 
-    def train_flops_per_token(self, seq_len: int) -> float:
-        """Forward + backward FLOPs of one token in a causal sequence of ``seq_len`` (recompute not counted)."""
+    def train_flops_per_token(self, seq_len: int, trained: float = 1.0) -> float:
+        """Forward + backward FLOPs of one token in a causal sequence of ``seq_len`` (recompute not counted).
+
+        ``trained``: share of the parameters that train; the gradients of the others are not computed.
+        """
         window = min(seq_len, self.sliding_window or seq_len)
-        return 6.0 * (self.active_parameters() + self.n_layers * self.n_heads * self.head_dim * window)
+        products = (4.0 + 2.0 * trained) * self.active_parameters()
+        return products + 6.0 * self.n_layers * self.n_heads * self.head_dim * window

@@ -30,10 +30,20 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """``x`` [B, S, D] -> [B, S, D]. With a cache, ``positions`` [B, S] says where each token of a row stands."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        draw: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` [B, S, D] -> [B, S, D]. With a cache, ``positions`` [B, S] says where each token of a row stands.
+
+        ``draw`` [B, S] is the adapters', for dropout.
+        """
         x = copy_to_model_parallel_region(x)
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x, draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
         decoding = False
         if cache is not None and positions is not None:
@@ -48,7 +58,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._seen(positions, k.shape[2]), enable_gqa=True)
         else:
             out = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2), self.window)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return self.wo(out.transpose(1, 2).flatten(2), draw)
 
     def _seen(self, positions: Tensor, length: int) -> Tensor:
         """Which of ``length`` cached keys the one new token of each row sees: bool [B, 1, 1, length]."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from accessory.dtypes import all_finite
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.model.logical import Cut, Region, Source, divided_sizes, logical_cuts, region_shape
+from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import check_divides, get_model_parallel_rank, get_model_parallel_world_size
 
@@ -25,6 +25,9 @@ def build_model(
     device: torch.device,
     kernel: str = "auto",
     recompute: bool = False,
+    adapters: Adapters | None = None,
+    trains: Collection[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """Build a decoder cut over the current model-parallel group and fill it from ``source``.
@@ -33,6 +36,9 @@ def build_model(
         layout: "mixtral" (expert) or "mixtral_sparse".
         source: where logical tensors are read from; each rank reads only its own regions.
         dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype).
+        adapters: what is added to which matrix; ``source`` must have their tensors too.
+        trains: names of the parameters that train; None: all.
+        frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
         shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
 
     Raises:
@@ -41,7 +47,11 @@ def build_model(
     cut_by = get_layout(layout)
     check_divides(f"layout '{layout}'", get_model_parallel_world_size(), divided_sizes(args, cut_by))
     with torch.device("meta"):
-        model = Decoder(args, cut_by, kernel, recompute).to(dtype)
+        model = Decoder(args, cut_by, kernel, recompute)
+        model.adapt(adapters or {})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = trains is None or name in trains
+        parameter.data = parameter.data.to(dtype if parameter.requires_grad else frozen_dtype or dtype)
     if shard is not None:
         shard(model)
     model.to_empty(device=device)
@@ -55,12 +65,13 @@ def fill(model: Decoder, source: Source) -> None:
 
     Values that are no numbers are told, not refused: what to do about them is the user's to decide.
     """
-    cuts = logical_cuts(model.args, model.layout)
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         first = _first_row(parameter)
         region = cuts[name].region(get_model_parallel_rank(), get_model_parallel_world_size())
-        for rows, piece in split_rows(region, first, first + len(local)):
+        merged = parameter.dim() < len(region)
+        for rows, piece in split_rows(region, first, first + len(local), merged):
             local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
         if not all_finite(local):
             print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
@@ -77,30 +88,32 @@ def _first_row(parameter: Tensor) -> int:
     return 0
 
 
-def split_rows(region: Region, first: int, last: int) -> Iterator[tuple[slice, Region]]:
-    """Rows ``first`` to ``last`` of the matrix that ``region`` is stored as, as boxes of the logical tensor.
+def split_rows(region: Region, first: int, last: int, merged: bool) -> Iterator[tuple[slice, Region]]:
+    """Rows ``first`` to ``last`` of the tensor that ``region`` is stored as, as boxes of the logical tensor.
 
-    A 3-D region [e, R, C] is stored with its first two dimensions merged, [e * R, C]. Yields (the rows counted from
-    ``first``, the logical box that belongs there).
+    ``merged``: the region [e, R, ...] is stored with its first two dimensions as one, [e * R, ...]. Yields (the rows
+    counted from ``first``, the logical box that belongs there).
     """
-    if len(region) < 3:
+    if not merged:
         if last > first:
             yield slice(0, last - first), (slice(region[0].start + first, region[0].start + last), *region[1:])
         return
-    experts, rows, columns = region
+    experts, rows, *columns = region
     height = rows.stop - rows.start
     for index in range(first // height, -(-last // height)):
         low, high = max(first, index * height), min(last, (index + 1) * height)
         expert = experts.start + index
         box = slice(rows.start + low - index * height, rows.start + high - index * height)
-        yield slice(low - first, high - first), (slice(expert, expert + 1), box, columns)
+        yield slice(low - first, high - first), (slice(expert, expert + 1), box, *columns)
 
 
 class RandomWeights:
     """Initial weights as a function of (seed, logical name, place): the same for every layout and parallel size.
 
-    Matrices are normal with standard deviation 0.02, norms are one (transformers' defaults for Mixtral). Numbers are
-    drawn on the CPU in fp32, in blocks of rows with a generator each, so a rank draws only the blocks it needs.
+    Matrices are normal with standard deviation 0.02, norms are one (transformers' defaults for Mixtral); of an adapter,
+    A is such a matrix (the reference cuts its normal at +-2, a hundred deviations: at nothing), B and the bias are zero.
+    Numbers are drawn on the CPU in fp32, in blocks of rows with a generator each, so a rank draws only the blocks it
+    needs.
     """
 
     BLOCK = 2**20  # numbers per block; changing it changes every model made from a seed
@@ -112,6 +125,8 @@ class RandomWeights:
 
     def read(self, name: str, region: Region) -> Tensor:
         out = torch.empty(region_shape(region))
+        if name.endswith(("lora_b", "bias")):
+            return out.zero_()
         if out.dim() == 1:
             return out.fill_(1.0)
         matrices = out if out.dim() == 3 else out.unsqueeze(0)

@@ -9,11 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from accessory.dtypes import at_least_fp32
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention, KVCache
+from accessory.model.logical import Adapters
 from accessory.model.moe import MoE
+from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import RouterStats
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import rotations
+from accessory.parallel.adapter import Adaptable, Adapter, draws
 from accessory.parallel.cross_entropy import linear_cross_entropy
 from accessory.parallel.tensor import (
     ColumnParallelLinear,
@@ -41,10 +44,16 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, real: Tensor, cache: KVCache | None, positions: Tensor | None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        real: Tensor,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        draw: Tensor | None,
     ) -> tuple[Tensor, RouterStats]:
-        x = x + self.attention(self.attention_norm(x), rotation, cache, positions)
-        y, stats = self.feed_forward(self.ffn_norm(x), real)
+        x = x + self.attention(self.attention_norm(x), rotation, cache, positions, draw)
+        y, stats = self.feed_forward(self.ffn_norm(x), real, draw)
         return x + y, stats
 
 
@@ -52,15 +61,28 @@ class Decoder(nn.Module):
     """A Mixtral-class language model, cut over the model-parallel group as ``layout`` says.
 
     ``recompute`` drops the activations inside each block and computes them again in backward.
+
+    Attributes:
+        adapters: by the logical name of their matrix; ``adapt`` puts them there.
     """
 
     def __init__(self, args: ModelArgs, layout: Layout, kernel: str = "auto", recompute: bool = False):
         super().__init__()
         self.args, self.layout, self.recompute = args, layout, recompute
+        self.adapters: dict[str, Adapter] = {}
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, layout, kernel) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size)
+
+    def adapt(self, adapters: Adapters) -> None:
+        """Put an adapter on each matrix named; its parameters are made empty, like the others."""
+        self.adapters |= adapters
+        for name, adapter in adapters.items():
+            owner, matrix = name.rsplit(".", 1)
+            layer = self.get_submodule(owner)
+            assert isinstance(layer, Adaptable | GroupedExperts)
+            layer.adapt(matrix, adapter)
 
     def forward(
         self,
@@ -70,6 +92,7 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
         caches: list[KVCache] | None = None,
         positions: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """Run the model over right-padded sequences.
 
@@ -79,6 +102,7 @@ class Decoder(nn.Module):
             targets: if given, the result is the sum of cross-entropy over them; else it is logits,
             rows: of these rows of [B * S] only, if given.
             caches: one per layer, for generation; ``positions`` [B, S] then says where each token stands.
+            keys: [B] a number for each sequence, of which its adapters' dropout is made; None: nothing is dropped.
 
         Returns:
             The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, each
@@ -89,9 +113,11 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(tokens)
         where = steps.unsqueeze(0) if positions is None else positions
         rotation = rotations(where, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling, x.dtype)
+        drops = any(adapter.dropout for adapter in self.adapters.values())
+        draw = draws(keys, steps) if drops and keys is not None else None
         stats = []
         for number, layer in enumerate(self.layers):
-            inputs = (x, rotation, real, caches[number] if caches else None, positions)
+            inputs = (x, rotation, real, caches[number] if caches else None, positions, draw)
             if self.recompute and torch.is_grad_enabled():
                 x, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -100,11 +126,12 @@ class Decoder(nn.Module):
         router = RouterStats(*(torch.stack(s) for s in zip(*stats, strict=True)))
         if targets is not None:
             rows = targets.rows
-        hidden = self.norm(x if rows is None else x.flatten(0, 1).index_select(0, rows))
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)
+            draw = None if draw is None else draw.flatten()[rows]
+        hidden = copy_to_model_parallel_region(self.norm(x))
         if targets is not None:
-            return linear_cross_entropy(hidden, self.output.weight, targets.ids), router
-        return at_least_fp32(self._logits(hidden)), router
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Output layer over the whole vocabulary: [..., D] -> [..., V] on every rank."""
-        return gather_from_model_parallel_region(self.output(copy_to_model_parallel_region(hidden)))
+            low = self.output.low_rank(hidden, draw)
+            factors = [(hidden, self.output.weight)] + ([] if low is None else [(low, self.output.lora_b)])
+            return linear_cross_entropy(factors, targets.ids), router
+        return at_least_fp32(gather_from_model_parallel_region(self.output(hidden, draw))), router

@@ -13,9 +13,15 @@ Logical names and shapes (``{n}`` a layer; V vocabulary, D dim, F hidden_dim, E 
     norm.weight                                       [D]
     output.weight                                     [V, D]
 
-They are the names of the decoder's own parameters.
+An adapter on a matrix [..., out, in] adds the tensors (R its rank)
+
+    lora_a [..., R, in]    lora_b [..., out, R]    bias [..., out]
+
+called ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1_lora_a`` beside ``experts.w1``; the
+embedding counts as a matrix that maps V to D. They are the names of the decoder's own parameters.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +29,14 @@ from torch import Tensor
 
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import Layout
+from accessory.parallel.adapter import Adapter, adapter_cut_dims, adapter_name
 
 Region = tuple[slice, ...]
 """A box of a logical tensor: one slice with explicit start and stop per dimension."""
+
+
+Adapters = Mapping[str, Adapter]
+"""The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
 
 
 class Source(Protocol):
@@ -56,8 +67,8 @@ def region_shape(region: Region) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in region)
 
 
-def logical_cuts(args: ModelArgs, layout: Layout) -> dict[str, Cut]:
-    """Every logical tensor of a model, and how ``layout`` cuts it. Names in the order of the decoder's parameters."""
+def logical_cuts(args: ModelArgs, layout: Layout, adapters: Adapters | None = None) -> dict[str, Cut]:
+    """Every logical tensor of a model with ``adapters``, and how ``layout`` cuts it; adapters follow their matrix."""
     d, f, v, e = args.dim, args.hidden_dim, args.vocab_size, args.moe.num_experts
     q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     cuts = {"tok_embeddings.weight": Cut((v, d), 1)}
@@ -75,7 +86,26 @@ def logical_cuts(args: ModelArgs, layout: Layout) -> dict[str, Cut]:
             f"{layer}.attention_norm.weight": Cut((d,), None),
             f"{layer}.ffn_norm.weight": Cut((d,), None),
         }
-    return cuts | {"norm.weight": Cut((d,), None), "output.weight": Cut((v, d), 0)}
+    cuts |= {"norm.weight": Cut((d,), None), "output.weight": Cut((v, d), 0)}
+    result = {}
+    for name, cut in cuts.items():
+        result[name] = cut
+        if adapters and name in adapters:
+            result |= adapter_cuts(name, cut, adapters[name])
+    return result
+
+
+def adapter_cuts(matrix: str, cut: Cut, adapter: Adapter) -> dict[str, Cut]:
+    """The logical tensors of one matrix' adapter, by name."""
+    shape, dim = cut.shape, cut.dim
+    if matrix == "tok_embeddings.weight":  # stored [V, D], maps V to D
+        shape, dim = shape[::-1], 0
+    *groups, out, inner = shape
+    shapes = {"bias": (*groups, out)} if adapter.bias else {}
+    if adapter.rank:
+        shapes |= {"lora_a": (*groups, adapter.rank, inner), "lora_b": (*groups, out, adapter.rank)}
+    dims = adapter_cut_dims(len(shape), dim)
+    return {adapter_name(matrix, part): Cut(shape, dims[part]) for part, shape in shapes.items()}
 
 
 def divided_sizes(args: ModelArgs, layout: Layout) -> dict[str, int]:

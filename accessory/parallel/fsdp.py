@@ -22,12 +22,11 @@ def wrap(model: nn.Module, mode: DataParallel, compute: torch.dtype, device_type
         mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" keeps them
             gathered in between; "ddp" keeps parameters, gradients and optimiser state whole on every rank.
         compute: dtype of parameters and activations in forward and backward. Parameters, their reduced gradients and
-            the optimiser state keep the parameters' own dtype, or at least fp32.
+            the optimiser state keep the parameters' own dtype, or at least fp32. Frozen parameters are sharded too.
     """
     group = get_data_parallel_group()
     size = dist.get_world_size(group)
-    masters = next(model.parameters()).dtype
-    if size == 1 and compute == masters:
+    if size == 1 and all(parameter.dtype == compute for parameter in model.parameters()):
         return
     if mode == "ddp":  # replicate over the group, shard over one rank
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)

@@ -31,6 +31,7 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor, nn
 
 from accessory.errors import UserError
+from accessory.parallel.adapter import Adaptable, Adapter, add_parameters, dropped
 
 __all__ = [
     "ColumnParallelLinear",
@@ -99,7 +100,7 @@ def _on_default_device(layer: nn.Module) -> None:
     layer.weight = nn.Parameter(torch.empty(weight.shape))
 
 
-class ColumnParallelLinear(layers.ColumnParallelLinear):
+class ColumnParallelLinear(Adaptable, layers.ColumnParallelLinear):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 0: the output stays cut.
 
     The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
@@ -109,27 +110,56 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         super().__init__(in_features, out_features, bias=False, gather_output=False)
         _on_default_device(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+        y, low = F.linear(x, self.weight, self.bias), self.low_rank(x, draw)
+        return y if low is None else y + F.linear(low, self.lora_b)
+
+    def low_rank(self, x: Tensor, draw: Tensor | None = None) -> Tensor | None:
+        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``draw`` is dropout's."""
+        if not self.adapter.rank:
+            return None
+        lora_a = copy_to_model_parallel_region(self.lora_a)
+        return F.linear(dropped(x, self.adapter, draw), lora_a) * self.adapter.scaling
 
 
-class RowParallelLinear(layers.RowParallelLinear):
+class RowParallelLinear(Adaptable, layers.RowParallelLinear):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 1 and ``x`` cut likewise: partial products are summed."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
         _on_default_device(self)
 
+    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        if self.adapter.rank:
+            x = dropped(x, self.adapter, draw, first_column=get_model_parallel_rank() * x.shape[-1])
+            low = F.linear(x, self.lora_a) * self.adapter.scaling  # this rank's part of A x
+            y = y + F.linear(low, copy_to_model_parallel_region(self.lora_b))
+        y = reduce_from_model_parallel_region(y)
+        return y if self.bias is None else y + self.bias
 
-class ParallelEmbedding(layers.ParallelEmbedding):
-    """Token embedding with ``weight`` [V, D] cut on dim 1: each rank looks up its columns, which are gathered."""
+
+class ParallelEmbedding(Adaptable, layers.ParallelEmbedding):
+    """Token embedding with ``weight`` [V, D] cut on dim 1: each rank looks up its columns, which are gathered.
+
+    As a matrix it maps V to D, so its adapter has ``lora_a`` [R, V] (whole) and ``lora_b`` [D, R]; it has no dropout.
+    """
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__(num_embeddings, embedding_dim)
         _on_default_device(self)
 
+    def adapt(self, matrix: str, adapter: Adapter) -> None:
+        self.adapter = adapter
+        inner, out = self.weight.shape
+        add_parameters(self, matrix, adapter, out, inner)
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return gather_from_model_parallel_region(F.embedding(tokens, self.weight))
+        x = F.embedding(tokens, self.weight)
+        if self.adapter.rank:
+            low = F.embedding(tokens, copy_to_model_parallel_region(self.lora_a).T) * self.adapter.scaling
+            x = x + F.linear(low, self.lora_b)
+        return gather_from_model_parallel_region(x)
 
 
 def initialize_groups(model_parallel: int) -> None:

@@ -12,7 +12,8 @@ from accessory.parallel.fsdp import DataParallel
 
 @dataclass(frozen=True)
 class ModelSection:
-    layout: Literal["mixtral", "mixtral_sparse"] | None = None  # null: the checkpoint's own; expert or sparse
+    # null: the checkpoint's own; expert or sparse (mixtral_peft is the expert layout)
+    layout: Literal["mixtral", "mixtral_sparse", "mixtral_peft"] | None = None
     # directory to start from, of any format, or several in order; null: random weights from the seed
     checkpoint: str | tuple[str, ...] | None = None
     config: str | None = None  # config.json; null: the checkpoint's own
@@ -34,6 +35,28 @@ class ParallelSection:
     data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
     recompute: bool = True  # drop activations inside blocks, compute them again in backward
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    rank: int = 16
+    alpha: float | None = None  # null: the rank, so that B A is added as it is
+    rslora: bool = False  # scale B A by alpha / sqrt(rank) rather than alpha / rank
+    dropout: float = 0.0  # share of A's inputs dropped (the embedding's never are)
+    # attention | experts | router | embeddings | output, or regular expressions found in logical names of matrices
+    targets: tuple[str, ...] = ("attention", "experts")
+
+
+@dataclass(frozen=True)
+class TuningSection:
+    """What trains. With lora, bias, norm and train all left alone, everything does; else their union, and nothing else."""
+
+    lora: LoraSection | None = None  # lora: {} takes its defaults
+    bias: bool = False  # add biases, starting at zero, to wq, wk, wv, wo and the experts' w1, w2, w3
+    norm: bool = False  # train the norms
+    # experts | attention | router | norms | embeddings | output, or regular expressions found in logical names
+    train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()  # the same words: what of the above does not train
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,7 @@ class RunConfig:
     out: str  # run directory
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    tuning: TuningSection = field(default_factory=TuningSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
@@ -95,6 +119,7 @@ class RunConfig:
             "train.batch_size": self.train.batch_size,
             "train.accumulation": self.train.accumulation,
             "data.max_seq_len": self.data.max_seq_len,
+            "tuning.lora.rank": self.tuning.lora.rank if self.tuning.lora else None,
             "log.every": self.log.every,
             "log.validate_every": self.log.validate_every,
             "save.every_epochs": self.save.every_epochs,
@@ -104,6 +129,8 @@ class RunConfig:
                 raise UserError(f"{name} must be at least 1, found {value}")
         if not 0 <= self.data.validation < 1:
             raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
+        if self.tuning.lora and not 0 <= self.tuning.lora.dropout < 1:
+            raise UserError(f"tuning.lora.dropout must be at least 0 and below 1: {self.tuning.lora.dropout}")
         if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
             raise UserError("optim.lr and optim.clip_grad must be above 0")
         if self.model.checkpoint is None and None in (self.model.config, self.model.tokenizer, self.model.layout):

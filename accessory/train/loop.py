@@ -33,6 +33,9 @@ from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model
 from accessory.train.step import train_step
+from accessory.tuning.spec import AdaptedSource, resolve
+from accessory.tuning.table import tuning_table
+from accessory.tuning.watch import watch_adapters
 
 
 class Trainer:
@@ -94,29 +97,38 @@ class Trainer:
         )
 
     def _build_model(self) -> None:
-        parallel, section = self.config.parallel, self.config.model
+        parallel, section, seed = self.config.parallel, self.config.model, self.config.train.seed
         compute = get_dtype(parallel.precision)
+        layout = get_layout(self.layout)
+        tuning = resolve(self.config.tuning, self.args, layout, seed)
+        cuts = logical_cuts(self.args, layout, tuning.adapters)
+        added = cuts.keys() - logical_cuts(self.args, layout).keys()
         self.model = build_model(
             self.args,
             self.layout,
-            self.source,
+            AdaptedSource(self.source, RandomWeights(cuts, seed), added),
             dtype=at_least(compute),
             device=self.device,
             kernel=section.kernel,
             recompute=parallel.recompute,
+            adapters=tuning.adapters,
+            trains=tuning.trains,
+            frozen_dtype=compute,
             shard=lambda model: wrap(model, parallel.data_parallel, compute, self.device.type),
         )
         self.optimizer = make_optimizer(self.model, self.config.optim)
-        cuts = logical_cuts(self.args, self.model.layout)
+        watch_adapters(self.model, self.optimizer, added)
         self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
         total = sum(math.prod(cut.shape) for cut in cuts.values())
+        self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
         peak, origin = peak_flops(self.device, compute)
         self.peak = peak
         say(
             f"model: {total / 1e6:,.1f} M parameters, {self.args.active_parameters() / 1e6:,.1f} M active per token; layout "
             f"{self.layout}, model parallel {get_model_parallel_world_size()} x data parallel {self.dp_size} "
             f"({parallel.data_parallel}), {parallel.precision}\n"
-            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})"
+            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
+            f"{tuning_table(self.model)}"
         )
 
     def run(self) -> None:
@@ -162,7 +174,7 @@ class Trainer:
         done = 0
         for epoch in range(self.config.train.epochs):
             order = epoch_order(len(self.training), self.config.train.seed, epoch)
-            for micro_batches in self.batches.epoch(self.training, order):
+            for micro_batches in self.batches.epoch(self.training, order, epoch):
                 if done == self.steps:
                     return
                 yield epoch, [batch.to(self.device) for batch in micro_batches]
@@ -191,7 +203,7 @@ class Trainer:
 
     def _log(self, step: int, window: Window, rate: float) -> None:
         values, loads = window.reduce()
-        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.peak)}
+        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.trained, self.peak)}
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1) * loads.shape[1]
         values |= {"load_max": float(shares.max()), "load_min": float(shares.min())}
         say(
@@ -203,6 +215,9 @@ class Trainer:
             self.loggers.log(step, values | {"loads": loads.tolist()})
 
     def _save(self, name: str) -> None:
+        if self.model.adapters:
+            say(f"{name} is not saved: a checkpoint has no place for adapters yet")
+            return
         directory = self.out / name
         dtype = get_dtype(self.config.parallel.precision)
         save_model(self.model, directory, self.carried, dtype, self.config.save.format)

@@ -77,8 +77,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * size**3 / seconds, f"a {size} x {size} matrix product timed here"
 
 
-def speed(values: dict[str, float], args: ModelArgs, mean_length: float, peak: float) -> dict[str, float]:
+def speed(values: dict[str, float], args: ModelArgs, mean_length: float, trained: float, peak: float) -> dict[str, float]:
     """Tokens/s of the whole job, and model FLOPs utilisation: model FLOPs (no recompute) over all ranks' peak."""
     rate = values["tokens"] / values["seconds"]
-    mfu = rate * args.train_flops_per_token(round(mean_length)) / (peak * dist.get_world_size())
+    mfu = rate * args.train_flops_per_token(round(mean_length), trained) / (peak * dist.get_world_size())
     return {"tokens_per_s": rate, "mfu": mfu}

@@ -6,13 +6,19 @@ Legend of shape suffixes in the MoE path:
     K experts per token           N = T * K routed rows        n this rank's rows             R LoRA rank
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.moe.kernels import pick_kernel
+from accessory.model.moe.kernels import KERNELS, MATMULS, GroupedMatmul, pick_kernel, weighted_swiglu
+from accessory.parallel.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped
+from accessory.parallel.tensor import (
+    copy_to_model_parallel_region,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+)
 
 
 @dataclass(frozen=True)
@@ -91,17 +97,80 @@ class GroupedExperts(nn.Module):
     """``w2(silu(w1 x) * (w3 x))`` with one set of weights per local expert.
 
     The weights of all experts are stored as one matrix each, ``w1, w3 [e*F, D]`` and ``w2 [e*D, F]`` (the logical tensor
-    with its first two dimensions merged), so that FSDP can cut dim 0 evenly however few experts a rank holds.
+    with its first two dimensions merged), so that FSDP can cut dim 0 evenly however few experts a rank holds. Adapters
+    are stored likewise: ``w1_lora_a [e*R, D]``, ``w1_lora_b [e*F, R]``, ``w1_bias [e*F]``.
+
+    Args:
+        cut_dims: the dimension of each logical tensor that is cut over model-parallel ranks.
     """
 
-    def __init__(self, num_local: int, dim: int, hidden_dim: int, kernel: str):
+    def __init__(self, num_local: int, dim: int, hidden_dim: int, kernel: str, cut_dims: dict[str, int]):
         super().__init__()
-        self.num_local, self.kernel = num_local, kernel
+        self.num_local, self.kernel, self.cut_dims = num_local, kernel, cut_dims
+        self.adapters: dict[str, Adapter] = {}
+        self.whole: set[str] = set()  # adapter tensors that are whole on every rank
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_local * dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
 
-    def forward(self, x_nD: Tensor, weight_n1: Tensor, ends_e: Tensor) -> Tensor:
-        """Rows sorted by expert [n, D] -> their experts' outputs, times the routing weight [n, D]."""
-        w1, w2, w3 = (w.unflatten(0, (self.num_local, -1)) for w in (self.w1, self.w2, self.w3))
-        return pick_kernel(self.kernel, x_nD, w1.shape[1])(x_nD, w1, w2, w3, weight_n1, ends_e)
+    def adapt(self, matrix: str, adapter: Adapter) -> None:
+        self.adapters[matrix] = adapter
+        out, inner = getattr(self, matrix).shape
+        add_parameters(self, matrix, adapter, out, inner, groups=self.num_local)
+        cuts = adapter_cut_dims(3, self.cut_dims[matrix])
+        self.whole |= {adapter_name(matrix, part) for part, dim in cuts.items() if dim is None}
+
+    def forward(self, x_nD: Tensor, weight_n1: Tensor, ends_e: Tensor, draw_n: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert [n, D] -> their experts' outputs, times the routing weight [n, D].
+
+        ``draw_n`` is the adapters', for dropout.
+        """
+        w1, w2, w3 = (self._stack(name) for name in ("w1", "w2", "w3"))
+        kernel = pick_kernel(self.kernel, x_nD, w1.shape[1])
+        if not self.adapters:
+            return KERNELS[kernel](x_nD, w1, w2, w3, weight_n1, ends_e)
+        rows = _Rows(MATMULS[kernel], ends_e, draw_n, one_hot(ends_e, x_nD))
+        h_nF = weighted_swiglu(self._project("w1", x_nD, rows), self._project("w3", x_nD, rows), weight_n1)
+        return self._project("w2", h_nF, replace(rows, bias_ne=rows.bias_ne * weight_n1))
+
+    def _project(self, matrix: str, x: Tensor, rows: "_Rows") -> Tensor:
+        """``W x + scaling * B A x + bias`` of each row's expert."""
+        y = rows.matmul(x, self._stack(matrix), rows.ends_e)
+        adapter = self.adapters.get(matrix, Adapter())
+        if adapter.rank:
+            first_column = get_model_parallel_rank() * x.shape[1] if self.cut_dims[matrix] == 2 else 0
+            x = dropped(x, adapter, rows.draw_n, first_column)
+            low_nR = rows.matmul(x, self._stack(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling
+            y += rows.matmul(low_nR, self._stack(f"{matrix}_lora_b"), rows.ends_e)
+        if adapter.bias:
+            bias = self._stack(f"{matrix}_bias")
+            if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
+                bias = bias / get_model_parallel_world_size()
+            y.addmm_(rows.bias_ne, bias)
+        return y
+
+    def _stack(self, name: str) -> Tensor:
+        """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""
+        parameter = getattr(self, name)
+        if name in self.whole:
+            parameter = copy_to_model_parallel_region(parameter)
+        return parameter.unflatten(0, (self.num_local, -1))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the products of experts with adapters need to know of the rows."""
+
+    matmul: GroupedMatmul
+    ends_e: Tensor
+    draw_n: Tensor | None  # of the row's token
+    bias_ne: Tensor  # how much of each expert's bias a row gets
+
+
+def one_hot(ends_e: Tensor, like_nD: Tensor) -> Tensor:
+    """Which expert each of the sorted rows belongs to, [n, e] of zeros and ones.
+
+    A bias is added as a product with it, so that its gradient is one too: no scattered additions, the same every time.
+    """
+    row_n = torch.arange(len(like_nD), device=ends_e.device, dtype=ends_e.dtype)
+    return F.one_hot(torch.searchsorted(ends_e, row_n, right=True), len(ends_e)).to(like_nD.dtype)

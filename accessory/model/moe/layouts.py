@@ -72,8 +72,13 @@ class SparseLayout:
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ExpertLayout(), SparseLayout())}
 
 
+ALIASES = {"mixtral_peft": "mixtral"}
+"""What the reference calls a model with adapters: here adapters are a matter of the run, in either layout."""
+
+
 def get_layout(name: str) -> Layout:
     """The layout called ``name`` (``llama_type`` in meta.json)."""
+    name = ALIASES.get(name, name)
     if name not in LAYOUTS:
         raise UserError(f"unknown layout '{name}'{nearest(name, list(LAYOUTS))}")
     return LAYOUTS[name]

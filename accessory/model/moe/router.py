@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
+from accessory.parallel.adapter import Adaptable, dropped
 
 
 class Routing(NamedTuple):
@@ -27,7 +28,7 @@ class RouterStats(NamedTuple):
     probs: Tensor  # [B, E] sum of router probabilities; carries gradient
 
 
-class Router(nn.Module):
+class Router(Adaptable):
     """softmax(gate(x)) over all E experts, top K, renormalised (Jiang et al. 2024, Mixtral of Experts).
 
     Computed in at least fp32 whatever the model's dtype: a bf16 softmax changes the chosen experts of some tokens.
@@ -39,9 +40,14 @@ class Router(nn.Module):
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
-    def forward(self, x: Tensor) -> Routing:
-        """``x`` [T, D] -> Routing."""
-        probs = F.linear(at_least_fp32(x), at_least_fp32(self.weight)).softmax(-1)
+    def forward(self, x: Tensor, draw: Tensor | None = None) -> Routing:
+        """``x`` [T, D] -> Routing. ``draw`` [T] is the adapter's, for dropout."""
+        x = at_least_fp32(x)
+        logits = F.linear(x, at_least_fp32(self.weight))
+        if self.adapter.rank:
+            low = F.linear(dropped(x, self.adapter, draw), at_least_fp32(self.lora_a)) * self.adapter.scaling
+            logits = logits + F.linear(low, at_least_fp32(self.lora_b))
+        probs = logits.softmax(-1)
         weights, experts = probs.topk(self.top_k, dim=-1)
         return Routing(probs, weights / weights.sum(-1, keepdim=True), experts)
 

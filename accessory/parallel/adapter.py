@@ -1,0 +1,94 @@
+"""What is added to a matrix W that stays as it is: ``y = W x + scaling * B (A dropout(x)) + bias``.
+
+A [R, in], B [out, R] and the bias [out] are cut over model-parallel ranks where W is: A with W's input, B and the bias
+with W's output. What is then whole on every rank, while the ranks compute different parts, has a gradient that is partial
+on each: A of a matrix whose output is cut, B of one whose input is. Those enter through ``copy_to_model_parallel_region``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one matrix gets; ``rank`` 0 is no LoRA. ``seed`` sets this matrix' dropout apart from the others'."""
+
+    rank: int = 0
+    scaling: float = 1.0
+    dropout: float = 0.0
+    bias: bool = False
+    seed: int = 0
+
+
+def adapter_cut_dims(dims: int, cut: int | None) -> dict[str, int | None]:
+    """Where of each adapter tensor is cut, if its matrix [..., out, in] of ``dims`` dimensions is along ``cut``."""
+    out, inner = dims - 2, dims - 1
+    with_output = None if cut == inner else cut
+    return {"bias": with_output, "lora_a": None if cut == out else cut, "lora_b": with_output}
+
+
+def adapter_name(matrix: str, part: str) -> str:
+    """``wq.weight`` -> ``wq.lora_a``; a matrix that is not called weight keeps its name: ``experts.w1_lora_a``."""
+    return matrix.removesuffix("weight") + part if matrix.endswith("weight") else f"{matrix}_{part}"
+
+
+def add_parameters(layer: nn.Module, matrix: str, adapter: Adapter, out: int, inner: int, groups: int = 1) -> None:
+    """Give ``layer`` the adapter's parameters for its ``matrix`` [out, inner].
+
+    ``groups``: that many matrices are stacked along ``out``; so are their adapters', ``lora_a`` [groups * R, inner].
+    """
+    shapes: dict[str, tuple[int, ...]] = {"bias": (out,)} if adapter.bias else {}
+    if adapter.rank:
+        shapes |= {"lora_a": (groups * adapter.rank, inner), "lora_b": (out, adapter.rank)}
+    for part, shape in shapes.items():
+        layer.register_parameter(adapter_name(matrix, part), nn.Parameter(torch.empty(shape)))
+
+
+class Adaptable(nn.Module):
+    """A layer whose one matrix, ``weight`` [out, in], can be given an adapter."""
+
+    adapter = Adapter()
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def adapt(self, matrix: str, adapter: Adapter) -> None:
+        self.adapter = adapter
+        out, inner = self.weight.shape
+        add_parameters(self, matrix, adapter, out, inner)
+
+
+def dropped(x: Tensor, adapter: Adapter, draw: Tensor | None, first_column: int = 0) -> Tensor:
+    """``x`` [..., in] with entries dropped at random and the others scaled up; as it is where ``draw`` is None.
+
+    Whether an entry is dropped is a function of the adapter's seed, its row's ``draw`` and its column, so that it does
+    not depend on which rank asks, in which order, or how often (recompute).
+
+    Args:
+        draw: [...] int64 from ``draws``, one per row.
+        first_column: where the columns of ``x`` begin among those of the whole matrix.
+    """
+    if draw is None or not adapter.dropout:
+        return x
+    columns = torch.arange(first_column, first_column + x.shape[-1], device=x.device)
+    column_bits = _scramble(_scramble(columns) ^ (adapter.seed & _BITS))
+    keep = _scramble(draw.unsqueeze(-1) ^ column_bits) >= adapter.dropout * 2**32
+    return x * keep / (1 - adapter.dropout)
+
+
+def draws(keys: Tensor, positions: Tensor) -> Tensor:
+    """What decides the dropout of each token, [B, S]: a function of its sequence's key [B] and its position [S]."""
+    return _scramble(_scramble(keys & _BITS).unsqueeze(1) ^ _scramble(positions))
+
+
+_BITS = 2**32 - 1
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A hash of 32-bit numbers held in int64 (the finaliser of MurmurHash3): each bit of the input moves every other."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _BITS
+    return x ^ (x >> 16)

@@ -1,0 +1,1 @@
+"""What trains: which parameters, which adapters, and whether they do."""

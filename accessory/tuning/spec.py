@@ -1,0 +1,121 @@
+"""From the run's ``tuning`` section to the adapters that are added and the parameters that train, by logical name."""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from accessory.config import nearest
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.logical import Adapters, Region, Source, adapter_cuts, logical_cuts
+from accessory.model.moe.layouts import Layout
+from accessory.parallel.adapter import Adapter
+from accessory.train.config import LoraSection, TuningSection
+
+PRESETS = {
+    "experts": r"\.experts\.",
+    "attention": r"\.attention\.",
+    "router": r"\.gate\.",
+    "norms": r"norm\.weight$",
+    "embeddings": r"^tok_embeddings\.",
+    "output": r"^output\.",
+}
+BIASED = ("attention", "experts")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a run trains: ``adapters`` by their matrix, and the names of everything that ``trains``, adapters' too."""
+
+    adapters: Adapters
+    trains: frozenset[str]
+
+
+def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int = 0) -> Tuning:
+    """Apply the settings to a model's logical names.
+
+    Args:
+        seed: of the run; dropout depends on it.
+
+    Raises:
+        UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
+    """
+    cuts = logical_cuts(args, layout)
+    names = list(cuts)
+    adapters = _adapters(section, [name for name, cut in cuts.items() if len(cut.shape) > 1], seed)
+    wanted = [("tuning.norm", "norms")] if section.norm else []
+    wanted += [("tuning.train", entry) for entry in section.train]
+    full = not (section.lora or section.bias or wanted)
+    chosen = set(names) if full else set().union(*(_matching(entry, names, where) for where, entry in wanted))
+    if both := sorted(name for name in chosen if not full and name in adapters and adapters[name].rank):
+        raise UserError(f"tuning: {_list(both)} would train both itself and by LoRA: take it out of train or lora.targets")
+    frozen: set[str] = set()
+    for entry in section.freeze:
+        matched = _matching(entry, names, "tuning.freeze")
+        if not matched & chosen:
+            raise UserError(f"tuning.freeze: '{entry}' does not train anyway; take it out")
+        frozen |= matched
+    for where, entry in wanted:
+        if not _matching(entry, names, where) - frozen:
+            raise UserError(f"{where}: all of '{entry}' is frozen by tuning.freeze; take one of them out")
+    trains = chosen - frozen
+    for name, adapter in adapters.items():
+        trains |= adapter_cuts(name, cuts[name], adapter).keys()
+    if not trains:
+        raise UserError("tuning.freeze leaves nothing to train")
+    return Tuning(adapters, frozenset(trains))
+
+
+def _adapters(section: TuningSection, matrices: Sequence[str], seed: int) -> dict[str, Adapter]:
+    lora = section.lora
+    with_lora = set().union(*(_matching(t, matrices, "tuning.lora.targets") for t in lora.targets)) if lora else set()
+    if lora and not with_lora:
+        raise UserError("tuning.lora.targets is empty: name what gets an adapter, e.g. [attention, experts]")
+    with_bias = set().union(*(_matching(preset, matrices, "tuning.bias") for preset in BIASED)) if section.bias else set()
+    adapters = {}
+    for name in matrices:
+        rank, scaling, dropout = (lora.rank, _scaling(lora), lora.dropout) if lora and name in with_lora else (0, 1.0, 0.0)
+        if rank or name in with_bias:
+            number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+            adapters[name] = Adapter(rank, scaling, dropout, name in with_bias, number)
+    return adapters
+
+
+def _scaling(lora: LoraSection) -> float:
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def matches(entry: str, name: str) -> bool:
+    """Whether a preset's pattern, or a regular expression, is found in a logical name."""
+    return re.search(PRESETS.get(entry, entry), name) is not None
+
+
+def _matching(entry: str, names: Sequence[str], where: str) -> set[str]:
+    """The ``names`` that a preset or a regular expression is found in."""
+    try:
+        found = {name for name in names if matches(entry, name)}
+    except re.error as error:
+        raise UserError(f"{where}: '{entry}' is not a regular expression: {error}") from error
+    if not found:
+        raise UserError(f"{where}: '{entry}' matches none of the model's tensors here{nearest(entry, list(PRESETS))}")
+    return found
+
+
+def _list(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class AdaptedSource:
+    """The tensors of ``adapters`` from one source, all others from another."""
+
+    def __init__(self, base: Source, adapters: Source, names: set[str]):
+        self.base, self.adapters, self.names = base, adapters, names
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return (self.adapters if name in self.names else self.base).read(name, region)
