@@ -235,10 +235,12 @@ def test_transformers_loads_what_is_exported(home, tokenizer, tmp_path):
     assert theirs == Tokenizer(tokenizer).encode(text, bos=True, eos=False)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
-def test_tokenizer_json_encodes_as_the_tokenizer_model(name, tmp_path):
-    """Mixtral's real tokenizers; random text that has every kind of character in it."""
-    source = Path(mistral_common.__file__).parent / "data" / name
+def test_tokenizer_json_encodes_as_the_tokenizer_model(tmp_path):
+    """Mixtral's real tokenizer; random text that has every kind of character in it."""
+    data = Path(mistral_common.__file__).parent / "data"
+    source = data / "tokenizer.model.v1"
+    with_symbols = data / "mistral_instruct_tokenizer_240323.model.v3"  # user-defined ones cannot be told exactly
+    assert not write_tokenizer_json(with_symbols, tmp_path) and not list(tmp_path.iterdir())
     assert write_tokenizer_json(source, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(source)
@@ -293,6 +295,23 @@ def test_a_list_replaces_then_adds(home, tmp_path):
     assert "before it" in cli("inspect", added)
 
 
+def test_a_part_of_a_tensor_replaces_that_part(home, tmp_path):
+    """One expert's matrix, in one rank's file of three... and what a bf16 base could not hold stays exact."""
+    matrix = torch.rand(ARGS.dim, ARGS.hidden_dim)
+    key = "layers.1.feed_forward.experts"
+    part = write_partial(tmp_path / "part", {f"{key}.3.w2.weight": matrix})
+    diff = write_partial(tmp_path / "diff", {f"{key}.5.w2.weight": matrix}, "consolidated.00-of-01.model-diff.pth")
+    base = Checkpoint(home / "bf16")
+    changed = Checkpoint([home / "bf16", part, diff])
+    whole = (slice(0, 8), slice(0, ARGS.dim), slice(0, ARGS.hidden_dim))
+    before, after = base.read(f"{key}.w2", whole).float(), changed.read(f"{key}.w2", whole)
+    assert after.dtype == torch.float32 and torch.equal(after[3], matrix)
+    torch.testing.assert_close(after[5], before[5] + matrix, rtol=0, atol=0)
+    assert all(torch.equal(after[e], before[e]) for e in range(8) if e not in (3, 5))
+    converts(home / "bf16", part, diff, tmp_path / "out", "--to", "mixtral_sparse", "--mp", 2)
+    assert torch.equal(Checkpoint(tmp_path / "out").read(f"{key}.w2", whole), after)
+
+
 def test_what_does_not_match_goes_on_if_the_user_says_so(home, tmp_path, capsys):
     directory = tmp_path / "lacking"
     converts(home / "hf", directory, "--to", "hf")
@@ -333,6 +352,37 @@ def test_verify_says_what_differs(home, tmp_path, capsys):
     assert "norm_eps: 1e-05 | 1e-06" in capsys.readouterr().out
 
 
+def test_files_that_do_not_belong_together_are_told(home, tmp_path, capsys):
+    converts(home / "hf", tmp_path / "out", "--to", "mixtral", "--mp", 2)
+    path = tmp_path / "out/consolidated.01-of-02.model.safetensors"
+    tensors = load_file(path)
+    tensors["llma.norm.weight"] += 1
+    save_file(tensors, path)
+    assert cli("inspect", tmp_path / "out") == 0
+    assert "do not agree about llma.norm.weight" in capsys.readouterr().out
+
+
+def test_settings_survive_a_way_through_every_format(home, tmp_path):
+    source = tmp_path / "source"
+    converts(home / "hf", source, "--to", "hf")
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": 299, "router_aux_loss_coef": 0.5}
+    (source / "config.json").write_text(json.dumps(config))
+    converts(source, tmp_path / "mistral", "--to", "mistral")
+    converts(tmp_path / "mistral", tmp_path / "hf", "--to", "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == ARGS.max_seq_len
+    converts(source, tmp_path / "again", "--to", "hf")
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert again["eos_token_id"] == 299 and again["router_aux_loss_coef"] == 0.5
+
+
+def test_a_model_that_holds_only_zeros_is_compared(home, tmp_path):
+    converts(home / "hf", tmp_path / "zeros", "--to", "hf")
+    tensors = load_file(tmp_path / "zeros/model.safetensors")
+    save_file({key: torch.zeros_like(tensor) for key, tensor in tensors.items()}, tmp_path / "zeros/model.safetensors")
+    assert "DIFFERENT" in cli("verify", tmp_path / "zeros", home / "hf")
+    assert "DIFFERENT" in cli("verify", home / "hf", tmp_path / "zeros")
+
+
 def test_inspect(home, capsys):
     assert cli("inspect", home / "bf16") == 0
     out = capsys.readouterr().out
@@ -360,7 +410,7 @@ def refused(directory, *words):
     """What ``inspect`` or a conversion says of a bad directory, which is one line."""
     message = cli("convert", directory, directory.with_name("never"), "--to", "mixtral", *words)
     assert isinstance(message, str) and "\n" not in message and "Traceback" not in message
-    assert not directory.with_name("never").exists() and not directory.with_name("never.tmp").exists()
+    assert not directory.with_name("never").exists() and not directory.with_name(".never.partial").exists()
     return message
 
 
@@ -455,6 +505,56 @@ def test_not_a_number_is_told(home, tmp_path, capfd):
     assert "layers.1.feed_forward.experts.w2 holds NaN" in capfd.readouterr().err
 
 
+def test_an_index_says_where_a_tensor_is(home, tmp_path):
+    """A stale copy in another shard is not taken; a file outside the directory is not followed."""
+    directory = tmp_path / "sharded"
+    converts(home / "hf", directory, "--to", "hf", "--shard-gb", 1e-4)
+    last = sorted(directory.glob("model-*"))[-1]
+    tensors = load_file(last)
+    tensors["model.embed_tokens.weight"] = torch.zeros(ARGS.vocab_size, ARGS.dim)
+    save_file(tensors, last)
+    assert cli("verify", home / "hf", directory) == 0
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for value in ("../model.safetensors", 1, None):
+        content["weight_map"]["lm_head.weight"] = value
+        index.write_text(json.dumps(content))
+        assert "weight_map" in refused(directory)
+
+
+@pytest.mark.parametrize("name", ["quantised", "old"])
+def test_weights_of_another_kind(name, home, tmp_path):
+    directory = tmp_path / "weights"
+    converts(home / "hf", directory, "--to", "mixtral", "--format", "pth")
+    file = directory / "consolidated.00-of-01.model.pth"
+    tensors = torch.load(file, weights_only=True)["model"]
+    if name == "quantised":
+        tensors["llma.output.weight"] = tensors["llma.output.weight"].to(torch.int8)
+    torch.save({"model": tensors}, file, _use_new_zipfile_serialization=name != "old")
+    assert ("not quantised" if name == "quantised" else "save it anew") in refused(directory)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "num_local_experts", "rms_norm_eps"])
+@pytest.mark.parametrize("value", [None, "x", -1])
+def test_a_config_with_a_bad_value(key, value, home, tmp_path):
+    converts(home / "hf", tmp_path / "hf", "--to", "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {key: value}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    assert str(tmp_path / "hf") in refused(tmp_path / "hf")
+
+
+def test_nothing_beside_the_destination_is_touched(home, tmp_path):
+    """Not even a source that has the destination's name with an ending."""
+    for name in ("m.old", "m.tmp"):
+        converts(home / "hf", tmp_path / name, "--to", "hf")
+    converts(tmp_path / "m.old", tmp_path / "m", "--to", "mixtral")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.old", "m.tmp"]
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    converts(tmp_path / "m.tmp", tmp_path / "link", "--to", "mixtral")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/config.json").is_file()
+
+
 def test_sizes_and_places_that_do_not_fit(home, tmp_path):
     assert "use one of [1, 2, 4, 8]" in refused(home / "hf", "--mp", 3)
     assert "is not cut" in cli("convert", home / "hf", tmp_path / "out", "--to", "hf", "--mp", 2)
@@ -485,14 +585,14 @@ def test_a_killed_conversion_leaves_nothing_under_the_name(tmp_path, tokenizer):
     command = [sys.executable, "-m", "accessory", "convert", source, tmp_path / "out", "--to", "mixtral_sparse", "--mp", "8"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out.tmp").glob("consolidated.01*")):
+    while not list((tmp_path / ".out.partial").glob("consolidated.01*")):
         assert process.poll() is None and time.monotonic() < deadline, "it was over before it could be killed"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
     converts(source, tmp_path / "out", "--to", "mixtral_sparse", "--mp", 8)
-    assert not (tmp_path / "out.tmp").exists() and cli("verify", source, tmp_path / "out") == 0
+    assert not (tmp_path / ".out.partial").exists() and cli("verify", source, tmp_path / "out") == 0
 
 
 def save_logical(directory, args):

@@ -78,6 +78,8 @@ class AccessoryDirectory:
         meta = self.directory / "meta.json"
         named = read_mapping(meta).get("llama_type") if meta.is_file() else None
         if named is not None:
+            if not isinstance(named, str):
+                raise UserError(f"{meta}: llama_type is {named!r}, expected a name")
             return get_layout(named).name
         fused = any(re.search(r"\.feed_forward\.w1$", key) for keys in self.stored.values() for key in keys)
         return "mixtral_sparse" if fused else "mixtral"

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
@@ -46,20 +47,26 @@ class Target:
             raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
         if self.format == "hf" and self.suffix != "safetensors":
             raise UserError("the format 'hf' is written as safetensors only")
+        if not self.shard_bytes > 0:
+            raise UserError("--shard-gb must be above 0")
 
 
 def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
 
-    In memory there is one stored tensor at a time, at most twice.
+    In memory there is one stored tensor at a time (at most three times its size), whatever the model's size.
 
     Raises:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
             or the tokenizer is not the model's.
     """
     target.check(checkpoint.args)
+    destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists already; name another directory, or remove it")
+    if os.path.ismount(destination):
+        raise UserError(f"{destination}: is a mount point; name a directory in it")
+    checkpoint.warn_of_differing_replicas()
     tokenizer = Tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
@@ -74,13 +81,15 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
             shutil.copyfile(source, temporary / name)
         if target.format == "hf":
             keys = {file: [tile.key for tile in tiles] for file, tiles in files.items()}
-            special = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+            special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+            special = {key: number for key, number in special.items() if number >= 0}
             dtype = dtypes["tok_embeddings.weight"]
-            huggingface.write_description(temporary, checkpoint.args, dtype, special, keys, nbytes)
+            huggingface.write_description(temporary, checkpoint.args, dtype, checkpoint.hf_config(), special, keys, nbytes)
         elif target.format == "mistral":
             mistral.write_description(temporary, checkpoint.args)
         else:
             accessory.write_description(temporary, checkpoint.args, target.format)
+        publish_directory(destination)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
@@ -88,7 +97,6 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    publish_directory(destination)
     if damaged:
         more = " ..." if len(damaged) > 4 else ""
         say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {', '.join(damaged[:4])}{more}")
@@ -145,6 +153,7 @@ def _write_files(
                         damaged[tile.name] = None
                     out.write(tile.key, tensor)
                     bar.update(tensor.nbytes)
+                    del tensor  # before the next is read
     return list(damaged)
 
 

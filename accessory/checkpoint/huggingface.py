@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint.storage import Stored, TensorFile, index_file
+from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Tile
-from accessory.config import read_mapping, write_json
+from accessory.config import from_mapping, read_mapping, write_json
 from accessory.console import say
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
-from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.args import ModelArgs
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 
@@ -48,6 +48,7 @@ _CONFIG = {
     "max_position_embeddings": "max_seq_len",
     "sliding_window": "sliding_window",
 }
+_MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 DEFAULT_ROPE_THETA = 1e6
 
 
@@ -56,31 +57,49 @@ class HuggingFaceDirectory:
 
     format, layout, size, adds = "hf", "mixtral", 1, False
 
-    def __init__(self, directory: Path, files: list[str]):
+    def __init__(self, directory: Path, tensors: dict[str, Stored]):
         self.directory = directory
-        indexed: dict[str, TensorFile] = {file: index_file(directory / file) for file in files}
-        tensors: dict[str, Stored] = {}
-        for content in indexed.values():
-            tensors |= content.tensors
-        self.stored = {"": tensors}
-        self.fused = any(key.endswith(".mlp.experts.gate_up_proj") for key in tensors)
+        self.stored = {"": {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}}
+        self.fused = any(".mlp." in key for key in tensors)
 
     @classmethod
     def find(cls, directory: Path) -> "HuggingFaceDirectory | None":
+        if (directory / "model.safetensors").is_file():
+            return cls(directory, index_file(directory / "model.safetensors").tensors)
         if (directory / INDEX).is_file():
-            weight_map = read_mapping(directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{directory / INDEX}: expected a key 'weight_map' that says which file holds which tensor")
-            return cls(directory, sorted(set(weight_map.values())))
-        files = sorted(path.name for path in directory.glob("model*.safetensors"))
-        if not files:
+            return cls(directory, _indexed(directory))
+        shards = [re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", path.name) for path in directory.iterdir()]
+        counts = {match[1] for match in shards if match}
+        if not counts:
             return None
-        if match := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", files[0]):
-            files = [f"model-{n + 1:05d}-of-{match[1]}.safetensors" for n in range(int(match[1]))]
-        return cls(directory, files)
+        if len(counts) > 1:
+            raise UserError(
+                f"{directory}: holds files of more than one checkpoint (model-*-of-{', '.join(counts)}); keep one set"
+            )
+        (count,) = counts
+        tensors: dict[str, Stored] = {}
+        for number in range(int(count)):
+            path = directory / f"model-{number + 1:05d}-of-{count}.safetensors"
+            found = index_file(path).tensors
+            if twice := tensors.keys() & found.keys():
+                raise UserError(f"{path}: {min(twice)} stands in another file as well")
+            tensors |= found
+        return cls(directory, tensors)
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]:
         return model_tiles(args, self.fused)
+
+
+def _indexed(directory: Path) -> dict[str, Stored]:
+    """The tensors that the index names, each from the file that it names."""
+    weight_map = read_mapping(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+        raise UserError(f"{directory / INDEX}: expected a key 'weight_map' that says which file holds which tensor")
+    files = {file: index_file(directory / file).tensors for file in sorted(set(weight_map.values()))}
+    for key, file in weight_map.items():
+        if key not in files[file]:
+            raise UserError(f"{directory / file} lacks {key}, which {INDEX} says it holds")
+    return {key: files[file][key] for key, file in weight_map.items()}
 
 
 def model_tiles(args: ModelArgs, fused: bool = False) -> Iterator[Tile]:
@@ -114,44 +133,52 @@ def args_from(config: dict[str, Any], where: str) -> ModelArgs:
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]!r}, this decoder does {value!r}")
-    values: dict[str, Any] = {}
-    for key, name in _CONFIG.items():
-        if key in config:
-            values[name] = config[key]
-        elif key != "sliding_window":
+    for key in (*_CONFIG.keys() - {"sliding_window"}, "num_local_experts", "num_experts_per_tok"):
+        if config.get(key) is None:
             raise UserError(f"{where}: the key '{key}' is missing")
-    for key in ("num_local_experts", "num_experts_per_tok"):
-        if key not in config:
-            raise UserError(f"{where}: the key '{key}' is missing")
+    values: dict[str, Any] = {name: config.get(key) for key, name in _CONFIG.items()}
+    values["moe"] = {key: config[theirs] for key, theirs in _MOE.items()}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters is {rope!r}, expected a mapping")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise UserError(f"{where}: rotary embedding of type '{kind}'; this decoder does 'default' and 'linear'")
-    return ModelArgs(
-        **values,
-        head_dim=config.get("head_dim") or values["dim"] // values["n_heads"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))),
-        rope_scaling=1.0 / rope["factor"] if kind == "linear" else None,
-        moe=MoEArgs(config["num_local_experts"], config["num_experts_per_tok"]),
-    )
+    if kind == "linear":
+        factor = rope.get("factor")
+        if not isinstance(factor, int | float) or factor <= 0:
+            raise UserError(f"{where}: linear rotary scaling needs a factor above 0, found {factor!r}")
+        values["rope_scaling"] = 1.0 / factor
+    values["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_ROPE_THETA
+    values["head_dim"] = config.get("head_dim")
+    if values["head_dim"] is None and all(isinstance(values[name], int) and values[name] > 0 for name in ("dim", "n_heads")):
+        values["head_dim"] = values["dim"] // values["n_heads"]
+    return from_mapping(ModelArgs, values, where)
 
 
 def write_description(
     directory: Path,
     args: ModelArgs,
     dtype: torch.dtype,
-    special_ids: tuple[int, int],
+    template: Mapping[str, Any],
+    special_ids: Mapping[str, int],
     files: Mapping[str, Iterable[str]],
     nbytes: int,
 ) -> None:
     """config.json, what transformers needs beside it, and the index where there are several files.
 
     Args:
-        special_ids: of the tokenizer's beginning and end of a text. files: file -> its keys. nbytes: of all tensors.
+        template: settings of a Hugging Face source, which stay where this decoder does not know them.
+        special_ids: bos_token_id and eos_token_id, where there is a tokenizer.
+        files: file -> its keys.
+        nbytes: of all tensors.
     """
-    bos, eos = special_ids
+    ids = {"bos_token_id": 1, "eos_token_id": 2, **special_ids}
+    ids |= {key: template[key] for key in ids if key in template}
+    kept = {k: v for k, v in template.items() if k not in ("rope_parameters", "dtype", "transformers_version")}
     named = {key: getattr(args, name) for key, name in _CONFIG.items()}
     config: dict[str, Any] = {
+        **kept,
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         **named,
@@ -162,16 +189,18 @@ def write_description(
         "rope_scaling": {"type": "linear", "factor": 1 / args.rope_scaling} if args.rope_scaling else None,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
+        **ids,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_json(directory / "config.json", config)
     if not (directory / "generation_config.json").exists():
-        write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        write_json(directory / "generation_config.json", ids)
     if len(files) > 1:
         weight_map = {key: file for file, keys in files.items() for key in keys}
         write_json(directory / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
     model, json_file = directory / "tokenizer.model", directory / "tokenizer.json"
     if model.exists() and not json_file.exists() and not write_tokenizer_json(model, directory):
-        say("warning: this tokenizer.model cannot be written as tokenizer.json; use it with sentencepiece")
+        say(
+            "warning: no tokenizer.json says exactly what this tokenizer.model does, and transformers would misread it: "
+            "put the model's own tokenizer.json beside it"
+        )

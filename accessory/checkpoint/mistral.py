@@ -20,7 +20,10 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import get_layout
 
-_PATTERN = re.compile(r"(consolidated(?:[.-]\d+(?:-of-\d+)?)?\.(?:safetensors|pth|pt))(.+)?")
+_PATTERN = re.compile(
+    r"(consolidated(?:[.-]\d+(?:-of-\d+)?)?\.(?:safetensors|pth|pt))"  # a file
+    r"(?:[-._]*(?:split|part)?[-._]*(\d+)(?:-?of-?\d+)?(?:\.pth)?)?"  # or a numbered part of it
+)
 
 
 class MistralDirectory:
@@ -28,11 +31,11 @@ class MistralDirectory:
 
     format, layout, size, adds = "mistral", "mixtral", 1, False
 
-    def __init__(self, directory: Path, files: dict[str, list[Path]]):
+    def __init__(self, directory: Path, files: dict[str, dict[int, Path]]):
         self.directory = directory
         tensors: dict[str, Stored] = {}
         for parts in files.values():
-            for key, stored in index_file(*sorted(parts)).tensors.items():
+            for key, stored in index_file(*(parts[number] for number in sorted(parts))).tensors.items():
                 if key in tensors:
                     raise UserError(f"{directory}: {key} stands in more than one file; keep one set of files")
                 tensors[key] = stored
@@ -40,13 +43,13 @@ class MistralDirectory:
 
     @classmethod
     def find(cls, directory: Path) -> "MistralDirectory | None":
-        files: dict[str, list[Path]] = {}
+        files: dict[str, dict[int, Path]] = {}
         for path in directory.iterdir():
             if match := _PATTERN.fullmatch(path.name):
-                files.setdefault(match[1], []).append(path)
+                files.setdefault(match[1], {})[int(match[2] or -1)] = path
         for name, parts in files.items():
-            if len(parts) > 1 and directory / name in parts:  # the whole file beside its parts
-                files[name] = [directory / name]
+            if -1 in parts:  # the whole file, perhaps beside its parts
+                files[name] = {-1: parts[-1]}
         return cls(directory, files) if files else None
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]:
@@ -67,5 +70,5 @@ def planned_tiles(args: ModelArgs, suffix: FileFormat) -> Iterator[Tile]:
 def write_description(directory: Path, args: ModelArgs) -> None:
     """params.json: config.json's keys, less those that only training knows and those that say nothing."""
     params = args.to_dict()
-    training = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+    training = ("max_batch_size", "load_balancing_weight")
     write_json(directory / "params.json", {k: v for k, v in params.items() if k not in training and v is not None})

@@ -1,8 +1,10 @@
 """Open any checkpoint: the format is recognised from the directory's files."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +17,6 @@ from accessory.checkpoint.storage import Stored
 from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping
 from accessory.console import say
-from accessory.dtypes import at_least_fp32
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
@@ -53,22 +54,27 @@ def recognise(path: PathLike) -> Directory:
     )
 
 
-def load_args(path: PathLike) -> ModelArgs:
-    """Read the model's shape from a config.json of any format, or a params.json."""
-    config = read_mapping(path)
+def load_args(paths: PathLike | Sequence[PathLike]) -> ModelArgs:
+    """Read the model's shape from a config.json of any format, or a params.json; of several, later keys win."""
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    config = {key: value for path in paths for key, value in read_mapping(path).items()}
+    where = ", ".join(map(str, paths))
     if "hidden_size" in config:
-        return args_from(config, str(path))
-    return from_mapping(ModelArgs, config, str(path))
+        return args_from(config, where)
+    if Path(paths[0]).name == "params.json":  # what is switched off need not be known
+        known = {field.name for field in dataclasses.fields(ModelArgs)}
+        config = {key: value for key, value in config.items() if key in known or value not in (None, False)}
+    return from_mapping(ModelArgs, config, where)
 
 
 class Checkpoint:
     """One or several directories, in any format, as a source of logical tensors.
 
-    The first is a whole model. Each further one replaces the tensors that it holds, or is added to them (``model-diff``).
+    The first is a whole model. Each further one replaces what it holds, or is added to it (``model-diff``).
 
     Args:
         paths: a directory, or several in order.
-        config: another config.json than the first directory's own.
+        config: another config.json than the first directory's own, or several.
         layout: how an accessory directory is cut, if its meta.json does not say so.
         strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
 
@@ -83,7 +89,7 @@ class Checkpoint:
     def __init__(
         self,
         paths: PathLike | Sequence[PathLike],
-        config: PathLike | None = None,
+        config: PathLike | Sequence[PathLike] | None = None,
         layout: str | None = None,
         strict: bool = True,
     ):
@@ -96,7 +102,9 @@ class Checkpoint:
             raise UserError(f"{paths[0]}: holds differences to another checkpoint; name that one before it")
         self.args = load_args(config or _own_config(base.directory))
         self.layout = base.layout
-        self.carried = carried_files(base.directory)
+        self.carried: dict[str, Path] = {}
+        for directory in reversed(self.directories):
+            self.carried |= carried_files(directory.directory)
         tokenizers = (d.directory / "tokenizer.model" for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
         self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
@@ -119,27 +127,38 @@ class Checkpoint:
 
     def read(self, name: str, region: Region) -> Tensor:
         """The values of logical tensor ``name`` in ``region``."""
-        value, differences = None, []
-        for directory, reader in zip(reversed(self.directories), reversed(self.readers), strict=True):
-            if name in reader.complete:
-                if not directory.adds:
-                    value = reader.read(name, region)
-                    break
-                differences.append(reader.read(name, region))
-        if value is None:
-            assert self._random is not None
-            value = self._random.read(name, region)
-        for difference in reversed(differences):
-            value = at_least_fp32(value) + at_least_fp32(difference)
-        return value
+        return self._read(name, region, len(self.readers))
+
+    def _read(self, name: str, region: Region, layers: int) -> Tensor:
+        """What the first ``layers`` directories make of it."""
+        for number in reversed(range(layers)):
+            reader, adds = self.readers[number], self.directories[number].adds
+            if name in reader.complete and not adds:
+                return reader.read(name, region)
+            if reader.tiles[name] and not (number == 0 and self._random):
+                value = self._read(name, region, number).clone().to(self.dtype(name))
+                reader.lay_over(value, name, region, adds)
+                return value
+        assert self._random is not None
+        return self._random.read(name, region)
+
+    def hf_config(self) -> dict[str, Any]:
+        """The first directory's config.json, if it is Hugging Face's."""
+        base = self.directories[0]
+        return read_mapping(base.directory / "config.json") if base.format == "hf" else {}
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that logical tensor ``name`` has in the first directory that holds it."""
+        """A dtype that holds every value that the directories have for logical tensor ``name``."""
+        dtypes = [reader.dtype(name) for reader in self.readers if reader.tiles[name]]
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    def warn_of_differing_replicas(self) -> None:
+        """Say so if ranks' files do not agree about what each of them holds whole; the first file's values are used."""
         for reader in self.readers:
-            if name in reader.complete:
-                tile = reader.tiles[name][0]
-                return reader.stored[tile.file][tile.key].dtype
-        return torch.float32
+            if names := reader.differing_replicas():
+                say(
+                    f"warning: {reader.where}: the files do not agree about {', '.join(names[:4])}; do they belong together?"
+                )
 
 
 def _own_config(directory: Path) -> Path:

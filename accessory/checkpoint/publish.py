@@ -19,8 +19,8 @@ CARRIED = (
 
 
 def temporary_name(directory: Path) -> Path:
-    """Where a directory is written before it gets its name."""
-    return directory.with_name(directory.name + ".tmp")
+    """Where a directory is written before it gets its name: a name that only this program gives."""
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def prepare_directory(directory: Path) -> Path:
@@ -37,9 +37,9 @@ def prepare_directory(directory: Path) -> Path:
 
 def publish_directory(directory: Path) -> None:
     """Rename a completely written temporary directory to its final name: what bears the name is whole."""
-    old = directory.with_name(directory.name + ".old")
+    old = directory.with_name(f".{directory.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
+    if directory.exists() and any(directory.iterdir()):
         directory.rename(old)
     temporary_name(directory).rename(directory)
     shutil.rmtree(old, ignore_errors=True)

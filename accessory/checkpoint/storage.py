@@ -25,20 +25,7 @@ from accessory.errors import UserError
 
 FileFormat = Literal["safetensors", "pth"]
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
@@ -145,7 +132,7 @@ def index_file(*paths: Path) -> TensorFile:
         return _index_safetensors(parts) if paths[0].suffix == ".safetensors" else _index_archive(parts)
     except UserError:
         raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{paths[0]}: damaged or not a checkpoint file ({_short(error)})") from error
 
 
@@ -155,10 +142,12 @@ def _index_safetensors(parts: Parts) -> TensorFile:
     if length > _MAX_HEADER:
         raise ValueError(f"a header of {length} bytes")
     header = json.loads(parts.read_exactly(8, length))
-    notes = header.pop("__metadata__", {})
+    notes = header.pop("__metadata__", None) or {}
     tensors, end = {}, 0
     for key, entry in header.items():
         shape, (begin, stop) = tuple(entry["shape"]), entry["data_offsets"]
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise _not_a_weight(parts, key, entry["dtype"])
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         if begin < 0 or stop - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{key} has a wrong size")
@@ -167,7 +156,11 @@ def _index_safetensors(parts: Parts) -> TensorFile:
     missing = 8 + length + end - parts.starts[-1]
     if missing > 0:
         raise EOFError(f"it ends {missing} bytes too early")
-    return TensorFile(tensors, notes)
+    return TensorFile(tensors, {key: str(value) for key, value in notes.items()})
+
+
+def _not_a_weight(parts: Parts, key: str, dtype: object) -> UserError:
+    return UserError(f"{parts}: {key} is of type {dtype}; weights are fp64, fp32, fp16 or bf16 here, not quantised")
 
 
 def _index_archive(parts: Parts) -> TensorFile:
@@ -181,12 +174,18 @@ def _index_archive(parts: Parts) -> TensorFile:
         raise UserError(f"{parts}: refused, it holds more than tensors (a pickle could run code)") from error
     nested = isinstance(content, dict) and "model" in content
     tensors = content["model"] if nested else content
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
         raise UserError(f'{parts}: expected {{name: tensor}} or {{"model": {{name: tensor}}}} in it')
     notes = {key: str(value) for key, value in content.items() if isinstance(value, str | int)} if nested else {}
     stored = {}
     for key, tensor in tensors.items():
-        base: int = tensor.untyped_storage()._checkpoint_offset
+        base = tensor.untyped_storage()._checkpoint_offset
+        if base is None or tensor.is_neg() or tensor.is_conj():
+            raise UserError(
+                f"{parts}: saved in an old or unusual form; load it with torch, clone its tensors and save it anew"
+            )
+        if tensor.dtype not in _SAFETENSORS_NAMES:
+            raise _not_a_weight(parts, key, tensor.dtype)
         offset = base + tensor.storage_offset() * tensor.dtype.itemsize
         stored[key] = Stored(parts, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if stored[key].offset + tensor.nbytes > parts.starts[-1]:
@@ -246,6 +245,7 @@ def _lay_out_safetensors(path: Path, tensors: Mapping[str, Any], notes: Mapping[
 
 
 def _lay_out_archive(path: Path, tensors: Mapping[str, Any], notes: Mapping[str, str]) -> None:
+    """torch.save without the data (nor its checksums, at which torch does not look)."""
     with FakeTensorMode():
         content = {key: torch.empty(shape, dtype=dtype) for key, (dtype, shape) in tensors.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):

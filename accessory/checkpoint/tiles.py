@@ -3,6 +3,7 @@
 Reading and writing share the table, so a format cannot be read otherwise than it is written.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,24 +72,38 @@ class TileReader:
         stored: file -> key -> tensor, as the tiles name them.
 
     Attributes:
-        complete: the logical tensors all of whose tiles are there, and of the right shape.
+        tiles: those that are there, by logical name. complete: the logical tensors that they fill.
     """
 
     def __init__(self, where: str, tiles: Iterable[Tile], stored: Mapping[str, Mapping[str, Stored]]):
         self.where, self.stored = where, stored
-        self.tiles: dict[str, list[Tile]] = defaultdict(list)
-        expected: dict[tuple[str, str], Tile] = {}
+        expected: dict[tuple[str, str], list[Tile]] = defaultdict(list)
         for tile in tiles:
-            expected[tile.file, tile.key] = tile
-            if all(tile.region != other.region for other in self.tiles[tile.name]):  # a replicated tensor is read once
-                self.tiles[tile.name].append(tile)
+            expected[tile.file, tile.key].append(tile)
         there = {(file, key): tensor for file, tensors in stored.items() for key, tensor in tensors.items()}
         self.missing = [place for place in expected if place not in there]
         self.unexpected = [place for place in there if place not in expected]
-        self.misshapen = [p for p in expected if p in there and there[p].shape != expected[p].stored_shape()]
-        bad = {expected[place].name for place in self.missing + self.misshapen}
-        self.complete = {name for name in self.tiles if name not in bad}
-        self._expected = expected
+        self.misshapen = {
+            place: tiles[0].stored_shape()
+            for place, tiles in expected.items()
+            if place in there and there[place].shape != tiles[0].stored_shape()
+        }
+        self.tiles: dict[str, list[Tile]] = defaultdict(list)
+        self.replicas: list[tuple[Tile, Tile]] = []
+        lacking: dict[str, set[str]] = defaultdict(set)
+        for place, tiles_here in expected.items():
+            sound = place in there and place not in self.misshapen
+            for tile in tiles_here:
+                same = next((other for other in self.tiles[tile.name] if other.region == tile.region), None)
+                if not sound:
+                    lacking[tile.name].add(str(tile.region))
+                elif same is not None:  # what several ranks hold is read once
+                    self.replicas.append((same, tile))
+                else:
+                    self.tiles[tile.name].append(tile)
+        self.complete = {
+            name for name, found in self.tiles.items() if found and not lacking[name] - {str(tile.region) for tile in found}
+        }
 
     def problems(self, partial: bool, most: int | None) -> Iterator[str]:
         """What does not fit the table, a clause each, with at most ``most`` names. ``partial``: nothing has to be there."""
@@ -100,31 +115,52 @@ class TileReader:
                 yield f"{self._path(file)} {verb} {_listed(keys, most)}"
         if self.misshapen:
             shapes = [
-                f"{key} has shape {list(self.stored[file][key].shape)}, config.json asks for "
-                f"{list(self._expected[file, key].stored_shape())}"
-                for file, key in self.misshapen
+                f"{key} has shape {list(self.stored[file][key].shape)}, config.json asks for {list(shape)}"
+                for (file, key), shape in self.misshapen.items()
             ]
-            yield f"{self._path(self.misshapen[0][0])}: {_listed(shapes, most)}"
+            yield f"{self._path(next(iter(self.misshapen))[0])}: {_listed(shapes, most)}"
+
+    def differing_replicas(self) -> list[str]:
+        """Keys that several files hold, but not with the same values (they are small: norms and routers)."""
+        pairs = ((first, self._map(first), self._map(second)) for first, second in self.replicas)
+        return sorted({first.key for first, a, b in pairs if not torch.equal(a, b)})
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A dtype that holds every value of logical tensor ``name``."""
+        dtypes = [self.stored[tile.file][tile.key].dtype for tile in self.tiles[name]]
+        return functools.reduce(torch.promote_types, dtypes)
 
     def read(self, name: str, region: Region) -> Tensor:
         """The values of logical tensor ``name`` in ``region``: a view of the file's pages where one tile holds them all."""
-        out, filled = None, 0
         for tile in self.tiles[name]:
-            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(region, tile.region, strict=True)]
-            if any(s.start >= s.stop for s in common):
-                continue
-            box = tile.decode(self.stored[tile.file][tile.key].map())[within(common, tile.region)]
-            if box.shape == region_shape(region):
-                return box
-            if out is None:
-                out = torch.empty(region_shape(region), dtype=box.dtype)
-            out[within(common, region)] = box
-            filled += box.numel()
-        assert out is not None and filled == out.numel(), f"tiles leave a hole in {name}"
+            if _common(tile.region, region) == list(region):
+                return tile.decode(self._map(tile))[within(region, tile.region)]
+        out = torch.empty(region_shape(region), dtype=self.dtype(name))
+        filled = self.lay_over(out, name, region, adds=False)
+        assert filled == out.numel(), f"tiles leave a hole in {name}"
         return out
+
+    def lay_over(self, out: Tensor, name: str, region: Region, adds: bool) -> int:
+        """Copy into ``out``, which stands for ``region``, what is there of it (or add it); returns how many values."""
+        filled = 0
+        for tile in self.tiles[name]:
+            common = _common(tile.region, region)
+            if all(s.start < s.stop for s in common):
+                box = tile.decode(self._map(tile))[within(common, tile.region)]
+                place = out[within(common, region)]
+                place.add_(box) if adds else place.copy_(box)
+                filled += box.numel()
+        return filled
+
+    def _map(self, tile: Tile) -> Tensor:
+        return self.stored[tile.file][tile.key].map()
 
     def _path(self, file: str) -> str:
         return f"{self.where}/{file}" if file else self.where
+
+
+def _common(a: Region, b: Region) -> list[slice]:
+    return [slice(max(s.start, t.start), min(s.stop, t.stop)) for s, t in zip(a, b, strict=True)]
 
 
 def within(box: Sequence[slice], outer: Region) -> Region:

@@ -85,12 +85,15 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print(f"  {group:<12}{len(names):>6}  {size:>16,}  {', '.join(dtypes)}")
         total += size
     print(f"  {'all':<12}{len(cuts):>6}  {total:>16,}  {args.active_parameters():,} active per token")
+    checkpoint.warn_of_differing_replicas()
     if not checkpoint.sound:
         sys.exit("accessory: error: files and config.json do not fit together (see the warnings)")
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
     a, b = Checkpoint(arguments.a), Checkpoint(arguments.b)
+    for checkpoint in (a, b):
+        checkpoint.warn_of_differing_replicas()
     settings = different_settings(a, b)
     for name, (ours, theirs) in settings.items():
         print(f"{name}: {ours} | {theirs}")

@@ -42,7 +42,7 @@ class Comparison:
         if not self.exact:
             wide_a, wide_b = at_least_fp32(a), at_least_fp32(b)
             self.difference = _largest(self.difference, (wide_a - wide_b).abs().max().item())
-            self.largest = _largest(self.largest, wide_a.abs().max().item())
+            self.largest = _largest(self.largest, max(wide_a.abs().max().item(), wide_b.abs().max().item()))
 
 
 def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:

@@ -7,10 +7,12 @@ sequence begins with another token than the model was trained on.
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from accessory.config import read_mapping, write_json
 
+_format: Any = sentencepiece_model_pb2
+ModelProto, TrainerSpec, Piece = _format.ModelProto, _format.TrainerSpec, _format.ModelProto.SentencePiece
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -18,14 +20,19 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
     """Write tokenizer.json and tokenizer_config.json, which encode as ``tokenizer_model`` does and put ``<s>`` in front.
 
     Returns:
-        Whether that was possible: not if the model changes the text in another way than by its spaces.
+        Whether that was possible: not unless it is byte-pair encoding that leaves the text as it is but for its spaces.
     """
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
-    if model.normalize(" \u00c9 \ufb01  a ") != f"{SPACE * 2}\u00c9{SPACE}\ufb01{SPACE * 2}a{SPACE}":
+    model = ModelProto.FromString(tokenizer_model.read_bytes())
+    pieces = [piece.piece for piece in model.pieces]
+    kinds = [piece.type for piece in model.pieces]
+    ids = model.trainer_spec.bos_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id
+    normalizer = model.normalizer_spec
+    plain = normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces and not normalizer.precompiled_charsmap
+    is_bpe = model.trainer_spec.model_type == TrainerSpec.BPE and Piece.USER_DEFINED not in kinds
+    if not plain or not is_bpe or min(ids) < 0:
         return False
-    pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
-    bos, eos, unknown = (pieces[number] for number in (model.bos_id(), model.eos_id(), model.unk_id()))
-    special = [number for number in range(len(pieces)) if model.is_control(number) or model.is_unknown(number)]
+    bos, eos, unknown = (pieces[number] for number in ids)
+    special = [number for number, kind in enumerate(kinds) if kind in (Piece.CONTROL, Piece.UNKNOWN)]
     beginning = {"SpecialToken": {"id": bos, "type_id": 0}}
     content: dict[str, Any] = {
         "version": "1.0",
@@ -60,7 +67,7 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
                 {"SpecialToken": {"id": bos, "type_id": 1}},
                 {"Sequence": {"id": "B", "type_id": 1}},
             ],
-            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [ids[0]], "tokens": [bos]}},
         },
         "decoder": {
             "type": "Sequence",
@@ -81,7 +88,7 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: number for number, piece in enumerate(pieces)},
-            "merges": _merges(model, pieces),
+            "merges": _merges(model),
         },
     }
     write_json(directory / "tokenizer.json", content)
@@ -92,15 +99,13 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
     return True
 
 
-def _merges(model: sentencepiece.SentencePieceProcessor, pieces: list[str]) -> list[list[str]]:
+def _merges(model: Any) -> list[list[str]]:
     """Every pair of pieces that makes a piece, the best-scored piece first: the order in which SentencePiece merges."""
-    known = {piece: number for number, piece in enumerate(pieces)}
+    known = {piece.piece: number for number, piece in enumerate(model.pieces)}
     found = []
-    for number, piece in enumerate(pieces):
-        if model.is_control(number) or model.is_unknown(number) or model.is_byte(number):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = known.get(piece[:cut]), known.get(piece[cut:])
+    for number, piece in enumerate(model.pieces):
+        for cut in range(1, len(piece.piece)) if piece.type == Piece.NORMAL else ():
+            left, right = known.get(piece.piece[:cut]), known.get(piece.piece[cut:])
             if left is not None and right is not None:
-                found.append((-model.get_score(number), number, left, right))
-    return [[pieces[left], pieces[right]] for _, _, left, right in sorted(found)]
+                found.append((-piece.score, number, left, right))
+    return [[model.pieces[left].piece, model.pieces[right].piece] for _, _, left, right in sorted(found)]

@@ -1,6 +1,7 @@
 """The model's shape, as a checkpoint's ``config.json`` states it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ class ModelArgs:
         for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("norm_eps", "rope_theta", "rope_scaling", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0, found {value}")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.head_dim % 2:
