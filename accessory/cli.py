@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("generate", help="continue prompts with a trained model (with torchrun, srun, or plain)")
     verb.add_argument("checkpoint", type=Path, help="directory")
+    verb.add_argument("--adapter", type=Path, action="append", default=[], help="directory laid over it; can be repeated")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
     verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
     verb.add_argument("--raw", action="store_true", help="continue the text as it is, without the dialog template")
@@ -48,13 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("convert", help="write a checkpoint of any format in another one")
     verb.add_argument("sources", nargs="+", type=Path, help="directory, or several in order: a base, then what changes it")
     verb.add_argument("destination", type=Path, help="directory to write")
-    verb.add_argument("--to", required=True, choices=["hf", "mistral", "mixtral", "mixtral_sparse"], help="format")
+    formats = ["hf", "mistral", "mixtral", "mixtral_sparse"]
+    verb.add_argument("--to", required=True, choices=[*formats, "peft"], help="format; peft: the adapter alone")
     verb.add_argument("--mp", type=int, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
-    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
-    verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
-    verb.add_argument("--shard-gb", type=float, default=5, help="largest file of --to hf, GB; default: %(default)s")
-    verb.add_argument("--config", type=Path, help="another config.json than the source's")
+    _conversion_options(verb)
     verb.set_defaults(run=_convert)
+
+    verb = verbs.add_parser("merge", help="fold an adapter into its base")
+    verb.add_argument("sources", nargs=2, type=Path, metavar="DIR", help="the base, and the adapter")
+    verb.add_argument("destination", type=Path, help="directory to write")
+    verb.add_argument("--to", choices=formats, help="format; default: the base's")
+    verb.add_argument("--mp", type=int, metavar="N", help="model-parallel parts; default: as the base")
+    _conversion_options(verb)
+    verb.set_defaults(run=_merge)
 
     verb = verbs.add_parser("inspect", help="what a checkpoint is: format, shape, sizes, and whether it is whole")
     verb.add_argument("paths", nargs="+", type=Path, help="directory, or several in order")
@@ -77,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--vocab-size", type=int, default=4096, help="pieces; default: %(default)s")
     verb.set_defaults(run=_tokenizer)
     return parser
+
+
+def _conversion_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
+    verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
+    verb.add_argument("--shard-gb", type=float, default=5, help="largest file of --to hf, GB; default: %(default)s")
+    verb.add_argument("--config", type=Path, help="another config.json than the source's")
+    verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -109,6 +124,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.tools import run_convert
 
     run_convert(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.tools import run_merge
+
+    run_merge(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -5,16 +5,17 @@ DIR/config.json   DIR/meta.json
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from accessory.checkpoint.storage import FileFormat, TensorFile, index_file
+from accessory.checkpoint.storage import FileFormat, Stored, TensorFile, index_file
 from accessory.checkpoint.tiles import Tile
 from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import logical_cuts
+from accessory.model.logical import Adapters, logical_cuts
 from accessory.model.moe.layouts import Layout, get_layout
+from accessory.parallel.adapter import Adapter
 
 PREFIX = "llma."
 
@@ -23,23 +24,45 @@ def file_name(rank: int, size: int, suffix: str) -> str:
     return f"consolidated.{rank:02d}-of-{size:02d}.model.{suffix}"
 
 
-def rank_tiles(args: ModelArgs, layout: Layout, rank: int, size: int, file: str) -> Iterator[Tile]:
+def rank_tiles(
+    args: ModelArgs, layout: Layout, rank: int, size: int, file: str, adapters: Adapters | None = None
+) -> Iterator[Tile]:
     """The tiles in the file of model-parallel rank ``rank`` of ``size``.
 
-    The expert layout stores a matrix per expert, by its global number: ``experts.{e}.w1.weight``. The sparse layout
-    stores the slices of all experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape.
+    The expert layout stores a matrix per expert, by its global number: ``experts.{e}.w1.weight``, and what is added to it
+    beside: ``experts.{e}.w1.lora_a.weight``, ``.lora_b.weight``, ``.bias``. The sparse layout stores the slices of all
+    experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape; it has no names for adapters.
     """
-    for name, cut in logical_cuts(args, layout).items():
+    for name, cut in logical_cuts(args, layout, adapters).items():
         region = cut.region(rank, size)
-        prefix, is_expert, weight = name.partition(".experts.")
+        prefix, is_expert, tensor = name.partition(".experts.")
         if not is_expert:
-            yield Tile(name, region, file, PREFIX + name)
-        elif layout.name == "mixtral_sparse":
+            yield Tile(name, region, file, PREFIX + (f"{name}.weight" if name.endswith(("lora_a", "lora_b")) else name))
+            continue
+        weight, _, part = tensor.partition("_")  # w1, or w1_lora_a
+        if layout.name == "mixtral_sparse":
+            if part:
+                raise UserError(f"the files of the layout 'mixtral_sparse' have no place for {name}")
             yield Tile(name, region, file, f"{PREFIX}{prefix}.{weight}", transposed=weight == "w2")
-        else:
-            for e in range(region[0].start, region[0].stop):
-                key = f"{PREFIX}{prefix}.experts.{e}.{weight}.weight"
-                yield Tile(name, (slice(e, e + 1), *region[1:]), file, key)
+            continue
+        stored = {"": "weight", "bias": "bias"}.get(part, f"{part}.weight")
+        for e in range(region[0].start, region[0].stop):
+            key = f"{PREFIX}{prefix}.experts.{e}.{weight}.{stored}"
+            yield Tile(name, (slice(e, e + 1), *region[1:]), file, key, one_group=True)
+
+
+def find_adapters(keys: Mapping[str, Stored]) -> dict[str, Adapter]:
+    """The adapters that stand in a file of the expert layout, by their matrix; they have no scaling."""
+    ranks: dict[str, int] = {}
+    biased: set[str] = set()
+    for key, stored in keys.items():
+        if match := re.fullmatch(r"(.+?)(?:experts\.\d+\.(w\d))?\.?(lora_a\.weight|bias)", key.removeprefix(PREFIX)):
+            matrix = f"{match[1]}experts.{match[2]}" if match[2] else f"{match[1].rstrip('.')}.weight"
+            if match[3] == "bias":
+                biased.add(matrix)
+            else:
+                ranks[matrix] = stored.shape[0]
+    return {matrix: Adapter(rank=ranks.get(matrix, 0), bias=matrix in biased) for matrix in ranks.keys() | biased}
 
 
 class AccessoryDirectory:
@@ -47,7 +70,10 @@ class AccessoryDirectory:
 
     Attributes:
         adds: the files are ``model-diff``: what they hold is added to another checkpoint's weights.
+        adapters: what stands beside the weights (``mixtral_peft``), by matrix.
     """
+
+    may_lack, fingerprint = True, None
 
     def __init__(self, directory: Path, size: int, kind: str, layout: str | None = None):
         self.directory, self.size, self.adds = directory, size, kind.startswith("model-diff")
@@ -57,6 +83,7 @@ class AccessoryDirectory:
             _check_rank(directory / file, content, rank, size)
         self.stored = {file: content.tensors for file, content in indexed.items()}
         self.layout = self.format = layout or self._own_layout()
+        self.adapters = {name: a for keys in self.stored.values() for name, a in find_adapters(keys).items()}
 
     @classmethod
     def find(cls, directory: Path) -> "AccessoryDirectory | None":
@@ -71,7 +98,7 @@ class AccessoryDirectory:
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]:
         for rank, file in enumerate(self.stored):
-            yield from rank_tiles(args, get_layout(self.layout), rank, self.size, file)
+            yield from rank_tiles(args, get_layout(self.layout), rank, self.size, file, self.adapters)
 
     def _own_layout(self) -> str:
         """What meta.json says; where there is none, what the names say."""
@@ -95,10 +122,12 @@ def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
         )
 
 
-def planned_tiles(args: ModelArgs, layout: str, size: int, suffix: FileFormat) -> Iterator[Tile]:
+def planned_tiles(
+    args: ModelArgs, layout: str, size: int, suffix: FileFormat, adapters: Adapters | None = None
+) -> Iterator[Tile]:
     """The tiles of a whole directory that is to be written."""
     for rank in range(size):
-        yield from rank_tiles(args, get_layout(layout), rank, size, file_name(rank, size, suffix))
+        yield from rank_tiles(args, get_layout(layout), rank, size, file_name(rank, size, suffix), adapters)
 
 
 def rank_notes(rank: int, size: int) -> dict[str, str]:
@@ -106,6 +135,7 @@ def rank_notes(rank: int, size: int) -> dict[str, str]:
     return {"rank": str(rank), "size": str(size)}
 
 
-def write_description(directory: Path, args: ModelArgs, layout: str) -> None:
-    write_json(directory / "config.json", args.to_dict())
-    write_json(directory / "meta.json", {"llama_type": layout})
+def write_description(directory: Path, args: ModelArgs, layout: str, biased: bool = False) -> None:
+    """config.json and meta.json. ``biased``: the files hold biases, as ``mixtral_peft`` has them."""
+    write_json(directory / "config.json", args.to_dict() | ({"bias_tuning": True} if biased else {}))
+    write_json(directory / "meta.json", {"llama_type": "mixtral_peft" if biased else layout})

@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,9 @@ from typing import Literal
 import torch
 
 from accessory.checkpoint import accessory, huggingface, mistral
+from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.peft import write_peft
 from accessory.checkpoint.publish import prepare_directory, publish_directory
 from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile
@@ -22,11 +25,12 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import divided_sizes
+from accessory.model.logical import Adapters, Source, divided_sizes, logical_cuts
 from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.parallel.adapter import Adapter, adapter_name
 from accessory.parallel.tensor import check_divides
 
-TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse"]
+TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse", "peft"]
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,26 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
             or the tokenizer is not the model's.
     """
     target.check(checkpoint.args)
-    destination = destination.resolve()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination}: exists already; name another directory, or remove it")
-    if os.path.ismount(destination):
-        raise UserError(f"{destination}: is a mount point; name a directory in it")
+    biased = {name: Adapter(bias=True) for name, adapter in checkpoint.adapters.items() if adapter.bias}
+    if biased and target.format in ("hf", "mistral"):
+        raise UserError(f"the format '{target.format}' has no place for biases; these have one: {_some([*biased])}")
+    source = Merged(checkpoint)
+    destination = _free(destination)
     checkpoint.warn_of_differing_replicas()
     tokenizer = Tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
-    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in checkpoint.readers[0].tiles}
-    files = _planned_files(checkpoint.args, target, dtypes)
+    names = logical_cuts(checkpoint.args, get_layout("mixtral"), biased)
+    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in names}
+    if target.dtype is None:  # a bias has its matrix' precision
+        dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
+    files = _planned_files(checkpoint.args, target, dtypes, biased)
     nbytes = sum(_nbytes(tile, dtypes) for tiles in files.values() for tile in tiles)
-    temporary = prepare_directory(destination)
-    try:
+    with _written_whole(destination) as temporary:
         _check_room(temporary, destination, nbytes)
-        damaged = _write_files(checkpoint, temporary, target, files, dtypes, nbytes)
-        for name, source in checkpoint.carried.items():
-            shutil.copyfile(source, temporary / name)
+        damaged = _write_files(source, temporary, target, files, dtypes, nbytes)
+        for name, path in checkpoint.carried.items():
+            shutil.copyfile(path, temporary / name)
         if target.format == "hf":
             keys = {file: [tile.key for tile in tiles] for file, tiles in files.items()}
             special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
@@ -88,7 +94,41 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         elif target.format == "mistral":
             mistral.write_description(temporary, checkpoint.args)
         else:
-            accessory.write_description(temporary, checkpoint.args, target.format)
+            accessory.write_description(temporary, checkpoint.args, target.format, bool(biased))
+    if source.unchanged:
+        say(f"warning: nothing changed in {_some(source.unchanged)}: what is added is lost in rounding, or is nothing")
+    if damaged:
+        say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {_some(damaged)}")
+
+
+def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
+    """Write the adapters of ``checkpoint`` as the PEFT library saves them. Raises UserError for what it has no place for."""
+    if not checkpoint.adapters:
+        raise UserError("there is no adapter to export; name the base, then the adapter's directory")
+    if more := [name for name in checkpoint.changed if name not in checkpoint.adapters]:
+        raise UserError(f"PEFT's LoRA has no place for trained weights of the base: {_some(more)}")
+    destination = _free(destination)
+    with _written_whole(destination) as temporary:
+        base = str(checkpoint.directories[0].directory.resolve())
+        write_peft(temporary, checkpoint, checkpoint.adapters, checkpoint.args, base)
+
+
+def _free(destination: Path) -> Path:
+    """The destination's real path, if a directory can be made there."""
+    destination = destination.resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: exists already; name another directory, or remove it")
+    if os.path.ismount(destination):
+        raise UserError(f"{destination}: is a mount point; name a directory in it")
+    return destination
+
+
+@contextmanager
+def _written_whole(destination: Path) -> Iterator[Path]:
+    """A temporary directory that becomes ``destination`` at the end, and goes if anything fails."""
+    temporary = prepare_directory(destination)
+    try:
+        yield temporary
         publish_directory(destination)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,18 +137,21 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if damaged:
-        more = " ..." if len(damaged) > 4 else ""
-        say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {', '.join(damaged[:4])}{more}")
 
 
-def _planned_files(args: ModelArgs, target: Target, dtypes: dict[str, torch.dtype]) -> dict[str, list[Tile]]:
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _planned_files(
+    args: ModelArgs, target: Target, dtypes: dict[str, torch.dtype], biased: Adapters
+) -> dict[str, list[Tile]]:
     if target.format == "hf":
         return _shards(huggingface.model_tiles(args), target, dtypes)
     tiles = (
         mistral.planned_tiles(args, target.suffix)
         if target.format == "mistral"
-        else accessory.planned_tiles(args, target.format, target.size, target.suffix)
+        else accessory.planned_tiles(args, target.format, target.size, target.suffix, biased)
     )
     files: dict[str, list[Tile]] = defaultdict(list)
     for tile in tiles:
@@ -133,7 +176,7 @@ def _shards(tiles: Iterable[Tile], target: Target, dtypes: dict[str, torch.dtype
 
 
 def _write_files(
-    checkpoint: Checkpoint,
+    source: Source,
     directory: Path,
     target: Target,
     files: dict[str, list[Tile]],
@@ -148,7 +191,7 @@ def _write_files(
             notes = accessory.rank_notes(rank, target.size) if target.format in LAYOUTS else {}
             with TensorWriter(directory / file, announced, notes) as out:
                 for tile in tiles:
-                    tensor = tile.encode(checkpoint.read(tile.name, tile.region).to(dtypes[tile.name]))
+                    tensor = tile.encode(source.read(tile.name, tile.region).to(dtypes[tile.name]))
                     if not all_finite(tensor):
                         damaged[tile.name] = None
                     out.write(tile.key, tensor)

@@ -19,12 +19,12 @@ from accessory.console import say
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import logical_cuts
+from accessory.model.logical import Adapters, logical_cuts
 from accessory.model.moe.layouts import get_layout
 
 INDEX = "model.safetensors.index.json"
 
-_NAMES = {
+NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -56,9 +56,11 @@ class HuggingFaceDirectory:
     """A directory of the files above."""
 
     format, layout, size, adds = "hf", "mixtral", 1, False
+    may_lack, fingerprint = True, None
 
     def __init__(self, directory: Path, tensors: dict[str, Stored]):
         self.directory = directory
+        self.adapters: Adapters = {}
         self.stored = {"": {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}}
         self.fused = any(".mlp." in key for key in tensors)
 
@@ -113,7 +115,7 @@ def model_tiles(args: ModelArgs, fused: bool = False) -> Iterator[Tile]:
             yield Tile(name, region, "", f"{layer}{'mlp' if fused else 'block_sparse_moe'}.gate.weight")
         elif not is_expert:
             pairs = args.head_dim if rest in ("attention.wq.weight", "attention.wk.weight") else None
-            yield Tile(name, region, "", layer + _NAMES[rest], head_dim=pairs)
+            yield Tile(name, region, "", layer + NAMES[rest], head_dim=pairs)
         elif fused:
             key, slot = _FUSED[weight]
             yield Tile(name, region, "", f"{layer}mlp.experts.{key}", slot=slot)

@@ -18,6 +18,7 @@ from accessory.checkpoint.tiles import Tile
 from accessory.config import write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
+from accessory.model.logical import Adapters
 from accessory.model.moe.layouts import get_layout
 
 _PATTERN = re.compile(
@@ -30,9 +31,11 @@ class MistralDirectory:
     """A directory of the files above."""
 
     format, layout, size, adds = "mistral", "mixtral", 1, False
+    may_lack, fingerprint = True, None
 
     def __init__(self, directory: Path, files: dict[str, dict[int, Path]]):
         self.directory = directory
+        self.adapters: Adapters = {}
         tensors: dict[str, Stored] = {}
         for parts in files.values():
             for key, stored in index_file(*(parts[number] for number in sorted(parts))).tensors.items():

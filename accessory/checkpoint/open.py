@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.accessory import AccessoryDirectory
+from accessory.checkpoint.adapter import AdapterDirectory
+from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.huggingface import HuggingFaceDirectory, args_from
 from accessory.checkpoint.mistral import MistralDirectory
+from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import carried_files
 from accessory.checkpoint.storage import Stored
 from accessory.checkpoint.tiles import Tile, TileReader
@@ -20,10 +23,13 @@ from accessory.console import say
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
-from accessory.model.logical import Region, logical_cuts
+from accessory.model.logical import Adapters, Region, logical_cuts
 from accessory.model.moe.layouts import get_layout
+from accessory.parallel.adapter import Adapter
 
 PathLike = str | Path
+# of the reference's config.json: what it adds to a model, which its files show as well
+_PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
 
 class Directory(Protocol):
@@ -34,6 +40,9 @@ class Directory(Protocol):
     layout: str  # how its experts are cut: "mixtral" or "mixtral_sparse"
     size: int  # into how many model-parallel parts
     adds: bool  # its values are to be added to another checkpoint's
+    may_lack: bool  # behind a base, it need not hold all that the format has a place for
+    fingerprint: str | None  # of the base that it belongs to, if it says so
+    adapters: Adapters  # what it adds to matrices (known once it has been asked for its tiles)
     stored: dict[str, dict[str, Stored]]
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]: ...
@@ -44,8 +53,9 @@ def recognise(path: PathLike) -> Directory:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a checkpoint")
-    for kind in (AccessoryDirectory, HuggingFaceDirectory, MistralDirectory):
-        found = kind.find(directory)
+    kinds: tuple[Any, ...] = (AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory)
+    for kind in kinds:
+        found: Directory | None = kind.find(directory)
         if found is not None:
             return found
     raise UserError(
@@ -57,7 +67,7 @@ def recognise(path: PathLike) -> Directory:
 def load_args(paths: PathLike | Sequence[PathLike]) -> ModelArgs:
     """Read the model's shape from a config.json of any format, or a params.json; of several, later keys win."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = {key: value for path in paths for key, value in read_mapping(path).items()}
+    config = {key: value for path in paths for key, value in read_mapping(path).items() if key not in _PEFT_KEYS}
     where = ", ".join(map(str, paths))
     if "hidden_size" in config:
         return args_from(config, where)
@@ -79,8 +89,12 @@ class Checkpoint:
         strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
 
     Attributes:
-        args: the model's shape. layout: the layout to run it in, if the user names none. tokenizer: path of
-        tokenizer.model, or None. carried: files to be copied along, by name. sound: whether everything fitted.
+        args: the model's shape.
+        layout: the layout to run it in, if the user names none.
+        adapters: what is added to matrices, by matrix; their tensors are read by their own logical names.
+        tokenizer: path of tokenizer.model, or None.
+        carried: files to be copied along, by name.
+        sound: whether everything fitted.
 
     Raises:
         UserError: something is missing, damaged, unexpected or of the wrong shape.
@@ -98,8 +112,8 @@ class Checkpoint:
             raise UserError("expected a checkpoint directory, found an empty list")
         self.directories = [recognise(path) for path in paths]
         base = self.directories[0]
-        if base.adds:
-            raise UserError(f"{paths[0]}: holds differences to another checkpoint; name that one before it")
+        if base.adds or base.format in ("adapter", "peft"):
+            raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
         self.args = load_args(config or _own_config(base.directory))
         self.layout = base.layout
         self.carried: dict[str, Path] = {}
@@ -109,12 +123,19 @@ class Checkpoint:
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
         self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
         self.sound = True
+        self.adapters: dict[str, Adapter] = {}
+        for directory in self.directories:
+            if both := self.adapters.keys() & directory.adapters.keys():
+                raise UserError(f"{directory.directory}: {min(both)} has an adapter already; merge the first adapter before")
+            self.adapters |= directory.adapters
         self._random: RandomWeights | None = None
         self._check(strict)
 
     def _check(self, strict: bool) -> None:
         for number, reader in enumerate(self.readers):
-            problems = list(reader.problems(partial=number > 0, most=2 if strict else None))
+            problems = list(
+                reader.problems(partial=number > 0 and self.directories[number].may_lack, most=2 if strict else None)
+            )
             if strict and problems:
                 more = f" (and {len(problems) - 2} more problems)" if len(problems) > 2 else ""
                 told = "; ".join(problems[:2]) + more
@@ -122,6 +143,15 @@ class Checkpoint:
             for problem in problems:
                 say(f"warning: {problem}")
             self.sound &= not problems
+        for directory in self.directories:
+            theirs = directory.fingerprint
+            if theirs is not None and theirs != self.fingerprint:
+                message = (
+                    f"{directory.directory}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
+                )
+                if strict:
+                    raise UserError(f"{message}; name the base that it was trained on, or say strict=false")
+                say(f"warning: {message}")
         if not strict:
             self._random = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), seed=0)
 
@@ -136,11 +166,25 @@ class Checkpoint:
             if name in reader.complete and not adds:
                 return reader.read(name, region)
             if reader.tiles[name] and not (number == 0 and self._random):
-                value = self._read(name, region, number).clone().to(self.dtype(name))
+                value = self._read(name, region, number)
+                value = value.to(torch.promote_types(value.dtype, reader.dtype(name)), copy=True)
                 reader.lay_over(value, name, region, adds)
                 return value
         assert self._random is not None
         return self._random.read(name, region)
+
+    @property
+    def changed(self) -> list[str]:
+        """The base's own tensors that later directories change."""
+        return sorted(
+            {n for reader in self.readers[1:] for n in reader.tiles if reader.tiles[n] and n in self.readers[0].tiles}
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the model without its adapters and what came with them."""
+        below = next((n for n, d in enumerate(self.directories) if d.adapters), len(self.directories))
+        return fingerprint(_Lower(self, max(1, below)), self.args)
 
     def hf_config(self) -> dict[str, Any]:
         """The first directory's config.json, if it is Hugging Face's."""
@@ -149,7 +193,9 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """A dtype that holds every value that the directories have for logical tensor ``name``."""
-        dtypes = [reader.dtype(name) for reader in self.readers if reader.tiles[name]]
+        holding = [n for n, reader in enumerate(self.readers) if reader.tiles[name]]
+        # an adapter's tensors are kept in the precision they were trained in: the base's decides where it has its own
+        dtypes = [self.readers[n].dtype(name) for n in holding if self.directories[n].format != "adapter" or n == holding[0]]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def warn_of_differing_replicas(self) -> None:
@@ -159,6 +205,16 @@ class Checkpoint:
                 say(
                     f"warning: {reader.where}: the files do not agree about {', '.join(names[:4])}; do they belong together?"
                 )
+
+
+class _Lower:
+    """What a checkpoint's first directories hold."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: int):
+        self.checkpoint, self.layers = checkpoint, layers
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return self.checkpoint._read(name, region, self.layers)
 
 
 def _own_config(directory: Path) -> Path:

@@ -24,6 +24,8 @@ class Tile:
     ``transposed``: the last two dimensions change places before they are merged.
     ``head_dim``: rows are rotary pairs (0, 1), (2, 3), ... of heads of this size, stored as two halves: 0, 2, ..., 1, 3, ...
     ``slot`` (i, n): instead of merged, stored with three dimensions, as the i-th of n equal parts along dimension 1.
+    ``groups_last``: with a slot; the first dimension is stored as the last one, merged with it and counting fastest.
+    ``one_group``: the first dimension, of size 1, is left out rather than merged.
     """
 
     name: str
@@ -33,22 +35,29 @@ class Tile:
     transposed: bool = False
     head_dim: int | None = None
     slot: tuple[int, int] | None = None
+    groups_last: bool = False
+    one_group: bool = False
 
     def stored_shape(self) -> tuple[int, ...]:
         sizes = self._dimensions()
         if self.slot is not None:
-            return (sizes[0], sizes[1] * self.slot[1], sizes[2])
+            rows = sizes[1] * self.slot[1]
+            return (rows, sizes[2] * sizes[0]) if self.groups_last else (sizes[0], rows, sizes[2])
+        if self.one_group:
+            return tuple(sizes[1:])
         return (math.prod(sizes[:-1]), sizes[-1]) if len(sizes) > 1 else tuple(sizes)
 
     def encode(self, box: Tensor) -> Tensor:
         """The logical box as it is stored (a format that is written gives every box a tensor of its own)."""
-        assert self.slot is None
+        assert self.slot in (None, (0, 1)) and not self.groups_last
         if self.head_dim:
             box = box.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2)
         return (box.mT if self.transposed else box).reshape(self.stored_shape()).contiguous()
 
     def decode(self, stored: Tensor) -> Tensor:
         """The stored tensor in the shape of ``region``; a view of it unless rows must be put in order."""
+        if self.groups_last:
+            stored = stored.unflatten(-1, (-1, region_shape(self.region)[0])).movedim(-1, 0)
         if self.slot is not None:
             return stored.chunk(self.slot[1], 1)[self.slot[0]]
         if self.head_dim:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from accessory.checkpoint.convert import Target, convert
-from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.convert import Target, convert, export_peft
+from accessory.checkpoint.open import Checkpoint, recognise
 from accessory.checkpoint.verify import compare, different_settings
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import DTYPES, get_dtype
@@ -24,6 +24,8 @@ TITLES = {
     "mistral": "Mistral's own",
     "mixtral": "Accessory, expert layout (mixtral)",
     "mixtral_sparse": "Accessory, sparse layout (mixtral_sparse)",
+    "adapter": "an adapter of this program",
+    "peft": "an adapter of PEFT",
 }
 GROUPS = {
     "embeddings": "tok_embeddings",
@@ -37,9 +39,22 @@ GROUPS = {
 
 def run_convert(arguments: argparse.Namespace) -> None:
     dtype = get_dtype(arguments.dtype) if arguments.dtype else None
+    checkpoint = Checkpoint(arguments.sources, arguments.config, strict=not arguments.force)
+    if arguments.to == "peft":
+        export_peft(checkpoint, arguments.destination)
+        print(f"wrote {arguments.destination}")
+        return
     target = Target(arguments.to, arguments.mp, dtype, arguments.format, arguments.shard_gb * 1e9)
-    convert(Checkpoint(arguments.sources, arguments.config), arguments.destination, target)
+    convert(checkpoint, arguments.destination, target)
     print(f"wrote {arguments.destination}")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    """Fold an adapter into its base, by default in the base's own format."""
+    base = recognise(arguments.sources[0])
+    arguments.to = arguments.to or base.format
+    arguments.mp = arguments.mp or (base.size if arguments.to == base.format else 1)
+    run_convert(arguments)
 
 
 def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
@@ -52,7 +67,11 @@ def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
     parser.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
     arguments = parser.parse_args()
     try:
-        run_convert(argparse.Namespace(**vars(arguments), sources=[arguments.source], to=layout, shard_gb=5, config=None))
+        run_convert(
+            argparse.Namespace(
+                **vars(arguments), sources=[arguments.source], to=layout, shard_gb=5, config=None, force=False
+            )
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
 

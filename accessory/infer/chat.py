@@ -14,7 +14,7 @@ from accessory.parallel.launch import Launch
 def answer(arguments: argparse.Namespace, launch: Launch) -> None:
     """Load a checkpoint over all ranks of the job and print an answer to each prompt."""
     model = MetaModel.from_pretrained(
-        arguments.checkpoint,
+        [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),

@@ -78,8 +78,10 @@ class MetaModel:
         default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         layout = llama_type or checkpoint.layout
         where = torch.device(device) if device is not None else default
-        llma = build_model(checkpoint.args, layout, checkpoint, dtype=dtype, device=where)
-        return cls(llma.requires_grad_(False), tokenizer, max_seq_len)
+        llma = build_model(
+            checkpoint.args, layout, checkpoint, dtype=dtype, device=where, adapters=checkpoint.adapters, trains=frozenset()
+        )
+        return cls(llma, tokenizer, max_seq_len)
 
     def generate(
         self,

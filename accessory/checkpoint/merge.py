@@ -1,0 +1,43 @@
+"""A base with its LoRA adapters folded in: W + scaling * B A, computed where it is read."""
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.open import Checkpoint
+from accessory.dtypes import at_least_fp32
+from accessory.model.logical import Region
+from accessory.parallel.adapter import adapter_name
+
+
+class Merged:
+    """``checkpoint`` as a source in which every matrix has its LoRA adapter folded in; biases stay tensors of their own.
+
+    Attributes:
+        unchanged: matrices that were read, and in which no value changed once it was rounded to the base's precision.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._changed: dict[str, bool] = {}
+
+    def read(self, name: str, region: Region) -> Tensor:
+        value = self.checkpoint.read(name, region)
+        adapter = self.checkpoint.adapters.get(name)
+        if adapter is None or not adapter.rank:
+            return value
+        *groups, rows, columns = region
+        if name == "tok_embeddings.weight":  # stored [V, D], maps V to D
+            rows, columns = columns, rows
+        ranks = slice(0, adapter.rank)
+        wide = at_least_fp32(value)
+        name_a, name_b = adapter_name(name, "lora_a"), adapter_name(name, "lora_b")
+        a = self.checkpoint.read(name_a, (*groups, ranks, columns)).to(wide.dtype)
+        b = self.checkpoint.read(name_b, (*groups, rows, ranks)).to(wide.dtype)
+        delta = torch.matmul(b, a) * adapter.scaling
+        merged = wide + (delta.mT if name == "tok_embeddings.weight" else delta)
+        self._changed[name] = self._changed.get(name, False) or not torch.equal(merged.to(value.dtype), value)
+        return merged
+
+    @property
+    def unchanged(self) -> list[str]:
+        return [name for name, changed in self._changed.items() if not changed]
