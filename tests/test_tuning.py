@@ -13,6 +13,7 @@ from accessory.data.loader import BatchPlan
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.logical import logical_cuts
+from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.adapter import Adapter, draws, dropped
 from accessory.parallel.fsdp import local_part
@@ -345,3 +346,37 @@ def test_what_an_adapter_is():
 def test_refused(section, words):
     with pytest.raises(UserError, match=words):
         resolve(section, TINY, get_layout("mixtral"))
+
+
+def run_no_rows(layout):
+    initialize_groups(1)
+    experts = GroupedExperts(4, 16, 24, "auto", get_layout(layout).cut_dims)
+    for name in ("w1", "w2", "w3"):
+        experts.adapt(name, Adapter(rank=2, bias=True))
+    x, weight = torch.zeros(0, 16, requires_grad=True), torch.zeros(0, 1, requires_grad=True)
+    experts(x, weight, torch.zeros(4, dtype=torch.int32)).sum().backward()
+    return {name: p.grad for name, p in experts.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_without_rows_has_zero_gradients(layout):
+    (gradients,) = run_ranks(1, run_no_rows, layout)
+    assert len(gradients) == 12 and not any(g.any() for g in gradients.values())
+
+
+def test_mixtral_peft_is_the_expert_layout():
+    assert get_layout("mixtral_peft") is get_layout("mixtral")
+
+
+def test_weight_decay_leaves_vectors_alone():
+    """An expert's bias is a vector, though all experts' together are a matrix."""
+    (decay,) = run_ranks(1, run_decay)
+    assert decay and all(name.endswith(("lora_a", "lora_b")) for name in decay)
+
+
+def run_decay():
+    initialize_groups(1)
+    spec = tuning(EVERYTHING)
+    model = build(TINY, "mixtral", Tensors(weights(adapters=spec["adapters"])), **spec)
+    decaying = {id(p) for p in make_optimizer(model, OPTIM).param_groups[0]["params"]}
+    return [name for name, p in model.named_parameters() if id(p) in decaying]

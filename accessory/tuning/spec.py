@@ -51,8 +51,6 @@ def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int =
     wanted += [("tuning.train", entry) for entry in section.train]
     full = not (section.lora or section.bias or wanted)
     chosen = set(names) if full else set().union(*(_matching(entry, names, where) for where, entry in wanted))
-    if both := sorted(name for name in chosen if not full and name in adapters and adapters[name].rank):
-        raise UserError(f"tuning: {_list(both)} would train both itself and by LoRA: take it out of train or lora.targets")
     frozen: set[str] = set()
     for entry in section.freeze:
         matched = _matching(entry, names, "tuning.freeze")
@@ -63,6 +61,8 @@ def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int =
         if not _matching(entry, names, where) - frozen:
             raise UserError(f"{where}: all of '{entry}' is frozen by tuning.freeze; take one of them out")
     trains = chosen - frozen
+    if both := sorted(name for name in trains if name in adapters and adapters[name].rank):
+        raise UserError(f"tuning: {_list(both)} would train both itself and by LoRA: take it out of train or lora.targets")
     for name, adapter in adapters.items():
         trains |= adapter_cuts(name, cuts[name], adapter).keys()
     if not trains:

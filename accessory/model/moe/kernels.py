@@ -194,11 +194,25 @@ class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.silu(gate).mul_(up).mul_(weight)
+        h = torch.empty_like(gate)
+        for rows in _cached_rows(gate):
+            torch.mul(F.silu(gate[rows]), up[rows], out=h[rows]).mul_(weight[rows])
+        return h
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
-        ds = dh * F.silu(gate)
-        d_weight = (ds * up).sum(-1, keepdim=True)
-        return torch.ops.aten.silu_backward(dh * weight * up, gate), ds.mul_(weight), d_weight
+        d_gate, d_up, d_weight = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(weight)
+        for rows in _cached_rows(gate):
+            ds = dh[rows] * F.silu(gate[rows])
+            torch.sum(ds * up[rows], -1, keepdim=True, out=d_weight[rows])
+            torch.mul(ds, weight[rows], out=d_up[rows])
+            ds.copy_(dh[rows]).mul_(weight[rows]).mul_(up[rows])  # of silu(gate) now
+            torch.ops.aten.silu_backward.grad_input(ds, gate[rows], grad_input=d_gate[rows])
+        return d_gate, d_up, d_weight
+
+
+def _cached_rows(x: Tensor) -> Iterator[slice]:
+    """All rows on GPU; on CPU as many at a time as stay in cache through several elementwise passes."""
+    step = BLOCK if x.device.type == "cpu" else max(1, len(x))
+    return (slice(first, first + step) for first in range(0, len(x), step))
