@@ -91,6 +91,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         tokenizer = Tokenizer(checkpoint.tokenizer)
         print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")
         check_vocabulary(tokenizer, args.vocab_size)
+    print(f"  fingerprint {checkpoint.fingerprint}")
+    kinds = Counter((a.rank, a.scaling, a.bias) for a in checkpoint.adapters.values())
+    for (rank, scaling, bias), count in kinds.items():
+        print(f"  adapters    on {count} matrices: rank {rank}, scaling {scaling:g}{', with bias' * bias}")
     for layout in LAYOUTS.values():
         sizes = allowed_sizes(divided_sizes(args, layout))
         print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, sizes))}")

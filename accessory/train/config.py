@@ -94,6 +94,8 @@ class LogSection:
 @dataclass(frozen=True)
 class SaveSection:
     every_epochs: int = 1  # the last epoch is always saved
+    # only what trains, with the base's fingerprint, rather than a whole model; with LoRA or biases always so
+    only_trainable: bool = False
     format: FileFormat = "safetensors"  # or pth
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.console import is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan, epoch_order
@@ -31,9 +32,9 @@ from accessory.train.loggers import Loggers
 from accessory.train.metrics import Window, peak_flops, speed
 from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.report import History, load_table, plot
-from accessory.train.save import save_model
+from accessory.train.save import save_model, save_trainable
 from accessory.train.step import train_step
-from accessory.tuning.spec import AdaptedSource, resolve
+from accessory.tuning.spec import AdaptedSource, check_same_adapters, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
 
@@ -77,11 +78,16 @@ class Trainer:
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
             carried = {} if section.tokenizer else checkpoint.carried
+            self.given, self.base = (
+                checkpoint.adapters,
+                {"fingerprint": checkpoint.fingerprint, "path": str(section.checkpoint)},
+            )
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
             self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
             cuts = logical_cuts(self.args, get_layout(self.layout))
-            self.source, carried = RandomWeights(cuts, self.config.train.seed), {}
+            self.source, carried, self.given = RandomWeights(cuts, self.config.train.seed), {}, {}
+            self.base = {"fingerprint": fingerprint(self.source, self.args)}
         self.tokenizer = Tokenizer(tokenizer)
         self.carried = carried | {"tokenizer.model": self.tokenizer.path}
         check_vocabulary(self.tokenizer, self.args.vocab_size)
@@ -103,10 +109,12 @@ class Trainer:
         tuning = resolve(self.config.tuning, self.args, layout, seed)
         cuts = logical_cuts(self.args, layout, tuning.adapters)
         added = cuts.keys() - logical_cuts(self.args, layout).keys()
+        check_same_adapters(self.given, tuning.adapters)
+        new = added - logical_cuts(self.args, layout, self.given).keys()
         self.model = build_model(
             self.args,
             self.layout,
-            AdaptedSource(self.source, RandomWeights(cuts, seed), added),
+            AdaptedSource(self.source, RandomWeights(cuts, seed), new),
             dtype=at_least(compute),
             device=self.device,
             kernel=section.kernel,
@@ -215,12 +223,12 @@ class Trainer:
             self.loggers.log(step, values | {"loads": loads.tolist()})
 
     def _save(self, name: str) -> None:
-        if self.model.adapters:
-            say(f"{name} is not saved: a checkpoint has no place for adapters yet")
+        directory, section = self.out / name, self.config.save
+        if self.model.adapters or section.only_trainable:
+            save_trainable(self.model, directory, self.carried, self.base)
+            say(f"saved {directory} (what was trained; it belongs to the base model)")
             return
-        directory = self.out / name
-        dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.model, directory, self.carried, dtype, self.config.save.format)
+        save_model(self.model, directory, self.carried, get_dtype(self.config.parallel.precision), section.format)
         say(f"saved {directory}")
 
     def _report(self) -> None:

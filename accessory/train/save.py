@@ -1,10 +1,11 @@
-"""Write the trained model as a converted directory."""
+"""Write the trained model as a converted directory, or what was trained as an adapter directory."""
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
+from accessory.checkpoint.adapter import AdapterWriter
 from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile, within
@@ -21,6 +23,7 @@ from accessory.model.logical import logical_cuts, region_shape
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.tensor import (
     get_data_parallel_group,
+    get_model_parallel_group,
     get_model_parallel_rank,
     get_model_parallel_world_size,
 )
@@ -64,8 +67,47 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
 
 
 @torch.no_grad()
-def gathered(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """This model-parallel rank's parameters by name, each gathered over the data-parallel ranks (a collective)."""
+def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], base: dict[str, Any]) -> None:
+    """Write what trains as an adapter directory, every tensor whole and in its masters' precision.
+
+    Args:
+        base: the fingerprint of the model that it belongs to, and its path. Every rank must call this.
+    """
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    if is_main():
+        temporary = prepare_directory(directory)
+        shapes = {name: cuts[name].shape for name in trained}
+        with AdapterWriter(temporary, shapes, next(iter(trained.values())), model.adapters, base) as file:
+            for name, tensor in gathered_whole(model, trained.keys()):
+                file.write(name, tensor)
+        for name, source in carried.items():
+            shutil.copyfile(source, temporary / name)
+        publish_directory(directory)
+    else:
+        for _ in gathered_whole(model, trained.keys()):
+            pass
+    dist.barrier()
+
+
+def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives), on the CPU."""
+    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
+    for name, part in gathered(model, names):
+        own = part.view(region_shape(cuts[name].region(rank, size))).contiguous()
+        dim = cuts[name].dim
+        if dim is not None and size > 1:
+            parts = [torch.empty_like(own) for _ in range(size)]
+            dist.all_gather(parts, own, group=get_model_parallel_group())
+            own = torch.cat(parts, dim)
+        yield name, own.cpu()
+
+
+@torch.no_grad()
+def gathered(model: Decoder, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """This model-parallel rank's parameters (or some) by name, each gathered over the data-parallel ranks (a collective)."""
     show_masters(model)
     for name, parameter in model.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if names is None or name in names:
+            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -111,6 +111,20 @@ def _list(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def check_same_adapters(given: Adapters, wanted: Adapters) -> None:
+    """Refuse to start from a checkpoint's adapters if the run's own are others: going on would lose them."""
+
+    def described(adapters: Adapters) -> dict[str, tuple[int, float, bool]]:
+        return {name: (a.rank, a.scaling, a.bias) for name, a in adapters.items()}
+
+    if given and described(given) != described(wanted):
+        kinds = sorted({(a.rank, a.scaling, a.bias) for a in given.values()})
+        raise UserError(
+            f"model.checkpoint has adapters on {len(given)} matrices with (rank, scaling, bias) {kinds}, tuning asks for "
+            f"others, on {len(wanted)}: set tuning to go on with the same, or merge them first (accessory merge)"
+        )
+
+
 class AdaptedSource:
     """The tensors of ``adapters`` from one source, all others from another."""
 
