@@ -57,6 +57,11 @@ class PeftDirectory:
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]:
         for matrix, cut in logical_cuts(args, get_layout("mixtral")).items():
+            if matrix in ("tok_embeddings.weight", "output.weight"):  # PEFT may save these whole beside their adapter
+                stem = HEAD + NAMES[matrix].removesuffix("weight")
+                for key in (f"{stem}weight", f"{stem}base_layer.weight"):
+                    if key in self.stored[TENSORS]:
+                        yield Tile(matrix, cut.region(0, 1), TENSORS, key)
             if len(cut.shape) > 1 and (place := self._place(matrix, args)):
                 yield from self._adapter_tiles(matrix, cut, *place, args)
 
