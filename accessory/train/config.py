@@ -133,6 +133,8 @@ class RunConfig:
             raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
         if self.tuning.lora and self.tuning.lora.alpha is not None and self.tuning.lora.alpha <= 0:
             raise UserError(f"tuning.lora.alpha must be above 0, found {self.tuning.lora.alpha}")
+        if self.tuning.lora and self.tuning.lora.alpha is not None and self.tuning.lora.alpha <= 0:
+            raise UserError(f"tuning.lora.alpha must be above 0, or the adapter adds nothing: {self.tuning.lora.alpha}")
         if self.tuning.lora and not 0 <= self.tuning.lora.dropout < 1:
             raise UserError(f"tuning.lora.dropout must be at least 0 and below 1: {self.tuning.lora.dropout}")
         if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
