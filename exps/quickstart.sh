@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job in small, on real text: make a corpus and a tokenizer, finetune a small Mixtral in the expert layout and
-# again, from the same start, in the sparse layout, compare the two, and let each answer a question.
+# again, from the same start, in the sparse layout, compare the two, and let each answer a question. Then go on from one
+# in the other layout with an adapter, fold it in, and let the result answer.
 # Two processes on a CPU machine (gloo); every GPU where there are any (NCCL).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,3 +31,14 @@ for layout in mixtral mixtral_sparse; do
     title "4. an answer from $run/$layout"
     accessory generate $run/$layout/epoch0-iter* "What does the function json.dumps do?" --max-gen-len 60 --precision fp64
 done
+
+title "5. an adapter: LoRA on attention and experts, from the expert layout's model, in the sparse layout"
+base=$(echo $run/mixtral/epoch0-iter*)
+launch finetune configs/finetune/quickstart.yaml model.checkpoint="$base" model.layout=mixtral_sparse out=$run/lora \
+    tuning.lora.rank=8 optim.lr=5e-3 train.max_steps=20 \
+    parallel.model_parallel=$model_parallel train.batch_size=$((16 * model_parallel / processes))
+
+title "6. folded into its base, for Hugging Face"
+rm -rf $run/merged
+accessory merge "$base" $run/lora/epoch0-iter* $run/merged --to hf
+accessory generate $run/merged "What does the function json.dumps do?" --max-gen-len 60 --precision fp64
