@@ -74,7 +74,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
     verb.set_defaults(run=_verify)
 
-    data = verbs.add_parser("data", help="make training data").add_subparsers(required=True, metavar="WHAT")
+    data = verbs.add_parser("data", help="make, check and show training data").add_subparsers(required=True, metavar="WHAT")
+    for name, text in (
+        ("check", "validate every record of a mix: a table of sources, a picture of lengths, the bad records"),
+        ("show", "print samples, with what is trained in colour"),
+    ):
+        verb = data.add_parser(name, help=text)
+        verb.add_argument("mix", type=Path, help="YAML data mix, or a run's YAML file")
+        verb.add_argument("--tokenizer", type=Path, help="default: the run's")
+        verb.add_argument("--max-seq-len", type=int, help="tokens; default: the run's, or 4096")
+        if name == "show":
+            verb.add_argument("-n", type=int, default=3, help="samples of each source; default: %(default)s")
+            verb.set_defaults(run=_show)
+        else:
+            verb.add_argument("--png", type=Path, default=Path("lengths.png"), help="picture; default: %(default)s")
+            verb.add_argument(
+                "--world", type=int, default=1, help="processes of the run, for its steps; default: %(default)s"
+            )
+            verb.add_argument("--tokens-per-s", type=float, help="for the run's duration; default: as its last run's")
+            verb.set_defaults(run=_check)
     verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
     verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
     verb.set_defaults(run=_stdlib)
@@ -142,6 +160,18 @@ def _verify(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.tools import run_verify
 
     run_verify(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from accessory.data.check import check
+
+    check(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from accessory.data.check import show
+
+    show(arguments)
 
 
 def _stdlib(arguments: argparse.Namespace) -> None:

@@ -191,3 +191,25 @@ def test_bad_input_is_one_sentence(kind, home):
     assert len(errors) == 1 and sentence in errors[0], err
     assert "Traceback" not in err
     assert not list(Path(out).glob("epoch*")), "half-written checkpoint"
+
+
+def test_data_check_and_show(home, tmp_path):
+    """A run's file: a table, a picture, steps; bad records are listed with their lines and end it with 1."""
+    codes, out, err = command(
+        "data", "check", home / "run.yaml", "--world", 4, "--tokens-per-s", 100, "--png", tmp_path / "l.png"
+    )
+    assert codes == [0], err
+    rows = {
+        line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("dialog", "instruction", "all"))
+    }
+    assert [rows[name][0] for name in ("dialog.jsonl", "instruction.jsonl", "all")] == ["60", "60", "120"]
+    assert (tmp_path / "l.png").stat().st_size > 1000
+    # 4 processes of model parallel 2: 2 x 4 sequences x 2 micro-steps; 12 of 120 are held out
+    assert "16 samples a step, 7 steps an epoch, 6 in all" in out and "at 100 tokens/s: 0:" in out
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n{\n')
+    (tmp_path / "bad.yaml").write_text("META: [{path: bad.jsonl}]")
+    words = [tmp_path / "bad.yaml", "--tokenizer", home / "tokenizer.model"]
+    codes, out, err = command("data", "check", *words, "--png", tmp_path / "l.png")
+    assert codes == [1] and "bad.jsonl:2: 'output' must be a text" in out and "bad.jsonl:3: not valid JSON" in out
+    codes, out, err = command("data", "show", *words, "-n", 1)
+    assert codes == [0] and "bad.jsonl:1: " in out and re.search(r"### Response:\[\[b</s>\]\]", out)

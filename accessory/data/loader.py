@@ -1,9 +1,9 @@
 """Samples to batches, in an order that is a function of (seed, epoch) alone."""
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,11 +45,11 @@ def collate(samples: Sequence[Sample], batch_size: int, keys: Sequence[int] | No
     rows, ids = [], []
     for index, sample in enumerate(samples):
         lengths[index] = len(sample.tokens)
-        tokens[index, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        tokens[index, : len(sample.tokens)] = torch.as_tensor(sample.tokens)
         for position, trained in enumerate(sample.trained[1:]):
             if trained:
                 rows.append(index * width + position)
-                ids.append(sample.tokens[position + 1])
+                ids.append(int(sample.tokens[position + 1]))
     targets = Targets(torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
     return Batch(tokens, lengths, targets, numbers, sum(len(s.tokens) for s in samples), len(ids))
 
@@ -71,14 +71,14 @@ class BatchPlan:
         """Optimiser steps of an epoch; the last may be smaller, every sample is used."""
         return -(-samples // self.global_batch)
 
-    def epoch(self, samples: Sequence[Sample], order: Sequence[int], number: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, samples: Sequence[Sample], order: Sequence[int] | np.ndarray, number: int = 0) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step of epoch ``number``.
 
         Which samples a step sees depends only on the order and the size of the global batch. Inside it they are laid
         out by length, so that sequences of one micro-step are alike and little is padded: results do not depend on it.
         """
         for start in range(0, len(order), self.global_batch):
-            chosen = sorted(order[start : start + self.global_batch], key=lambda i: len(samples[i].tokens))
+            chosen = sorted(map(int, order[start : start + self.global_batch]), key=lambda i: len(samples[i].tokens))
             micro_steps = []
             for step in range(self.accumulation):
                 first = (step * self.world + self.rank) * self.batch_size
@@ -86,10 +86,3 @@ class BatchPlan:
                 keys = [number * len(samples) + i for i in mine]
                 micro_steps.append(collate([samples[i] for i in mine], self.batch_size, keys))
             yield micro_steps
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the samples; the same on every machine and for every parallel size."""
-    order = list(range(samples))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order

@@ -1,143 +1,202 @@
-"""The YAML data mix: which files, how much of each.
+"""The YAML data mix as samples: tokenised, split, and in an order that is a function of (seed, epoch) alone.
 
 META:
-  - path: ../data/ultrachat.jsonl     # json or jsonl; relative to this file; ~ and $VARIABLES are expanded
-    type: text                        # what the records hold; their kind (dialog, instruction) is recognised
-    ratio: 0.5                        # the share of the records that is used, chosen by the seed
+  - path: ../data/ultrachat.jsonl     # see MixEntry for every key, and data/README.md for what records look like
+    ratio: 0.5
 """
 
-import json
-import os
-import random
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, overload
 
-from accessory.config import from_mapping, read_mapping
-from accessory.console import progress
+import numpy as np
+
+from accessory.console import progress, say
+from accessory.data.sources import MixEntry, Source, content_digest, place_name, read_rows, read_sources
+from accessory.data.store import Encoder, Sample, Store, make_store
 from accessory.data.templates import RecordError, render
-from accessory.data.tokenizer import Segment, Tokenizer
+from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 
+BadRecords = Literal["error", "skip"]
+
+
+def make_encoder(tokenizer: Path, entry: MixEntry) -> Encoder:
+    """What turns a record of ``entry`` into samples."""
+    loaded = Tokenizer(tokenizer)
+
+    def encode(record: object) -> list[tuple[list[int], list[bool]]]:
+        segments, eos = render(record)
+        return [loaded.encode_segments(segments, eos)]
+
+    return encode
+
+
+class Samples(Sequence[Sample]):
+    """Some of the samples of several stores; they are read from the disk when they are asked for."""
+
+    def __init__(self, stores: Sequence[Store], numbers: np.ndarray):
+        self.stores, self.numbers = stores, numbers
+        self._starts = np.cumsum([0, *(len(store) for store in stores)])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+        if isinstance(index, slice):
+            return Samples(self.stores, self.numbers[index])
+        store, number = self._locate(index)
+        return store[number]
+
+    def where(self, index: int) -> str:
+        """File and line of a sample's record."""
+        store, number = self._locate(index)
+        return store.where(number)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample, int32."""
+        lengths = [store.lengths() for store in self.stores]
+        return np.concatenate(lengths)[self.numbers] if lengths else np.zeros(0, np.int32)
+
+    def _locate(self, index: int) -> tuple[Store, int]:
+        number = int(self.numbers[index])
+        place = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.stores[place], number - int(self._starts[place])
+
 
 @dataclass(frozen=True)
-class MixEntry:
-    path: str
-    type: Literal["text"] = "text"
-    ratio: float = 1.0
+class Tokenised:
+    """A source and its samples."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise UserError(f"ratio of {self.path} must lie above 0 and at most at 1, found {self.ratio}")
+    source: Source
+    stores: list[Store]
 
+    def __len__(self) -> int:
+        return sum(len(store) for store in self.stores)
 
-@dataclass(frozen=True)
-class Sample:
-    """Tokens of one record, ``<s>`` first, and which of them are trained."""
-
-    tokens: list[int]
-    trained: list[bool]
+    def bad(self) -> Iterator[str]:
+        """Every bad record: file, line and reason."""
+        for store in self.stores:
+            yield from (f"{place_name(store.file, place)}: {reason}" for place, reason in store.report.bad)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All samples of a mix, in the order of its files, and what was cut to fit."""
+    """A mix, tokenised.
 
-    samples: list[Sample]
-    truncated: int
-    dropped: int
+    Attributes:
+        training, validation: the samples of each. parts: which of ``training`` are each training source's.
+    """
 
-    def split(self, share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-        """Hold out ``share`` of the samples, chosen by ``seed``: (training, validation)."""
-        count = min(len(self.samples) - 1, max(1, round(len(self.samples) * share))) if share > 0 else 0
-        held_out = set(random.Random(seed).sample(range(len(self.samples)), count))
-        training = [s for i, s in enumerate(self.samples) if i not in held_out]
-        return training, [self.samples[i] for i in sorted(held_out)]
+    sources: list[Tokenised]
+    training: Samples
+    validation: Samples
+    parts: list[tuple[MixEntry, np.ndarray]]
+    seed: int
+
+    def count(self, what: Literal["truncated", "dropped"]) -> int:
+        return sum(getattr(store.report, what) for source in self.sources for store in source.stores)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size."""
+        total = sum(len(own) for _, own in self.parts)
+        weights = sum(entry.weight or 0.0 for entry, _ in self.parts)
+        chosen = []
+        for number, (entry, own) in enumerate(self.parts):
+            often = entry.ratio or entry.epochs or 1.0
+            count = max(1, round(total * entry.weight / weights if entry.weight else len(own) * often))
+            whole, rest = divmod(count, len(own))
+            # a ratio is always the same share of the records; what is repeated takes others in every epoch
+            draw = order(len(own), f"{self.seed}/{number}" if entry.ratio else f"{self.seed}/{number}/{epoch}")
+            chosen += [own] * whole + [own[np.sort(draw[:rest])]]
+        everything = np.concatenate(chosen)
+        return everything[order(len(everything), f"{self.seed}/{epoch}")]
 
 
-def load_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> Dataset:
-    """Read, check and tokenise every record of a mix.
+def order(count: int, seed: str) -> np.ndarray:
+    """A permutation of ``count`` numbers, the same on every machine and with every version of numpy."""
+    state = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "little")
+    return np.random.PCG64(state).random_raw(count).argsort(kind="stable")
+
+
+def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[Tokenised]:
+    """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports."""
+    sources, result = read_sources(path), []
+    tokens = content_digest(tokenizer.path)
+    with progress(desc="tokenise", unit=" records") as bar:
+        for source in sources:
+            entry = source.entry
+            settings = {"tokenizer": tokens, "max_seq_len": max_seq_len}
+            settings |= {key: getattr(entry, key) for key in ("kind", "template", "train_on")}
+            encoder = partial(make_encoder, tokenizer.path, entry)
+            result.append(Tokenised(source, [make_store(file, settings, encoder, bar.update) for file in source.files]))
+    return result
+
+
+def load_mix(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    seed: int,
+    validation: float = 0.0,
+    bad_records: BadRecords = "error",
+) -> Dataset:
+    """A mix's samples.
 
     A sample longer than ``max_seq_len`` is truncated; one with no trained token left is dropped; both are counted.
+
+    Args:
+        validation: share of the samples that is held out, chosen by ``seed``; if entries of the mix are marked
+            ``split: validation``, they are what is held out, and nothing else.
+        bad_records: "skip": say how many are bad, and go on without them.
 
     Raises:
         UserError: naming file and line, for anything that cannot be read.
     """
-    samples: list[Sample] = []
-    truncated = dropped = 0
-    for segments, eos in progress(list(read_mix(path, seed)), desc="tokenise", unit="record"):
-        tokens, trained = tokenizer.encode_segments(segments, eos)
-        truncated += len(tokens) > max_seq_len
-        sample = Sample(tokens[:max_seq_len], trained[:max_seq_len])
-        if any(sample.trained):
-            samples.append(sample)
-        else:
-            dropped += 1
-    if not samples:
+    sources = tokenise_mix(path, tokenizer, max_seq_len)
+    bad = [line for source in sources for line in source.bad()]
+    if bad and bad_records == "error":
+        more = f" (and {len(bad) - 1} more bad records; accessory data check lists them)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}")
+    if bad:
+        say(f"warning: {len(bad)} bad records are skipped, the first: {bad[0]}")
+    for source in sources:
+        if not any(store.report.records for store in source.stores):
+            raise UserError(f"{source.source.files[0]}: holds no record")
+    stores = [store for source in sources for store in source.stores]
+    numbers = np.split(np.arange(sum(map(len, stores))), np.cumsum([len(source) for source in sources])[:-1])
+    marked = [source.source.entry.split == "validation" for source in sources]
+    held_out = [own for own, mark in zip(numbers, marked, strict=True) if mark]
+    parts = [(source.source.entry, own) for source, own, mark in zip(sources, numbers, marked, strict=True) if not mark]
+    training = np.concatenate([own for _, own in parts]) if parts else np.zeros(0, np.int64)
+    if not len(training):
         raise UserError(f"{path}: no record with anything to train on within {max_seq_len} tokens")
-    return Dataset(samples, truncated, dropped)
-
-
-def read_mix(path: str | Path, seed: int) -> Iterator[tuple[list[Segment], bool]]:
-    """Yield the segments of every chosen record of a mix, and whether ``</s>`` ends it."""
-    path = Path(path)
-    values = read_mapping(path)
-    entries = values.get("META")
-    if set(values) != {"META"} or not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: a data mix is one key META with a list of sources")
-    for number, value in enumerate(entries, 1):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: META entry {number} must be a mapping with at least a path")
-        entry = from_mapping(MixEntry, value, f"{path}: META entry {number}")
-        expanded = os.path.expandvars(entry.path)
-        if "$" in expanded:
-            raise UserError(f"{path}: META entry {number}: {entry.path}: the variable is not set in the environment")
-        file = path.parent / Path(expanded).expanduser()
-        records = list(read_records(file))
-        if not records:
-            raise UserError(f"{file}: holds no record")
-        if entry.ratio < 1:
-            count = max(1, round(len(records) * entry.ratio))
-            chosen = sorted(random.Random(f"{seed}/{number}").sample(range(len(records)), count))
-            records = [records[i] for i in chosen]
-        for where, record in records:
-            try:
-                yield render(record)
-            except RecordError as error:
-                raise UserError(f"{where}: {error}") from error
+    if not held_out and validation > 0:
+        count = min(len(training) - 1, max(1, round(len(training) * validation)))
+        held_out = [np.sort(training[order(len(training), f"{seed}/validation")[:count]])]
+    out = np.concatenate(held_out) if held_out else np.zeros(0, np.int64)
+    kept = np.setdiff1d(training, out, assume_unique=True)
+    # numbers within `training`, in which the held-out ones have no place
+    places = [(entry, np.searchsorted(kept, np.intersect1d(own, kept, assume_unique=True))) for entry, own in parts]
+    places = [(entry, own) for entry, own in places if len(own)]
+    return Dataset(sources, Samples(stores, kept), Samples(stores, out), places, seed)
 
 
 def mix_texts(path: str | Path) -> Iterator[str]:
-    """The text of every chosen record of a mix, line by line, to train a tokenizer on."""
-    for segments, _ in read_mix(path, seed=0):
-        yield from (line for line in "".join(segment.text for segment in segments).splitlines() if line)
-
-
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (``file:line`` or ``file[index]``, record) of a .jsonl or .json file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path}: expected a .json or .jsonl file")
-    if path.suffix == ".json":
-        records = _parse(path.read_bytes(), path, 1)
-        if not isinstance(records, list):
-            raise UserError(f"{path}: expected a list of records, found {type(records).__name__}")
-        yield from ((f"{path}[{index}]", record) for index, record in enumerate(records))
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
-
-
-def _parse(text: bytes, path: Path, first_line: int) -> Any:
-    """Parse JSON; an error names the line, the first line of ``text`` being ``first_line`` of the file."""
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = first_line + text[: error.start].count(b"\n")
-        raise UserError(f"{path}:{line}: not valid UTF-8: {error.reason}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg}") from error
+    """The text of every record of a mix, line by line, to train a tokenizer on."""
+    for source in read_sources(path):
+        for file in source.files:
+            for row in read_rows(file):
+                try:
+                    segments, _ = render(row.parse())
+                except (RecordError, ValueError) as error:
+                    raise UserError(f"{place_name(file, row.place)}: {error}") from error
+                yield from (line for line in "".join(segment.text for segment in segments).splitlines() if line)

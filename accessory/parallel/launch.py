@@ -1,6 +1,7 @@
 """Join the processes of one job, however they were started: torchrun, srun, or one plain process."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -8,12 +9,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from accessory.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,30 @@ def join(launch: Launch, timeout_s: int = 1800) -> None:
     else:
         wait = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=wait)
+
+
+def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
+    """Run ``body``, which leaves something on the disk for others to find, on one rank of each node before the others.
+
+    However long it takes: those who wait look into the job's key-value store, they are in no collective that times out.
+    """
+    if launch.world == 1:
+        return body()
+    store = dist.distributed_c10d._get_default_store()
+    key = f"accessory/first/{socket.gethostname()}/{launch.rank - launch.local_rank}"
+    if launch.local_rank == 0:
+        try:
+            result = body()
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+        return result
+    while not store.check([key]):
+        time.sleep(0.05)
+    if store.get(key) != b"done":
+        raise UserError("the first rank of this node failed")
+    return body()
 
 
 def run_job(body: Callable[[Launch], Any]) -> NoReturn:

@@ -26,7 +26,8 @@ class ModelSection:
 class DataSection:
     mix: str  # YAML data mix
     max_seq_len: int | None = None  # tokens; null: the model's max_seq_len
-    validation: float = 0.02  # share of the samples held out
+    validation: float = 0.02  # share of the samples held out, if the mix has no source marked split: validation
+    bad_records: Literal["error", "skip"] = "error"  # skip: they are counted, and listed in the run directory
 
 
 @dataclass(frozen=True)

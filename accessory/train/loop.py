@@ -12,7 +12,7 @@ import yaml
 from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.console import is_main, progress, say
-from accessory.data.loader import Batch, BatchPlan, epoch_order
+from accessory.data.loader import Batch, BatchPlan
 from accessory.data.mix import load_mix
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import at_least, get_dtype
@@ -21,7 +21,7 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import Source, logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
-from accessory.parallel.launch import Launch
+from accessory.parallel.launch import Launch, first_on_each_node
 from accessory.parallel.tensor import (
     get_data_parallel_group,
     get_model_parallel_world_size,
@@ -47,7 +47,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, launch: Launch):
-        self.config, self.device = config, launch.device
+        self.config, self.launch, self.device = config, launch, launch.device
         initialize_groups(config.parallel.model_parallel)
         self.dp_rank = dist.get_rank(get_data_parallel_group())
         self.dp_size = dist.get_world_size(get_data_parallel_group())
@@ -56,10 +56,10 @@ class Trainer:
         self._build_model()
         train = config.train
         self.batches = BatchPlan(train.batch_size, train.accumulation, self.dp_rank, self.dp_size)
-        self.steps_per_epoch = self.batches.steps(len(self.training))
+        self.steps_per_epoch = self.batches.steps(len(self.data.epoch(0)))
         steps = self.steps_per_epoch * train.epochs
         self.steps = min(steps, train.max_steps or steps)
-        self.mean_length = sum(len(s.tokens) for s in self.training) / len(self.training)
+        self.mean_length = float(self.training.lengths.mean())
         self.out = Path(config.out)
         self.loggers: Loggers | None = None
         if is_main():
@@ -67,6 +67,8 @@ class Trainer:
             resolved = dataclasses.asdict(config)
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
             self.loggers = Loggers(self.out, config.log, resolved)
+            if bad := [line for source in self.data.sources for line in source.bad()]:
+                (self.out / "bad_records.txt").write_text("\n".join(bad) + "\n")
 
     def _read_model_description(self) -> None:
         section = self.config.model
@@ -93,13 +95,15 @@ class Trainer:
         check_vocabulary(self.tokenizer, self.args.vocab_size)
 
     def _read_data(self) -> None:
-        section, seed = self.config.data, self.config.train.seed
+        section = self.config.data
         self.max_seq_len = section.max_seq_len or self.args.max_seq_len
-        dataset = load_mix(section.mix, self.tokenizer, self.max_seq_len, seed)
-        self.training, self.validation = dataset.split(section.validation, seed)
+        arguments = (section.mix, self.tokenizer, self.max_seq_len, self.config.train.seed)
+        self.data = first_on_each_node(lambda: load_mix(*arguments, section.validation, section.bad_records), self.launch)
+        self.training, self.validation = self.data.training, self.data.validation
         say(
             f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
-            f"{dataset.truncated} truncated to {self.max_seq_len} tokens, {dataset.dropped} dropped (no target left)"
+            f"{self.data.count('truncated')} truncated to {self.max_seq_len} tokens, "
+            f"{self.data.count('dropped')} dropped (no target left)"
         )
 
     def _build_model(self) -> None:
@@ -181,8 +185,7 @@ class Trainer:
         """Yield (epoch, this rank's micro-batches) of every optimiser step."""
         done = 0
         for epoch in range(self.config.train.epochs):
-            order = epoch_order(len(self.training), self.config.train.seed, epoch)
-            for micro_batches in self.batches.epoch(self.training, order, epoch):
+            for micro_batches in self.batches.epoch(self.training, self.data.epoch(epoch), epoch):
                 if done == self.steps:
                     return
                 yield epoch, [batch.to(self.device) for batch in micro_batches]
@@ -194,7 +197,7 @@ class Trainer:
         if not self.validation:
             return
         plan = dataclasses.replace(self.batches, accumulation=1)
-        order = sorted(range(len(self.validation)), key=lambda i: len(self.validation[i].tokens))
+        order = self.validation.lengths.argsort(kind="stable")
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         bar = progress(
             plan.epoch(self.validation, order), total=plan.steps(len(order)), desc="validation", unit="batch", leave=False

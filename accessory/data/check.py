@@ -1,0 +1,151 @@
+"""``accessory data check`` and ``accessory data show``: what a mix holds, before a run spends hours on it."""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from accessory.config import read_mapping
+from accessory.data.mix import Dataset, Tokenised, load_mix, tokenise_mix
+from accessory.data.store import Sample
+from accessory.data.tokenizer import Tokenizer
+from accessory.errors import UserError
+from accessory.train.config import RunConfig
+
+COLUMNS = ("records", "bad", "samples", "tokens", "targets", "truncated", "dropped", "duplicate", "p50", "p90", "p99", "max")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Validate every record of a mix and print a table; exit code 1 if one is bad."""
+    run = _run(arguments.mix)
+    mix, tokenizer, max_seq_len = _what(arguments, run)
+    sources = tokenise_mix(mix, tokenizer, max_seq_len)
+    bad = [line for source in sources for line in source.bad()]
+    print(_table(sources))
+    _draw(sources, arguments.png)
+    print(f"\nlengths: {arguments.png}")
+    if run is not None and any(len(source) for source in sources):
+        print(_plan(run, load_mix(mix, tokenizer, max_seq_len, run.train.seed, run.data.validation, "skip"), arguments))
+    if bad:
+        print("\n".join(["", *bad[:10], *([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])]))
+        sys.exit(f"{len(bad)} bad records")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the first samples of each source, what is trained in colour (or between brackets where there is none)."""
+    mix, tokenizer, max_seq_len = _what(arguments, _run(arguments.mix))
+    for source in tokenise_mix(mix, tokenizer, max_seq_len):
+        samples = ((store, number) for store in source.stores for number in range(len(store)))
+        for _, (store, number) in zip(range(arguments.n), samples, strict=False):
+            sample = store[number]
+            trained = int(sample.trained.sum())
+            print(f"== {store.where(number)}: {len(sample.tokens)} tokens, {trained} of them trained")
+            print(coloured(sample, tokenizer, sys.stdout.isatty()) + "\n")
+
+
+def coloured(sample: Sample, tokenizer: Tokenizer, colours: bool) -> str:
+    """A sample's text, with what is trained marked."""
+    on, off = ("\033[32m", "\033[0m") if colours else ("[[", "]]")
+    ids, before, parts = [int(token) for token in sample.tokens], "", []
+    borders = [0, *(np.flatnonzero(np.diff(sample.trained)) + 1), len(ids)]
+    for start, stop in itertools.pairwise(borders):
+        text = tokenizer.decode(ids[:stop])
+        piece, before = text[len(before) :], text
+        piece += "</s>" if ids[stop - 1] == tokenizer.eos_id else ""
+        parts.append(f"{on}{piece}{off}" if sample.trained[start] else piece)
+    return "".join(parts)
+
+
+def _run(path: Path) -> RunConfig | None:
+    """The run file, if ``path`` is one rather than a mix."""
+    return None if "META" in read_mapping(path) else RunConfig.load(path, [])
+
+
+def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, Tokenizer, int]:
+    """Mix, tokenizer and longest sample: the run's, unless the command says otherwise."""
+    tokenizer, max_seq_len = arguments.tokenizer, arguments.max_seq_len
+    if run is not None:
+        tokenizer, max_seq_len = tokenizer or run.model.tokenizer, max_seq_len or run.data.max_seq_len
+        if tokenizer is None and run.model.checkpoint:
+            first = run.model.checkpoint if isinstance(run.model.checkpoint, str) else run.model.checkpoint[0]
+            tokenizer = Path(first) / "tokenizer.model"
+    if tokenizer is None:
+        raise UserError(f"{arguments.mix}: give --tokenizer, so that lengths are known")
+    mix = Path(run.data.mix) if run is not None else arguments.mix
+    return mix, Tokenizer(tokenizer), max_seq_len or 4096
+
+
+def _table(sources: list[Tokenised]) -> str:
+    rows = [(source.source.name, _numbers([source])) for source in sources]
+    if len(rows) > 1:
+        rows.append(("all", _numbers(sources)))
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
+    lines += [f"{name:<{width}}" + "".join(f"{number:>12,}" for number in numbers) for name, numbers in rows]
+    return "\n".join(lines)
+
+
+def _numbers(sources: list[Tokenised]) -> list[int]:
+    stores = [store for source in sources for store in source.stores]
+    lengths = np.concatenate([store.lengths() for store in stores] or [np.zeros(0, np.int32)])
+    digests = np.concatenate([store.index["digest"] for store in stores] or [np.zeros(0, np.uint64)])
+    reports = [store.report for store in stores]
+    quantiles = np.quantile(lengths, (0.5, 0.9, 0.99, 1.0)) if len(lengths) else np.zeros(4)
+    return [
+        sum(report.records for report in reports),
+        sum(len(report.bad) for report in reports),
+        len(lengths),
+        int(lengths.sum()),
+        sum(int((store.values >= 0).sum()) for store in stores),
+        sum(report.truncated for report in reports),
+        sum(report.dropped for report in reports),
+        len(digests) - len(np.unique(digests)),
+        *(int(quantile) for quantile in quantiles),
+    ]
+
+
+def _plan(run: RunConfig, data: Dataset, arguments: argparse.Namespace) -> str:
+    """Steps of an epoch, and how long a run takes if its speed is known."""
+    order = data.epoch(0)
+    batch = run.train.batch_size * run.train.accumulation * max(1, arguments.world // run.parallel.model_parallel)
+    steps = math.ceil(len(order) / batch)
+    total = min(steps * run.train.epochs, run.train.max_steps or steps * run.train.epochs)
+    tokens = int(data.training.lengths[order].sum())
+    text = (
+        f"\non {arguments.world} processes: {len(order):,} samples and {tokens:,} tokens an epoch, {batch} samples a step, "
+        f"{steps:,} steps an epoch, {total:,} in all"
+    )
+    rate = arguments.tokens_per_s or _measured_rate(Path(run.out) / "metrics.jsonl")
+    if rate:
+        text += (
+            f"\nat {rate:,.0f} tokens/s: {timedelta(seconds=round(tokens * total / steps / rate))} (hours:minutes:seconds)"
+        )
+    return text
+
+
+def _measured_rate(metrics: Path) -> float | None:
+    """The speed of an earlier run into the same directory."""
+    if not metrics.is_file():
+        return None
+    rates = [row["tokens_per_s"] for row in map(json.loads, metrics.read_text().splitlines()) if "tokens_per_s" in row]
+    return rates[-1] if rates else None
+
+
+def _draw(sources: list[Tokenised], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    lengths = [np.concatenate([store.lengths() for store in source.stores]) for source in sources]
+    axis.hist(lengths, bins=60, stacked=True, label=[source.source.name for source in sources])
+    axis.set(xlabel="tokens", ylabel="samples", title="length of samples")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,269 @@
+"""Where records come from: the entries of a YAML mix, their files, and the rows in them.
+
+Files are .jsonl, .json (a list, or one object a line), .parquet, .csv, .tsv, .arrow and .txt (a document each), also
+compressed as .gz or .zst.
+"""
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import zstandard
+
+from accessory.config import from_mapping, read_mapping
+from accessory.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
+COMPRESSED = (".gz", ".zst")
+MAX_RECORD = 16 * 2**20
+"""Bytes of a record: more is not a conversation, but a file that is not what it seems."""
+
+
+@dataclass(frozen=True)
+class MixEntry:
+    """One entry of META. Of ``ratio``, ``epochs`` and ``weight`` at most one is given."""
+
+    path: str  # file, directory or glob; relative to the mix; ~ and $VARIABLES are expanded
+    type: Literal["text"] = "text"
+    name: str | None = None  # in reports; null: the path
+    kind: Literal["conversation", "instruction", "text"] | None = None  # of the records; null: told by their keys
+    template: str | None = None  # null: by the kind
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    split: Literal["train", "validation"] = "train"  # validation: held out whole
+    ratio: float | None = None  # share of the records that an epoch uses, chosen by the seed: above 0, at most 1
+    epochs: float | None = None  # how often an epoch of the run goes through them: 2.5 is twice and a half
+    weight: float | None = None  # share of the epoch, relative to the other entries' weights (all or none have one)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ratio", "epochs", "weight") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{self.path}: {' and '.join(given)} say the same in two ways; keep one")
+        for name in given:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} of {self.path} must be above 0, found {getattr(self, name)}")
+        if self.ratio is not None and self.ratio > 1:
+            raise UserError(f"ratio of {self.path} must be at most 1, found {self.ratio}; to repeat records, set epochs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry with the files that it names."""
+
+    entry: MixEntry
+    files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.entry.name or self.entry.path
+
+
+def read_sources(mix: str | Path) -> list[Source]:
+    """The sources of a YAML mix.
+
+    Raises:
+        UserError: the mix is not one, a path leads nowhere, or a file is named twice.
+    """
+    mix = Path(mix)
+    values = read_mapping(mix)
+    entries = values.get("META")
+    if set(values) != {"META"} or not isinstance(entries, list) or not entries:
+        raise UserError(f"{mix}: a data mix is one key META with a list of sources")
+    sources: list[Source] = []
+    seen: dict[Path, int] = {}
+    for number, value in enumerate(entries, 1):
+        where = f"{mix}: META entry {number}"
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a mapping with at least a path")
+        entry = from_mapping(MixEntry, value, where)
+        source = Source(entry, tuple(_find(entry.path, mix.parent, where)))
+        for file in source.files:
+            if (real := file.resolve()) in seen:
+                raise UserError(f"{where}: {file} is in entry {seen[real]} already; set epochs to repeat it")
+            seen[real] = number
+        sources.append(source)
+    weighted = [source for source in sources if source.entry.weight is not None]
+    if weighted and len(weighted) < sum(source.entry.split == "train" for source in sources):
+        raise UserError(f"{mix}: either every training entry has a weight, or none")
+    return sources
+
+
+def _find(path: str, home: Path, where: str) -> list[Path]:
+    expanded = os.path.expandvars(path)
+    if "$" in expanded:
+        raise UserError(f"{where}: {path}: the variable is not set in the environment")
+    place = home / Path(expanded).expanduser()
+    if place.is_dir():
+        found = [Path(folder, name) for folder, _, names in os.walk(place) for name in names]
+        files = sorted(file for file in found if is_readable(file))
+    elif glob.has_magic(str(place)):
+        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+    else:
+        files = [place]
+        if not place.is_file():
+            raise UserError(f"{place}: no such file")
+    if not files:
+        raise UserError(f"{where}: {path}: no file there; expected {', '.join(SUFFIXES)}, also {' or '.join(COMPRESSED)}")
+    for file in files:
+        if not is_readable(file):
+            raise UserError(f"{file}: expected {', '.join(SUFFIXES)}, also compressed as {' or '.join(COMPRESSED)}")
+    return files
+
+
+def is_readable(file: Path) -> bool:
+    return _kind(file) in SUFFIXES
+
+
+def _kind(file: Path) -> str:
+    """The file's suffix, that of a compression left out."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as it stands in its file: a parsed value, or bytes still to be parsed (``parse``), at a place."""
+
+    place: int  # a line, from 1; where the file has none, -1 - the number of the record
+    value: Any
+
+    def parse(self) -> Any:
+        """The record. Raises ValueError with the reason if it is no JSON."""
+        if not isinstance(self.value, bytes):
+            return self.value
+        if len(self.value) > MAX_RECORD:
+            raise ValueError(f"a record of {len(self.value) / 1e6:.0f} MB; at most {MAX_RECORD / 1e6:.0f} MB are read")
+        try:
+            return json.loads(self.value.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not valid UTF-8: {error.reason}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise ValueError("not valid JSON: nested too deeply") from error
+
+
+def place_name(file: Path, place: int) -> str:
+    """``file:line``, or ``file[number]``."""
+    return f"{file}:{place}" if place > 0 else f"{file}[{-1 - place}]"
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """Every record of a file, one after the other.
+
+    Raises:
+        UserError: the file as a whole is not what its name says; a single bad line is told by ``Row.parse``.
+    """
+    kind = _kind(file)
+    try:
+        if kind == ".parquet":
+            yield from _parquet(file)
+        elif kind == ".arrow":
+            yield from _arrow(file)
+        else:
+            with _open(file) as stream:
+                yield from _READERS[kind](file, stream)
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error, zstandard.ZstdError) as error:  # arrow's is a ValueError
+        raise UserError(f"{file}: damaged, or not {kind}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _open(file: Path) -> BinaryIO:
+    if file.suffix == ".gz":
+        return io.BufferedReader(gzip.open(file))
+    if file.suffix == ".zst":
+        return io.BufferedReader(zstandard.open(file))
+    return open(file, "rb")
+
+
+def _json(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    """A list of records; or, as many files with this name really are, one record a line."""
+    beginning = stream.read(64).lstrip()
+    stream.seek(0)
+    if not beginning.startswith(b"["):
+        yield from _jsonl(file, stream)
+        return
+    text = stream.read()
+    try:
+        records = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = 1 + text[: error.start].count(b"\n")
+        raise UserError(f"{file}:{line}: not valid UTF-8: {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from error
+    yield from (Row(-1 - number, record) for number, record in enumerate(records))
+
+
+def _jsonl(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            yield Row(number, line.strip())
+
+
+def _table(delimiter: str) -> Any:
+    def read(file: Path, stream: BinaryIO) -> Iterator[Row]:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        for record in reader:
+            if None in record or None in record.values():
+                raise UserError(f"{file}:{reader.line_num}: a row with another number of columns than the first line has")
+            yield Row(reader.line_num, dict(record))
+
+    return read
+
+
+def _text(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    try:
+        yield Row(1, {"text": stream.read().decode("utf-8")})
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid UTF-8: {error.reason}") from error
+
+
+_READERS: dict[str, Any] = {".jsonl": _jsonl, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"), ".txt": _text}
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    yield from _batches(pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256))
+
+
+def _arrow(file: Path) -> Iterator[Row]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as stream:
+        try:
+            reader = pyarrow.ipc.open_stream(stream)
+        except pyarrow.ArrowInvalid:
+            whole = pyarrow.ipc.open_file(stream)
+            reader = (whole.get_batch(number) for number in range(whole.num_record_batches))
+        yield from _batches(reader)
+
+
+def _batches(batches: Any) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            yield Row(-1 - number, _without_nulls(record))
+            number += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column that other records have is null in this one: leave it out, for a record's kind is told by its keys."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def content_digest(file: Path) -> str:
+    """What the file holds, as a short name."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
