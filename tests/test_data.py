@@ -471,6 +471,7 @@ BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
     "no match": ({"path": "*.parquet"}, None, "META entry 1: *.parquet: no file there"),
     "not json": ({"path": "mix.yaml"}, None, "mix.yaml: expected .jsonl, .json"),
     "ratio and epochs": ({"path": "a.jsonl", "ratio": 0.5, "epochs": 2}, None, "ratio and epochs say the same"),
+    "prompt_type": ({"path": "a.jsonl", "root": "/", "prompt_type": "shikra"}, None, "prompt_type 'shikra' is not known"),
     "no variable": ({"path": "$NOWHERE/a.jsonl"}, None, "the variable is not set"),
     "a record of 20 MB": ({"path": "a.jsonl"}, lines(talk("x" * 20_000_000, "a")).encode(), "a.jsonl:1: a record of 20 MB"),
     "nested too deeply": ({"path": "a.jsonl"}, b"[" * 100000, "nested too deeply"),

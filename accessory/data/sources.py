@@ -42,11 +42,20 @@ class MixEntry:
     ratio: float | None = None  # share of the records that an epoch uses, chosen by the seed: above 0, at most 1
     epochs: float | None = None  # how often an epoch of the run goes through them: 2.5 is twice and a half
     weight: float | None = None  # share of the epoch, relative to the other entries' weights (all or none have one)
+    # of the reference's mixes; what they ask for beyond the default is said with kind and template here
+    root: str | None = None  # where relative image paths begin
+    preprocess: str | None = None
+    prompt_type: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "epochs", "weight") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{self.path}: {' and '.join(given)} say the same in two ways; keep one")
+        for name in ("preprocess", "prompt_type"):
+            if getattr(self, name) not in (None, "default"):
+                raise UserError(
+                    f"{self.path}: {name} '{getattr(self, name)}' is not known here; set kind and template instead"
+                )
         for name in given:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} of {self.path} must be above 0, found {getattr(self, name)}")
