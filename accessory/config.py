@@ -111,6 +111,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 return value
             allowed = ", ".join(repr(a) for a in arguments)
             raise UserError(f"{where}: {value!r} is not one of {allowed}")
+        if origin is tuple and arguments == (str, Ellipsis) and isinstance(value, str):
+            return (value,)
         if origin is tuple and isinstance(value, (list, tuple)):
             if arguments[-1] is not Ellipsis and len(arguments) != len(value):
                 raise UserError(f"{where}: expected {len(arguments)} values, found {len(value)}")

@@ -166,7 +166,7 @@ def test_a_merge_that_changes_nothing_is_told(base, saved, tmp_path, capsys):
     save_file(tensors, adapter / "adapter.safetensors")
     manifest = json.loads((adapter / "adapter.json").read_text())
     del manifest["tensors"][name]
-    assert "unexpected" in save_manifest(adapter, manifest, base)
+    assert f"lacks {name}" in save_manifest(adapter, manifest, base)
     manifest["tensors"][name] = digest(tensors[name])
     (adapter / "adapter.json").write_text(json.dumps(manifest))
     assert cli("merge", base, adapter, tmp_path / "out") == 0
@@ -360,9 +360,99 @@ def test_a_foreign_base(base, adapter, tmp_path):
     assert cli("inspect", tmp_path / "rounded", adapter) == 0
 
 
+def run_file(base, home, *lines):
+    """A tiny run in this process."""
+    records = [{"instruction": f"say {n}", "output": "the list of tokens"} for n in range(8)]
+    (home / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    (home / "mix.yaml").write_text("META: [{path: records.jsonl}]")
+    text = f"""
+model: {{checkpoint: {base}}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 512, validation: 0}}
+parallel: {{precision: fp32}}
+optim: {{lr: 1e-2, warmup_epochs: 0}}
+train: {{max_steps: 2, batch_size: 4}}
+out: {home}/run
+"""
+    (home / "run.yaml").write_text(text + "\n".join(lines))
+    return home / "run.yaml"
+
+
+def test_parts_of_the_base_alone(base, tmp_path):
+    """What trains may be tensors of the base: saved alone, they stand behind it; nothing trained before is lost."""
+    run = run_file(base, tmp_path, "tuning: {train: router, norm: true}", "save: {only_trainable: true}")
+    codes, _, err = command("finetune", run)
+    assert codes == [0], err
+    saved = tmp_path / "run/epoch0"
+    assert {name.split(".")[-2] for name in load_file(saved / "adapter.safetensors")} == {
+        "gate",
+        "attention_norm",
+        "ffn_norm",
+        "norm",
+    }
+    assert cli("merge", base, saved, tmp_path / "merged") == 0
+    assert cli("verify", base, tmp_path / "merged") != 0
+    both = f"model.checkpoint=[{base}, {saved}]"
+    codes, _, err = command("finetune", run, both, "tuning={lora: {}}", f"out={tmp_path}/lora")
+    assert codes == [1] and "this run would not save them" in err, err
+    codes, _, err = command("finetune", run, both, "tuning={lora: {}, train: router, norm: true}", f"out={tmp_path}/lora")
+    assert codes == [0], err
+    assert cli("merge", base, tmp_path / "lora/epoch0", tmp_path / "again") == 0
+
+
+def test_a_bias_trained_further(base, saved, tmp_path):
+    """Biases that stand in the base itself are trained on; what was trained replaces them."""
+    home = tmp_path / "home"
+    home.mkdir()
+    converts(base, saved[0] / "union", home / "peft", "--to", "mixtral")
+    (home / "peft/tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    codes, _, err = command("finetune", run_file(home / "peft", home, "tuning: {bias: true}"))
+    assert codes == [0], err
+    assert cli("inspect", home / "peft", home / "run/epoch0") == 0
+    converts(home / "peft", home / "run/epoch0", home / "merged", "--to", "mixtral")
+    assert "DIFFERENT" in cli("verify", home / "peft", home / "merged")
+    assert "DIFFERENT" in cli("verify", base, home / "peft")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapters": None},
+        {"adapters": {"layers.0.attention.wq.weight": {"rank": "3", "scaling": 1.0, "bias": False}}},
+        {"adapters": {"layers.0.attention.wq.weight": {"rank": 3, "scaling": None, "bias": False}}},
+        {"adapters": {"layers.0.attention.wq.weight": {"rank": 3, "scaling": 0.0, "bias": False}}},
+        {"adapters": {"norm.weight": {"rank": 3, "scaling": 1.0, "bias": False}}},
+        {"base": {"fingerprint": None}},
+        {"tensors": None},
+        {"tensors": {}},
+    ],
+)
+def test_a_damaged_manifest(change, base, adapter):
+    manifest = json.loads((adapter / "adapter.json").read_text()) | change
+    assert str(adapter / "adapter.json") in save_manifest(adapter, manifest, base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [1]},
+        {"lora_alpha": None},
+        {"alpha_pattern": []} | {"lora_alpha": "x"},
+        {"modules_to_save": ["norm"]},
+    ],
+)
+def test_what_of_peft_is_not_done_here(change, base, from_peft, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(from_peft[0] / "rslora, one layer", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | change
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert str(adapter / "adapter_config.json") in refusal(base, adapter)
+
+
 def test_lists_that_make_no_sense(base, adapter):
     assert "name that one before it" in cli("inspect", adapter)
     assert "has an adapter already" in cli("inspect", base, adapter, adapter)
+    assert "no adapter in it" in cli("merge", base, base, adapter.with_name("never"))
 
 
 # the commands, one after the other

@@ -18,6 +18,9 @@ from accessory.model.moe.layouts import Layout, get_layout
 from accessory.parallel.adapter import Adapter
 
 PREFIX = "llma."
+_ADAPTED = re.compile(
+    r"llma\.(layers\.\d+\.)(?:attention\.(w[qkvo])|feed_forward\.experts\.\d+\.(w[123]))\.(lora_a\.weight|bias)"
+)
 
 
 def file_name(rank: int, size: int, suffix: str) -> str:
@@ -56,11 +59,11 @@ def find_adapters(keys: Mapping[str, Stored]) -> dict[str, Adapter]:
     ranks: dict[str, int] = {}
     biased: set[str] = set()
     for key, stored in keys.items():
-        if match := re.fullmatch(r"(.+?)(?:experts\.\d+\.(w\d))?\.?(lora_a\.weight|bias)", key.removeprefix(PREFIX)):
-            matrix = f"{match[1]}experts.{match[2]}" if match[2] else f"{match[1].rstrip('.')}.weight"
-            if match[3] == "bias":
+        if match := _ADAPTED.fullmatch(key):
+            matrix = f"{match[1]}attention.{match[2]}.weight" if match[2] else f"{match[1]}feed_forward.experts.{match[3]}"
+            if match[4] == "bias":
                 biased.add(matrix)
-            else:
+            elif len(stored.shape) == 2:
                 ranks[matrix] = stored.shape[0]
     return {matrix: Adapter(rank=ranks.get(matrix, 0), bias=matrix in biased) for matrix in ranks.keys() | biased}
 

@@ -7,6 +7,7 @@ A is [rank, in], B is [out, rank], a bias is [out]; of experts, all of them in o
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ class AdapterDirectory:
                 name: Adapter(rank=entry["rank"], scaling=entry["scaling"], bias=entry["bias"])
                 for name, entry in manifest["adapters"].items()
             }
-            self._digests: dict[str, str] = manifest["tensors"]
-        except (KeyError, TypeError, AttributeError) as error:
+            self._digests: dict[str, str] = dict(manifest["tensors"])
+            if not isinstance(self.fingerprint, str) or not all(map(_is_sound, self.adapters.values())):
+                raise TypeError("a value of another kind than expected")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{directory / MANIFEST}: not the description of an adapter ({error})") from error
         if axes != AXES:
             raise UserError(f"{directory / MANIFEST}: the tensors' axes are {axes}, expected {AXES}")
@@ -60,7 +63,12 @@ class AdapterDirectory:
         return cls(directory) if (directory / MANIFEST).is_file() else None
 
     def tiles(self, args: ModelArgs) -> Iterator[Tile]:
+        base = logical_cuts(args, get_layout("mixtral"))
+        if odd := [name for name in self.adapters if name not in base or len(base[name].shape) < 2]:
+            raise UserError(f"{self.directory / MANIFEST}: '{odd[0]}' is no matrix of this model; is it of another base?")
         cuts = logical_cuts(args, get_layout("mixtral"), self.adapters)
+        if missing := cuts.keys() - base.keys() - self._digests.keys():
+            raise UserError(f"{self.directory / MANIFEST}: lacks {min(missing)}")
         for name in self._digests:
             if name not in cuts:
                 raise UserError(f"{self.directory / MANIFEST}: '{name}' is no tensor of this model; is it of another base?")
@@ -73,6 +81,12 @@ class AdapterDirectory:
                 f"{self.directory / TENSORS}: {name} is not what was saved: damaged, or its experts or axes were put in "
                 "another order"
             )
+
+
+def _is_sound(adapter: Adapter) -> bool:
+    rank, scaling = adapter.rank, adapter.scaling
+    numbers = type(rank) is int and rank >= 0 and type(scaling) in (int, float) and 0 < scaling < math.inf
+    return numbers and isinstance(adapter.bias, bool) and (rank > 0 or adapter.bias)
 
 
 def digest(tensor: Tensor) -> str:

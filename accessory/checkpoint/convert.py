@@ -58,7 +58,7 @@ class Target:
 def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
 
-    In memory there is one stored tensor at a time (at most three times its size), whatever the model's size.
+    In memory there is one stored tensor at a time (at most three times its size; more while an adapter is folded in).
 
     Raises:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,

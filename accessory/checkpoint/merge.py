@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
-from accessory.dtypes import at_least_fp32
+from accessory.dtypes import at_least
 from accessory.model.logical import Region
 from accessory.parallel.adapter import adapter_name
 
@@ -13,30 +13,37 @@ class Merged:
     """``checkpoint`` as a source in which every matrix has its LoRA adapter folded in; biases stay tensors of their own.
 
     Attributes:
-        unchanged: matrices that were read, and in which no value changed once it was rounded to the base's precision.
+        unchanged: trained tensors that were read, and in which no value changed once it was rounded to the base's precision.
     """
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
+        self._replaced = set(checkpoint.changed)
         self._changed: dict[str, bool] = {}
 
     def read(self, name: str, region: Region) -> Tensor:
         value = self.checkpoint.read(name, region)
         adapter = self.checkpoint.adapters.get(name)
+        if name in self._replaced:
+            self._note(name, value, self.checkpoint.read_base(name, region))
         if adapter is None or not adapter.rank:
             return value
         *groups, rows, columns = region
         if name == "tok_embeddings.weight":  # stored [V, D], maps V to D
             rows, columns = columns, rows
         ranks = slice(0, adapter.rank)
-        wide = at_least_fp32(value)
         name_a, name_b = adapter_name(name, "lora_a"), adapter_name(name, "lora_b")
-        a = self.checkpoint.read(name_a, (*groups, ranks, columns)).to(wide.dtype)
-        b = self.checkpoint.read(name_b, (*groups, rows, ranks)).to(wide.dtype)
+        a = self.checkpoint.read(name_a, (*groups, ranks, columns))
+        b = self.checkpoint.read(name_b, (*groups, rows, ranks))
+        wide = value.to(torch.promote_types(at_least(value.dtype), a.dtype))
+        a, b = a.to(wide.dtype), b.to(wide.dtype)
         delta = torch.matmul(b, a) * adapter.scaling
         merged = wide + (delta.mT if name == "tok_embeddings.weight" else delta)
-        self._changed[name] = self._changed.get(name, False) or not torch.equal(merged.to(value.dtype), value)
+        self._note(name, merged, value)
         return merged
+
+    def _note(self, name: str, after: Tensor, before: Tensor) -> None:
+        self._changed[name] = self._changed.get(name, False) or not torch.equal(after.to(before.dtype), before)
 
     @property
     def unchanged(self) -> list[str]:

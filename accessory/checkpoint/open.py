@@ -124,8 +124,11 @@ class Checkpoint:
         self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
         self.sound = True
         self.adapters: dict[str, Adapter] = {}
-        for directory in self.directories:
-            if both := self.adapters.keys() & directory.adapters.keys():
+        for number, directory in enumerate(self.directories):
+            both = self.adapters.keys() & directory.adapters.keys()
+            # what the base itself holds beside its weights may have been trained further
+            again = number == 1 and all(self.adapters[name] == directory.adapters[name] for name in both)
+            if both and not again:
                 raise UserError(f"{directory.directory}: {min(both)} has an adapter already; merge the first adapter before")
             self.adapters |= directory.adapters
         self._random: RandomWeights | None = None
@@ -150,8 +153,13 @@ class Checkpoint:
                     f"{directory.directory}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
                 )
                 if strict:
-                    raise UserError(f"{message}; name the base that it was trained on, or say strict=false")
+                    raise UserError(f"{message}; name the base that it was trained on, or force it (--force, strict=False)")
                 say(f"warning: {message}")
+                self.sound = False
+        matrices = logical_cuts(self.args, get_layout(self.layout))
+        for name in logical_cuts(self.args, get_layout(self.layout), self.adapters).keys() - matrices.keys():
+            if not any(name in reader.complete for reader in self.readers):
+                raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
         if not strict:
             self._random = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), seed=0)
 
@@ -173,18 +181,26 @@ class Checkpoint:
         assert self._random is not None
         return self._random.read(name, region)
 
-    @property
+    @functools.cached_property
+    def base_layers(self) -> int:
+        """How many of the directories are the base: those before the first that was trained on it."""
+        trained = (n for n, d in enumerate(self.directories) if n and (d.adapters or d.fingerprint is not None))
+        return next(trained, len(self.directories))
+
+    @functools.cached_property
     def changed(self) -> list[str]:
-        """The base's own tensors that later directories change."""
-        return sorted(
-            {n for reader in self.readers[1:] for n in reader.tiles if reader.tiles[n] and n in self.readers[0].tiles}
-        )
+        """The base's own tensors that were trained, and come from the directories behind it."""
+        matrices = logical_cuts(self.args, get_layout("mixtral"))
+        return sorted({n for reader in self.readers[self.base_layers :] for n in matrices if reader.tiles[n]})
+
+    def read_base(self, name: str, region: Region) -> Tensor:
+        """What the base holds of a tensor."""
+        return self._read(name, region, self.base_layers)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the model without its adapters and what came with them."""
-        below = next((n for n, d in enumerate(self.directories) if d.adapters), len(self.directories))
-        return fingerprint(_Lower(self, max(1, below)), self.args)
+        """Of the base."""
+        return fingerprint(_Base(self), self.args)
 
     def hf_config(self) -> dict[str, Any]:
         """The first directory's config.json, if it is Hugging Face's."""
@@ -207,14 +223,14 @@ class Checkpoint:
                 )
 
 
-class _Lower:
-    """What a checkpoint's first directories hold."""
+@dataclasses.dataclass
+class _Base:
+    """A checkpoint's base as a source."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: int):
-        self.checkpoint, self.layers = checkpoint, layers
+    checkpoint: Checkpoint
 
     def read(self, name: str, region: Region) -> Tensor:
-        return self.checkpoint._read(name, region, self.layers)
+        return self.checkpoint.read_base(name, region)
 
 
 def _own_config(directory: Path) -> Path:

@@ -29,6 +29,15 @@ from accessory.parallel.adapter import Adapter, adapter_name
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 HEAD = "base_model.model."
+# key of the config -> values that do what is done here: plain LoRA beside an unchanged base
+_READ: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
+    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "use_bdlora"), (False, None)),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), (None, [])),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config"), (None, [], {})),
+}
 # a parameter of the experts -> the matrices in it
 EXPERTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
@@ -45,9 +54,11 @@ class PeftDirectory:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_mapping(directory / CONFIG)
-        for key, value in {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "bias": "none"}.items():
-            if self.config.get(key, value) != value:
-                raise UserError(f"{directory / CONFIG}: {key} is {self.config[key]!r}; what is read here has {value!r}")
+        for key, allowed in _READ.items():
+            if self.config.get(key, allowed[0]) not in allowed:
+                raise UserError(f"{directory / CONFIG}: {key} is {self.config[key]!r}; what is read here has {allowed[0]!r}")
+        if (directory / "adapter_model.bin").is_file() and not (directory / TENSORS).is_file():
+            raise UserError(f"{directory}: holds a pickle, adapter_model.bin; save it with PEFT as {TENSORS}")
         self.stored = {TENSORS: index_file(directory / TENSORS).tensors}
         self.adapters: dict[str, Adapter] = {}
 
@@ -88,13 +99,18 @@ class PeftDirectory:
     def _adapter_tiles(self, matrix: str, cut: Cut, a: str, b: str, name: str, args: ModelArgs) -> Iterator[Tile]:
         weight = matrix.rpartition(".")[2]
         experts = weight in ("w1", "w2", "w3")
+        if len(self.stored[TENSORS][a].shape) != 2 or len(self.stored[TENSORS][b].shape) != 2:
+            raise UserError(f"{self.directory / TENSORS}: {a} and its B must be matrices")
         rank = self.stored[TENSORS][a].shape[0] // (cut.shape[0] if experts else 1)
+        if rank == 0:
+            raise UserError(f"{self.directory / TENSORS}: {a} is empty")
         inner = cut.shape[0] if matrix == "tok_embeddings.weight" else cut.shape[-1]
         if self.stored[TENSORS][a].shape[-1] != inner:
             raise UserError(
                 f"{self.directory / TENSORS}: {a} has shape {list(self.stored[TENSORS][a].shape)}, but the layer takes "
                 f"{inner} inputs: it is another model's, or its axes are in an older PEFT's order (save it anew with 0.21)"
             )
+        name += ".weight" * matrix.endswith("gate.weight")  # to PEFT a parameter, as the experts' are
         self.adapters[matrix] = adapter = Adapter(rank=rank, scaling=self._scaling(name, rank))
         cuts = adapter_cuts(matrix, cut, adapter)
         name_a, name_b = adapter_name(matrix, "lora_a"), adapter_name(matrix, "lora_b")
@@ -104,8 +120,12 @@ class PeftDirectory:
         yield Tile(name_b, cuts[name_b].region(0, 1), TENSORS, b, head_dim=rotary, slot=slot, groups_last=experts)
 
     def _scaling(self, name: str, rank: int) -> float:
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), self.config.get("lora_alpha", 8))
+        patterns = self.config.get("alpha_pattern") or {}
+        try:
+            found = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name))
+            alpha = float(next(found, self.config.get("lora_alpha", 8)))
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise UserError(f"{self.directory / CONFIG}: lora_alpha or alpha_pattern makes no sense: {error}") from error
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 

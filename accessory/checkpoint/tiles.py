@@ -54,14 +54,21 @@ class Tile:
             box = box.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2)
         return (box.mT if self.transposed else box).reshape(self.stored_shape()).contiguous()
 
-    def decode(self, stored: Tensor) -> Tensor:
-        """The stored tensor in the shape of ``region``; a view of it unless rows must be put in order."""
+    def read(self, stored: Tensor, inside: Region) -> Tensor:
+        """The part ``inside`` of the region, from the stored tensor; a view of it unless rows must be put in order."""
+        if self.head_dim:  # whole heads, but only those that are asked for
+            rows, *columns = inside
+            first = rows.start // self.head_dim * self.head_dim
+            heads = stored[first : -(-rows.stop // self.head_dim) * self.head_dim]
+            ordered = heads.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            return ordered[(slice(rows.start - first, rows.stop - first), *columns)]
+        return self._decode(stored)[inside]
+
+    def _decode(self, stored: Tensor) -> Tensor:
         if self.groups_last:
             stored = stored.unflatten(-1, (-1, region_shape(self.region)[0])).movedim(-1, 0)
         if self.slot is not None:
             return stored.chunk(self.slot[1], 1)[self.slot[0]]
-        if self.head_dim:
-            stored = stored.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         box = stored.reshape(self._dimensions())
         return box.mT if self.transposed else box
 
@@ -143,7 +150,7 @@ class TileReader:
         """The values of logical tensor ``name`` in ``region``: a view of the file's pages where one tile holds them all."""
         for tile in self.tiles[name]:
             if _common(tile.region, region) == list(region):
-                return tile.decode(self._map(tile))[within(region, tile.region)]
+                return tile.read(self._map(tile), within(region, tile.region))
         out = torch.empty(region_shape(region), dtype=self.dtype(name))
         filled = self.lay_over(out, name, region, adds=False)
         assert filled == out.numel(), f"tiles leave a hole in {name}"
@@ -155,7 +162,7 @@ class TileReader:
         for tile in self.tiles[name]:
             common = _common(tile.region, region)
             if all(s.start < s.stop for s in common):
-                box = tile.decode(self._map(tile))[within(common, tile.region)]
+                box = tile.read(self._map(tile), within(common, tile.region))
                 place = out[within(common, region)]
                 place.add_(box) if adds else place.copy_(box)
                 filled += box.numel()

@@ -51,7 +51,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def run_merge(arguments: argparse.Namespace) -> None:
     """Fold an adapter into its base, by default in the base's own format."""
-    base = recognise(arguments.sources[0])
+    base, adapter = (recognise(path) for path in arguments.sources)
+    if not adapter.adapters and adapter.format not in ("adapter", "peft"):
+        raise UserError(f"{adapter.directory}: no adapter in it; accessory convert lays whole directories over one another")
     arguments.to = arguments.to or base.format
     arguments.mp = arguments.mp or (base.size if arguments.to == base.format else 1)
     run_convert(arguments)

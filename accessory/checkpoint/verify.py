@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.console import progress
 from accessory.dtypes import at_least_fp32
-from accessory.model.logical import Region, logical_cuts
+from accessory.model.logical import Region, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
+from accessory.parallel.adapter import Adapter
 
 # they say nothing about the function that the model computes
 _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
@@ -52,13 +54,19 @@ def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, 
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
-    """Compare two checkpoints of the same shape, tensor by tensor; a matrix at a time is in memory."""
-    cuts = logical_cuts(a.args, get_layout("mixtral"))
+    """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory."""
+    biased = [{name: Adapter(bias=True) for name, adapter in c.adapters.items() if adapter.bias} for c in (a, b)]
+    names_a, names_b = (logical_cuts(c.args, get_layout("mixtral"), some) for c, some in zip((a, b), biased, strict=True))
+    merged_a, merged_b = Merged(a), Merged(b)
     result = []
-    for name, cut in progress(cuts.items(), desc="comparing", unit="tensor"):
+    for name, cut in progress((names_a | names_b).items(), desc="comparing", unit="tensor"):
         comparison = Comparison(name, (a.dtype(name), b.dtype(name)))
         for region in _matrices(cut.region(0, 1)):
-            comparison.add(a.read(name, region).contiguous(), b.read(name, region).contiguous())
+            here, there = (
+                source.read(name, region).contiguous() if name in names else torch.zeros(region_shape(region))
+                for source, names in ((merged_a, names_a), (merged_b, names_b))
+            )
+            comparison.add(here, there)
         result.append(comparison)
     return result
 

@@ -97,7 +97,7 @@ class SaveSection:
     every_epochs: int = 1  # the last epoch is always saved
     # only what trains, with the base's fingerprint, rather than a whole model; with LoRA or biases always so
     only_trainable: bool = False
-    format: FileFormat = "safetensors"  # or pth
+    format: FileFormat = "safetensors"  # or pth; of a whole model
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,18 @@ class RunConfig:
                 raise UserError(f"{name} must be at least 1, found {value}")
         if not 0 <= self.data.validation < 1:
             raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
-        if self.tuning.lora and self.tuning.lora.alpha is not None and self.tuning.lora.alpha <= 0:
+        if self.tuning.lora and self.tuning.lora.alpha is not None and not self.tuning.lora.alpha > 0:
             raise UserError(f"tuning.lora.alpha must be above 0, found {self.tuning.lora.alpha}")
-        if self.tuning.lora and self.tuning.lora.alpha is not None and self.tuning.lora.alpha <= 0:
+        if self.tuning.lora and self.tuning.lora.alpha is not None and not self.tuning.lora.alpha > 0:
             raise UserError(f"tuning.lora.alpha must be above 0, or the adapter adds nothing: {self.tuning.lora.alpha}")
         if self.tuning.lora and not 0 <= self.tuning.lora.dropout < 1:
             raise UserError(f"tuning.lora.dropout must be at least 0 and below 1: {self.tuning.lora.dropout}")
         if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
             raise UserError("optim.lr and optim.clip_grad must be above 0")
+        if self.model.checkpoint is None and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
+            raise UserError(
+                "adapters belong to a base: name one with model.checkpoint, or train all of a model from random weights"
+            )
         if self.model.checkpoint is None and None in (self.model.config, self.model.tokenizer, self.model.layout):
             raise UserError(
                 "name model.checkpoint (a directory to start from), or model.config, model.tokenizer and model.layout "

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.console import is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan
@@ -18,7 +17,7 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import Source, logical_cuts
+from accessory.model.logical import Adapters, Source, logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch, first_on_each_node
@@ -34,7 +33,7 @@ from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
 from accessory.train.step import train_step
-from accessory.tuning.spec import AdaptedSource, check_same_adapters, resolve
+from accessory.tuning.spec import AdaptedSource, check_goes_on, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
 
@@ -73,23 +72,19 @@ class Trainer:
     def _read_model_description(self) -> None:
         section = self.config.model
         self.source: Source
+        self.checkpoint: Checkpoint | None = None
         if section.checkpoint:
-            checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
+            self.checkpoint = checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
             self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout, checkpoint
             tokenizer = section.tokenizer or checkpoint.tokenizer
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
             carried = {} if section.tokenizer else checkpoint.carried
-            self.given, self.base = (
-                checkpoint.adapters,
-                {"fingerprint": checkpoint.fingerprint, "path": str(section.checkpoint)},
-            )
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
             self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
             cuts = logical_cuts(self.args, get_layout(self.layout))
-            self.source, carried, self.given = RandomWeights(cuts, self.config.train.seed), {}, {}
-            self.base = {"fingerprint": fingerprint(self.source, self.args)}
+            self.source, carried = RandomWeights(cuts, self.config.train.seed), {}
         self.tokenizer = Tokenizer(tokenizer)
         self.carried = carried | {"tokenizer.model": self.tokenizer.path}
         check_vocabulary(self.tokenizer, self.args.vocab_size)
@@ -113,8 +108,12 @@ class Trainer:
         tuning = resolve(self.config.tuning, self.args, layout, seed)
         cuts = logical_cuts(self.args, layout, tuning.adapters)
         added = cuts.keys() - logical_cuts(self.args, layout).keys()
-        check_same_adapters(self.given, tuning.adapters)
-        new = added - logical_cuts(self.args, layout, self.given).keys()
+        self.only_trainable = bool(tuning.adapters) or self.config.save.only_trainable
+        given: Adapters = {}
+        if self.checkpoint:
+            given = self.checkpoint.adapters
+            check_goes_on(given, self.checkpoint.changed, tuning, self.only_trainable)
+        new = added - logical_cuts(self.args, layout, given).keys()
         self.model = build_model(
             self.args,
             self.layout,
@@ -227,8 +226,11 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         directory, section = self.out / name, self.config.save
-        if self.model.adapters or section.only_trainable:
-            save_trainable(self.model, directory, self.carried, self.base)
+        if self.only_trainable:
+            assert self.checkpoint  # RunConfig has checked
+            below = [str(d.directory) for d in self.checkpoint.directories[: self.checkpoint.base_layers]]
+            base = {"fingerprint": self.checkpoint.fingerprint, "path": below}
+            save_trainable(self.model, directory, self.carried, base)
             say(f"saved {directory} (what was trained; it belongs to the base model)")
             return
         save_model(self.model, directory, self.carried, get_dtype(self.config.parallel.precision), section.format)

@@ -111,8 +111,19 @@ def _list(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def check_same_adapters(given: Adapters, wanted: Adapters) -> None:
-    """Refuse to start from a checkpoint's adapters if the run's own are others: going on would lose them."""
+def check_goes_on(given: Adapters, changed: Sequence[str], tuning: Tuning, keeps_base: bool) -> None:
+    """Refuse to go on from what was trained beside a base if the run would lose some of it when it saves.
+
+    Args:
+        given: the checkpoint's adapters. changed: the base's own tensors that were trained with them.
+        keeps_base: the run saves only what trains, beside the same base.
+    """
+    wanted = tuning.adapters
+    if keeps_base and (lost := sorted(set(changed) - tuning.trains)):
+        raise UserError(
+            f"model.checkpoint brings {_list(lost)} trained beside its base, and this run would not save them: "
+            "let tuning train them too, or merge them first (accessory merge)"
+        )
 
     def described(adapters: Adapters) -> dict[str, tuple[int, float, bool]]:
         return {name: (a.rank, a.scaling, a.bias) for name, a in adapters.items()}

@@ -32,8 +32,8 @@ def watch_adapters(model: nn.Module, optimizer: Optimizer, names: Collection[str
         inert = [name for name, ok, due in zip(waiting, learns, judged, strict=True) if due and not ok]
         if inert:
             raise UserError(
-                f"no gradient reaches these adapters on any rank, they would never learn: {', '.join(inert)}. No weight was "
-                "changed; leave their matrices out of the tuning section, or find why the loss does not depend on them"
+                f"no gradient reaches these adapters on any rank, they would never learn: {', '.join(inert)}. This step "
+                "changed no weight; leave their matrices out of tuning, or find why the loss does not depend on them"
             )
         waiting[:] = [name for name, ok in zip(waiting, learns, strict=True) if not ok]
         if not waiting:
