@@ -144,10 +144,11 @@ def test_finetune_starts_from_a_checkpoint(runs, home):
     assert (home / "more/epoch0-iter1/consolidated.00-of-01.model.safetensors").is_file()
 
 
-def test_adapters_train_alike_in_both_layouts(home):
+def test_adapters_train_alike_in_both_layouts(home, runs):
+    base = next(runs[0].glob("epoch*"))
     tuning = ["tuning.lora.rank=4", "tuning.lora.dropout=0.1", "tuning.bias=true", "tuning.norm=true"]
     for layout in ("mixtral_peft", "mixtral_sparse"):
-        words = [f"model.layout={layout}", f"out={home}/lora_{layout}", "log.wandb=off"]
+        words = [f"model.checkpoint={base}", f"model.layout={layout}", f"out={home}/lora_{layout}", "log.wandb=off"]
         codes, out, err = command("finetune", home / "run.yaml", *tuning, *words, ranks=2)
         assert codes == [0, 0], err
         table = out[out.index("what trains") : out.index("step ")]
