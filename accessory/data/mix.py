@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from accessory.config import from_mapping, read_mapping
 from accessory.console import progress
-from accessory.data.templates import RecordError, render
+from accessory.data.records import RecordError
+from accessory.data.templates import render
 from accessory.data.tokenizer import Segment, Tokenizer
 from accessory.errors import UserError
 
@@ -66,8 +67,8 @@ def load_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, seed: int
     """
     samples: list[Sample] = []
     truncated = dropped = 0
-    for segments, eos in progress(list(read_mix(path, seed)), desc="tokenise", unit="record"):
-        tokens, trained = tokenizer.encode_segments(segments, eos)
+    for segments in progress(list(read_mix(path, seed)), desc="tokenise", unit="record"):
+        tokens, trained = tokenizer.encode_segments(segments)
         truncated += len(tokens) > max_seq_len
         sample = Sample(tokens[:max_seq_len], trained[:max_seq_len])
         if any(sample.trained):
@@ -79,8 +80,8 @@ def load_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, seed: int
     return Dataset(samples, truncated, dropped)
 
 
-def read_mix(path: str | Path, seed: int) -> Iterator[tuple[list[Segment], bool]]:
-    """Yield the segments of every chosen record of a mix, and whether ``</s>`` ends it."""
+def read_mix(path: str | Path, seed: int) -> Iterator[list[Segment]]:
+    """Yield the segments of every chosen record of a mix."""
     path = Path(path)
     values = read_mapping(path)
     entries = values.get("META")
@@ -110,8 +111,9 @@ def read_mix(path: str | Path, seed: int) -> Iterator[tuple[list[Segment], bool]
 
 def mix_texts(path: str | Path) -> Iterator[str]:
     """The text of every chosen record of a mix, line by line, to train a tokenizer on."""
-    for segments, _ in read_mix(path, seed=0):
-        yield from (line for line in "".join(segment.text for segment in segments).splitlines() if line)
+    for segments in read_mix(path, seed=0):
+        text = "".join(segment.text for segment in segments if not segment.special)
+        yield from (line for line in text.splitlines() if line)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -76,7 +76,7 @@ class Trainer:
             self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout, checkpoint
             tokenizer = section.tokenizer or checkpoint.tokenizer
             if tokenizer is None:
-                raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
+                raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
             carried = {} if section.tokenizer else checkpoint.carried
             self.given, self.base = (
                 checkpoint.adapters,
@@ -89,7 +89,7 @@ class Trainer:
             self.source, carried, self.given = RandomWeights(cuts, self.config.train.seed), {}, {}
             self.base = {"fingerprint": fingerprint(self.source, self.args)}
         self.tokenizer = Tokenizer(tokenizer)
-        self.carried = carried | {"tokenizer.model": self.tokenizer.path}
+        self.carried = carried | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)
 
     def _read_data(self) -> None:
