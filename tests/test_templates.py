@@ -468,7 +468,8 @@ CHATML = """{%- for m in messages %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
 FORGETFUL = (  # what was answered before is cut when the talk goes on
-    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content if loop.last or m.role == 'user' else m.content[:1] }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 
