@@ -15,17 +15,19 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from accessory.data.records import Conversation, RecordError
+from accessory.data.records import Conversation, RecordError, Turn
 from accessory.data.tokenizer import Segment, Tokenizer
 from accessory.data.tokenizer_models import special_names
 from accessory.errors import UserError
 
+Write = Callable[[Conversation], Iterator[Segment]]
 
-def chat_template(tokenizer: Tokenizer) -> Callable[[Conversation], Iterator[Segment]]:
-    """What writes a conversation as the template beside ``tokenizer`` says.
+
+def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
+    """What writes a conversation as the template beside ``tokenizer`` says, and the special token that ends an answer.
 
     Raises:
-        UserError: there is none, or it is not valid.
+        UserError: there is none, or it is of no use.
     """
     where, source = _source(tokenizer)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -33,11 +35,24 @@ def chat_template(tokenizer: Tokenizer) -> Callable[[Conversation], Iterator[Seg
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
+    lacking = [name for name in special_names(tokenizer.settings).values() if name not in tokenizer.special]
+    if lacking:  # the template would write them as text
+        raise UserError(
+            f"{tokenizer.path}: lacks the special tokens {', '.join(lacking)}, which tokenizer_config.json names; "
+            "is there a tokenizer.json that has them?"
+        )
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
         raise UserError(f"{where}: the chat template is not valid Jinja: {error}") from error
-    return _ChatTemplate(template, tokenizer).write
+    write = _ChatTemplate(template, tokenizer).write
+    trained = [segment for segment in write(_EXAMPLE) if segment.trained]
+    if not trained:
+        raise UserError(f"{where}: the chat template writes no answers")
+    return write, (trained[-1].text,) if trained[-1].special else ()
+
+
+_EXAMPLE = Conversation(None, (Turn("user", "Why?", train=False), Turn("assistant", "Because.")))
 
 
 def _source(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     if name == "chat_template":
         if tokenizer is None:
             raise UserError("the template 'chat_template' is a tokenizer's own, and there is no tokenizer yet")
-        return Template(name, chat_template(tokenizer))
+        return Template(name, *chat_template(tokenizer))
     if name not in TEMPLATES:
         raise UserError(f"unknown template '{name}'{nearest(name, [*TEMPLATES, 'chat_template'])}")
     if name == "mixtral-instruct" and tokenizer and "[INST]" in tokenizer.special:

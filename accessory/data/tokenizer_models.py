@@ -55,8 +55,8 @@ class SentencePiece:
         self.size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
-        control = (number for number in range(self.size) if self._model.is_control(number))
-        self.special: dict[str, int] = {self._model.id_to_piece(number): number for number in control}
+        special = (n for n in range(self.size) if self._model.is_control(n) or self._model.is_unknown(n))
+        self.special: dict[str, int] = {self._model.id_to_piece(number): number for number in special}
         self._ids = self.special | {BOS: self.bos_id, EOS: self.eos_id}
 
     def written(self, segment: Segment) -> str:
@@ -143,6 +143,9 @@ class HuggingFace:
 def special_names(settings: dict[str, Any]) -> dict[str, str]:
     """The special tokens that a tokenizer_config.json names, by key (``eos_token``); further ones under their own names."""
     named = {key: value for key, value in settings.items() if key.endswith("_token")}
-    named |= {str(token): token for token in settings.get("additional_special_tokens") or ()}
+    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        more = settings.get(key) or ()
+        tokens = more.values() if isinstance(more, dict) else more
+        named |= {str(t): t for t in tokens if not isinstance(t, dict) or t.get("special", True)}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
