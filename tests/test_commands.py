@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from accessory.data.tokenizer_json import write_tokenizer_json
+
 MODEL = {
     "dim": 32,
     "hidden_dim": 48,
@@ -132,6 +134,22 @@ def test_generate_gives_the_same_answer_in_any_layout_and_size(runs):
         assert codes == [0] * ranks, err
         answers.append(out)
     assert answers[0] == answers[1] and answers[0].startswith("> What is json?")
+
+
+def test_a_tokenizer_json_goes_with_the_model(home, tmp_path):
+    write_tokenizer_json(home / "tokenizer.model", tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }} ->"}))
+    words = [f"model.tokenizer={tmp_path}/tokenizer.json", "parallel.model_parallel=1", "train.max_steps=1", "log.wandb=off"]
+    codes, _, err = command("finetune", home / "run.yaml", *words, f"out={tmp_path}/run")
+    assert codes == [0], err
+    saved = tmp_path / "run/epoch0-iter1"
+    assert [path.name for path in sorted(saved.glob("token*"))] == ["tokenizer.json", "tokenizer_config.json"]
+    for template in ("chat_template", "mixtral-instruct"):
+        codes, out, err = command("generate", saved, "What is json?", "--template", template, "--max-gen-len", 2)
+        assert codes == [0] and out.startswith("> What is json?"), err
+    codes, _, err = command("generate", saved, "What is json?", "--template", "chatml")
+    assert codes == [1] and "has no special token <|im_start|>" in err and "Traceback" not in err
 
 
 def test_finetune_starts_from_a_checkpoint(runs, home):

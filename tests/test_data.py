@@ -15,14 +15,10 @@ import zstandard
 from accessory.data.loader import BatchPlan, collate
 from accessory.data.mix import load_mix, order
 from accessory.data.store import CHUNK, Sample, cache
-from accessory.data.templates import dialog_prompt, render
-from accessory.data.tokenizer import Segment, Tokenizer, check_vocabulary, train_tokenizer
+from accessory.data.templates import render
+from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
 
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
 WORDS = [
     "the",
     "a",
@@ -55,109 +51,7 @@ def talk(*texts):
 
 
 def text_of(record):
-    return "".join(segment.text for segment in render(record)[0])
-
-
-def trained_of(record):
-    return [segment.text for segment in render(record)[0] if segment.trained]
-
-
-def test_dialog_template():
-    one, two = talk("Why?", "Because."), talk("Why?", "Because.", "Really?", "Yes.")
-    assert text_of(one) == f"{SYSTEM}\n\n### Human: Why?\n### Assistant: Because.\n###"
-    assert text_of(two) == text_of(one) + " Human: Really?\n### Assistant: Yes.\n###"
-    assert trained_of(two) == [" Because.\n###", " Yes.\n###"]
-    assert text_of(one).startswith(dialog_prompt("Why?"))
-    named = {"conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "Because."}]}
-    assert render(named) == render(one)
-
-
-def test_instruction_template():
-    plain = {"instruction": "Count {words}.", "output": "Three {}."}
-    prompt = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nCount {words}.\n\n### Response:"
-    )
-    assert text_of(plain) == text_of(plain | {"input": ""}) == prompt + "Three {}."
-    prompt = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nCount {words}.\n\n### Input:\na {b} {0}\n\n### Response:"
-    )
-    assert text_of(plain | {"input": "a {b} {0}"}) == prompt + "Three {}."
-    assert trained_of(plain) == ["Three {}."]
-
-
-TEXTS = {
-    "plain": "the answer is made from words",
-    "unicode": "naïve Größe 你好 мир",
-    "emoji": "👍🏽 then 👩‍👩‍👧 and 🇨🇭",
-    "braces": "{instruction} {0} {{}} %s",
-    "special tokens": "</s> and <s> [INST] [/INST] <unk> <0x0A>",
-    "markers": "### Human: not a turn\n### Assistant: nor this\n###",
-    "blanks": "  two  spaces,\ttab\r\n\n\nlines  ",
-    "empty": "",
-    "one character": "语",
-}
-
-
-def spans(tokens, trained):
-    """Runs of trained tokens."""
-    runs, last = [], False
-    for token, is_trained in zip(tokens, trained, strict=True):
-        if is_trained and not last:
-            runs.append([])
-        if is_trained:
-            runs[-1].append(token)
-        last = is_trained
-    return runs
-
-
-@pytest.mark.parametrize("question", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("answer", TEXTS.values(), ids=TEXTS)
-def test_trained_tokens_are_the_answers_of_a_dialog(tokenizer, question, answer):
-    record = talk(question, answer, answer, question)
-    segments, eos = render(record)
-    tokens, trained = tokenizer.encode_segments(segments, eos)
-    assert tokens[0] == tokenizer.bos_id and not trained[0]
-    special = {tokenizer.bos_id, tokenizer.eos_id}
-    assert special.isdisjoint(tokens[1:])
-    assert tokenizer.decode(tokens[1:]) == text_of(record)
-    answers = [tokenizer.decode(run) for run in spans(tokens, trained)]
-    assert [a.removeprefix(" ") for a in answers] == [f"{a}\n###".removeprefix(" ") for a in (answer, question)]
-    assert tokens == tokenizer.encode(text_of(record), bos=True, eos=False)
-
-
-@pytest.mark.parametrize("question", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("answer", TEXTS.values(), ids=TEXTS)
-def test_trained_tokens_are_the_output_of_an_instruction(tokenizer, question, answer):
-    record = {"instruction": question, "input": question, "output": answer}
-    tokens, trained = tokenizer.encode_segments(*render(record))
-    assert tokens[-1] == tokenizer.eos_id and trained[-1]
-    assert tokenizer.eos_id not in tokens[:-1] and tokenizer.bos_id not in tokens[1:]
-    assert tokenizer.decode(tokens[1:-1]) == text_of(record)
-    (run,) = spans(tokens, trained)
-    untrained = [token for token, t in zip(tokens, trained, strict=True) if not t]
-    prompt = text_of(record).removesuffix(answer) if answer else text_of(record)
-    # a token that reaches over the border belongs to the answer, so the two meet where the answer starts, or before
-    written, given = tokenizer.decode(run[:-1]), tokenizer.decode(untrained[1:])
-    assert written.endswith(answer.removeprefix(" ")) and prompt.startswith(given)
-    assert len(prompt) - len(given) <= 1 and (given + written == prompt + answer or answer.startswith(" "))
-
-
-def test_a_token_that_reaches_over_the_border_belongs_to_the_answer(tokenizer):
-    segments = [Segment("the answ", False), Segment("er", True), Segment(" is", False)]
-    tokens, trained = tokenizer.encode_segments(segments, False)
-    assert tokens == tokenizer.encode("the answer is", bos=True, eos=False)
-    assert [tokenizer.decode(run) for run in spans(tokens, trained)] == ["answer"]
-    assert spans(tokens, trained)[0] == tokenizer.encode("the answer", False, False)[-1:], "it must be one token"
-
-
-def test_a_character_in_bytes_is_wholly_on_one_side(tokenizer):
-    for text in "👍语é":
-        tokens, trained = tokenizer.encode_segments([Segment(text, False), Segment(text, True), Segment(text, False)], False)
-        assert len(spans(tokens, trained)) == 1
-        assert tokenizer.decode(spans(tokens, trained)[0]) == text
+    return "".join(segment.text for segment in render(record))
 
 
 def test_vocabulary_must_be_the_models(tokenizer, tmp_path):
@@ -402,7 +296,7 @@ def test_samples_are_cut_to_fit_and_counted(tokenizer, tmp_path):
 BAD_RECORDS = {  # name: (line, what the message says)
     "broken JSON": ('{"conversations": [', "not valid JSON"),
     "number": ("17", "expected an object, found int"),
-    "neither kind": ({"text": "plain"}, "neither 'conversations' .* text"),
+    "no kind": ({"body": "plain"}, "none of 'conversations', .*; it has 'body'"),
     "answer first": ({"conversations": [{"from": "gpt", "value": "Because."}]}, "turn 1 is from 'gpt', expected 'human'"),
     "two questions": (
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "human", "value": "Why?"}]},
@@ -530,7 +424,7 @@ def test_a_mix_that_is_none(content, message, tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "neither 'conversations'"), ("", "holds no record"), ("[]", "holds no record"), ("[1", ":1: not valid JSON")],
+    [("{}", "none of 'conversations'"), ("", "holds no record"), ("[]", "holds no record"), ("[1", ":1: not valid JSON")],
 )
 def test_a_json_file_that_is_no_list_of_records(content, message, tmp_path, tokenizer):
     with pytest.raises(UserError, match=f"a.json.*{message}"):

@@ -12,6 +12,7 @@ from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
 from accessory.data.tokenizer import Tokenizer
+from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.build import build_model
@@ -119,6 +120,19 @@ def use_models(home, tokenizer, stop, examples, contexts):
     return results
 
 
+def use_tokenizer_json(home, tokenizer, stop):
+    """Answers of a checkpoint that has only a tokenizer.json: to texts, to ids, and with token ``stop`` as a stop symbol."""
+    initialize_groups(1)
+    write_tokenizer_json(tokenizer, home)
+    files = {name: home / name for name in ("tokenizer.json", "tokenizer_config.json")}
+    save_model(build(ARGS, "mixtral", Tensors(plain())), home / "model", files, torch.float64, "safetensors")
+    model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu", max_seq_len=LONGEST)
+    ids = [model.tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
+    model.tokenizer.special["<stop>"] = stop
+    stopped = model.generate(ids, max_gen_len=STEPS, additional_stop_symbols=["<stop>"])
+    return model.generate(PROMPTS, max_gen_len=STEPS), model.generate(ids, max_gen_len=STEPS), stopped
+
+
 def draws(model):
     """One token, drawn many times from the nucleus."""
     prompts = [[1, 7, 9]] * 500
@@ -195,6 +209,15 @@ def test_generate(models, tokenizer, answers):
     for model in models:
         assert model["texts"] == [text_of(tokenizer, answer) for answer in answers]
         assert model["kernel of one"] == model["texts"]
+
+
+def test_tokenizer_json_and_prompts_as_ids(tokenizer, answers, tmp_path):
+    expected = [text_of(tokenizer, answer) for answer in answers]
+    stop = answers[0][2]
+    [(texts, by_id, stopped)] = run_ranks(1, use_tokenizer_json, tmp_path, tokenizer.path, stop)
+    assert texts == by_id == expected
+    cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in answers]
+    assert stopped == [text_of(tokenizer, answer) for answer in cut] != expected
 
 
 def test_stop_symbols_are_cut_off(models, tokenizer, answers, stop):

@@ -92,7 +92,7 @@ class Checkpoint:
         args: the model's shape.
         layout: the layout to run it in, if the user names none.
         adapters: what is added to matrices, by matrix; their tensors are read by their own logical names.
-        tokenizer: path of tokenizer.model, or None.
+        tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
         carried: files to be copied along, by name.
         sound: whether everything fitted.
 
@@ -119,7 +119,8 @@ class Checkpoint:
         self.carried: dict[str, Path] = {}
         for directory in reversed(self.directories):
             self.carried |= carried_files(directory.directory)
-        tokenizers = (d.directory / "tokenizer.model" for d in self.directories)
+        names = ("tokenizer.model", "tokenizer.json")
+        tokenizers = (d.directory / name for name in names for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
         self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
         self.sound = True

@@ -15,22 +15,29 @@ from typing import Literal, overload
 import numpy as np
 
 from accessory.console import progress, say
+from accessory.data.records import recognise
 from accessory.data.sources import MixEntry, Source, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
-from accessory.data.templates import RecordError, render
+from accessory.data.templates import get_template, render
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 
 BadRecords = Literal["error", "skip"]
 
 
-def make_encoder(tokenizer: Path, entry: MixEntry) -> Encoder:
-    """What turns a record of ``entry`` into samples."""
-    loaded = Tokenizer(tokenizer)
+def make_encoder(path: Path, entry: MixEntry, max_seq_len: int) -> Encoder:
+    """What turns a record of ``entry`` into samples: one; of a text that is too long, several."""
+    tokenizer = Tokenizer(path)
+    template = get_template(entry.template, tokenizer) if entry.template else None
 
     def encode(record: object) -> list[tuple[list[int], list[bool]]]:
-        segments, eos = render(record)
-        return [loaded.encode_segments(segments, eos)]
+        kind = entry.kind or recognise(record)
+        tokens, trained = tokenizer.encode_segments(render(record, template, entry.train_on, kind))
+        if kind != "text" or len(tokens) <= max_seq_len:
+            return [(tokens, trained)]
+        # the last token of a part is the first of the next, so that every token is predicted once
+        starts = range(0, len(tokens) - 1, max_seq_len - 1)
+        return [(tokens[start : start + max_seq_len], trained[start : start + max_seq_len]) for start in starts]
 
     return encode
 
@@ -130,13 +137,14 @@ def order(count: int, seed: str) -> np.ndarray:
 def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[Tokenised]:
     """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports."""
     sources, result = read_sources(path), []
-    tokens = content_digest(tokenizer.path)
+    beside = (tokenizer.path.parent / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+    tokens = [content_digest(file) for file in (tokenizer.path, *beside) if file.is_file()]
     with progress(desc="tokenise", unit=" records") as bar:
         for source in sources:
             entry = source.entry
             settings = {"tokenizer": tokens, "max_seq_len": max_seq_len}
             settings |= {key: getattr(entry, key) for key in ("kind", "template", "train_on")}
-            encoder = partial(make_encoder, tokenizer.path, entry)
+            encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len)
             result.append(Tokenised(source, [make_store(file, settings, encoder, bar.update) for file in source.files]))
     return result
 
@@ -196,7 +204,8 @@ def mix_texts(path: str | Path) -> Iterator[str]:
         for file in source.files:
             for row in read_rows(file):
                 try:
-                    segments, _ = render(row.parse())
-                except (RecordError, ValueError) as error:
+                    segments = render(row.parse(), kind=source.entry.kind)
+                except ValueError as error:
                     raise UserError(f"{place_name(file, row.place)}: {error}") from error
-                yield from (line for line in "".join(segment.text for segment in segments).splitlines() if line)
+                text = "".join(segment.text for segment in segments if not segment.special)
+                yield from (line for line in text.splitlines() if line)

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, Literal
 import zstandard
 
 from accessory.config import from_mapping, read_mapping
+from accessory.data.records import Kind
+from accessory.data.templates import TrainOn
 from accessory.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
@@ -35,9 +37,10 @@ class MixEntry:
     path: str  # file, directory or glob; relative to the mix; ~ and $VARIABLES are expanded
     type: Literal["text"] = "text"
     name: str | None = None  # in reports; null: the path
-    kind: Literal["conversation", "instruction", "text"] | None = None  # of the records; null: told by their keys
-    template: str | None = None  # null: by the kind
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    kind: Kind | None = None  # conversations | messages | instruction | text; null: told by the records' keys
+    # mixtral-instruct | dialog | alpaca | chatml | vicuna | plain | chat_template; null: dialog, alpaca, plain, by kind
+    template: str | None = None
+    train_on: TrainOn = "answers"  # or last_answer, or all
     split: Literal["train", "validation"] = "train"  # validation: held out whole
     ratio: float | None = None  # share of the records that an epoch uses, chosen by the seed: above 0, at most 1
     epochs: float | None = None  # how often an epoch of the run goes through them: 2.5 is twice and a half

@@ -1,70 +1,98 @@
-"""SentencePiece tokenizers: encode, decode, and train one."""
+"""One class for tokenizers of both kinds; training one; whether one is a model's."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
+from accessory.config import read_mapping
+from accessory.data.tokenizer_models import BOS, EOS, HuggingFace, Model, Segment, SentencePiece
 from accessory.errors import UserError
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a sample's text; ``trained``: the model learns to write it."""
-
-    text: str
-    trained: bool
-
-
 class Tokenizer:
-    """A ``tokenizer.model``. Special tokens are only ever added by id: ``</s>`` in a user's text stays text."""
+    """A ``tokenizer.model`` or ``tokenizer.json``. Special tokens are only ever added by id: ``</s>`` in a user's text
+    stays text.
+
+    Attributes:
+        n_words: size of the vocabulary. bos_id, eos_id: -1 where it has none.
+        special: ids of special tokens by name.
+        settings: tokenizer_config.json, if it lies beside.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such file; expected a SentencePiece tokenizer.model")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model") from error
-        self.n_words: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
+            raise UserError(f"{path}: no such file; expected a tokenizer.model (SentencePiece) or tokenizer.json")
+        beside = self.path.with_name("tokenizer_config.json")
+        self.settings = read_mapping(beside) if beside.is_file() else {}
+        kind = HuggingFace if self.path.suffix == ".json" else SentencePiece
+        self._model: Model = kind(self.path, self.settings)
+        self.n_words, self.bos_id, self.eos_id = self._model.size, self._model.bos_id, self._model.eos_id
+        self.special = self._model.special
+        self._ids = self.special | {BOS: self.bos_id, EOS: self.eos_id}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.path,)  # by its file: ``tokenizers`` forgets in pickling that special tokens are text
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What a checkpoint carries to have this tokenizer, by the names that it is known by there."""
+        names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+        beside = {name: self.path.with_name(name) for name in names}
+        own = "tokenizer.json" if self.path.suffix == ".json" else "tokenizer.model"
+        return {own: self.path} | {name: path for name, path in beside.items() if path.is_file()}
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        return [self.bos_id] * bos + self._model.encode(text) + [self.eos_id] * eos
+        segments = [Segment(BOS, False, special=True)] * bos + [Segment(text, False)] + [Segment(EOS, False, True)] * eos
+        return self.encode_segments(segments)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
         return self._model.decode(list(ids))
 
-    def encode_segments(self, segments: Sequence[Segment], eos: bool) -> tuple[list[int], list[bool]]:
-        """Encode ``<s>`` and the joined text at once; a token is trained if it ends inside a trained segment.
+    def encode_segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Encode what segments make together; a token is trained if it ends inside a trained segment.
 
         Tokens are those of the whole text, so that training sees what generation will; a token that reaches over the
-        border (the space before an answer) belongs to the answer. ``eos`` is trained if the last segment is.
+        border (the space before an answer) belongs to the answer. Only what stands ``apart`` is encoded by itself.
 
         Returns:
             Token ids, and for each whether it is trained.
+
+        Raises:
+            UserError: the tokenizer lacks a special token.
         """
-        text = "".join(segment.text for segment in segments)
-        ends, trained_ends, position = [], [], 0
-        for segment in segments:
-            position += len(segment.text)
-            ends.append(position)
-            trained_ends.append(segment.trained)
-        ids, trained, current = [self.bos_id], [False], 0
-        encoded = self._model.encode(text, out_type="offset_mapping")
-        for token, (begin, end) in zip(encoded["ids"], encoded["offsets"], strict=True):
-            # of a character written in bytes, only the last byte has a width
-            while current < len(ends) - 1 and max(end, begin + 1) > ends[current]:
-                current += 1
-            ids.append(token)
-            trained.append(trained_ends[current])
-        if eos:
-            ids.append(self.eos_id)
-            trained.append(segments[-1].trained)
+        ids: list[int] = []
+        trained: list[bool] = []
+        for run in self._runs(segments):
+            found, ends = self._model.encode(run)
+            position = done = 0
+            for segment in run:
+                position += len(self._model.written(segment))
+                until = bisect_right(ends, position) if segment is not run[-1] else len(ends)
+                trained += [segment.trained] * (until - done)
+                done = until
+            ids += found
         return ids, trained
+
+    def _runs(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+        """The stretches that are encoded at once."""
+        run: list[Segment] = []
+        for segment in segments:
+            if segment.special:
+                if segment.text not in self._ids:
+                    raise UserError(f"{self.path}: has no special token {segment.text}, which the template needs")
+                if self._ids[segment.text] < 0:
+                    continue  # some tokenizers begin a text with nothing
+            if segment.apart and run:
+                yield run
+                run = []
+            run.append(segment)
+        if run:
+            yield run
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -5,7 +5,8 @@ import argparse
 import torch.distributed as dist
 
 from accessory.console import say
-from accessory.data.templates import DIALOG_STOP, dialog_prompt
+from accessory.data.records import Conversation, Turn
+from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.model.meta import MetaModel
 from accessory.parallel.launch import Launch
@@ -20,12 +21,19 @@ def answer(arguments: argparse.Namespace, launch: Launch) -> None:
         dtype=get_dtype(arguments.precision),
         device=launch.device,
     )
+    prompts: list[str] | list[list[int]] = arguments.prompts
+    stop: tuple[str, ...] = ()
+    if not arguments.raw:
+        template = get_template(arguments.template, model.tokenizer)
+        questions = [Conversation(None, (Turn("user", question),)) for question in arguments.prompts]
+        prompts = [model.tokenizer.encode_segments(template.prompt(question))[0] for question in questions]
+        stop = template.stop
     texts = model.generate(
-        arguments.prompts if arguments.raw else [dialog_prompt(question) for question in arguments.prompts],
+        prompts,
         max_gen_len=arguments.max_gen_len,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
-        additional_stop_symbols=() if arguments.raw else (DIALOG_STOP,),
+        additional_stop_symbols=stop,
     )
     for prompt, text in zip(arguments.prompts, texts, strict=True):
         say(f"> {prompt}\n{text.strip()}\n")

@@ -52,7 +52,7 @@ class MetaModel:
             pretrained_path: a directory, or several in order: a base, then what changes it (see ``Checkpoint``).
             llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
             llama_config: another config.json than the directory's.
-            tokenizer_path: another tokenizer.model than the directory's.
+            tokenizer_path: another tokenizer.model or tokenizer.json than the directory's.
             max_seq_len: tokens of prompt and answer together.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
                 The last model loaded in a process decides its group.
@@ -72,7 +72,7 @@ class MetaModel:
         checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
         tokenizer_path = tokenizer_path or checkpoint.tokenizer
         if tokenizer_path is None:
-            raise UserError(f"{pretrained_path}: no tokenizer.model in it; give tokenizer_path")
+            raise UserError(f"{pretrained_path}: no tokenizer.model or tokenizer.json in it; give tokenizer_path")
         tokenizer = Tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
         default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -85,7 +85,7 @@ class MetaModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Sequence[Sequence[int]],
         images: None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
@@ -93,6 +93,10 @@ class MetaModel:
         additional_stop_symbols: Sequence[str] = (),
     ) -> list[str]:
         """Continue each prompt until ``</s>``, a stop symbol (which is cut off), or ``max_gen_len`` tokens.
+
+        Args:
+            prompts: texts, or token ids (which are taken as they are, as templates make them).
+            additional_stop_symbols: texts, or names of special tokens.
 
         Raises:
             UserError: ``prompts`` is one text rather than a list, or a prompt is too long.
@@ -123,7 +127,7 @@ class MetaModel:
 
     def _stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Sequence[Sequence[int]],
         images: None,
         max_gen_len: int,
         temperature: float,
@@ -132,7 +136,7 @@ class MetaModel:
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each token, every prompt's answer so far and whether it has ended; stops when all have."""
         _refuse_images(images)
-        encoded = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        encoded = self._encode(prompts, bos=True, eos=False)
         answers: list[list[int]] = [[] for _ in prompts]
         state = [("", False)] * len(prompts)
         steps = generate_ids(
@@ -155,7 +159,7 @@ class MetaModel:
 
     def _extend(self, answer: list[int], token: int, stops: Sequence[str]) -> tuple[str, bool]:
         """Add a token to an answer; return its text, and whether it ends here."""
-        if token == self.tokenizer.eos_id:
+        if token in (self.tokenizer.eos_id, *(self.tokenizer.special.get(stop) for stop in stops)):
             return self.tokenizer.decode(answer), True
         answer.append(token)
         text = self.tokenizer.decode(answer)

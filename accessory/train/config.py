@@ -17,7 +17,7 @@ class ModelSection:
     # directory to start from, of any format, or several in order; null: random weights from the seed
     checkpoint: str | tuple[str, ...] | None = None
     config: str | None = None  # config.json; null: the checkpoint's own
-    tokenizer: str | None = None  # tokenizer.model; null: the checkpoint's own
+    tokenizer: str | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
     strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
     kernel: Literal["auto", "grouped", "looped", "reference"] = "auto"  # how experts are computed; auto: by device
 

@@ -78,7 +78,7 @@ class Trainer:
             self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout, checkpoint
             tokenizer = section.tokenizer or checkpoint.tokenizer
             if tokenizer is None:
-                raise UserError(f"{section.checkpoint}: no tokenizer.model in it; set model.tokenizer")
+                raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
             carried = {} if section.tokenizer else checkpoint.carried
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
@@ -86,7 +86,7 @@ class Trainer:
             cuts = logical_cuts(self.args, get_layout(self.layout))
             self.source, carried = RandomWeights(cuts, self.config.train.seed), {}
         self.tokenizer = Tokenizer(tokenizer)
-        self.carried = carried | {"tokenizer.model": self.tokenizer.path}
+        self.carried = carried | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)
 
     def _read_data(self) -> None:

@@ -1,0 +1,151 @@
+"""How each kind of tokenizer file turns segments into tokens: SentencePiece's and Hugging Face's."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from accessory.errors import UserError
+
+BOS, EOS = "<bos>", "<eos>"
+"""How templates name the tokens that begin and end a text, whatever a tokenizer calls them."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a sample; ``trained``: the model learns to write it."""
+
+    text: str
+    trained: bool
+    special: bool = False  # the text is the name of one special token
+    apart: bool = False  # encoded by itself, not as the continuation of the text before it
+
+
+class Model(Protocol):
+    """What a kind of tokenizer must do."""
+
+    size: int
+    bos_id: int
+    eos_id: int
+    special: dict[str, int]
+
+    def __init__(self, path: Path, settings: dict[str, Any]): ...
+
+    def written(self, segment: Segment) -> str:
+        """What stands for a segment in the text of its run."""
+
+    def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        """Token ids, and where in the text of the run each of them ends."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePiece:
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model") from error
+        self.size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        special = (n for n in range(self.size) if self._model.is_control(n) or self._model.is_unknown(n))
+        self.special: dict[str, int] = {self._model.id_to_piece(number): number for number in special}
+        self._ids = self.special | {BOS: self.bos_id, EOS: self.eos_id}
+
+    def written(self, segment: Segment) -> str:
+        return segment.text
+
+    def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        ends: list[int] = []
+        start = 0
+        for special, group in groupby(run, attrgetter("special")):
+            for text in [s.text for s in group] if special else ["".join(s.text for s in group)]:
+                if special:
+                    ids.append(self._ids[text])
+                    ends.append(start + len(text))
+                else:
+                    encoded = self._model.encode(text, out_type="offset_mapping")
+                    ids += encoded["ids"]
+                    # of a character written in bytes, only the last byte has a width
+                    ends += [start + (end if end > begin else begin + 1) for begin, end in encoded["offsets"]]
+                start += len(text)
+        return ids, ends
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._model.decode(ids)
+        return text
+
+
+class HuggingFace:
+    """Special tokens are switched off in text. A template's own are written under private names, which no text can hold,
+    so that the whole of a run is encoded at once as Hugging Face's tokenizers do."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.size = max(self._model.get_vocab().values()) + 1
+        names = special_names(settings) if settings else {"bos_token": "<s>", "eos_token": "</s>"}
+        self.bos_id, self.eos_id = self._id(names.get("bos_token")), self._id(names.get("eos_token"))
+        if self.eos_id < 0:
+            raise UserError(f"{path}: which token ends a text? Put the tokenizer_config.json with its eos_token beside it")
+        self._model.add_special_tokens([name for name in names.values() if self._id(name) >= 0])
+        self._model.encode_special_tokens = True  # as text, that is
+        added = self._model.get_added_tokens_decoder().values()
+        special = [token for token in added if token.special or token.content in names.values()]
+        self.special = {token.content: self._id(token.content) for token in special}
+        secret = secrets.token_hex(8)
+        self._private = {token.content: f"\0{secret}{token.content}\0" for token in special}
+        for t in special:
+            private = tokenizers.AddedToken(self._private[t.content], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+            self._model.add_tokens([private])
+        self._public = {self._id(private): self.special[name] for name, private in self._private.items()}
+        for alias, key in ((BOS, "bos_token"), (EOS, "eos_token")):
+            if names.get(key) in self._private:
+                self._private[alias] = self._private[names[key]]
+
+    def _id(self, name: str | None) -> int:
+        found = None if name is None else self._model.token_to_id(name)
+        return -1 if found is None else found
+
+    def written(self, segment: Segment) -> str:
+        return self._private[segment.text] if segment.special else segment.text
+
+    def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        text = "".join(map(self.written, run))
+        encoded = self._model.encode(text, add_special_tokens=False)
+        ids, offsets = encoded.ids, encoded.offsets
+        ends = [end for _, end in offsets]
+        if any(segment.special for segment in run):
+            for index, number in enumerate(ids):
+                if number in self._public:
+                    ids[index] = self._public[number]
+                    # some special tokens swallow the blanks around them, which do not move them into another segment
+                    ends[index] = text.index("\0", text.index("\0", offsets[index][0]) + 1) + 1
+        return ids, ends
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._model.decode(ids)
+        return text
+
+
+def special_names(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names, by key (``eos_token``); further ones under their own names."""
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        more = settings.get(key) or ()
+        tokens = more.values() if isinstance(more, dict) else more
+        named |= {str(t): t for t in tokens if not isinstance(t, dict) or t.get("special", True)}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}

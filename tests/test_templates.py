@@ -1,0 +1,599 @@
+"""Templates to the token and what of them is trained, for both kinds of tokenizer, over texts of every sort."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import mistral_common
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from models import make_tokenizer
+from transformers import AutoTokenizer
+
+from accessory.data.records import Conversation, Document, RecordError, Turn
+from accessory.data.templates import TEMPLATES, get_template, render
+from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
+from accessory.data.tokenizer_json import write_tokenizer_json
+from accessory.errors import UserError
+
+V1 = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
+CHAT = [name for name in TEMPLATES if name != "plain"]
+MARKS = ["<|im_start|>", "<|im_end|>"]
+
+# text
+
+
+FRAGMENTS = [
+    *("</s>", "<s>", "<unk>", "<0x0A>", "[INST]", "[/INST]", " [/INST] ", "<|im_start|>", "<|im_end|>\n", "<bos>", "<eos>"),
+    *("### Human: ", "### Assistant:", "\n###", "USER: ", " ASSISTANT:", "### Response:", "{instruction}", "{{}} %s {0}"),
+    *(
+        " ",
+        "  ",
+        "\n",
+        "\r\n\n",
+        "\t",
+        "\0",
+        "naïve",
+        "Größe",
+        "你好",
+        "语",
+        "👍🏽",
+        "👩‍👩‍👧",
+        "🇨🇭",
+        "e\u0301",
+        "\ue000",
+        "\uffff",
+        "\U0010ffff",
+    ),
+    *("The answer", "is", ": 42.", "x" * 20, "123,456", "'s"),
+]
+# SentencePiece has one token for a blank and for U+2581, and so cannot give the second one back
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(CHARACTERS, max_size=6), max_size=8).map("".join)
+ANSWERS = TEXTS.filter(str.strip)
+
+
+@st.composite
+def conversations(draw, system=True, most=3):
+    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=most))
+    prompt = draw(st.none() | TEXTS.filter(bool)) if system else None
+    return Conversation(prompt, tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
+
+
+def written(segments):
+    return "".join(segment.text for segment in segments)
+
+
+def trained_texts(segments):
+    """The stretches that are trained."""
+    runs, last = [], False
+    for segment in segments:
+        if segment.trained:
+            runs = runs if last else [*runs, ""]
+            runs[-1] += segment.text
+        last = segment.trained
+    return runs
+
+
+def spans(tokens, trained):
+    """Runs of trained tokens."""
+    runs, last = [], False
+    for token, is_trained in zip(tokens, trained, strict=True):
+        if is_trained:
+            runs = runs if last else [*runs, []]
+            runs[-1].append(token)
+        last = is_trained
+    return runs
+
+
+# tokenizers
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Mixtral's tokenizer as tokenizer.model and tokenizer.json (with ChatML's tokens), and one of another make."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "tokenizer.model").write_bytes(V1.read_bytes())
+    assert write_tokenizer_json(folder / "tokenizer.model", folder)
+    for name in MARKS:
+        add_token(folder / "tokenizer.json", name)
+    bytewise = folder / "bytewise"
+    bytewise.mkdir()
+    model = tokenizers.ByteLevelBPETokenizer()
+    model.train_from_iterator([Path(__file__).read_text()], vocab_size=600, special_tokens=["<|end|>"])
+    model.save(str(bytewise / "tokenizer.json"))
+    for name in MARKS:
+        add_token(bytewise / "tokenizer.json", name)
+    (bytewise / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}, "bos_token": null}')
+    return folder
+
+
+def add_token(path, name, **flags):
+    content = json.loads(path.read_text())
+    number = max(max(content["model"]["vocab"].values()), *(t["id"] for t in content["added_tokens"])) + 1
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"].append({"id": number, "content": name} | plain | flags)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def mixtral():
+    return Tokenizer(V1)
+
+
+@pytest.fixture(scope="session")
+def kinds(folder):
+    """Tokenizers by kind, a small one of our own making among them."""
+    small = make_tokenizer(folder / "small/tokenizer.model", 360)
+    paths = {"model": V1, "json": folder / "tokenizer.json", "bytewise": folder / "bytewise/tokenizer.json", "small": small}
+    return {name: Tokenizer(path) for name, path in paths.items()}
+
+
+KINDS = ["model", "json", "bytewise", "small"]
+
+
+# Mixtral Instruct
+
+
+@pytest.fixture(scope="session")
+def mistral():
+    return MistralTokenizer.v1()
+
+
+def theirs(conversation):
+    """Mistral's own messages."""
+    kinds = {"user": UserMessage, "assistant": AssistantMessage}
+    return [kinds[turn.role](content=turn.text) for turn in conversation.turns]
+
+
+@given(conversations())
+@settings(max_examples=300, deadline=None)
+def test_mixtral_instruct_is_mistrals_own(mixtral, mistral, conversation):
+    template, messages = TEMPLATES["mixtral-instruct"], theirs(conversation)
+    tokens, trained = mixtral.encode_segments(template.render(conversation))
+    request = InstructRequest(messages=messages, system_prompt=conversation.system)
+    assert tokens == mistral.instruct_tokenizer.encode_instruct(request).tokens
+    assert sum(trained) == sum(len(mixtral.encode(t.text, False, True)) for t in conversation.turns if t.role == "assistant")
+    asked = replace(conversation, turns=conversation.turns[:-1])
+    system = [SystemMessage(content=conversation.system)] if conversation.system else []
+    request = ChatCompletionRequest(messages=system + messages[:-1])
+    assert mixtral.encode_segments(template.prompt(asked))[0] == mistral.encode_chat_completion(request).tokens
+
+
+def test_mixtral_instruct_as_published(mixtral):
+    segments = render(talk("hi", "hello", "bye", "Bye."), TEMPLATES["mixtral-instruct"])
+    tokens, trained = mixtral.encode_segments(segments)
+    expected = [1, 733, 16289, 28793, 12014, 733, 28748, 16289, 28793, 6312, 28709, 2, 733, 16289, 28793, 486, 28706]
+    assert tokens[: len(expected) + 4] == [*expected, 733, 28748, 16289, 28793]
+    assert spans(tokens, trained)[0] == [6312, 28709, 2]
+    later = Tokenizer(V1.with_name("mistral_instruct_tokenizer_240323.model.v3"))
+    with pytest.raises(UserError, match=r"in this tokenizer \[INST\] is a special token"):
+        get_template("mixtral-instruct", later)
+
+
+# golden strings
+
+
+def talk(*texts, **more):
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]} | more
+
+
+DIALOG = "A chat between a curious human and an artificial intelligence assistant. " + (
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+VICUNA = "A chat between a curious user and an artificial intelligence assistant. " + (
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TWO = talk("Why?", "Because.", "Really?", "Yes.")
+KIND = TWO | {"system": "Be kind."}
+GOLDEN = {  # name: (template, record, text, what is trained)
+    "dialog": (
+        "dialog",
+        TWO,
+        f"<bos>{DIALOG}\n\n### Human: Why?\n### Assistant: Because.\n### Human: Really?\n### Assistant: Yes.\n###",
+        [" Because.\n###", " Yes.\n###"],
+    ),
+    "dialog, system": (
+        "dialog",
+        KIND,
+        "<bos>Be kind.\n\n### Human: Why?\n### Assistant: Because.\n### Human: Really?\n### Assistant: Yes.\n###",
+        [" Because.\n###", " Yes.\n###"],
+    ),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Count {words}.", "input": None, "output": "Three {}."},
+        "<bos>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nCount {words}.\n\n### Response:Three {}.<eos>",
+        ["Three {}.<eos>"],
+    ),
+    "alpaca, input": (
+        "alpaca",
+        {"instruction": "Count.", "input": "a {b} {0}", "output": "Three."},
+        "<bos>Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nCount.\n\n### Input:\na {b} {0}\n\n### Response:Three.<eos>",
+        ["Three.<eos>"],
+    ),
+    "mixtral-instruct": (
+        "mixtral-instruct",
+        KIND,
+        "<bos>[INST] Be kind.\n\nWhy? [/INST]Because.<eos>[INST] Really? [/INST]Yes.<eos>",
+        ["Because.<eos>", "Yes.<eos>"],
+    ),
+    "mixtral-instruct, input": (
+        "mixtral-instruct",
+        {"instruction": "Count.", "input": "a b", "output": "Two."},
+        "<bos>[INST] Count.\n\na b [/INST]Two.<eos>",
+        ["Two.<eos>"],
+    ),
+    "chatml": (
+        "chatml",
+        KIND,
+        "<bos><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\nBecause.<|im_end|>\n<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
+        ["Because.<|im_end|>", "Yes.<|im_end|>"],
+    ),
+    "vicuna": (
+        "vicuna",
+        TWO,
+        f"<bos>{VICUNA} USER: Why? ASSISTANT: Because.<eos>USER: Really? ASSISTANT: Yes.<eos>",
+        [" Because.<eos>", " Yes.<eos>"],
+    ),
+    "plain": ("plain", {"text": " A text. "}, "<bos> A text. <eos>", [" A text. <eos>"]),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_exact_strings(name):
+    template, record, text, trained = GOLDEN[name]
+    segments = render(record, TEMPLATES[template])
+    assert written(segments) == text
+    assert trained_texts(segments) == trained
+
+
+def test_default_templates():
+    for name in ("dialog", "alpaca", "plain"):
+        assert render(GOLDEN[name][1]) == render(GOLDEN[name][1], TEMPLATES[name])
+    messages = [{"role": t["from"].replace("gpt", "assistant"), "content": t["value"]} for t in TWO["conversations"]]
+    assert render({"messages": messages}) == render(TWO)
+    assert written(render({"text": "a", "instruction": "b", "output": "c"}, kind="text")) == "<bos>a<eos>"
+
+
+# what is trained
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_train_on(name):
+    template, record = TEMPLATES[name], TWO if name != "alpaca" else talk("Why?", "Because.")
+    segments = render(record, template)
+    answers, last = trained_texts(segments), trained_texts(render(record, template, "last_answer"))
+    assert last == answers[-1:]
+    everything = render(record, template, "all")
+    assert [s.text for s in everything if not s.trained] == [BOS] and written(everything) == written(segments)
+
+
+@pytest.mark.parametrize("name", [name for name in CHAT if name != "alpaca"])
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}])
+def test_an_answer_can_be_left_out(name, flag):
+    record = talk("Why?", "Because.", "Really?", "Yes.")
+    record["conversations"][1] |= flag
+    answers = trained_texts(render(TWO, TEMPLATES[name]))
+    assert trained_texts(render(record, TEMPLATES[name])) == answers[1:]
+    everything = render(record, TEMPLATES[name], "all")
+    assert "Because." not in "".join(trained_texts(everything)) and "Really?" in "".join(trained_texts(everything))
+    record["conversations"][3] |= flag
+    assert trained_texts(render(record, TEMPLATES[name])) == []
+
+
+def test_what_a_template_has_no_place_for():
+    tool = talk("Why?", "f()", "and?", "Because.")
+    tool["conversations"][2]["from"] = "tool"
+    assert "<|im_start|>tool\nand?<|im_end|>" in written(render(tool, TEMPLATES["chatml"]))
+    for name in ("dialog", "mixtral-instruct", "vicuna"):
+        with pytest.raises(RecordError, match=f"'{name}' has no place for a tool"):
+            render(tool, TEMPLATES[name])
+    with pytest.raises(RecordError, match="more than one question"):
+        render(TWO, TEMPLATES["alpaca"])
+    with pytest.raises(RecordError, match="no place for a system prompt"):
+        render(talk("a", "b", system="c"), TEMPLATES["alpaca"])
+    with pytest.raises(RecordError, match="'plain' is for documents, and this is a conversation"):
+        render(TWO, TEMPLATES["plain"])
+    with pytest.raises(RecordError, match="'vicuna' is for conversations, and this is a document"):
+        render({"text": "a"}, TEMPLATES["vicuna"])
+    with pytest.raises(RecordError, match=r"an image \(cat.png\), and this model reads text only"):
+        render(TWO | {"image": "cat.png"})
+    with pytest.raises(UserError, match="'plain' is for documents, not for questions"):
+        TEMPLATES["plain"].prompt(Conversation(None, (Turn("user", "Why?"),)))
+
+
+def test_template_names(kinds):
+    with pytest.raises(UserError, match="unknown template 'chatmil'; did you mean 'chatml'"):
+        get_template("chatmil")
+    with pytest.raises(UserError, match="there is no tokenizer yet"):
+        get_template("chat_template")
+    with pytest.raises(UserError, match="no chat_template"):
+        get_template("chat_template", kinds["bytewise"])
+    with pytest.raises(UserError, match=r"no special token <\|im_start\|>"):
+        kinds["model"].encode_segments(render(TWO, TEMPLATES["chatml"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in CHAT for k in (KINDS if n != "chatml" else ["json", "bytewise"])]
+)
+def test_trained_tokens_are_the_answers(name, kind, kinds):
+    template, tokenizer = TEMPLATES[name], kinds[kind]
+
+    @given(conversations(system=name != "alpaca", most=1 if name == "alpaca" else 3))
+    @settings(max_examples=60, deadline=None)
+    def holds(conversation):
+        segments = template.render(conversation)
+        tokens, trained = tokenizer.encode_segments(segments)
+        ends = [s.text for s in segments if s.special and (s.text != BOS or tokenizer.bos_id >= 0)]
+        names = tokenizer.special | {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
+        assert [t for t in tokens if t in names.values()] == [names[end] for end in ends], "text is never a special token"
+        answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
+        found = spans(tokens, trained)
+        assert len(found) == len(answers)
+        for answer, run in zip(answers, found, strict=True):
+            if template.stop == ("\n###",):
+                expected = f"{answer}\n###"
+            else:
+                expected = answer
+                assert run[-1] == names[template.stop[0] if template.stop else EOS]
+            text = tokenizer.decode(run)
+            if name == "mixtral-instruct":
+                assert text == expected
+            else:  # a template's blank before the answer, or the end of a token that reaches over the border
+                assert text.endswith(expected.removeprefix(" ")) and len(text) <= len(expected) + 1
+        # generation is given the beginning of that
+        first = next(number for number, is_trained in enumerate(trained) if is_trained)
+        prompt = tokenizer.encode_segments(template.prompt(replace(conversation, turns=conversation.turns[:1])))[0]
+        if name == "alpaca" or (name == "chatml" and answers[0][0].isspace()):  # nothing parts the prompt from the answer
+            assert tokens[:first] == prompt[:first] and len(prompt) <= first + 1
+        else:
+            assert tokens[:first] == prompt
+
+    holds()
+
+
+@given(TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_a_document_is_trained_whole(mixtral, text):
+    tokens, trained = mixtral.encode_segments(TEMPLATES["plain"].render(Document(text)))
+    assert tokens == mixtral.encode(text, bos=True, eos=True) and trained == [False] + [True] * (len(tokens) - 1)
+    assert mixtral.decode(tokens[1:-1]) == text
+
+
+# tokenizers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_gives_the_text_back(kind, kinds):
+    tokenizer = kinds[kind]
+
+    @given(TEXTS, st.lists(st.booleans(), min_size=1, max_size=9))
+    @settings(max_examples=100, deadline=None)
+    def holds(text, cuts):
+        tokens = tokenizer.encode(text, bos=False, eos=False)
+        assert tokenizer.decode(tokens) == text
+        assert not set(tokens) & set(tokenizer.special.values())
+        parts = [text[len(text) * i // len(cuts) : len(text) * (i + 1) // len(cuts)] for i in range(len(cuts))]
+        found, trained = tokenizer.encode_segments([Segment(*pair) for pair in zip(parts, cuts, strict=True)])
+        assert found == tokens and len(trained) == len(tokens)
+        if all(cuts) or not any(cuts):
+            assert set(trained) <= {cuts[0]}
+
+    holds()
+
+
+@given(TEXTS, TEXTS, TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_both_kinds_of_file_give_the_same_tokens(kinds, first, second, third):
+    a, b = kinds["model"], kinds["json"]
+    segments = [Segment(BOS, False, True), Segment(first, False), Segment(second, True), Segment(EOS, True, True)]
+    segments += [Segment(third, False), Segment(first, True, apart=True)]
+    assert a.encode_segments(segments) == b.encode_segments(segments)
+
+
+def test_a_token_that_reaches_over_the_border_belongs_to_the_answer(mixtral):
+    segments = [Segment("the answ", False), Segment("er", True), Segment(" is", False)]
+    tokens, trained = mixtral.encode_segments(segments)
+    assert tokens == mixtral.encode("the answer is", bos=False, eos=False)
+    assert [mixtral.decode(run) for run in spans(tokens, trained)] == ["answer"]
+    assert len(spans(tokens, trained)[0]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_in_bytes_is_wholly_on_one_side(kind, kinds):
+    for text in "👍𒀀é":
+        tokens, trained = kinds[kind].encode_segments([Segment(text, False), Segment(text, True), Segment(text, False)])
+        assert len(spans(tokens, trained)) == 1
+        assert kinds[kind].decode(spans(tokens, trained)[0]) == text
+
+
+def test_special_tokens_of_a_tokenizer_json(folder, tmp_path):
+    """Marked special or only named as such; with blanks swallowed; not lost on the way to another process."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    add_token(tmp_path / "tokenizer.json", "<|named|>", special=False)
+    add_token(tmp_path / "tokenizer.json", "<|word|>", special=False)
+    add_token(tmp_path / "tokenizer.json", "<|wide|>", lstrip=True, rstrip=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": ["<|named|>"]}))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert "<|named|>" in tokenizer.special and "<|word|>" not in tokenizer.special and tokenizer.n_words == 32005
+    special = set(tokenizer.special.values())
+    for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        tokens = copy.encode("a<|named|>b</s><|wide|><|im_end|>", bos=False, eos=False)
+        assert not special & set(tokens) and copy.decode(tokens) == "a<|named|>b</s><|wide|><|im_end|>"
+        assert len(copy.encode("<|word|>", bos=False, eos=False)) == 1, "a word of the vocabulary, which is not special"
+    wide = [Segment("a  ", False), Segment("<|wide|>", True, special=True), Segment("  b", False)]
+    tokens, trained = tokenizer.encode_segments(wide)
+    assert [t for t, is_trained in zip(tokens, trained, strict=True) if is_trained] == [tokenizer.special["<|wide|>"]]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("a  <|wide|>  b", add_special_tokens=False) == tokenizer.encode_segments(wide)[0]
+
+
+def test_a_tokenizer_json_that_cannot_be_used(folder, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        Tokenizer(path)
+    path.write_bytes((folder / "bytewise/tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="which token ends a text"):
+        Tokenizer(path)
+
+
+# a tokenizer's own template
+
+MIXTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ ' [INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}{% endfor %}"
+)
+CHATML = """{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' + (m.content | trim) + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+FORGETFUL = (  # what was answered before is cut when the talk goes on
+    "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def with_template(folder, tmp_path_factory):
+    """A folder with a small tokenizer of both kinds and a chat template."""
+
+    def make(source, apart=False):
+        home = tmp_path_factory.mktemp("chat")
+        make_tokenizer(home / "tokenizer.model", 360)
+        assert write_tokenizer_json(home / "tokenizer.model", home)
+        for name in MARKS:
+            add_token(home / "tokenizer.json", name)
+        if apart:
+            (home / "chat_template.jinja").write_text(source)
+        else:
+            config = json.loads((home / "tokenizer_config.json").read_text())
+            (home / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": source}))
+        return home
+
+    return make
+
+
+PLAIN_TEXTS = TEXTS.filter(lambda text: not any(mark in text for mark in ("<s>", "</s>", "<unk>", *MARKS)))
+
+
+@pytest.mark.parametrize("source", [MIXTRAL, CHATML], ids=["mixtral", "chatml"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_chat_template_is_what_transformers_makes_of_it(source, apart, with_template):
+    home = with_template(source, apart)
+    tokenizer, theirs = Tokenizer(home / "tokenizer.json"), AutoTokenizer.from_pretrained(home)
+    template = get_template("chat_template", tokenizer)
+    assert template.stop == (("</s>",) if source is MIXTRAL else ("<|im_end|>",))
+    assert ("chat_template.jinja" in tokenizer.files) == apart and "tokenizer_config.json" in tokenizer.files
+
+    @given(st.lists(st.tuples(PLAIN_TEXTS, PLAIN_TEXTS.filter(str.strip)), min_size=1, max_size=3))
+    @settings(max_examples=60, deadline=None)
+    def holds(pairs):
+        turns = tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a)))
+        messages = [{"role": t.role, "content": t.text} for t in turns]
+        tokens, trained = tokenizer.encode_segments(template.render(Conversation(None, turns)))
+        assert tokens == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        asked = Conversation(None, turns[:-1])
+        prompt = tokenizer.encode_segments(template.prompt(asked))[0]
+        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+        assert prompt == theirs.apply_chat_template(messages[:-1], **options)
+        found, end = spans(tokens, trained), tokenizer.eos_id if source is MIXTRAL else tokenizer.special["<|im_end|>"]
+        assert len(found) == len(pairs)
+        for (_, answer), run in zip(pairs, found, strict=True):
+            expected = answer if source is MIXTRAL else answer.strip()
+            text = tokenizer.decode(run)
+            assert run[-1] == end and text.endswith(expected.removeprefix(" ")) and len(text) <= len(expected) + 1
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [(MIXTRAL, "tokenizer.model"), (MIXTRAL, "tokenizer.json"), (CHATML, "tokenizer.json")],
+    ids=["mixtral-model", "mixtral-json", "chatml-json"],
+)
+def test_text_never_becomes_a_special_token_of_a_chat_template(source, file, with_template):
+    tokenizer = Tokenizer(with_template(source) / file)
+    template = get_template("chat_template", tokenizer)
+    special = set(tokenizer.special.values())
+
+    @given(conversations(system=False), st.sampled_from(["answers", "last_answer", "all"]))
+    @settings(max_examples=60, deadline=None)
+    def holds(conversation, train_on):
+        segments = template.render(conversation, train_on)
+        text = written(s for s in segments if not s.special)
+        for turn in conversation.turns:
+            assert (turn.text if source is MIXTRAL else turn.text.strip()) in text
+        harmless = tuple(replace(turn, text="a") for turn in conversation.turns)
+        expected = [s.text for s in template.render(replace(conversation, turns=harmless)) if s.special]
+        assert [s.text for s in segments if s.special] == expected
+        tokens, trained = tokenizer.encode_segments(segments)
+        assert [t for t in tokens if t in special] == [tokenizer.special[name] for name in expected]
+        if train_on == "all":
+            assert trained.count(False) == (source is MIXTRAL)
+        else:
+            assert len(spans(tokens, trained)) == (1 if train_on == "last_answer" else len(conversation.turns) // 2)
+
+    holds()
+
+
+def test_a_chat_template_that_forgets(with_template):
+    template = get_template("chat_template", Tokenizer(with_template(FORGETFUL) / "tokenizer.json"))
+    with pytest.raises(RecordError, match="writes turn 2 differently when other turns follow"):
+        render(TWO, template)
+    assert trained_texts(render(TWO, template, "last_answer")) == ["Yes.<|im_end|>"]
+    assert trained_texts(render(talk("Why?", "Because."), template)) == ["Because.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('no system here') }}", "the chat template refuses it: no system here"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "the chat template refuses it: .*unsafe"),
+        ("{{ messages.append(1) }}", "the chat template refuses it: .*unsafe"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses it"),
+        ("{{ 1 // 0 }}", "the chat template refuses it"),
+        ("{{ messages[0].content }}", "tokenizer_config.json: the chat template writes no answers"),
+        ("{% for m in %}", "tokenizer_config.json: the chat template is not valid Jinja"),
+        ([{"name": "rag", "template": "a"}], "no chat_template"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used(source, message, with_template):
+    tokenizer = Tokenizer(with_template(source) / "tokenizer.json")
+    with pytest.raises(UserError, match=message) as error:
+        render(TWO, get_template("chat_template", tokenizer))
+    assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_whose_tokens_the_tokenizer_lacks(with_template):
+    home = with_template(CHATML)
+    config = json.loads((home / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "7": {"content": MARKS[0], "special": True},
+        "8": {"content": "word", "special": False},
+    }
+    (home / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": MARKS[1]}))
+    assert get_template("chat_template", Tokenizer(home / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.model: lacks the special tokens <\|im_end\|>, <\|im_start\|>, which"):
+        get_template("chat_template", Tokenizer(home / "tokenizer.model"))
+
+
+def test_the_default_one_of_several_chat_templates(with_template):
+    several = [{"name": "rag", "template": "a"}, {"name": "default", "template": MIXTRAL}]
+    tokenizer = Tokenizer(with_template(several) / "tokenizer.json")
+    assert "[INST] Why? [/INST]" in written(render(TWO, get_template("chat_template", tokenizer)))
