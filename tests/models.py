@@ -5,11 +5,13 @@ import random
 import torch
 import torch.distributed as dist
 
-from accessory.data.loader import BatchPlan
+from accessory.data.loader import BatchPlan, collate, sample_lengths
 from accessory.data.mix import Sample
+from accessory.data.packing import Rows
 from accessory.data.tokenizer import train_tokenizer
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
+from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -87,6 +89,11 @@ def samples(count, seed, args=TINY, longest=14):
     return result
 
 
+def one_batch(samples):
+    """A batch with each sample in a row of its own."""
+    return collate([[sample] for sample in samples], len(samples))
+
+
 def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto", **tuning):
     """``tuning``: adapters and trains, as build_model takes them."""
     return build_model(
@@ -126,9 +133,24 @@ def assemble(parts, args=TINY, adapters=None):
 
 
 def train(
-    args, layout, mp, mode, steps, *, accumulation, balance, recompute=False, dtype=torch.float64, compute=None, **tuning
+    args,
+    layout,
+    mp,
+    mode,
+    steps,
+    *,
+    accumulation,
+    balance,
+    width=None,
+    recompute=False,
+    dtype=torch.float64,
+    compute=None,
+    **tuning,
 ):
-    """Train on ``steps`` (lists of samples, one global batch each) and return what happened on this rank."""
+    """Train on ``steps`` (lists of samples, one global batch each) and return what happened on this rank.
+
+    ``width``: pack them into rows of so many tokens.
+    """
     initialize_groups(mp)
     dp = dist.get_world_size(get_data_parallel_group())
     dp_rank = dist.get_rank(get_data_parallel_group())
@@ -141,8 +163,10 @@ def train(
     optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)
     results = []
     for batch in steps:
-        plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dp_rank, dp)
-        (micro_batches,) = plan.epoch(batch, range(len(batch)))
+        order = range(len(batch))
+        rows = Rows.packed(order, sample_lengths(batch), width) if width else Rows.alone(order)
+        plan = BatchPlan(-(-len(rows) // (accumulation * dp)), accumulation, dp_rank, dp)
+        (micro_batches,) = plan.epoch(batch, rows)
         result = train_step(
             model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
         )
@@ -158,7 +182,7 @@ def train(
 @torch.no_grad()
 def evaluate(model, tokens):
     """Logits [S, V] of one sequence."""
-    return model(torch.tensor([tokens]), torch.tensor([len(tokens)]))[0][0]
+    return model(torch.tensor([tokens]), Documents.of([[len(tokens)]], len(tokens)))[0][0]
 
 
 def _gradients(model):

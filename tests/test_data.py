@@ -14,6 +14,7 @@ import zstandard
 
 from accessory.data.loader import BatchPlan, collate
 from accessory.data.mix import load_mix, order
+from accessory.data.packing import Rows
 from accessory.data.store import CHUNK, Sample, cache
 from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
@@ -84,10 +85,10 @@ def numbered(count=COUNT):
 def seen(plan, samples, order):
     """Per step, the numbers of the samples that this rank's micro-batches hold."""
     steps = []
-    for micro_batches in plan.epoch(samples, order):
+    for micro_batches in plan.epoch(samples, Rows.alone(order)):
         assert len(micro_batches) == plan.accumulation
         assert all(len(batch.tokens) == plan.batch_size for batch in micro_batches)
-        steps.append([int(row[1]) - 100 for b in micro_batches for row, n in zip(b.tokens, b.lengths, strict=True) if n])
+        steps.append([int(row[1]) - 100 for b in micro_batches for row in b.tokens[: b.documents.count]])
     return steps
 
 
@@ -118,13 +119,17 @@ def test_order_is_the_same_on_every_machine():
 
 def test_a_batch_holds_what_its_samples_say():
     first, second = Sample([1, 5, 6, 7], [False, False, True, True]), Sample([1, 9], [False, True])
-    batch = collate([first, second], 3)
+    batch = collate([[first], [second]], 3)
     assert batch.tokens.tolist() == [[1, 5, 6, 7], [1, 9, 0, 0], [0, 0, 0, 0]]
-    assert batch.lengths.tolist() == [4, 2, 0]
+    assert batch.documents.number.tolist() == [[1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]]
     assert batch.targets.rows.tolist() == [1, 2, 4] and batch.targets.ids.tolist() == [6, 7, 9]
     assert (batch.real_tokens, batch.target_tokens) == (6, 3)
     empty = collate([], 2)
-    assert empty.lengths.tolist() == [0, 0] and len(empty.targets.rows) == 0 and empty.tokens.dtype == torch.int64
+    assert (
+        empty.documents.real.tolist() == [[False], [False]]
+        and len(empty.targets.rows) == 0
+        and empty.tokens.dtype == torch.int64
+    )
 
 
 def write_mix(folder, *entries, **files):

@@ -8,11 +8,12 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from models import OPTIM, TINY, Tensors, assemble, build, local_parts, samples, weights
+from models import OPTIM, TINY, Tensors, assemble, build, local_parts, one_batch, samples, weights
 from ranks import run_ranks
 
-from accessory.data.loader import BatchPlan, collate
+from accessory.data.loader import BatchPlan
 from accessory.data.mix import Sample
+from accessory.data.packing import Rows
 from accessory.model.logical import logical_cuts
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
@@ -97,7 +98,7 @@ def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="g
     for batch in batches:
         dp = dist.get_world_size(group)
         plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dist.get_rank(group), dp)
-        (micro_batches,) = plan.epoch(batch, range(len(batch)))
+        (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
         result = train_step(
             model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
         )
@@ -155,7 +156,7 @@ def without_targets(world):
 def loss_and_gradients(layout, mp, mode, dtype, compute, recompute):
     initialize_groups(mp)
     model = build(TINY, layout, Tensors(plain()), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
-    loss, stats = model(*collate(samples(6, 4), 6).inputs())
+    loss, stats = model(*one_batch(samples(6, 4)).inputs())
     (loss + stats.probs.square().sum()).backward()
     return {"loss": loss.detach(), "counts": stats.counts, "probs": stats.probs.detach()} | gradients(model)
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from models import TINY, Tensors, build, samples, weights
+from models import TINY, Tensors, build, one_batch, samples, weights
 from ranks import run_ranks
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from accessory.data.loader import collate
 from accessory.parallel.tensor import initialize_groups
 
 ARGS = TINY.__class__(**{**TINY.__dict__, "rope_scaling": None, "sliding_window": None, "rope_theta": 1e6})
@@ -81,7 +80,7 @@ def transformers_gradients(model):
 def run_ours(layout, kernel, w, batch):
     initialize_groups(1)
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel)
-    logits, _ = model(batch.tokens, batch.lengths)
+    logits, _ = model(batch.tokens, batch.documents)
     loss_sum, _ = model(*batch.inputs())
     loss = loss_sum / batch.target_tokens
     loss.backward()
@@ -93,13 +92,13 @@ def run_ours(layout, kernel, w, batch):
 @pytest.mark.parametrize("layout", ["mixtral", "mixtral_sparse"])
 def test_logits_loss_and_gradients(layout, kernel):
     w = weights(ARGS, scale=5.0, dtype=torch.float32)
-    batch = collate(samples(4, seed=5, longest=40), 4)
+    batch = one_batch(samples(4, seed=5, longest=40))
     ((logits, loss, gradients),) = run_ranks(1, run_ours, layout, kernel, w, batch)
 
     model = transformers_model(w)
     labels = torch.full_like(batch.tokens, -100).flatten()
     labels[batch.targets.rows + 1] = batch.targets.ids
-    mask = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    mask = batch.documents.real
     out = model(input_ids=batch.tokens, attention_mask=mask.long(), labels=labels.view_as(batch.tokens))
     out.loss.backward()
 

@@ -10,6 +10,7 @@ from models import OPTIM, TINY, Tensors, assemble, build, local_parts, samples, 
 from ranks import run_ranks
 
 from accessory.data.loader import BatchPlan
+from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.logical import logical_cuts
@@ -132,7 +133,7 @@ def test_dropout_does_not_depend_on_the_partition():
 
 def test_dropout_keeps_its_share_and_the_mean():
     adapter, other = Adapter(rank=1, dropout=0.3, seed=1), Adapter(rank=1, dropout=0.3, seed=2)
-    draw = draws(torch.arange(20), torch.arange(50)).flatten()
+    draw = draws(torch.arange(20)[:, None], torch.arange(50)).flatten()
     x = dropped(torch.ones(1000, 200), adapter, draw)
     assert (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert x.mean().item() == pytest.approx(1.0, abs=0.01)
@@ -182,7 +183,9 @@ def run_mixed(mode, section, layout):
         seen["gradients"] = sum(local_part(g).nbytes for g in gradients)
 
     optimizer.register_step_pre_hook(count)
-    (micro_batches,) = BatchPlan(-(-len(STEPS[0]) // (2 * dp)), 2, rank, dp).epoch(STEPS[0], range(len(STEPS[0])))
+    (micro_batches,) = BatchPlan(-(-len(STEPS[0]) // (2 * dp)), 2, rank, dp).epoch(
+        STEPS[0], Rows.alone(range(len(STEPS[0])))
+    )
     train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global", data_parallel=mode, cut=set())
     state = [t for moments in optimizer.state.values() for name, t in moments.items() if name != "step"]
     seen["state"] = sum(local_part(t).nbytes for t in state)
@@ -261,7 +264,7 @@ def run_watched(fault, mp, layout, fresh):
     try:
         for batch in [*STEPS, STEPS[0]]:
             plan = BatchPlan(-(-len(batch) // dp), 1, rank, dp)
-            (micro_batches,) = plan.epoch(batch, range(len(batch)))
+            (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
             train_step(model, optimizer, micro_batches, **settings)
             watching.append(bool(optimizer._optimizer_step_pre_hooks))
     except UserError as error:

@@ -7,56 +7,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accessory.data.mix import Sample
+from accessory.data.mix import Samples
+from accessory.data.packing import Rows
+from accessory.data.store import Sample
 from accessory.model.decoder import Targets
+from accessory.model.documents import Documents
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of right-padded sequences. The counts are host numbers: no step waits for the device."""
+    """One micro-batch: rows of documents, padded on the right. The counts are host numbers: no step waits for the device."""
 
     tokens: Tensor  # [B, S]
-    lengths: Tensor  # [B]
+    documents: Documents
     targets: Targets  # the n positions that must predict a trained token
-    keys: Tensor  # [B] a number of each sequence in the run, of which its dropout is made
+    keys: Tensor  # [documents] a number of each in the run, of which its dropout is made
     real_tokens: int
     target_tokens: int
 
-    def inputs(self) -> tuple[Tensor, Tensor, Targets]:
+    def inputs(self) -> tuple[Tensor, Documents, Targets]:
         """The decoder's arguments."""
-        return self.tokens, self.lengths, self.targets
+        return self.tokens, self.documents, self.targets
 
     def to(self, device: torch.device) -> "Batch":
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
         targets = Targets(move(self.targets.rows), move(self.targets.ids))
-        keys = move(self.keys)
-        return Batch(move(self.tokens), move(self.lengths), targets, keys, self.real_tokens, self.target_tokens)
+        documents, keys = self.documents.to(device), move(self.keys)
+        return Batch(move(self.tokens), documents, targets, keys, self.real_tokens, self.target_tokens)
 
 
-def collate(samples: Sequence[Sample], batch_size: int, keys: Sequence[int] | None = None) -> Batch:
-    """Pad samples to the longest; fill up to ``batch_size`` rows with empty sequences, which count for nothing."""
-    numbers = torch.zeros(batch_size, dtype=torch.int64)
-    numbers[: len(samples)] = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
-    width = max([len(s.tokens) for s in samples], default=1)
-    tokens = torch.zeros(batch_size, width, dtype=torch.int64)
-    lengths = torch.zeros(batch_size, dtype=torch.int64)
-    rows, ids = [], []
-    for index, sample in enumerate(samples):
-        lengths[index] = len(sample.tokens)
-        tokens[index, : len(sample.tokens)] = torch.as_tensor(sample.tokens)
-        for position, trained in enumerate(sample.trained[1:]):
-            if trained:
-                rows.append(index * width + position)
-                ids.append(int(sample.tokens[position + 1]))
-    targets = Targets(torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
-    return Batch(tokens, lengths, targets, numbers, sum(len(s.tokens) for s in samples), len(ids))
+def collate(rows: Sequence[Sequence[Sample]], batch_size: int, keys: Sequence[int] | None = None) -> Batch:
+    """Put each row's samples one behind the other and pad to the longest row; empty rows fill up to ``batch_size``.
+
+    Args:
+        keys: one for each sample, in the order of the rows.
+    """
+    samples = [sample for row in rows for sample in row]
+    lengths = [[len(sample.tokens) for sample in row] for row in rows]
+    width = max([sum(row) for row in lengths], default=1)
+    documents = Documents.of([*lengths, *[[]] * (batch_size - len(rows))], width)
+    # The samples' tokens, one sample behind the other, stand at the places that are no padding, in order. A target is
+    # a trained token behind another of its document.
+    places = documents.real.flatten().numpy().nonzero()[0]
+    ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(sample.tokens, np.int64) for sample in samples)])
+    trained = np.concatenate([np.zeros(0, bool), *(np.asarray(sample.trained, bool) for sample in samples)])
+    trained &= documents.positions.flatten().numpy()[places] > 0
+    tokens = np.zeros(batch_size * width, np.int64)
+    tokens[places] = ids
+    targets = Targets(torch.from_numpy(places[trained] - 1), torch.from_numpy(ids[trained]))
+    numbers = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
+    grid = torch.from_numpy(tokens).view(batch_size, width)
+    return Batch(grid, documents, targets, numbers, len(ids), len(targets.ids))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut: ``batch_size`` sequences x ``accumulation`` micro-steps x ``world`` data-parallel ranks."""
+    """How a global batch is cut: ``batch_size`` rows x ``accumulation`` micro-steps x ``world`` data-parallel ranks."""
 
     batch_size: int
     accumulation: int
@@ -65,24 +73,34 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
+        """Rows."""
         return self.batch_size * self.accumulation * self.world
 
-    def steps(self, samples: int) -> int:
+    def steps(self, rows: int) -> int:
         """Optimiser steps of an epoch; the last may be smaller, every sample is used."""
-        return -(-samples // self.global_batch)
+        return -(-rows // self.global_batch)
 
-    def epoch(self, samples: Sequence[Sample], order: Sequence[int] | np.ndarray, number: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, samples: Sequence[Sample], rows: Rows, number: int = 0) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step of epoch ``number``.
 
-        Which samples a step sees depends only on the order and the size of the global batch. Inside it they are laid
-        out by length, so that sequences of one micro-step are alike and little is padded: results do not depend on it.
+        Which samples a step sees depends only on the rows and the size of the global batch. Inside it they are laid
+        out by length, so that the rows of one micro-step are alike and little is padded: results do not depend on it.
         """
-        for start in range(0, len(order), self.global_batch):
-            chosen = sorted(map(int, order[start : start + self.global_batch]), key=lambda i: len(samples[i].tokens))
+        lengths = sample_lengths(samples)
+        for start in range(0, len(rows), self.global_batch):
+            chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
+            chosen.sort(key=lambda row: lengths[row].sum())
             micro_steps = []
             for step in range(self.accumulation):
                 first = (step * self.world + self.rank) * self.batch_size
                 mine = chosen[first : first + self.batch_size]
-                keys = [number * len(samples) + i for i in mine]
-                micro_steps.append(collate([samples[i] for i in mine], self.batch_size, keys))
+                keys = [number * len(samples) + i for row in mine for i in row]
+                micro_steps.append(collate([[samples[i] for i in row] for row in mine], self.batch_size, keys))
             yield micro_steps
+
+
+def sample_lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """The number of tokens of every sample."""
+    if isinstance(samples, Samples):  # known without reading them
+        return samples.lengths
+    return np.fromiter((len(sample.tokens) for sample in samples), np.int64, len(samples))

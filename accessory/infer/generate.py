@@ -9,6 +9,7 @@ from torch import Tensor
 from accessory.errors import UserError
 from accessory.model.attention import KVCache
 from accessory.model.decoder import Decoder
+from accessory.model.documents import Documents
 from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_world_size
 
 
@@ -57,16 +58,15 @@ def generate_ids(
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    real = torch.tensor(lengths, device=device)
+    prompted, one = (Documents.of([[n] for n in ns], max(ns)).to(device) for ns in (lengths, [1] * len(prompts)))
     everywhere = torch.arange(max(lengths), device=device).expand(len(prompts), -1)
-    position = real - 1
+    position = torch.tensor(lengths, device=device) - 1
     ends = torch.arange(len(prompts), device=device) * max(lengths) + position
-    last, _ = model(tokens.to(device), real, rows=ends, caches=caches, positions=everywhere)
+    last, _ = model(tokens.to(device), prompted, rows=ends, caches=caches, positions=everywhere)
     for _ in range(steps):
         chosen = _choose(last[:, :vocab_size], temperature, top_p)
         yield chosen.cpu()
         position = (position + 1).clamp(max=caches[0].keys.shape[1] - 1)
-        one = torch.ones_like(real)
         logits, _ = model(chosen.unsqueeze(1), one, caches=caches, positions=position.unsqueeze(1))
         last = logits[:, 0]
 

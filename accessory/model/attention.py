@@ -1,12 +1,19 @@
-"""Causal grouped-query attention, cut over model-parallel ranks by heads."""
+"""Causal grouped-query attention inside each document, cut over model-parallel ranks by heads."""
 
+import functools
+import inspect
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
+from accessory.console import say
 from accessory.model.args import ModelArgs
+from accessory.model.documents import Documents
 from accessory.model.rope import rotate
 from accessory.parallel.tensor import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region
 
@@ -34,6 +41,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: Tensor,
+        documents: Documents,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         draw: Tensor | None = None,
@@ -45,20 +53,15 @@ class Attention(nn.Module):
         x = copy_to_model_parallel_region(x)
         q, k, v = (w(x, draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
-        decoding = False
         if cache is not None and positions is not None:
             rows = torch.arange(len(x), device=x.device).unsqueeze(1)
             cache.keys[rows, positions] = k
             cache.values[rows, positions] = v
-            decoding = x.shape[1] == 1
-        q = q.transpose(1, 2)
-        if decoding:
-            assert cache is not None and positions is not None
-            k, v = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._seen(positions, k.shape[2]), enable_gqa=True)
-        else:
-            out = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2), self.window)
-        return self.wo(out.transpose(1, 2).flatten(2), draw)
+            if x.shape[1] == 1:
+                q, k, v = (y.transpose(1, 2) for y in (q, cache.keys, cache.values))
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._seen(positions, k.shape[2]), enable_gqa=True)
+                return self.wo(out.transpose(1, 2).flatten(2), draw)
+        return self.wo(attend(q, k, v, documents, self.window).flatten(2), draw)
 
     def _seen(self, positions: Tensor, length: int) -> Tensor:
         """Which of ``length`` cached keys the one new token of each row sees: bool [B, 1, 1, length]."""
@@ -67,6 +70,53 @@ class Attention(nn.Module):
         if self.window is not None:
             seen &= keys > positions - self.window
         return seen[:, None, None, :]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """Causal attention inside each document: ``q`` [B, S, H, head_dim] over ``k``, ``v`` [B, S, H_kv, head_dim].
+
+    The padding of a row is treated as one more document. No mask over documents is ever built.
+    """
+    shape = q.shape
+    q_T, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
+    if varlen_runs(q.device, q.dtype):
+        return varlen_attention(q_T, k_T, v_T, documents, window).view(shape)
+    # documents of one length that are neighbours run together; splitting, unlike slicing, has a cheap backward
+    runs = [(length, len(list(same))) for length, same in groupby(documents.stretches)]
+    parts = zip(*(x.split([length * count for length, count in runs]) for x in (q_T, k_T, v_T)), strict=True)
+    out = []
+    for (length, _), part in zip(runs, parts, strict=True):
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in part)
+        out.append(causal_attention(q, k, v, window).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).view(shape)
+
+
+@functools.cache
+def varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length attention does; says so once where a GPU must do without."""
+    if device.type != "cuda":
+        return False
+    reason = None
+    if dtype not in (torch.bfloat16, torch.float16):
+        reason = f"has no {dtype}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"does not run on {torch.cuda.get_device_name(device)}"
+    if reason:
+        say(f"attention runs document by document: torch's variable-length kernel {reason}")
+    return reason is None
+
+
+def varlen_attention(q_T: Tensor, k_T: Tensor, v_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """One kernel over all documents: ``q_T`` [B * S, H, head_dim] over ``k_T``, ``v_T`` [B * S, H_kv, head_dim]."""
+    shared_heads: dict[str, Any] = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        shared_heads = {}
+        k_T, v_T = (x.repeat_interleave(q_T.shape[1] // x.shape[1], 1) for x in (k_T, v_T))
+    span = (-1 if window is None else window - 1, 0)  # keys seen before a token, and behind it; -1: all
+    borders, longest = documents.borders, max(documents.stretches)
+    out = varlen_attn(q_T, k_T, v_T, borders, borders, longest, longest, window_size=span, **shared_heads)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

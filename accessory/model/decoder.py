@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from accessory.dtypes import at_least_fp32
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention, KVCache
+from accessory.model.documents import Documents
 from accessory.model.logical import Adapters
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
@@ -47,13 +49,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: Tensor,
-        real: Tensor,
+        documents: Documents,
         cache: KVCache | None,
         positions: Tensor | None,
         draw: Tensor | None,
     ) -> tuple[Tensor, RouterStats]:
-        x = x + self.attention(self.attention_norm(x), rotation, cache, positions, draw)
-        y, stats = self.feed_forward(self.ffn_norm(x), real, draw)
+        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, positions, draw)
+        y, stats = self.feed_forward(self.ffn_norm(x), documents, draw)
         return x + y, stats
 
 
@@ -87,37 +89,37 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        lengths: Tensor,
+        documents: Documents,
         targets: Targets | None = None,
         rows: Tensor | None = None,
         caches: list[KVCache] | None = None,
         positions: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats]:
-        """Run the model over right-padded sequences.
+        """Run the model over rows of documents.
 
         Args:
-            tokens: [B, S] token ids; what stands behind a sequence's end is ignored.
-            lengths: [B] real tokens of each sequence (padding never counts in the router statistics; 0 is allowed).
+            tokens: [B, S] token ids; padding is ignored.
+            documents: where they lie; the results of each are those it would have alone.
             targets: if given, the result is the sum of cross-entropy over them; else it is logits,
             rows: of these rows of [B * S] only, if given.
             caches: one per layer, for generation; ``positions`` [B, S] then says where each token stands.
-            keys: [B] a number for each sequence, of which its adapters' dropout is made; None: nothing is dropped.
+            keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
 
         Returns:
             The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, each
-            [L, B, E].
+            [L, documents, E].
         """
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        real = steps < lengths.unsqueeze(1)
         x = self.tok_embeddings(tokens)
-        where = steps.unsqueeze(0) if positions is None else positions
+        where = documents.positions if positions is None else positions
         rotation = rotations(where, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling, x.dtype)
         drops = any(adapter.dropout for adapter in self.adapters.values())
-        draw = draws(keys, steps) if drops and keys is not None else None
+        draw = None
+        if drops and keys is not None:
+            draw = draws(F.pad(keys, (1, 0))[documents.number], documents.positions)
         stats = []
         for number, layer in enumerate(self.layers):
-            inputs = (x, rotation, real, caches[number] if caches else None, positions, draw)
+            inputs = (x, rotation, documents, caches[number] if caches else None, positions, draw)
             if self.recompute and torch.is_grad_enabled():
                 x, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -17,6 +17,7 @@ from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder
+from accessory.model.documents import Documents
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.tensor import use_model_parallel_group
 
@@ -181,13 +182,13 @@ class MetaModel:
         """
         _refuse_images(images)
         ids = self._encode(examples, bos, eos)
-        lengths = torch.tensor([len(example) for example in ids])
-        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        lengths = [len(example) for example in ids]
+        tokens = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
         for row, example in zip(tokens, ids, strict=True):
             row[: len(example)] = torch.tensor(example)
         device = self.llma.norm.weight.device
-        logits, _ = self.llma(tokens.to(device), lengths.to(device))
-        return [row[:length] for row, length in zip(logits, lengths.tolist(), strict=True)]
+        logits, _ = self.llma(tokens.to(device), Documents.of([[n] for n in lengths], max(lengths)).to(device))
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
 
     def evaluate_examples(
         self,

@@ -80,8 +80,8 @@ def dropped(x: Tensor, adapter: Adapter, draw: Tensor | None, first_column: int 
 
 
 def draws(keys: Tensor, positions: Tensor) -> Tensor:
-    """What decides the dropout of each token, [B, S]: a function of its sequence's key [B] and its position [S]."""
-    return _scramble(_scramble(keys & _BITS).unsqueeze(1) ^ _scramble(positions))
+    """What decides the dropout of each token: a function of its document's key and its position in it, each [...]."""
+    return _scramble(_scramble(keys & _BITS) ^ _scramble(positions))
 
 
 _BITS = 2**32 - 1

@@ -14,7 +14,7 @@ def global_balance(stats: RouterStats, counts: Tensor, tokens: Tensor, top_k: in
     """A micro-batch's share of the balance loss over the whole global batch; shares of all ranks and steps add up to it.
 
     Args:
-        stats: [L, B, E] sums of this micro-batch.
+        stats: [L, documents, E] sums of this micro-batch.
         counts: [L, E] routed rows per expert in the whole global batch.
         tokens: real tokens of the whole global batch.
     """
@@ -24,11 +24,11 @@ def global_balance(stats: RouterStats, counts: Tensor, tokens: Tensor, top_k: in
 
 
 def document_balance(stats: RouterStats, tokens: Tensor, top_k: int) -> Tensor:
-    """A micro-batch's share of the balance loss taken over each sequence alone, averaged with the sequences' lengths.
+    """A micro-batch's share of the balance loss taken over each document alone, averaged with the documents' lengths.
 
     Needs nothing of other ranks or micro-batches but the number of ``tokens`` of the whole global batch.
     """
     layers, _, num_experts = stats.counts.shape
-    lengths = stats.counts.sum(-1).to(stats.probs.dtype) / top_k  # [L, B]
+    lengths = stats.counts.sum(-1).to(stats.probs.dtype) / top_k  # [L, documents]
     products = (stats.counts.to(stats.probs.dtype) * stats.probs).sum(-1) / lengths.clamp(min=1)
     return products.sum() * num_experts / (layers * top_k * tokens.to(products.dtype).clamp(min=1))

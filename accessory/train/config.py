@@ -26,6 +26,7 @@ class ModelSection:
 class DataSection:
     mix: str  # YAML data mix
     max_seq_len: int | None = None  # tokens; null: the model's max_seq_len
+    packing: bool = False  # put several samples into each row of max_seq_len tokens, where none sees another
     validation: float = 0.02  # share of the samples held out, if the mix has no source marked split: validation
     bad_records: Literal["error", "skip"] = "error"  # skip: they are counted, and listed in the run directory
 
@@ -75,10 +76,10 @@ class OptimSection:
 class TrainSection:
     epochs: int = 1
     max_steps: int | None = None  # stop (and end the schedule) after so many optimiser steps
-    batch_size: int = 4  # sequences per micro-step and data-parallel rank
+    batch_size: int = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
     accumulation: int = 1  # micro-steps per optimiser step
     # statistics the load-balancing loss is taken over. global: the whole global batch (with accumulation > 1 that
-    # costs one more forward); document: each sequence on its own (free). Neither depends on how the batch is cut.
+    # costs one more forward); document: each sample on its own (free). Neither depends on how the batch is cut.
     balance: Literal["global", "document"] = "global"
     seed: int = 0
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.console import is_main, progress, say
-from accessory.data.loader import Batch, BatchPlan
+from accessory.data.loader import Batch, BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
+from accessory.data.packing import Rows
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
@@ -43,6 +46,7 @@ class Trainer:
 
     Attributes:
         model: the decoder, sharded over data-parallel ranks. training, validation: the samples.
+        epoch_ends: how many optimiser steps are done when each epoch is; packed epochs differ by a few rows.
     """
 
     def __init__(self, config: RunConfig, launch: Launch):
@@ -55,10 +59,8 @@ class Trainer:
         self._build_model()
         train = config.train
         self.batches = BatchPlan(train.batch_size, train.accumulation, self.dp_rank, self.dp_size)
-        self.steps_per_epoch = self.batches.steps(len(self.data.epoch(0)))
-        steps = self.steps_per_epoch * train.epochs
-        self.steps = min(steps, train.max_steps or steps)
-        self.mean_length = float(self.training.lengths.mean())
+        self.epoch_ends = list(accumulate(self.batches.steps(len(self._epoch_rows(e))) for e in range(train.epochs)))
+        self.steps = min(self.epoch_ends[-1], train.max_steps or self.epoch_ends[-1])
         self.out = Path(config.out)
         self.loggers: Loggers | None = None
         if is_main():
@@ -95,11 +97,21 @@ class Trainer:
         arguments = (section.mix, self.tokenizer, self.max_seq_len, self.config.train.seed)
         self.data = first_on_each_node(lambda: load_mix(*arguments, section.validation, section.bad_records), self.launch)
         self.training, self.validation = self.data.training, self.data.validation
+        self.lengths = sample_lengths(self.training)
         say(
             f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
             f"{self.data.count('truncated')} truncated to {self.max_seq_len} tokens, "
             f"{self.data.count('dropped')} dropped (no target left)"
         )
+        if section.packing:
+            rows, tokens = len(self._epoch_rows(0)), int(self.lengths.sum())
+            say(f"packing: {rows} rows of {self.max_seq_len} tokens, {tokens / (rows * self.max_seq_len):.1%} full")
+
+    def _rows(self, order: Sequence[int] | np.ndarray, lengths: np.ndarray) -> Rows:
+        return Rows.packed(order, lengths, self.max_seq_len) if self.config.data.packing else Rows.alone(order)
+
+    def _epoch_rows(self, epoch: int) -> Rows:
+        return self._rows(self.data.epoch(epoch), self.lengths)
 
     def _build_model(self) -> None:
         parallel, section, seed = self.config.parallel, self.config.model, self.config.train.seed
@@ -151,7 +163,7 @@ class Trainer:
         step, window = 0, Window()
         bar = progress(total=self.steps, unit="step")
         for epoch, micro_batches in self._steps():
-            rate = learning_rate(step, self.steps, self.steps_per_epoch, config.optim)
+            rate = learning_rate(step, self.steps, self.epoch_ends[0], config.optim)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             try:
@@ -169,7 +181,7 @@ class Trainer:
             window.add(result)
             step += 1
             bar.update()
-            last, epoch_ends = step == self.steps, step % self.steps_per_epoch == 0
+            last, epoch_ends = step == self.steps, step in self.epoch_ends
             if step % config.log.every == 0 or last:
                 self._log(step, window, rate)
             with window.paused():
@@ -184,7 +196,7 @@ class Trainer:
         """Yield (epoch, this rank's micro-batches) of every optimiser step."""
         done = 0
         for epoch in range(self.config.train.epochs):
-            for micro_batches in self.batches.epoch(self.training, self.data.epoch(epoch), epoch):
+            for micro_batches in self.batches.epoch(self.training, self._epoch_rows(epoch), epoch):
                 if done == self.steps:
                     return
                 yield epoch, [batch.to(self.device) for batch in micro_batches]
@@ -196,10 +208,11 @@ class Trainer:
         if not self.validation:
             return
         plan = dataclasses.replace(self.batches, accumulation=1)
-        order = self.validation.lengths.argsort(kind="stable")
+        lengths = sample_lengths(self.validation)
+        rows = self._rows(lengths.argsort(kind="stable"), lengths)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         bar = progress(
-            plan.epoch(self.validation, order), total=plan.steps(len(order)), desc="validation", unit="batch", leave=False
+            plan.epoch(self.validation, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False
         )
         for (batch,) in bar:
             loss, _ = self.model(*batch.to(self.device).inputs())
@@ -213,7 +226,7 @@ class Trainer:
 
     def _log(self, step: int, window: Window, rate: float) -> None:
         values, loads = window.reduce()
-        values |= {"lr": rate, **speed(values, self.args, self.mean_length, self.trained, self.peak)}
+        values |= {"lr": rate, **speed(values, self.args, float(self.lengths.mean()), self.trained, self.peak)}
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1) * loads.shape[1]
         values |= {"load_max": float(shares.max()), "load_min": float(shares.min())}
         say(

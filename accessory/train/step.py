@@ -99,7 +99,7 @@ def train_step(
 def count_loads(model: Decoder, micro_batches: Sequence[Batch]) -> Tensor:
     """Rows routed to each expert [L, E] in the whole global batch: a forward of every micro-batch without the output."""
     nothing = torch.zeros(0, dtype=torch.int64, device=micro_batches[0].tokens.device)
-    counts = [model(b.tokens, b.lengths, Targets(nothing, nothing), keys=b.keys)[1].counts.sum(1) for b in micro_batches]
+    counts = [model(b.tokens, b.documents, Targets(nothing, nothing), keys=b.keys)[1].counts.sum(1) for b in micro_batches]
     return _summed(torch.stack(counts).sum(0))
 
 

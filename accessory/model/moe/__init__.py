@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from accessory.model.args import ModelArgs
+from accessory.model.documents import Documents
 from accessory.model.moe.experts import GroupedExperts, combine, dispatch, make_plan
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import Router, RouterStats, router_stats
@@ -26,8 +27,8 @@ class MoE(nn.Module):
         hidden_dim = args.hidden_dim * moe.num_experts // (size * len(self.local))
         self.experts = GroupedExperts(len(self.local), args.dim, hidden_dim, kernel, layout.cut_dims)
 
-    def forward(self, x: Tensor, real: Tensor, draw: Tensor | None = None) -> tuple[Tensor, RouterStats]:
-        """``x`` [B, S, D] and which tokens are ``real`` [B, S] -> output [B, S, D], statistics over the real tokens.
+    def forward(self, x: Tensor, documents: Documents, draw: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """``x`` [B, S, D] -> output [B, S, D], and statistics of each document.
 
         ``draw`` [B, S] is the adapters', for dropout.
         """
@@ -42,4 +43,4 @@ class MoE(nn.Module):
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
         draw_n = None if draw_T is None else draw_T[plan.token_n]
         y_TD = combine(self.experts(x_nD, weight_n1, plan.ends_e, draw_n), plan)
-        return reduce_from_model_parallel_region(y_TD).view_as(x), router_stats(routing, real)
+        return reduce_from_model_parallel_region(y_TD).view_as(x), router_stats(routing, documents)

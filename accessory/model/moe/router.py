@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
+from accessory.model.documents import Documents
 from accessory.parallel.adapter import Adaptable, dropped
 
 
@@ -19,13 +20,13 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What a batch did to the experts, as sums over the real tokens of each sequence; padding never counts.
+    """What a batch did to the experts, as sums over the tokens of each of its n documents; padding never counts.
 
     Sums can be added over layers, micro-batches and ranks before anything is divided (see ``train.balance``).
     """
 
-    counts: Tensor  # [B, E] int64: routed rows per expert; sums to K x tokens
-    probs: Tensor  # [B, E] sum of router probabilities; carries gradient
+    counts: Tensor  # [n, E] int64: routed rows per expert; sums to K x tokens
+    probs: Tensor  # [n, E] sum of router probabilities; carries gradient
 
 
 class Router(Adaptable):
@@ -52,11 +53,9 @@ class Router(Adaptable):
         return Routing(probs, weights / weights.sum(-1, keepdim=True), experts)
 
 
-def router_stats(routing: Routing, real: Tensor) -> RouterStats:
-    """Sum a routing over the tokens marked ``real`` [B, S] of each sequence."""
-    batch, length = real.shape
-    num_experts = routing.probs.shape[-1]
+def router_stats(routing: Routing, documents: Documents) -> RouterStats:
+    """Sum a routing over the tokens of each document."""
     chosen = torch.zeros_like(routing.probs, dtype=torch.int64).scatter_(1, routing.experts, 1)
-    counts = (chosen * real.reshape(-1, 1)).view(batch, length, num_experts).sum(1)
-    probs = (routing.probs * real.reshape(-1, 1)).view(batch, length, num_experts).sum(1)
-    return RouterStats(counts, probs)
+    number, shape = documents.number.flatten(), (documents.count + 1, chosen.shape[1])
+    counts, probs = (x.new_zeros(shape).index_add(0, number, x) for x in (chosen, routing.probs))
+    return RouterStats(counts[1:], probs[1:])  # 0 is padding
