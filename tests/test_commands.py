@@ -139,7 +139,9 @@ def test_generate_gives_the_same_answer_in_any_layout_and_size(runs):
 def test_a_tokenizer_json_goes_with_the_model(home, tmp_path):
     write_tokenizer_json(home / "tokenizer.model", tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }} ->"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"})
+    )
     words = [f"model.tokenizer={tmp_path}/tokenizer.json", "parallel.model_parallel=1", "train.max_steps=1", "log.wandb=off"]
     codes, _, err = command("finetune", home / "run.yaml", *words, f"out={tmp_path}/run")
     assert codes == [0], err

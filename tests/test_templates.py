@@ -14,6 +14,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from models import make_tokenizer
+from texts import MARKS, TEXTS, TWO, add_token, conversations, spans, talk, trained_texts, written
 from transformers import AutoTokenizer
 
 from accessory.data.records import Conversation, Document, RecordError, Turn
@@ -24,72 +25,6 @@ from accessory.errors import UserError
 
 V1 = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
 CHAT = [name for name in TEMPLATES if name != "plain"]
-MARKS = ["<|im_start|>", "<|im_end|>"]
-
-# text
-
-
-FRAGMENTS = [
-    *("</s>", "<s>", "<unk>", "<0x0A>", "[INST]", "[/INST]", " [/INST] ", "<|im_start|>", "<|im_end|>\n", "<bos>", "<eos>"),
-    *("### Human: ", "### Assistant:", "\n###", "USER: ", " ASSISTANT:", "### Response:", "{instruction}", "{{}} %s {0}"),
-    *(
-        " ",
-        "  ",
-        "\n",
-        "\r\n\n",
-        "\t",
-        "\0",
-        "naïve",
-        "Größe",
-        "你好",
-        "语",
-        "👍🏽",
-        "👩‍👩‍👧",
-        "🇨🇭",
-        "e\u0301",
-        "\ue000",
-        "\uffff",
-        "\U0010ffff",
-    ),
-    *("The answer", "is", ": 42.", "x" * 20, "123,456", "'s"),
-]
-# SentencePiece has one token for a blank and for U+2581, and so cannot give the second one back
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
-TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(CHARACTERS, max_size=6), max_size=8).map("".join)
-ANSWERS = TEXTS.filter(str.strip)
-
-
-@st.composite
-def conversations(draw, system=True, most=3):
-    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=most))
-    prompt = draw(st.none() | TEXTS.filter(bool)) if system else None
-    return Conversation(prompt, tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
-
-
-def written(segments):
-    return "".join(segment.text for segment in segments)
-
-
-def trained_texts(segments):
-    """The stretches that are trained."""
-    runs, last = [], False
-    for segment in segments:
-        if segment.trained:
-            runs = runs if last else [*runs, ""]
-            runs[-1] += segment.text
-        last = segment.trained
-    return runs
-
-
-def spans(tokens, trained):
-    """Runs of trained tokens."""
-    runs, last = [], False
-    for token, is_trained in zip(tokens, trained, strict=True):
-        if is_trained:
-            runs = runs if last else [*runs, []]
-            runs[-1].append(token)
-        last = is_trained
-    return runs
 
 
 # tokenizers
@@ -112,14 +47,6 @@ def folder(tmp_path_factory):
         add_token(bytewise / "tokenizer.json", name)
     (bytewise / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}, "bos_token": null}')
     return folder
-
-
-def add_token(path, name, **flags):
-    content = json.loads(path.read_text())
-    number = max(max(content["model"]["vocab"].values()), *(t["id"] for t in content["added_tokens"])) + 1
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"].append({"id": number, "content": name} | plain | flags)
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="session")
@@ -180,17 +107,12 @@ def test_mixtral_instruct_as_published(mixtral):
 # golden strings
 
 
-def talk(*texts, **more):
-    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]} | more
-
-
 DIALOG = "A chat between a curious human and an artificial intelligence assistant. " + (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 VICUNA = "A chat between a curious user and an artificial intelligence assistant. " + (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TWO = talk("Why?", "Because.", "Really?", "Yes.")
 KIND = TWO | {"system": "Be kind."}
 GOLDEN = {  # name: (template, record, text, what is trained)
     "dialog": (
@@ -448,152 +370,3 @@ def test_a_tokenizer_json_that_cannot_be_used(folder, tmp_path):
     path.write_bytes((folder / "bytewise/tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="which token ends a text"):
         Tokenizer(path)
-
-
-# a tokenizer's own template
-
-MIXTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ ' [INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}{% endfor %}"
-)
-CHATML = """{%- for m in messages %}
-    {{- '<|im_start|>' + m.role + '\\n' + (m.content | trim) + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
-"""
-FORGETFUL = (  # what was answered before is cut when the talk goes on
-    "{% for m in messages %}<|im_start|>{{ m.role }} "
-    "{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def with_template(folder, tmp_path_factory):
-    """A folder with a small tokenizer of both kinds and a chat template."""
-
-    def make(source, apart=False):
-        home = tmp_path_factory.mktemp("chat")
-        make_tokenizer(home / "tokenizer.model", 360)
-        assert write_tokenizer_json(home / "tokenizer.model", home)
-        for name in MARKS:
-            add_token(home / "tokenizer.json", name)
-        if apart:
-            (home / "chat_template.jinja").write_text(source)
-        else:
-            config = json.loads((home / "tokenizer_config.json").read_text())
-            (home / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": source}))
-        return home
-
-    return make
-
-
-PLAIN_TEXTS = TEXTS.filter(lambda text: not any(mark in text for mark in ("<s>", "</s>", "<unk>", *MARKS)))
-
-
-@pytest.mark.parametrize("source", [MIXTRAL, CHATML], ids=["mixtral", "chatml"])
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_chat_template_is_what_transformers_makes_of_it(source, apart, with_template):
-    home = with_template(source, apart)
-    tokenizer, theirs = Tokenizer(home / "tokenizer.json"), AutoTokenizer.from_pretrained(home)
-    template = get_template("chat_template", tokenizer)
-    assert template.stop == (("</s>",) if source is MIXTRAL else ("<|im_end|>",))
-    assert ("chat_template.jinja" in tokenizer.files) == apart and "tokenizer_config.json" in tokenizer.files
-
-    @given(st.lists(st.tuples(PLAIN_TEXTS, PLAIN_TEXTS.filter(str.strip)), min_size=1, max_size=3))
-    @settings(max_examples=60, deadline=None)
-    def holds(pairs):
-        turns = tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a)))
-        messages = [{"role": t.role, "content": t.text} for t in turns]
-        tokens, trained = tokenizer.encode_segments(template.render(Conversation(None, turns)))
-        assert tokens == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
-        asked = Conversation(None, turns[:-1])
-        prompt = tokenizer.encode_segments(template.prompt(asked))[0]
-        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
-        assert prompt == theirs.apply_chat_template(messages[:-1], **options)
-        found, end = spans(tokens, trained), tokenizer.eos_id if source is MIXTRAL else tokenizer.special["<|im_end|>"]
-        assert len(found) == len(pairs)
-        for (_, answer), run in zip(pairs, found, strict=True):
-            expected = answer if source is MIXTRAL else answer.strip()
-            text = tokenizer.decode(run)
-            assert run[-1] == end and text.endswith(expected.removeprefix(" ")) and len(text) <= len(expected) + 1
-
-    holds()
-
-
-@pytest.mark.parametrize(
-    ("source", "file"),
-    [(MIXTRAL, "tokenizer.model"), (MIXTRAL, "tokenizer.json"), (CHATML, "tokenizer.json")],
-    ids=["mixtral-model", "mixtral-json", "chatml-json"],
-)
-def test_text_never_becomes_a_special_token_of_a_chat_template(source, file, with_template):
-    tokenizer = Tokenizer(with_template(source) / file)
-    template = get_template("chat_template", tokenizer)
-    special = set(tokenizer.special.values())
-
-    @given(conversations(system=False), st.sampled_from(["answers", "last_answer", "all"]))
-    @settings(max_examples=60, deadline=None)
-    def holds(conversation, train_on):
-        segments = template.render(conversation, train_on)
-        text = written(s for s in segments if not s.special)
-        for turn in conversation.turns:
-            assert (turn.text if source is MIXTRAL else turn.text.strip()) in text
-        harmless = tuple(replace(turn, text="a") for turn in conversation.turns)
-        expected = [s.text for s in template.render(replace(conversation, turns=harmless)) if s.special]
-        assert [s.text for s in segments if s.special] == expected
-        tokens, trained = tokenizer.encode_segments(segments)
-        assert [t for t in tokens if t in special] == [tokenizer.special[name] for name in expected]
-        if train_on == "all":
-            assert trained.count(False) == (source is MIXTRAL)
-        else:
-            assert len(spans(tokens, trained)) == (1 if train_on == "last_answer" else len(conversation.turns) // 2)
-
-    holds()
-
-
-def test_a_chat_template_that_forgets(with_template):
-    template = get_template("chat_template", Tokenizer(with_template(FORGETFUL) / "tokenizer.json"))
-    with pytest.raises(RecordError, match="writes turn 2 differently when other turns follow"):
-        render(TWO, template)
-    assert trained_texts(render(TWO, template, "last_answer")) == ["Yes.<|im_end|>"]
-    assert trained_texts(render(talk("Why?", "Because."), template)) == ["Because.<|im_end|>"]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ raise_exception('no system here') }}", "the chat template refuses it: no system here"),
-        ("{{ messages[0].content.__class__.__mro__ }}", "the chat template refuses it: .*unsafe"),
-        ("{{ messages.append(1) }}", "the chat template refuses it: .*unsafe"),
-        ("{{ messages[0].content + 1 }}", "the chat template refuses it"),
-        ("{{ 1 // 0 }}", "the chat template refuses it"),
-        ("{{ messages[0].content }}", "tokenizer_config.json: the chat template writes no answers"),
-        ("{% for m in %}", "tokenizer_config.json: the chat template is not valid Jinja"),
-        ([{"name": "rag", "template": "a"}], "no chat_template"),
-    ],
-)
-def test_a_chat_template_that_cannot_be_used(source, message, with_template):
-    tokenizer = Tokenizer(with_template(source) / "tokenizer.json")
-    with pytest.raises(UserError, match=message) as error:
-        render(TWO, get_template("chat_template", tokenizer))
-    assert "\n" not in str(error.value)
-
-
-def test_a_chat_template_whose_tokens_the_tokenizer_lacks(with_template):
-    home = with_template(CHATML)
-    config = json.loads((home / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {
-        "7": {"content": MARKS[0], "special": True},
-        "8": {"content": "word", "special": False},
-    }
-    (home / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": MARKS[1]}))
-    assert get_template("chat_template", Tokenizer(home / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer.model: lacks the special tokens <\|im_end\|>, <\|im_start\|>, which"):
-        get_template("chat_template", Tokenizer(home / "tokenizer.model"))
-
-
-def test_the_default_one_of_several_chat_templates(with_template):
-    several = [{"name": "rag", "template": "a"}, {"name": "default", "template": MIXTRAL}]
-    tokenizer = Tokenizer(with_template(several) / "tokenizer.json")
-    assert "[INST] Why? [/INST]" in written(render(TWO, get_template("chat_template", tokenizer)))

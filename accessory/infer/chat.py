@@ -14,6 +14,8 @@ from accessory.parallel.launch import Launch
 
 def answer(arguments: argparse.Namespace, launch: Launch) -> None:
     """Load a checkpoint over all ranks of the job and print an answer to each prompt."""
+    if arguments.template != "chat_template":
+        get_template(arguments.template)  # a name that is none is told before the model is read
     model = MetaModel.from_pretrained(
         [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
