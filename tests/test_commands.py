@@ -183,6 +183,25 @@ def test_adapters_train_alike_in_both_layouts(home, runs):
     assert expert[-1]["val_loss"] < expert[0]["val_loss"]
 
 
+def test_packed_runs_are_the_same_however_they_are_cut(home):
+    curves = []
+    cuts = {"wide": ["parallel.model_parallel=2"], "cut": ["parallel.model_parallel=1", "train.batch_size=2"]}
+    for name, size in cuts.items():
+        words = ["data.packing=true", "data.max_seq_len=512", *size, "train.max_steps=null", "train.epochs=2"]
+        words += [f"out={home}/{name}", "log.wandb=off"]
+        codes, out, err = command("finetune", home / "run.yaml", *words, ranks=2)
+        assert codes == [0, 0], err
+        counts = (r"^data: (\d+) samples", r"^packing: (\d+) rows")
+        samples, packed = (int(re.search(count, out, re.M)[1]) for count in counts)
+        assert packed < samples
+        assert {path.name for path in (home / name).glob("epoch*")} == {"epoch0", "epoch1"}
+        curves.append(rows(home / name))
+    for a, b in zip(*curves, strict=True):
+        for key in {"loss", "balance", "grad_norm", "val_loss"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+        assert a.get("tokens") == b.get("tokens")
+
+
 BAD = {
     "tuning": (["tuning.freeze=[routers]"], "tuning.freeze: 'routers' matches none"),
     "missing file": (["data.mix=nowhere.yaml"], "nowhere.yaml: no such file"),

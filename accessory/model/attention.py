@@ -85,8 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
     runs = [(length, len(list(same))) for length, same in groupby(documents.stretches)]
     parts = zip(*(x.split([length * count for length, count in runs]) for x in (q_T, k_T, v_T)), strict=True)
     out = []
-    for (length, _), part in zip(runs, parts, strict=True):
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in part)
+    for (length, count), part in zip(runs, parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
         out.append(causal_attention(q, k, v, window).transpose(1, 2).flatten(0, 1))
     return torch.cat(out).view(shape)
 

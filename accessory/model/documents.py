@@ -38,7 +38,7 @@ class Documents:
             lengths += [*row, width - sum(row)]
             numbers += [*range(count + 1, count + 1 + len(row)), 0]
             count += len(row)
-        stretches = tuple(n for n in lengths if n)
+        stretches = tuple(n for n in lengths if n) or (0,)
         length = torch.tensor(lengths)
         start = (length.cumsum(0) - length).repeat_interleave(length)
         return cls(
