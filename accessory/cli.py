@@ -29,6 +29,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
     verb.set_defaults(run=_finetune)
 
+    verb = verbs.add_parser("pretrain", help="the same with packing on: for texts, from random weights or a checkpoint")
+    verb.add_argument("config", type=Path, help="run YAML, e.g. configs/pretrain/tiny.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
+    verb.set_defaults(run=_pretrain)
+
     verb = verbs.add_parser("generate", help="continue prompts with a trained model (with torchrun, srun, or plain)")
     verb.add_argument("checkpoint", type=Path, help="directory")
     verb.add_argument("--adapter", type=Path, action="append", default=[], help="directory laid over it; can be repeated")
@@ -119,6 +124,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from accessory.train.loop import finetune
 
     run_job(lambda launch: finetune(RunConfig.load(arguments.config, arguments.overrides), launch))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    arguments.overrides = ["data.packing=true", *arguments.overrides]
+    _finetune(arguments)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

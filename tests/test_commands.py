@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 
 MODEL = {
@@ -245,7 +246,7 @@ def test_data_check_and_show(home, tmp_path):
     assert [rows[name][0] for name in ("dialog.jsonl", "instruction.jsonl", "all")] == ["60", "60", "120"]
     assert (tmp_path / "l.png").stat().st_size > 1000
     # 4 processes of model parallel 2: 2 x 4 sequences x 2 micro-steps; 12 of 120 are held out
-    assert "16 samples a step, 7 steps an epoch, 6 in all" in out and "at 100 tokens/s: 0:" in out
+    assert "16 rows a step, 7 steps an epoch, 6 in all" in out and "at 100 tokens/s: 0:" in out
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n{\n')
     (tmp_path / "bad.yaml").write_text("META: [{path: bad.jsonl}]")
     words = [tmp_path / "bad.yaml", "--tokenizer", home / "tokenizer.model"]
@@ -253,3 +254,30 @@ def test_data_check_and_show(home, tmp_path):
     assert codes == [1] and "bad.jsonl:2: 'output' must be a text" in out and "bad.jsonl:3: not valid JSON" in out
     codes, out, err = command("data", "show", *words, "-n", 1)
     assert codes == [0] and "bad.jsonl:1: " in out and re.search(r"### Response:\[\[b</s>\]\]", out)
+
+
+def test_pretrain_goes_through_every_token_of_the_texts(home, tmp_path):
+    """Documents longer than a row are cut, not truncated; rows are packed; a warm start goes on."""
+    texts = ["the list of tokens is made from words and then every answer is not " * n for n in (1, 3, 40, 2)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "mix.yaml").write_text("META: [{path: texts.jsonl}]")
+    words = [
+        f"data.mix={tmp_path}/mix.yaml",
+        "data.max_seq_len=64",
+        "data.validation=0",
+        "train.max_steps=null",
+        "log.every=1",
+    ]
+    words += ["optim.warmup_epochs=0", "log.wandb=off", "train.accumulation=1", "train.epochs=2"]
+    codes, out, err = command("pretrain", home / "run.yaml", *words, f"out={tmp_path}/run", ranks=2)
+    assert codes == [0, 0], err
+    full = re.search(r"packing: (\d+) rows of 64 tokens, ([\d.]+)% full", out)
+    assert full and float(full[2]) > 80 and "0 truncated" in out
+    tokenizer = Tokenizer(home / "tokenizer.model")
+    predicted = sum(len(tokenizer.encode(text, bos=True, eos=True)) - 1 for text in texts)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert sum(row["targets"] for row in steps) == 2 * predicted and steps[-1]["loss"] < steps[0]["loss"]
+    warm = f"model.checkpoint={tmp_path}/run/epoch1"
+    codes, _, err = command("pretrain", home / "run.yaml", *words, warm, f"out={tmp_path}/warm", ranks=2)
+    assert codes == [0, 0], err
+    assert rows(tmp_path / "warm")[0]["loss"] < steps[0]["loss"] - 0.3

@@ -12,11 +12,13 @@ import numpy as np
 
 from accessory.config import read_mapping
 from accessory.data.mix import Dataset, Tokenised, load_mix, tokenise_mix
+from accessory.data.packing import Rows
 from accessory.data.store import Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.train.config import RunConfig
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 COLUMNS = ("records", "bad", "samples", "tokens", "targets", "truncated", "dropped", "duplicate", "p50", "p90", "p99", "max")
 
 
@@ -30,7 +32,8 @@ def check(arguments: argparse.Namespace) -> None:
     _draw(sources, arguments.png)
     print(f"\nlengths: {arguments.png}")
     if run is not None and any(len(source) for source in sources):
-        print(_plan(run, load_mix(mix, tokenizer, max_seq_len, run.train.seed, run.data.validation, "skip"), arguments))
+        data = load_mix(mix, tokenizer, max_seq_len, run.train.seed, run.data.validation, "skip")
+        print(_plan(run, data, max_seq_len, arguments))
     if bad:
         print("\n".join(["", *bad[:10], *([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])]))
         sys.exit(f"{len(bad)} bad records")
@@ -73,7 +76,7 @@ def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, T
         tokenizer, max_seq_len = tokenizer or run.model.tokenizer, max_seq_len or run.data.max_seq_len
         if tokenizer is None and run.model.checkpoint:
             first = run.model.checkpoint if isinstance(run.model.checkpoint, str) else run.model.checkpoint[0]
-            tokenizer = Path(first) / "tokenizer.model"
+            tokenizer = next((f for f in map(Path(first).joinpath, TOKENIZERS) if f.is_file()), None)
     if tokenizer is None:
         raise UserError(f"{arguments.mix}: give --tokenizer, so that lengths are known")
     mix = Path(run.data.mix) if run is not None else arguments.mix
@@ -109,15 +112,16 @@ def _numbers(sources: list[Tokenised]) -> list[int]:
     ]
 
 
-def _plan(run: RunConfig, data: Dataset, arguments: argparse.Namespace) -> str:
+def _plan(run: RunConfig, data: Dataset, max_seq_len: int, arguments: argparse.Namespace) -> str:
     """Steps of an epoch, and how long a run takes if its speed is known."""
-    order = data.epoch(0)
+    order, lengths = data.epoch(0), data.training.lengths
+    rows = Rows.packed(order, lengths, max_seq_len) if run.data.packing else Rows.alone(order)
     batch = run.train.batch_size * run.train.accumulation * max(1, arguments.world // run.parallel.model_parallel)
-    steps = math.ceil(len(order) / batch)
+    steps = math.ceil(len(rows) / batch)
     total = min(steps * run.train.epochs, run.train.max_steps or steps * run.train.epochs)
-    tokens = int(data.training.lengths[order].sum())
+    tokens = int(lengths[order].sum())
     text = (
-        f"\non {arguments.world} processes: {len(order):,} samples and {tokens:,} tokens an epoch, {batch} samples a step, "
+        f"\non {arguments.world} processes: {len(order):,} samples and {tokens:,} tokens an epoch, {batch} rows a step, "
         f"{steps:,} steps an epoch, {total:,} in all"
     )
     rate = arguments.tokens_per_s or _measured_rate(Path(run.out) / "metrics.jsonl")

@@ -104,8 +104,9 @@ class Trainer:
             f"{self.data.count('dropped')} dropped (no target left)"
         )
         if section.packing:
-            rows, tokens = len(self._epoch_rows(0)), int(self.lengths.sum())
-            say(f"packing: {rows} rows of {self.max_seq_len} tokens, {tokens / (rows * self.max_seq_len):.1%} full")
+            rows = self._epoch_rows(0)
+            full = self.lengths[rows.samples].sum() / (len(rows) * self.max_seq_len)
+            say(f"packing: {len(rows)} rows of {self.max_seq_len} tokens, {full:.1%} full")
 
     def _rows(self, order: Sequence[int] | np.ndarray, lengths: np.ndarray) -> Rows:
         return Rows.packed(order, lengths, self.max_seq_len) if self.config.data.packing else Rows.alone(order)
