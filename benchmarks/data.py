@@ -62,9 +62,8 @@ def main() -> None:
         print(f"read and collate         {seconds:8.2f} s    {loading:14,.0f} tokens/s")
         compare_trl(data, tokens)
         step = step_rate(data, rows, plan)
-        print(
-            f"training step            {'':8}      {step:14,.0f} tokens/s ({ARGS.active_parameters() / 1e6:.0f} M active, fp32)"
-        )
+        active = ARGS.active_parameters() / 1e6
+        print(f"training step            {'':8}      {step:14,.0f} tokens/s ({active:.0f} M parameters active, fp32)")
         print(f"\nloading is {loading / step:,.0f} times as fast: {step / loading:.2%} of the step's time")
 
 
