@@ -1,7 +1,9 @@
 """The ``accessory`` command: a verb a feature. ``python -m accessory`` is the same, for torchrun and srun."""
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from accessory import __version__
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--to", required=True, choices=[*formats, "peft"], help="format; peft: the adapter alone")
     verb.add_argument("--mp", type=int, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
     _conversion_options(verb)
-    verb.set_defaults(run=_convert)
+    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_convert"))
 
     verb = verbs.add_parser("merge", help="fold an adapter into its base")
     verb.add_argument("sources", nargs=2, type=Path, metavar="DIR", help="the base, and the adapter")
@@ -67,18 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--to", choices=formats, help="format; default: the base's")
     verb.add_argument("--mp", type=int, metavar="N", help="model-parallel parts; default: as the base")
     _conversion_options(verb)
-    verb.set_defaults(run=_merge)
+    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_merge"))
 
     verb = verbs.add_parser("inspect", help="what a checkpoint is: format, shape, sizes, and whether it is whole")
     verb.add_argument("paths", nargs="+", type=Path, help="directory, or several in order")
     verb.add_argument("--config", type=Path, help="another config.json than the directory's")
-    verb.set_defaults(run=_inspect)
+    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_inspect"))
 
     verb = verbs.add_parser("verify", help="whether two checkpoints of any formats are the same model; exit code 1 if not")
     verb.add_argument("a", type=Path, help="directory")
     verb.add_argument("b", type=Path, help="directory")
     verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
-    verb.set_defaults(run=_verify)
+    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_verify"))
 
     data = verbs.add_parser("data", help="make, check and show training data").add_subparsers(required=True, metavar="WHAT")
     for name, text in (
@@ -91,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--max-seq-len", type=int, help="tokens; default: the run's, or 4096")
         if name == "show":
             verb.add_argument("-n", type=int, default=3, help="samples of each source; default: %(default)s")
-            verb.set_defaults(run=_show)
+            verb.set_defaults(run=_in("accessory.data.check", "show"))
         else:
             verb.add_argument("--png", type=Path, default=Path("lengths.png"), help="picture; default: %(default)s")
             verb.add_argument(
                 "--world", type=int, default=1, help="processes of the run, for its steps; default: %(default)s"
             )
             verb.add_argument("--tokens-per-s", type=float, help="for the run's duration; default: as its last run's")
-            verb.set_defaults(run=_check)
+            verb.set_defaults(run=_in("accessory.data.check", "check"))
     verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
     verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
     verb.set_defaults(run=_stdlib)
@@ -149,40 +151,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(f"\npicture: {arguments.png}")
 
 
-def _convert(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.tools import run_convert
+def _in(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
 
-    run_convert(arguments)
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), function)(arguments)
 
-
-def _merge(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.tools import run_merge
-
-    run_merge(arguments)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.tools import run_inspect
-
-    run_inspect(arguments)
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.tools import run_verify
-
-    run_verify(arguments)
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    from accessory.data.check import check
-
-    check(arguments)
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from accessory.data.check import show
-
-    show(arguments)
+    return run
 
 
 def _stdlib(arguments: argparse.Namespace) -> None:
