@@ -17,6 +17,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.layouts import LAYOUTS
 
@@ -40,9 +41,12 @@ class Ours(nn.Module):
     def __init__(self, layout: str, kernel: str):
         super().__init__()
         self.moe = MoE(SHAPE, LAYOUTS[layout], kernel)
+        self.documents: Documents | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))[0]
+        if self.documents is None or self.documents.number.shape != x.shape[:2]:
+            self.documents = Documents.of([[x.shape[1]]] * len(x), x.shape[1]).to(x.device)
+        return self.moe(x, self.documents)[0]
 
 
 def theirs(implementation: str) -> nn.Module:

@@ -1,0 +1,24 @@
+"""The benchmarks run: small, and never for their times."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "printed"),
+    [
+        ("moe_layer.py", ["--tokens", "16", "--rounds", "1"], "bfloat16: dense time"),
+        ("train_step.py", ["--help"], "--lora"),
+        ("checkpoint_memory.py", ["--help"], "--layers"),
+        ("data.py", ["--help"], "--copies"),
+    ],
+)
+def test_a_benchmark_runs(name, words, printed):
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
