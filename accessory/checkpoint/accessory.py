@@ -78,14 +78,14 @@ class AccessoryDirectory:
 
     may_lack, fingerprint = True, None
 
-    def __init__(self, directory: Path, size: int, kind: str, layout: str | None = None):
+    def __init__(self, directory: Path, size: int, kind: str):
         self.directory, self.size, self.adds = directory, size, kind.startswith("model-diff")
         files = [f"consolidated.{rank:02d}-of-{size:02d}.{kind}" for rank in range(size)]
         indexed = {file: index_file(directory / file) for file in files}
         for rank, (file, content) in enumerate(indexed.items()):
             _check_rank(directory / file, content, rank, size)
         self.stored = {file: content.tensors for file, content in indexed.items()}
-        self.layout = self.format = layout or self._own_layout()
+        self.layout = self.format = self._own_layout()
         self.adapters = {name: a for keys in self.stored.values() for name, a in find_adapters(keys).items()}
 
     @classmethod

@@ -85,7 +85,6 @@ class Checkpoint:
     Args:
         paths: a directory, or several in order.
         config: another config.json than the first directory's own, or several.
-        layout: how an accessory directory is cut, if its meta.json does not say so.
         strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
 
     Attributes:
@@ -104,7 +103,6 @@ class Checkpoint:
         self,
         paths: PathLike | Sequence[PathLike],
         config: PathLike | Sequence[PathLike] | None = None,
-        layout: str | None = None,
         strict: bool = True,
     ):
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
