@@ -562,19 +562,44 @@ def test_sizes_and_places_that_do_not_fit(home, tmp_path):
     assert "exists already" in cli("convert", home / "hf", tmp_path / "there", "--to", "hf")
 
 
-@pytest.mark.parametrize("spare, message", [(-8192, "the disk is too small"), (4096, "the disk is full")])
+@pytest.mark.parametrize(("spare", "message"), [(-8192, "the disk is too small"), (4096, "the disk is full")])
 def test_a_full_disk(spare, message, home, tmp_path):
-    """Too small for the weights, which is told before anything is written; or for what comes with them."""
+    """Too small for the weights, which is told before anything is written; or for what comes with them.
+
+    The disk is mounted in a namespace of the command's own, which needs no root. Where a machine forbids even that, the
+    command itself is told that its disk is as small.
+    """
     small = tmp_path / "small"
     small.mkdir()
     size = -(-sum(tensor.nbytes for tensor in hf_tensors(home / "hf").values()) // 4096) * 4096 + spare
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        assert message in cli("convert", home / "hf", small / "out", "--to", "mixtral")
-        assert not list(small.iterdir())
-    finally:
-        subprocess.run(["umount", small], check=True)
+    convert = [sys.executable, "-c", MAIN, "convert", home / "hf", small / "out", "--to", "mixtral"]
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mounted += [f'mount -t tmpfs -o size={size} none "$0" && "$@"; code=$?; ls -A "$0"; exit $code', small]
+    if subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        mounted, convert[2] = [], SMALL_DISK.format(size=size) + MAIN
+    done = subprocess.run([*mounted, *convert], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and message in done.stderr, done
+    assert "out" not in done.stdout and not list(small.iterdir()), "something was left behind"
+
+
+MAIN = "from accessory.cli import main; main()"
+SMALL_DISK = """
+import errno, shutil, types
+from accessory.checkpoint import convert
+shutil.disk_usage = lambda path: types.SimpleNamespace(free={size})
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+shutil.copyfile = full
+"""
+
+
+def test_a_write_that_fails_leaves_nothing(home, tmp_path):
+    """Wherever files may not grow so large: the system refuses in the middle of the weights."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); "
+    words = [sys.executable, "-c", limit + MAIN, "convert", home / "hf", tmp_path / "out", "--to", "mixtral"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "File too large; nothing was left behind" in done.stderr, done
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_conversion_leaves_nothing_under_the_name(tmp_path, tokenizer):

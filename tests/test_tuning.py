@@ -31,6 +31,7 @@ PARTITIONS = {  # world size: (model parallel, data parallel mode)
     1: [(1, "fsdp")],
     2: [(2, "fsdp"), (1, "fsdp"), (1, "sdp"), (1, "ddp")],
     4: [(4, "fsdp"), (2, "fsdp")],
+    8: [(4, "fsdp")],
 }
 ALL_TARGETS = ("attention", "experts", "router", "embeddings", "output")
 EVERYTHING = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS), bias=True, norm=True)
