@@ -59,7 +59,10 @@ class Trainer:
         self._build_model()
         train = config.train
         self.batches = BatchPlan(train.batch_size, train.accumulation, self.dp_rank, self.dp_size)
-        self.epoch_ends = list(accumulate(self.batches.steps(len(self._epoch_rows(e))) for e in range(train.epochs)))
+        # packed, epochs differ by a few rows; else each has as many as samples
+        different = range(train.epochs) if config.data.packing else [0] * train.epochs
+        rows = {epoch: len(self._epoch_rows(epoch)) for epoch in set(different)}
+        self.epoch_ends = list(accumulate(self.batches.steps(rows[epoch]) for epoch in different))
         self.steps = min(self.epoch_ends[-1], train.max_steps or self.epoch_ends[-1])
         self.out = Path(config.out)
         self.loggers: Loggers | None = None
