@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
     verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_verify"))
 
+    verb = verbs.add_parser("certify", help="prove on this machine that no layout or parallel size changes the numbers")
+    verb.add_argument("--model", type=Path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
+    verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
+    verb.add_argument("--quick", action="store_true", help="fewer cells: a minute or two on two cores")
+    verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    verb.add_argument("--precision", choices=["fp64", "fp32"], help="default: fp64; against hf: fp32")
+    verb.add_argument("--against", choices=["hf"], help="compare with transformers instead of the plain reference")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    verb.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page")
+    verb.set_defaults(run=_in("accessory.certify.command", "run_certify"))
+
     data = verbs.add_parser("data", help="make, check and show training data").add_subparsers(required=True, metavar="WHAT")
     for name, text in (
         ("check", "validate every record of a mix: a table of sources, a picture of lengths, the bad records"),
@@ -97,14 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--max-seq-len", type=int, help="tokens; default: the run's, or 4096")
         if name == "show":
             verb.add_argument("-n", type=int, default=3, help="samples of each source; default: %(default)s")
-            verb.set_defaults(run=_in("accessory.data.check", "show"))
+            verb.set_defaults(run=_in("accessory.train.check", "show"))
         else:
+            verb.add_argument("-n", type=int, default=10, help="bad and dropped records to list; default: %(default)s")
             verb.add_argument("--png", type=Path, default=Path("lengths.png"), help="picture; default: %(default)s")
             verb.add_argument(
                 "--world", type=int, default=1, help="processes of the run, for its steps; default: %(default)s"
             )
             verb.add_argument("--tokens-per-s", type=float, help="for the run's duration; default: as its last run's")
-            verb.set_defaults(run=_in("accessory.data.check", "check"))
+            verb.set_defaults(run=_in("accessory.train.check", "check"))
     verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
     verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
     verb.set_defaults(run=_stdlib)

@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest known one: a setting that is s
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -46,8 +47,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write plain data as indented JSON, down to the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Does loading keep up with training? Tokenising, reading and packing samples, next to the training step and to TRL.
 
-    python benchmarks/data.py             # TRL is compared if it is installed
+    python benchmarks/data.py                    # TRL is compared if it is installed
+    python benchmarks/data.py --memory 10000000  # memory of two ranks over so many short records
 
 Records are those of the standard library's documentation, written out several times with other words in them; the
 tokenizer is trained on them. Times are of one pass; everything that is read was written just before, so it comes from the
@@ -8,8 +9,13 @@ page cache.
 """
 
 import argparse
+import itertools
 import json
 import os
+import random
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +46,15 @@ ARGS = ModelArgs(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--copies", type=int, default=8, help="of the corpus; default: %(default)s")
+    parser.add_argument("--memory", type=int, metavar="N", help="measure memory, over N short records, and nothing else")
+    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # mix and tokenizer: one of the processes measured
     arguments = parser.parse_args()
+    if arguments.rank:
+        run_rank(*map(Path, arguments.rank))
+        return
+    if arguments.memory:
+        measure_memory(arguments.memory)
+        return
     start_one_process()
     print(environment())
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +79,56 @@ def main() -> None:
         active = ARGS.active_parameters() / 1e6
         print(f"training step            {'':8}      {step:14,.0f} tokens/s ({active:.0f} M parameters active, fp32)")
         print(f"\nloading is {loading / step:,.0f} times as fast: {step / loading:.2%} of the step's time")
+
+
+def measure_memory(records: int) -> None:
+    """Two processes load and read the same records, the first alone until they are tokenised."""
+    print(environment())
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ACCESSORY_CACHE"] = str(Path(folder, "cache"))
+        mix, words = Path(folder, "mix.yaml"), ["the", "list", "of", "tokens", "is", "made", "from", "words", "and", "then"]
+        texts = [" ".join(rng.choices(words, k=rng.randint(2, 20))) for _ in range(3000)]
+        tokenizer = train_tokenizer((f"{text} {n}" for n, text in enumerate(texts)), Path(folder, "tokenizer.model"), 320)
+        with open(Path(folder, "records.jsonl"), "w") as file:
+            file.writelines(f'{{"text": "{n} {texts[n % 3000]}"}}\n' for n in range(records))
+        mix.write_text("META: [{path: records.jsonl}]")
+        size = Path(folder, "records.jsonl").stat().st_size
+        command = [sys.executable, __file__, "--rank", str(mix), str(tokenizer)]
+        print(f"\n{records:,} records, {size / 1e6:,.0f} MB; MB beyond the imports\n\ntokenising, by all cores", flush=True)
+        subprocess.run(command, check=True)
+        print("\ntokenised before: two ranks at the same time", flush=True)
+        ranks = [subprocess.Popen(command) for _ in range(2)]
+        assert not any([rank.wait() for rank in ranks])
+
+
+def run_rank(mix: Path, tokenizer: Path) -> None:
+    """What a rank of two does with its data, and the memory after each step: its own, and that of mapped files."""
+    torch.set_num_threads(1)
+    start, before = time.perf_counter(), memory()
+
+    def tell(what: str) -> None:
+        own, mapped = (now - then for now, then in zip(memory(), before, strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - sum(before)
+        seconds = time.perf_counter() - start
+        print(f"{what:<28}{own:8.0f} own {mapped:8.0f} mapped {peak:8.0f} peak {seconds:8.0f} s", flush=True)
+
+    data = load_mix(mix, Tokenizer(tokenizer), WIDTH, 0, validation=0.02)
+    tell("mix loaded")
+    for packing in (False, True):
+        lengths = data.training.lengths
+        epochs = [Rows.packed(data.epoch(n), lengths, WIDTH) if packing else Rows.alone(data.epoch(n)) for n in range(3)]
+        tell(f"rows of 3 epochs, {'packed' if packing else 'alone'}")
+        for _ in itertools.islice(BatchPlan(ROWS, 1, 0, 2).epoch(data.training, epochs[0]), 1000):
+            pass
+        tell("1000 steps")
+
+
+def memory() -> tuple[float, float]:
+    """MB of this process: its own, and pages of files, which processes share and the system may drop."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    found = {line[0]: int(line[1]) / 1e3 for line in lines if line[0] in ("RssAnon:", "RssFile:")}
+    return found["RssAnon:"], found["RssFile:"]
 
 
 def make_corpus(folder: Path, copies: int) -> tuple[Path, int]:

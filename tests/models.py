@@ -1,15 +1,17 @@
 """Small models and data for the tests, and what every rank of a test does with them."""
 
 import random
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from accessory.certify.problem import SMALL
+from accessory.certify.run import Tensors
 from accessory.data.loader import BatchPlan, collate, sample_lengths
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
 from accessory.data.tokenizer import train_tokenizer
-from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
@@ -26,21 +28,7 @@ from accessory.train.optim import make_optimizer
 from accessory.train.save import gathered
 from accessory.train.step import train_step
 
-TINY = ModelArgs(
-    dim=32,
-    hidden_dim=24,
-    head_dim=8,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=4,
-    vocab_size=64,
-    rope_theta=1e4,
-    rope_scaling=0.5,
-    sliding_window=6,
-    max_seq_len=64,
-    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
-    load_balancing_weight=0.1,
-)
+TINY = replace(SMALL, head_dim=8, n_heads=8, n_kv_heads=4)
 OPTIM = OptimSection(lr=1e-2, weight_decay=0.1, clip_grad=0.5, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -65,16 +53,6 @@ def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64, adapters=None):
         if name.endswith(("lora_b", "bias")):
             tensor.normal_(0.0, 0.1, generator=generator)
     return result
-
-
-class Tensors:
-    """A dictionary of logical tensors as a source."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def read(self, name, region):
-        return self.tensors[name][region]
 
 
 def samples(count, seed, args=TINY, longest=14):
@@ -141,6 +119,7 @@ def train(
     *,
     accumulation,
     balance,
+    z_weight=0.01,
     width=None,
     recompute=False,
     dtype=torch.float64,
@@ -168,13 +147,20 @@ def train(
         plan = BatchPlan(-(-len(rows) // (accumulation * dp)), accumulation, dp_rank, dp)
         (micro_batches,) = plan.epoch(batch, rows)
         result = train_step(
-            model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
+            model,
+            optimizer,
+            micro_batches,
+            clip_grad=OPTIM.clip_grad,
+            balance=balance,
+            z_weight=z_weight,
+            data_parallel=mode,
+            cut=cut,
         )
-        sums = torch.stack([result.loss_sum.double(), result.balance.double()])
+        sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
         counts = result.counts.clone()
         dist.all_reduce(sums, group=get_data_parallel_group())
         dist.all_reduce(counts, group=get_data_parallel_group())
-        loss = sums[0] / result.targets + args.load_balancing_weight * sums[1]
+        loss = sums[0] / result.targets + args.load_balancing_weight * sums[1] + z_weight * sums[2]
         results.append({"loss": loss.item(), "grad_norm": result.grad_norm.item(), "counts": counts})
     return {"logits": logits, "steps": results, "gradients": seen["gradients"], "weights": local_parts(model)}
 

@@ -5,17 +5,17 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
 from models import Tensors, build, evaluate, make_tokenizer, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rank_file
-from test_commands import command
+from test_commands import command, rows
 from test_convert import ARGS, TOKENS, cli, converts, hf_tensors, logical, transformers_model
 from transformers import MixtralForCausalLM
 
+from accessory.certify import reference
 from accessory.checkpoint.adapter import digest
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
@@ -480,14 +480,16 @@ out: {tmp_path}/run
     first = tmp_path / "run/epoch0"
     assert "attention LoRA" in out and (first / "adapter.json").is_file()
     assert sum(p.stat().st_size for p in first.glob("*.safetensors")) < (base / "model.safetensors").stat().st_size / 2
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
     go_on = [f"model.checkpoint=[{base}, {first}]", "model.layout=mixtral", f"out={tmp_path}/again", "optim.lr=1e-6"]
     codes, out, err = command("finetune", tmp_path / "run.yaml", *go_on, ranks=2)
     assert codes == [0, 0], err
     row = json.loads((tmp_path / "again/metrics.jsonl").read_text().splitlines()[0])
     assert row["loss"] < losses[0] - 0.1
-    codes, _, err = command("finetune", tmp_path / "run.yaml", *go_on, "tuning.lora.rank=3", ranks=2)
+    codes, _, err = command(
+        "finetune", tmp_path / "run.yaml", *go_on, "tuning.lora.rank=3", f"out={tmp_path}/other", ranks=2
+    )
     assert codes == [1, 1] and "set tuning to go on with the same" in err
     converts(base, tmp_path / "again/epoch0", tmp_path / "merged", "--to", "mixtral", "--mp", 2)
     plain = ["the list", "--raw", "--precision", "fp32", "--max-gen-len", 5]

@@ -15,7 +15,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("moe_layer.py", ["--tokens", "16", "--rounds", "1"], "bfloat16: dense time"),
         ("train_step.py", ["--help"], "--lora"),
         ("checkpoint_memory.py", ["--help"], "--layers"),
-        ("data.py", ["--help"], "--copies"),
+        ("data.py", ["--memory", "2000"], "1000 steps"),
+        ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),
     ],
 )
 def test_a_benchmark_runs(name, words, printed):

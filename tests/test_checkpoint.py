@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from models import TINY, Tensors, build, evaluate, local_parts, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
+from accessory.certify import formats, reference
 from accessory.checkpoint.open import Checkpoint
 from accessory.errors import UserError
 from accessory.model.build import RandomWeights
@@ -35,27 +35,7 @@ def plain():
 
 def rank_file(w, layout, rank, size):
     """What belongs into one rank's file, by the format's description alone."""
-    tensors = {"tok_embeddings.weight": w["tok_embeddings.weight"].chunk(size, 1)[rank]}
-    tensors["output.weight"] = w["output.weight"].chunk(size, 0)[rank]
-    tensors["norm.weight"] = w["norm.weight"]
-    for n in range(TINY.n_layers):
-        layer = f"layers.{n}"
-        for name in ("wq", "wk", "wv"):
-            tensors[f"{layer}.attention.{name}.weight"] = w[f"{layer}.attention.{name}.weight"].chunk(size, 0)[rank]
-        tensors[f"{layer}.attention.wo.weight"] = w[f"{layer}.attention.wo.weight"].chunk(size, 1)[rank]
-        for name in ("attention_norm", "ffn_norm", "feed_forward.gate"):
-            tensors[f"{layer}.{name}.weight"] = w[f"{layer}.{name}.weight"]
-        w1, w2, w3 = (w[f"{layer}.feed_forward.experts.{name}"] for name in ("w1", "w2", "w3"))
-        experts = range(TINY.moe.num_experts)
-        if layout == "mixtral":
-            each = len(experts) // size
-            for e in experts[rank * each : (rank + 1) * each]:
-                for name, matrix in (("w1", w1[e]), ("w2", w2[e]), ("w3", w3[e])):
-                    tensors[f"{layer}.feed_forward.experts.{e}.{name}.weight"] = matrix
-        else:
-            for name, parts in (("w1", w1), ("w2", w2.mT), ("w3", w3)):
-                tensors[f"{layer}.feed_forward.{name}"] = torch.cat([parts[e].chunk(size, 0)[rank] for e in experts])
-    return {f"llma.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return formats.rank_tensors(w, TINY, layout, rank, size)
 
 
 def write_directory(directory, w, layout, size, suffix):

@@ -3,22 +3,32 @@
 import csv
 import gzip
 import json
+import math
+import multiprocessing
+import os
 import random
 import re
+import signal
+import sys
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 import zstandard
 
+from accessory.cli import main
 from accessory.data.loader import BatchPlan, collate
-from accessory.data.mix import load_mix, order
+from accessory.data.mix import load_mix, tokenise_mix
+from accessory.data.order import Part, Shuffled, permute
 from accessory.data.packing import Rows
-from accessory.data.store import CHUNK, Sample, cache
+from accessory.data.store import CHUNK, Sample, cache, make_store
 from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
+from accessory.train.config import DataSection, ModelSection, RunConfig
 
 WORDS = [
     "the",
@@ -82,6 +92,10 @@ def numbered(count=COUNT):
     return [Sample([1, 100 + i] + [7] * (n - 2), [False] + [True] * (n - 1)) for i, n in enumerate(lengths)]
 
 
+def order(count, seed):
+    return permute(np.arange(count), count, seed)
+
+
 def seen(plan, samples, order):
     """Per step, the numbers of the samples that this rank's micro-batches hold."""
     steps = []
@@ -111,10 +125,53 @@ def test_global_batches_hold_the_same_samples_for_every_cut(cut):
         assert sorted(i for part in parts for i in part) == sorted(everything[step * 8 : step * 8 + 8])
 
 
+def test_batches_hold_others_every_epoch():
+    samples = [Sample([1, 100 + i, 7], [False, True, True]) for i in range(400)]
+    plan, part = BatchPlan(8, 1, 0, 1), Part(0, 400, 400, "0")
+    first, second = ({frozenset(s) for s in seen(plan, samples, Shuffled([part], f"0/{epoch}"))} for epoch in (0, 1))
+    assert len(first) == len(second) == 50 and not first & second
+
+
 def test_order_is_the_same_on_every_machine():
-    assert order(8, "0/0").tolist() == [5, 3, 6, 7, 0, 1, 2, 4]
+    assert order(8, "0/0").tolist() == [6, 2, 5, 7, 0, 1, 3, 4]
     orders = [tuple(order(50, f"{seed}/{epoch}")) for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert len(set(orders)) == 6 and all(sorted(numbers) == list(range(50)) for numbers in orders)
+    assert len(set(orders)) == 6
+    assert permute(np.array([0, 9_999_999]), 10_000_000, "0/0").tolist() == [8608222, 9204931]
+
+
+@pytest.mark.parametrize("count", [*range(1, 30), 64, 65, 1000, 4096, 50_001])
+def test_an_order_holds_every_number_once(count):
+    assert sorted(order(count, "a").tolist()) == list(range(count))
+
+
+def test_orders_are_random():
+    """Every number is as likely at every place; all orders of four come up alike; neighbours are not alike."""
+    orders = np.stack([order(10, str(seed)) for seed in range(5000)])
+    counts = np.stack([np.bincount(column, minlength=10) for column in orders.T])
+    assert ((counts - 500) ** 2 / 500).sum() < 140  # chi square of 81 degrees of freedom: exceeded once in 20,000
+    fours = Counter(tuple(order(4, str(seed))) for seed in range(4800))
+    assert len(fours) == 24 and sum((n - 200) ** 2 / 200 for n in fours.values()) < 60  # of 23: once in 30,000
+    # all orders are as likely: of 6 each for itself; of 9 by parity and by where three of them stand
+    sixes = Counter(tuple(order(6, str(seed))) for seed in range(14_400))
+    assert len(sixes) == 720 and sum((n - 20) ** 2 / 20 for n in sixes.values()) < 880  # of 719: once in 20,000
+    nines = [order(9, str(seed)) for seed in range(20_160)]
+    places = Counter(tuple(nine[:3]) for nine in nines)
+    assert len(places) == 504 and sum((n - 40) ** 2 / 40 for n in places.values()) < 640  # of 503: once in 20,000
+    odd = sum(int(np.triu(nine[:, None] > nine).sum()) % 2 for nine in nines)
+    assert abs(odd - 10_080) < 4 * 71  # standard deviations
+    long = order(100_000, "0")
+    assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.02 and abs(np.corrcoef(long, np.arange(100_000))[0, 1]) < 0.02
+
+
+def test_a_stretch_of_an_epoch_is_that_of_the_whole():
+    shuffled = Shuffled([Part(0, 700, 1600, "a"), Part(700, 30, 10, "b"), Part(730, 50, 50, "c")], "d")
+    whole = shuffled[:]
+    assert len(shuffled) == len(whole) == 1660
+    assert Counter(whole[whole < 700].tolist()).total() == 1600
+    assert set(Counter(whole[whole < 700].tolist()).values()) == {2, 3}
+    assert len(set(whole[(whole >= 700) & (whole < 730)].tolist())) == 10
+    assert sorted(whole[whole >= 730].tolist()) == list(range(730, 780))
+    assert np.concatenate([shuffled[start : start + 100] for start in range(0, 1700, 100)]).tolist() == whole.tolist()
 
 
 def test_a_batch_holds_what_its_samples_say():
@@ -132,12 +189,24 @@ def test_a_batch_holds_what_its_samples_say():
     )
 
 
+def check(monkeypatch, capsys, mix, tokenizer, *words):
+    """Run ``accessory data check``; its exit (None: all is well) and what it prints."""
+    words = ["data", "check", mix, "--tokenizer", tokenizer.path, "--png", mix.with_name("lengths.png"), *words]
+    monkeypatch.setattr(sys, "argv", ["accessory", *map(str, words)])
+    try:
+        main()
+        code = None
+    except SystemExit as end:
+        code = str(end.code)
+    return code, capsys.readouterr().out
+
+
 def write_mix(folder, *entries, **files):
     """Files by name (``_`` for ``.``) and a mix of ``entries``."""
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.encode()
         (folder / name.replace("_", ".")).write_bytes(content)
-    (folder / "mix.yaml").write_text(json.dumps({"META": list(entries)}))
+    (folder / "mix.yaml").write_text(yaml.safe_dump({"META": list(entries)}))
     return folder / "mix.yaml"
 
 
@@ -161,7 +230,7 @@ def epochs(folder, tokenizer, *entries, count=3, seed=0, **options):
     """The places of the samples of each epoch, in order."""
     (folder / "mix.yaml").write_text(json.dumps({"META": list(entries)}))
     data = load_mix(folder / "mix.yaml", tokenizer, 1000, seed, **options)
-    return [[data.training.where(i).rpartition("/")[2] for i in data.epoch(n)] for n in range(count)]
+    return [[data.training.where(i).rpartition("/")[2] for i in data.epoch(n)[:]] for n in range(count)]
 
 
 def of(epoch, name):
@@ -183,7 +252,23 @@ def test_epochs_repeat_and_take_other_records_for_the_rest(forty, tokenizer):
     for run in runs:
         assert len(of(run, "a")) == 10 and len(of(run, "b")) == 25
         assert set(Counter(of(run, "b")).values()) == {2, 3}
-    assert len(set().union(*(of(run, "a") for run in runs))) > 30
+    for start in (0, 4):  # four quarters are all records once; twice two and a half are all of them five times
+        assert set(Counter(place for run in runs[start : start + 4] for place in of(run, "a")).values()) == {1}
+    for start in (0, 2, 4, 6):
+        assert set(Counter(of(runs[start], "b") + of(runs[start + 1], "b")).values()) == {5}
+
+
+def test_what_does_not_go_into_the_records_wraps(forty, tokenizer):
+    """30 of 40, and a share that has no divisor in common with the records (here 27 of 40)."""
+    three = epochs(forty, tokenizer, {"path": "a.jsonl", "epochs": 0.75}, {"path": "b.jsonl"}, count=4)
+    assert Counter(Counter(place for run in three for place in of(run, "a")).values()) == {3: 40}
+    entries = {"path": "a.jsonl", "weight": 0.54}, {"path": "b.jsonl", "weight": 0.46}
+    runs = epochs(forty, tokenizer, *entries, count=40)
+    assert len(of(runs[0], "a")) == 27
+    for last in range(1, 41):
+        seen = Counter(place for run in runs[:last] for place in of(run, "a"))
+        assert max(seen.values()) - min(seen[f"a.jsonl:{line}"] for line in range(1, 41)) <= 1
+    assert set(seen.values()) == {27}
 
 
 def test_weights_are_shares_of_the_epoch(forty, tokenizer):
@@ -197,12 +282,48 @@ def test_what_is_held_out_is_never_trained_on(forty, tokenizer):
     (forty / "mix.yaml").write_text(json.dumps({"META": [{"path": "*.jsonl", "epochs": 2}]}))
     data = load_mix(forty / "mix.yaml", tokenizer, 1000, 0, validation=0.1)
     held_out = {data.validation.where(i) for i in range(len(data.validation))}
-    trained = {data.training.where(i) for n in range(3) for i in data.epoch(n)}
+    trained = {data.training.where(i) for n in range(3) for i in data.epoch(n)[:]}
     assert len(held_out) == 5 and len(trained) == 45 and not held_out & trained
+    for samples in (data.training, data.validation):
+        assert samples.lengths.tolist() == [len(sample.tokens) for sample in samples]
     entries = [{"path": "a.jsonl"}, {"path": "b.jsonl", "split": "validation"}]
     (forty / "mix.yaml").write_text(json.dumps({"META": entries}))
     data = load_mix(forty / "mix.yaml", tokenizer, 1000, 0, validation=0.1)
     assert len(data.validation) == 10 and len(data.training) == len(data.epoch(0)) == 40
+
+
+def held_out(mix, tokenizer, seed, share, length=20):
+    """Records that are held out, those that are trained on, and the share of samples held out."""
+    data = load_mix(mix, tokenizer, length, seed, validation=share)
+    out, rest = ([samples.where(i) for i in range(len(samples))] for samples in (data.validation, data.training))
+    return set(out), set(rest), len(out) / (len(out) + len(rest))
+
+
+def test_parts_of_a_document_are_held_out_together(tokenizer, tmp_path):
+    """In several files, of which one numbers its records backwards and one has no sample."""
+    rng = random.Random(0)
+    texts = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(1, 400)))} for _ in range(300)]
+    dropped = lines(talk("on questions " * 300, "Because."))
+    files = {"a_jsonl": lines(*texts[:150]), "b_jsonl": dropped, "c_json": json.dumps(texts[150:]), "d_txt": "a list"}
+    mix = write_mix(tmp_path, *({"path": name.replace("_", ".")} for name in files), **files)
+    chosen = [held_out(mix, tokenizer, seed, 0.1) for seed in (0, 1, 0)]
+    for out, rest, share in chosen:
+        assert len(out) > 10 and not out & rest and len(out | rest) == 301
+        assert share == pytest.approx(0.1, abs=0.01)
+    assert chosen[0] == chosen[2] and chosen[0][0] != chosen[1][0]
+    often = Counter(place for seed in range(100) for place in held_out(mix, tokenizer, seed, 0.2)[0])
+    assert len(often) == 301 and max(often.values()) < 45
+
+
+def test_the_last_record_is_never_held_out(tokenizer, tmp_path, capsys):
+    long = {"text": "the list of tokens " * 50}
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(long, long))
+    assert [len(part) for part in held_out(mix, tokenizer, 0, 0.02)[:2]] == [1, 1]
+    assert [len(part) for part in held_out(mix, tokenizer, 0, 0.99)[:2]] == [1, 1]
+    assert "nothing is held out" not in capsys.readouterr().out
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(long))
+    assert [len(part) for part in held_out(mix, tokenizer, 0, 0.5)[:2]] == [0, 1]
+    assert "mix.yaml: a single record; nothing is held out" in capsys.readouterr().out
 
 
 def test_bad_records_are_skipped_only_if_asked(forty, tokenizer, tmp_path, capsys):
@@ -344,6 +465,163 @@ def test_a_bad_record_is_named_by_file_and_place(name, kind, tmp_path, tokenizer
     assert f"{tmp_path}/{place}" in text and re.search(message, text) and "\n" not in text
 
 
+def test_check_lists_every_bad_record(tmp_path, tokenizer, monkeypatch, capsys):
+    records = [GOOD, *(bad for bad, _ in BAD_RECORDS.values()), GOOD]
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(*records))
+    code, out = check(monkeypatch, capsys, mix, tokenizer, "-n", 100)
+    assert code == f"{len(BAD_RECORDS)} bad records"
+    told = [line for line in out.splitlines() if line.startswith(f"{tmp_path}/a.jsonl:")]
+    for line, (number, (_, message)) in zip(told, enumerate(BAD_RECORDS.values(), 2), strict=True):
+        assert line.startswith(f"{tmp_path}/a.jsonl:{number}: ") and re.search(message, line)
+    code, out = check(monkeypatch, capsys, mix, tokenizer, "-n", 2)
+    assert f"... and {len(BAD_RECORDS) - 2} more: list them with -n {len(BAD_RECORDS)}" in out
+
+
+def test_what_is_dropped_is_named(tmp_path, tokenizer, monkeypatch, capsys):
+    """An answer that begins beyond the context, and one that nobody wants to be learnt."""
+    silent = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No.", "train": False}]}
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(GOOD, talk("on questions " * 300, "Because."), silent))
+    code, out = check(monkeypatch, capsys, mix, tokenizer, "--max-seq-len", 200)
+    assert code is None
+    for line in (2, 3):
+        assert f"{tmp_path}/a.jsonl:{line}: dropped: nothing to learn within 200 tokens" in out
+    code, _ = check(monkeypatch, capsys, mix, tokenizer, "--max-seq-len", 5)
+    assert "mix.yaml: no record with anything to train on within 5 tokens" in code
+
+
+def test_check_cuts_samples_as_the_run_does(tmp_path, tokenizer, monkeypatch, capsys):
+    """To data.max_seq_len, else to what the model's config.json has, wherever the run gets that from."""
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(GOOD))
+    params = {"dim": 8, "hidden_dim": 8, "head_dim": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 256}
+    params |= {"max_seq_len": 300, "moe": {"num_experts": 2, "num_experts_per_tok": 1}}
+    base, bare = tmp_path / "base", tmp_path / "bare"
+    base.mkdir()
+    bare.mkdir()
+    (base / "config.json").write_text(json.dumps(params))
+    (tmp_path / "other.json").write_text(json.dumps(params | {"max_seq_len": 200}))
+    data, run = {"mix": str(mix)}, tmp_path / "run.yaml"
+
+    def said(model, data, *words):
+        run.write_text(json.dumps({"data": data, "model": model, "out": str(tmp_path / "out")}))
+        code, out = check(monkeypatch, capsys, run, tokenizer, *words)
+        return f"{code} {out}"
+
+    model = {"checkpoint": [str(base), str(bare)]}
+    assert "at most 300 tokens" in said(model, data)
+    assert "at most 200 tokens" in said(model | {"config": str(tmp_path / "other.json")}, data)
+    assert "at most 100 tokens" in said(model, data | {"max_seq_len": 100})
+    assert "at most 50 tokens" in said(model, data, "--max-seq-len", 50)
+    assert "neither config.json nor params.json" in (told := said({"checkpoint": str(bare)}, data)) and str(bare) in told
+    assert "at most 4,096 tokens" in check(monkeypatch, capsys, mix, tokenizer)[1]
+
+
+def test_a_sample_has_at_least_two_tokens(tmp_path, tokenizer, monkeypatch, capsys):
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines({"text": "the list of tokens"}))
+    for length in (0, 1):
+        code, _ = check(monkeypatch, capsys, mix, tokenizer, "--max-seq-len", length)
+        assert f"max_seq_len must be at least 2, for a token is learnt from those before it; found {length}" in code
+        with pytest.raises(UserError, match=r"data\.max_seq_len must be at least 2"):
+            RunConfig(data=DataSection(mix="a", max_seq_len=length), out="b", model=ModelSection(checkpoint="c"))
+    assert len(load_mix(mix, tokenizer, 2, 0).training) > 2
+
+
+@pytest.mark.parametrize("root", [None, "pictures"])
+def test_images_are_looked_for_and_refused(root, tmp_path, tokenizer):
+    """Beside the file that names them, or in ``root``; looked for anew, though the records are in the cache."""
+    (tmp_path / "pictures").mkdir()
+    lost, there = talk("Why?", "Because.") | {"image": "lost.png"}, talk("Why?", "Because.") | {"image": "there.png"}
+    place = tmp_path / "pictures" if root else tmp_path
+    (place / "there.png").touch()
+    entry = {"path": "a.jsonl", "root": root} if root else {"path": "a.jsonl"}
+    mix = write_mix(tmp_path, entry, a_jsonl=lines(GOOD, there, lost, talk("image", "ok") | {"image": ""}))
+    (source,) = tokenise_mix(mix, tokenizer, 1000)
+    refused = "it has an image (there.png), and this model reads text only"
+    assert list(source.bad()) == [
+        f"{tmp_path}/a.jsonl:2: {refused}",
+        f"{tmp_path}/a.jsonl:3: image {place}/lost.png does not exist",
+    ]
+    (place / "lost.png").touch()
+    assert list(source.bad())[1] == f"{tmp_path}/a.jsonl:3: {refused.replace('there', 'lost')}"
+    with pytest.raises(UserError, match=r"a.jsonl:2: it has an image"):
+        load_mix(mix, tokenizer, 1000, 0)
+
+
+def test_an_image_need_not_be_a_path(tmp_path, tokenizer):
+    """URLs are not looked for, not even one that is the whole image, nor is a name that no file can have."""
+    images = ["data:image/png;base64," + "A" * 5000, "HTTPS://a.b/c.png", "x" * 5000]
+    records = (GOOD | {"image": image} for image in images)
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(*records))
+    (source,) = tokenise_mix(mix, tokenizer, 1000)
+    data, web, long = source.bad()
+    assert "a.jsonl:1: it has an image (data:image/png;base64,AAA" in data and "AA...), and this model reads" in data
+    assert "a.jsonl:2: it has an image (HTTPS://a.b/c.png), and this model reads text only" in web
+    assert f"a.jsonl:3: image {tmp_path}/xxx" in long and long.endswith("xx... does not exist")
+    assert max(map(len, (data, web, long))) < 400 + len(str(tmp_path))
+
+
+def test_the_same_bytes_are_something_else_under_another_name(tmp_path, tokenizer):
+    text = json.dumps({"text": "the list of tokens"})
+    mix = write_mix(tmp_path, {"path": "a.*"}, a_jsonl=text, a_txt=text)
+    one, other = (sample.tokens.tolist() for sample in load_mix(mix, tokenizer, 1000, 0).training)
+    assert len(one) < len(other)
+
+
+def test_links_are_followed_and_never_in_circles(tmp_path, tokenizer):
+    for name in ("data/deep", "elsewhere/more"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data/a.jsonl", "data/deep/b.jsonl", "elsewhere/more/c.jsonl", "data/[x].jsonl"):
+        (tmp_path / name).write_text(lines(GOOD))
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    for place in ("data", "data/deep", "elsewhere", "elsewhere/more"):
+        (tmp_path / place / "circle").symlink_to(tmp_path / "data")
+        (tmp_path / place / "other").symlink_to(tmp_path / "elsewhere")
+    for path in ("data", "data/**/*.jsonl", "da*/**/*.jsonl", "**/data/**/*.jsonl"):
+        data = load_mix(write_mix(tmp_path, {"path": path}), tokenizer, 1000, 0)
+        assert sorted(file.resolve().name for store in data.sources for file in store.source.files) == [
+            "[x].jsonl",
+            "a.jsonl",
+            "b.jsonl",
+            "c.jsonl",
+        ], path
+
+
+def test_a_file_that_cannot_be_read(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text(lines(GOOD))
+    (tmp_path / "data/gone.jsonl").symlink_to(tmp_path / "nowhere")
+    for path in ("data", "data/*.jsonl", "**/*.jsonl"):
+        with pytest.raises(UserError, match=r"gone.jsonl: cannot be read: No such file"):
+            load_mix(write_mix(tmp_path, {"path": path}), tokenizer, 1000, 0)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ACCESSORY_CACHE", str(tmp_path / "file"))
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(talk("on a cache", "none")))
+    with pytest.raises(UserError, match=r"file: cannot keep tokenised data: .*set ACCESSORY_CACHE"):
+        load_mix(mix, tokenizer, 1000, 0)
+
+
+def killed():
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda record: [([1, 2], [False, True])]
+
+
+def test_a_killed_worker_is_told_and_nothing_hangs(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*(talk("the list " * 100, str(n)) for n in range(6000))))
+    with pytest.raises(UserError, match=r"a.jsonl: a process that tokenised it was killed"):
+        make_store(tmp_path / "a.jsonl", {"max_seq_len": 9}, killed, lambda count: None)
+    assert not list(cache().glob("*.*"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_record(tmp_path, tokenizer):
+    for name, content in {"a.jsonl": lines(GOOD, GOOD), "b.json": json.dumps([GOOD]), "c.json": lines(GOOD)}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    data = load_mix(write_mix(tmp_path, {"path": "*.json*"}), tokenizer, 1000, 0)
+    assert len(data.training) == 4
+
+
 BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
     "unknown key": (
         {"path": "a.jsonl", "ration": 0.5},
@@ -361,8 +639,16 @@ BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
         None,
         "mix.yaml: META entry 1: ratio: expected float or null, found 'half'",
     ),
-    "ratio 0": ({"path": "a.jsonl", "ratio": 0}, None, "ratio of a.jsonl must be above 0, found 0.0"),
+    "ratio 0": ({"path": "a.jsonl", "ratio": 0}, None, "ratio of a.jsonl must be above 0, and a number, found 0.0"),
     "ratio 1.5": ({"path": "a.jsonl", "ratio": 1.5}, None, "ratio of a.jsonl must be at most 1, found 1.5"),
+    "ratio no number": ({"path": "a.jsonl", "ratio": math.nan}, None, "ratio of a.jsonl must be above 0, and a number"),
+    "epochs for ever": ({"path": "a.jsonl", "epochs": math.inf}, None, "epochs of a.jsonl must be above 0, and a number"),
+    "root": ({"path": "a.jsonl", "root": "nowhere"}, None, "META entry 1: root "),
+    "template": ({"path": "a.jsonl", "template": "vicunna"}, None, "unknown template 'vicunna'; did you mean 'vicuna'?"),
+    "train_on": ({"path": "a.jsonl", "train_on": "answer"}, None, "train_on: 'answer' is not one of 'answers'"),
+    "kind": ({"path": "a.jsonl", "kind": "chat"}, None, "kind: 'chat' is not one of 'conversations'"),
+    "split": ({"path": "a.jsonl", "split": "test"}, None, "split: 'test' is not one of 'train'"),
+    "only validation": ({"path": "a.jsonl", "split": "validation"}, None, "mix.yaml: no record with anything to train on"),
     "ratio below 0": ({"path": "a.jsonl", "ratio": -0.1}, None, "ratio of a.jsonl must be above 0"),
     "entry a text": ("a.jsonl", None, "mix.yaml: META entry 1 must be a mapping"),
     "missing file": ({"path": "b.jsonl"}, None, "b.jsonl: no such file"),
@@ -371,6 +657,13 @@ BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
     "not json": ({"path": "mix.yaml"}, None, "mix.yaml: expected .jsonl, .json"),
     "ratio and epochs": ({"path": "a.jsonl", "ratio": 0.5, "epochs": 2}, None, "ratio and epochs say the same"),
     "prompt_type": ({"path": "a.jsonl", "root": "/", "prompt_type": "shikra"}, None, "prompt_type 'shikra' is not known"),
+    "validation's ratio": (
+        {"path": "a.jsonl", "split": "validation", "ratio": 0.5},
+        None,
+        "a.jsonl: ratio says how much is trained on, and split: validation that nothing is; keep one",
+    ),
+    "validation's epochs": ({"path": "a.jsonl", "split": "validation", "epochs": 2}, None, "a.jsonl: epochs says how much"),
+    "validation's weight": ({"path": "a.jsonl", "split": "validation", "weight": 1}, None, "a.jsonl: weight says how much"),
     "no variable": ({"path": "$NOWHERE/a.jsonl"}, None, "the variable is not set"),
     "a record of 20 MB": ({"path": "a.jsonl"}, lines(talk("x" * 20_000_000, "a")).encode(), "a.jsonl:1: a record of 20 MB"),
     "nested too deeply": ({"path": "a.jsonl"}, b"[" * 100000, "nested too deeply"),
@@ -382,7 +675,7 @@ BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
 
 
 @pytest.mark.parametrize("name", BAD_MIXES)
-def test_a_bad_mix_is_told(name, tmp_path, tokenizer):
+def test_a_bad_mix_is_told(name, tmp_path, tokenizer, monkeypatch, capsys):
     entry, content, message = BAD_MIXES[name]
     (tmp_path / "empty").mkdir()
     mix = write_mix(tmp_path, entry, a_jsonl=lines(GOOD) if content is None else content)
@@ -391,12 +684,34 @@ def test_a_bad_mix_is_told(name, tmp_path, tokenizer):
     text = str(error.value)
     assert message in text and "\n" not in text
     assert str(tmp_path) in text, f"which file? {text}"
+    code, out = check(monkeypatch, capsys, mix, tokenizer)
+    assert message in f"{code} {out}", "the command says it too"
 
 
 def test_a_file_named_twice(tmp_path, tokenizer):
     mix = write_mix(tmp_path, {"path": "a.jsonl"}, {"path": "*.jsonl"}, a_jsonl=lines(GOOD))
     with pytest.raises(UserError, match=r"META entry 2: .*a.jsonl is in entry 1 already"):
         load_mix(mix, tokenizer, 1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"instruction,output\na,b\nc,\xff\n", "a.csv: damaged after line "),
+        ("a.csv", b"instruction\na\nb\n", r"a.csv:2: 'output' must be a text"),
+        ("a.csv", b"question,answer\na,b\n", "a.csv:2: none of .*; it has 'question', 'answer'"),
+        ("a.csv", b'instruction,output\na,"' + b"x" * 20_000_000 + b'"', "a.csv: damaged after line .*field larger"),
+        ("a.json", b"[" * 100000, "a.json: not valid JSON: nested too deeply"),
+        ("a.json", b'[{"text": "a"},\n\xff]', "a.json:2: not valid UTF-8"),
+        ("a.json", b'[{"text": "a"}, {"text": "' + b"x" * 20_000_000 + b'"}]', r"a.json\[1\]: a record of 20 MB"),
+        ("a.txt", b"", r"a.txt:1: 'text' is empty"),
+        ("a.txt", b"\xff", "a.txt: not valid UTF-8"),
+    ],
+)
+def test_other_files_are_told_too(name, content, message, tmp_path, tokenizer):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_mix(write_mix(tmp_path, {"path": name}), tokenizer, 1000, 0)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.csv"])

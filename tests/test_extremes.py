@@ -1,22 +1,39 @@
 """Extreme routing and nearly empty batches: no hang, no NaN, and still the numbers of one plain process."""
 
 import functools
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
-from models import OPTIM, TINY, Tensors, assemble, build, local_parts, one_batch, samples, weights
+from models import (
+    OPTIM,
+    TINY,
+    WORDS,
+    Tensors,
+    assemble,
+    build,
+    local_parts,
+    make_tokenizer,
+    one_batch,
+    samples,
+    weights,
+)
 from ranks import run_ranks
 
+from accessory.certify import reference
 from accessory.data.loader import BatchPlan
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
 from accessory.model.logical import logical_cuts
 from accessory.parallel.fsdp import local_part
+from accessory.parallel.launch import Launch
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.train.config import RunConfig
+from accessory.train.loop import finetune
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 
@@ -100,14 +117,25 @@ def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="g
         plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dist.get_rank(group), dp)
         (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
         result = train_step(
-            model, optimizer, micro_batches, clip_grad=OPTIM.clip_grad, balance=balance, data_parallel=mode, cut=cut
+            model,
+            optimizer,
+            micro_batches,
+            clip_grad=OPTIM.clip_grad,
+            balance=balance,
+            z_weight=args.load_balancing_weight / 10,
+            data_parallel=mode,
+            cut=cut,
         )
-        sums = torch.stack([result.loss_sum.double(), result.balance.double()])
+        sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
         counts = result.counts.clone()
         dist.all_reduce(sums, group=group)
         dist.all_reduce(counts, group=group)
         step = {
-            "loss": (sums[0] / result.targets.clamp(min=1) + args.load_balancing_weight * sums[1]).item(),
+            "loss": (
+                sums[0] / result.targets.clamp(min=1)
+                + args.load_balancing_weight * sums[1]
+                + args.load_balancing_weight / 10 * sums[2]
+            ).item(),
             "grad_norm": result.grad_norm.item(),
             "counts": counts,
             "targets": int(result.targets),
@@ -283,3 +311,56 @@ def test_narrow_precisions_learn_one_batch(world, worlds):
         for key, curve in rank["learn"].items():
             assert all(math.isfinite(loss) for loss in curve), key
             assert curve[-1] < 0.7 * curve[0], (key, curve)
+
+
+FEW = {  # settings: three records to train on and one held out, so that at world 3 most ranks have nothing
+    "alone": [],
+    "packed": ["data.packing=true", "train.accumulation=2"],
+    "adapters": [
+        "model.checkpoint={out}/alone/epoch1",
+        "data.packing=true",
+        "tuning.lora.rank=2",
+        "tuning.lora.dropout=0.2",
+    ],
+}
+
+
+def few_records(home, world):
+    """{settings: what metrics.jsonl holds of each run}"""
+    rank, results = dist.get_rank(), {}
+    out = home / f"world{world}"
+    for name, words in FEW.items():
+        words = [word.format(out=out) for word in words]
+        config = RunConfig.load(home / "run.yaml", [*words, f"out={out}/{name}", f"train.batch_size={6 // world}"])
+        finetune(config, Launch(rank, world, rank, world))
+        dist.barrier()
+        results[name] = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+    return results
+
+
+def test_runs_of_fewer_records_than_ranks(tmp_path):
+    """Training, validation, packing and adapters: the same numbers, whatever the number of ranks that have no record."""
+    talks = [[("human", " ".join(WORDS[:n])), ("gpt", " ".join(WORDS[-n:]))] for n in (2, 7, 3, 9)]
+    records = [{"conversations": [{"from": who, "value": text} for who, text in talk]} for talk in talks]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "mix.yaml").write_text("META: [{path: talks.jsonl}]")
+    make_tokenizer(tmp_path / "tokenizer.model")
+    args = replace(TINY, vocab_size=300, max_seq_len=1024, sliding_window=None)
+    (tmp_path / "model.json").write_text(json.dumps(asdict(args)))
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model: {{layout: mixtral, config: {tmp_path}/model.json, tokenizer: {tmp_path}/tokenizer.model}}
+data: {{mix: {tmp_path}/mix.yaml, validation: 0.25}}
+parallel: {{precision: fp64}}
+optim: {{lr: 1.0e-3, warmup_epochs: 0}}
+train: {{epochs: 2}}
+log: {{every: 1, tensorboard: false}}
+"""
+    )
+    one, three = (run_ranks(world, few_records, tmp_path, world)[0] for world in (1, 3))
+    for name in FEW:
+        assert [row["step"] for row in one[name]] == [row["step"] for row in three[name]] == [0, 1, 1, 2, 2], name
+        for a, b in zip(one[name], three[name], strict=True):
+            for key in {"loss", "balance", "grad_norm", "val_loss"} & a.keys():
+                assert a[key] == pytest.approx(b[key], rel=1e-9), (name, a["step"], key)
+            assert a.get("loads") == b.get("loads") and a.get("targets") == b.get("targets"), name

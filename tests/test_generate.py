@@ -5,12 +5,12 @@ import math
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
+from accessory.certify import reference
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError

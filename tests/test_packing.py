@@ -13,15 +13,20 @@ from ranks import run_ranks
 
 from accessory.data.loader import BatchPlan, collate
 from accessory.data.mix import Sample
-from accessory.data.mix import order as random_order
+from accessory.data.order import permute
 from accessory.data.packing import Rows, best_fit
 from accessory.model import attention
 from accessory.model.documents import Documents
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
-from accessory.train.balance import document_balance, global_balance
+from accessory.train.balance import counted_balance, document_balance
 from accessory.train.config import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
+
+
+def random_order(count, seed):
+    return permute(np.arange(count), count, seed)
+
 
 STEPS = [samples(13, seed=1), samples(11, seed=2)]
 WIDTH = 28  # one to five documents a row; the window of 6 is shorter than most of them
@@ -87,7 +92,7 @@ def statistics(layout, recompute):
     for b, inverse in ((one_batch(STEPS[0]), slice(None)), (batch, torch.tensor(order).argsort())):
         loss, stats = model(*b.inputs(), keys=b.keys)
         tokens = torch.tensor(b.real_tokens)
-        balances = [global_balance(stats, stats.counts.sum(1), tokens, 2), document_balance(stats, tokens, 2)]
+        balances = [counted_balance(stats, stats.counts.sum(1), tokens, 2), document_balance(stats, tokens, 2)]
         results.append([loss, stats.counts[:, inverse], stats.probs[:, inverse], *balances])
     return [[x.detach() for x in result] for result in results]
 

@@ -1,10 +1,11 @@
 """Results do not depend on the partition: every layout and parallel size gives the numbers of one plain process."""
 
 import pytest
-import reference
 import torch
 from models import OPTIM, TINY, assemble, samples, train, weights
 from ranks import run_ranks
+
+from accessory.certify import reference
 
 STEPS = [samples(8, seed=1), samples(8, seed=2), samples(7, seed=3)]  # the last global batch is not full
 

@@ -144,6 +144,8 @@ BAD = {  # name: (raw, what the message says)
     "text is empty": ({"text": "\n"}, "'text' is empty"),
     "half a character": ({"text": "\ud83d"}, "'text' holds half a character (a lone surrogate)"),
     "half a character in an answer": (said(Q, ("gpt", "\ude00")), "turn 2 holds half a character (a lone surrogate)"),
+    "half a character in a role": (said(("\ud83d", "Why?"), A), "turn 1: who speaks holds half a character"),
+    "half a character in an image": (said(Q, A, image="\ud83d.png"), "'image' holds half a character"),
     "half a character in a system": (said(Q, A, system="\ude00"), "'system' holds half a character"),
 }
 

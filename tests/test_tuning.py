@@ -3,12 +3,12 @@
 import math
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 from models import OPTIM, TINY, Tensors, assemble, build, local_parts, samples, train, weights
 from ranks import run_ranks
 
+from accessory.certify import reference
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.errors import UserError

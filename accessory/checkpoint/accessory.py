@@ -133,6 +133,15 @@ def planned_tiles(
         yield from rank_tiles(args, get_layout(layout), rank, size, file_name(rank, size, suffix), adapters)
 
 
+def check_suffix(args: ModelArgs, suffix: FileFormat) -> None:
+    """Raise UserError if LLaMA2-Accessory would read files of this model, but not do what it does."""
+    if args.moe.score_bias and suffix == "pth":
+        raise UserError(
+            "LLaMA2-Accessory's .pth files have no place for the routers' score biases (train.balance: bias), and it "
+            "would choose other experts: write safetensors"
+        )
+
+
 def rank_notes(rank: int, size: int) -> dict[str, str]:
     """What a file says of itself."""
     return {"rank": str(rank), "size": str(size)}

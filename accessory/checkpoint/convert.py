@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from accessory.checkpoint import accessory, huggingface, mistral
+from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.peft import write_peft
@@ -25,7 +26,7 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, Source, divided_sizes, logical_cuts
+from accessory.model.logical import Adapters, Source, divided_sizes, logical_cuts, stored_dtype
 from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.adapter import Adapter, adapter_name
 from accessory.parallel.tensor import check_divides
@@ -51,6 +52,12 @@ class Target:
             raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
         if self.format == "hf" and self.suffix != "safetensors":
             raise UserError("the format 'hf' is written as safetensors only")
+        if self.format not in LAYOUTS and args.moe.score_bias:
+            raise UserError(
+                f"the format '{self.format}' has no place for the routers' score biases (train.balance: bias): "
+                "write mixtral or mixtral_sparse"
+            )
+        check_suffix(args, self.suffix)
         if not self.shard_bytes > 0:
             raise UserError("--shard-gb must be above 0")
 
@@ -75,7 +82,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
     names = logical_cuts(checkpoint.args, get_layout("mixtral"), biased)
-    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in names}
+    dtypes = {name: stored_dtype(name, target.dtype or checkpoint.dtype(name)) for name in names}
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
     files = _planned_files(checkpoint.args, target, dtypes, biased)
@@ -107,6 +114,7 @@ def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
         raise UserError("there is no adapter to export; name the base, then the adapter's directory")
     if more := [name for name in checkpoint.changed if name not in checkpoint.adapters]:
         raise UserError(f"PEFT's LoRA has no place for trained weights of the base: {_some(more)}")
+    Target("peft").check(checkpoint.args)
     destination = _free(destination)
     with _written_whole(destination) as temporary:
         base = str(checkpoint.directories[0].directory.resolve())

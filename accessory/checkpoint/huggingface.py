@@ -106,6 +106,8 @@ def _indexed(directory: Path) -> dict[str, Stored]:
 
 def model_tiles(args: ModelArgs, fused: bool = False) -> Iterator[Tile]:
     """The tiles of a whole model, not yet dealt out to files (an index says which file holds what)."""
+    if args.moe.score_bias:
+        raise UserError("Hugging Face's files have no place for the routers' score biases: take moe.score_bias out")
     for name, cut in logical_cuts(args, get_layout("mixtral")).items():
         region = cut.region(0, 1)
         in_layer = re.fullmatch(r"(layers\.\d+\.)(.+)", name)

@@ -28,6 +28,7 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.adapter import Adapter
 
 PathLike = str | Path
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
 # of the reference's config.json: what it adds to a model, which its files show as well
 _PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
@@ -58,6 +59,8 @@ def recognise(path: PathLike) -> Directory:
         found: Directory | None = kind.find(directory)
         if found is not None:
             return found
+    if (directory / "state.json").is_file():
+        raise UserError(f"{directory}: a training state, which resume={directory} goes on from, is no checkpoint")
     raise UserError(
         f"{directory}: no checkpoint in it; expected consolidated.RR-of-MM.model.pth or .safetensors, "
         "consolidated.00.pth, consolidated.safetensors, or model.safetensors (one file or several)"
@@ -112,13 +115,12 @@ class Checkpoint:
         base = self.directories[0]
         if base.adds or base.format in ("adapter", "peft"):
             raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
-        self.args = load_args(config or _own_config(base.directory))
+        self.args = load_args(config or own_config(base.directory))
         self.layout = base.layout
         self.carried: dict[str, Path] = {}
         for directory in reversed(self.directories):
             self.carried |= carried_files(directory.directory)
-        names = ("tokenizer.model", "tokenizer.json")
-        tokenizers = (d.directory / name for name in names for d in self.directories)
+        tokenizers = (d.directory / name for name in TOKENIZERS for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
         self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
         self.sound = True
@@ -232,7 +234,8 @@ class _Base:
         return self.checkpoint.read_base(name, region)
 
 
-def _own_config(directory: Path) -> Path:
+def own_config(directory: Path) -> Path:
+    """The description of the model in ``directory``. Raises UserError if there is none."""
     for name in ("config.json", "params.json"):
         if (directory / name).is_file():
             return directory / name

@@ -1,7 +1,9 @@
 """A directory appears under its name only when it is whole: written under a temporary name, then renamed."""
 
+import fcntl
 import shutil
 from pathlib import Path
+from typing import IO
 
 from accessory.errors import UserError
 
@@ -43,6 +45,26 @@ def publish_directory(directory: Path) -> None:
         directory.rename(old)
     temporary_name(directory).rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def claim(directory: Path) -> IO[str]:
+    """Make a run directory and hold it against other jobs for as long as the file that is returned stays open.
+
+    Raises:
+        UserError: it cannot be written, or another job holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "a")  # noqa: SIM115 (the caller keeps it)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{directory}: another job is writing into it; stop that one, or set another out") from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def carried_files(directory: Path) -> dict[str, Path]:

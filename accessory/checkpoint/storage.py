@@ -27,6 +27,7 @@ FileFormat = Literal["safetensors", "pth"]
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+SYNC_BYTES = 2**30  # written between two waits for the disk: one wait for all of it would look like a stall
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
 
@@ -213,6 +214,7 @@ class TensorWriter:
         )
         self._places = index_file(path).tensors
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._unsynced = 0
 
     def write(self, key: str, tensor: Tensor) -> None:
         place = self._places[key]
@@ -221,6 +223,10 @@ class TensorWriter:
         self._file.seek(place.offset)
         while len(left):
             left = left[self._file.write(left) :]
+        self._unsynced += tensor.nbytes
+        if self._unsynced > SYNC_BYTES:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def __enter__(self) -> "TensorWriter":
         return self

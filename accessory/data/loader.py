@@ -81,22 +81,26 @@ class BatchPlan:
         return -(-rows // self.global_batch)
 
     def epoch(self, samples: Sequence[Sample], rows: Rows, number: int = 0) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each step of epoch ``number``.
+        """Yield this rank's micro-batches of each step of epoch ``number``."""
+        for start in range(0, len(rows), self.global_batch):
+            yield self.step(samples, rows, start, number)
+
+    def step(self, samples: Sequence[Sample], rows: Rows, start: int, epoch: int = 0) -> list[Batch]:
+        """This rank's micro-batches of the step that begins at row ``start``.
 
         Which samples a step sees depends only on the rows and the size of the global batch. Inside it they are laid
         out by length, so that the rows of one micro-step are alike and little is padded: results do not depend on it.
         """
         lengths = sample_lengths(samples)
-        for start in range(0, len(rows), self.global_batch):
-            chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
-            chosen.sort(key=lambda row: lengths[row].sum())
-            micro_steps = []
-            for step in range(self.accumulation):
-                first = (step * self.world + self.rank) * self.batch_size
-                mine = chosen[first : first + self.batch_size]
-                keys = [number * len(samples) + i for row in mine for i in row]
-                micro_steps.append(collate([[samples[i] for i in row] for row in mine], self.batch_size, keys))
-            yield micro_steps
+        chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
+        chosen.sort(key=lambda row: lengths[row].sum())
+        micro_batches = []
+        for number in range(self.accumulation):
+            first = (number * self.world + self.rank) * self.batch_size
+            mine = chosen[first : first + self.batch_size]
+            keys = [epoch * len(samples) + i for row in mine for i in row]
+            micro_batches.append(collate([[samples[i] for i in row] for row in mine], self.batch_size, keys))
+        return micro_batches
 
 
 def sample_lengths(samples: Sequence[Sample]) -> np.ndarray:

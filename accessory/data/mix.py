@@ -5,24 +5,30 @@ META:
     ratio: 0.5
 """
 
-import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
 from accessory.console import progress, say
-from accessory.data.records import recognise
+from accessory.data.held_out import hold_out
+from accessory.data.order import Part, Shuffled
+from accessory.data.records import recognise, shortened
 from accessory.data.sources import MixEntry, Source, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
 from accessory.data.templates import get_template, render
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
+from accessory.parallel.watchdog import progressed
 
 BadRecords = Literal["error", "skip"]
+URL = re.compile("(data|https?):", re.IGNORECASE)
+"""How an image begins that is no file."""
 
 
 def make_encoder(path: Path, entry: MixEntry, max_seq_len: int) -> Encoder:
@@ -43,22 +49,25 @@ def make_encoder(path: Path, entry: MixEntry, max_seq_len: int) -> Encoder:
 
 
 class Samples(Sequence[Sample]):
-    """Some of the samples of several stores; they are read from the disk when they are asked for."""
+    """Samples of several stores, held out or not; they are read from the disk when they are asked for."""
 
-    def __init__(self, stores: Sequence[Store], numbers: np.ndarray):
-        self.stores, self.numbers = stores, numbers
+    def __init__(self, stores: Sequence[Store], held_out: np.ndarray, training: bool):
+        """The samples ``held_out`` (their numbers, over all stores, sorted); if ``training``, all others."""
+        self.stores, self._held_out, self._training = stores, held_out, training
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
+        # how many others lie before each that is held out
+        self._before = held_out - np.arange(len(held_out))
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return int(self._starts[-1]) - len(self._held_out) if self._training else len(self._held_out)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
-    def __getitem__(self, index: slice) -> "Samples": ...
-    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return Samples(self.stores, self.numbers[index])
+            return [self[number] for number in range(*index.indices(len(self)))]
         store, number = self._locate(index)
         return store[number]
 
@@ -70,11 +79,15 @@ class Samples(Sequence[Sample]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int32."""
-        lengths = [store.lengths() for store in self.stores]
-        return np.concatenate(lengths)[self.numbers] if lengths else np.zeros(0, np.int32)
+        everything = np.concatenate([np.zeros(0, np.int32), *(store.lengths() for store in self.stores)])
+        return np.delete(everything, self._held_out) if self._training else everything[self._held_out]
 
     def _locate(self, index: int) -> tuple[Store, int]:
-        number = int(self.numbers[index])
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = (
+            index + int(self._before.searchsorted(index, side="right")) if self._training else int(self._held_out[index])
+        )
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.stores[place], number - int(self._starts[place])
 
@@ -85,6 +98,7 @@ class Tokenised:
 
     source: Source
     stores: list[Store]
+    max_seq_len: int
 
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
@@ -92,7 +106,24 @@ class Tokenised:
     def bad(self) -> Iterator[str]:
         """Every bad record: file, line and reason."""
         for store in self.stores:
-            yield from (f"{place_name(store.file, place)}: {reason}" for place, reason in store.report.bad)
+            for place, reason, image in store.bad():
+                # looked up anew: what is cached knows the record alone
+                if image and not URL.match(image) and not _is_file(self.source.image(store.file, image)):
+                    reason = f"image {self.source.image(store.file, shortened(image))} does not exist"
+                yield f"{place_name(store.file, place)}: {reason}"
+
+    def dropped(self) -> Iterator[str]:
+        """Every record that is no sample, for nothing of it would be learnt: file, line and reason."""
+        for store in self.stores:
+            for place in store.dropped():
+                yield f"{place_name(store.file, place)}: dropped: nothing to learn within {self.max_seq_len} tokens"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be read
+        return False
 
 
 @dataclass(frozen=True)
@@ -100,52 +131,60 @@ class Dataset:
     """A mix, tokenised.
 
     Attributes:
-        training, validation: the samples of each. parts: which of ``training`` are each training source's.
+        training, validation: the samples of each. parts: which of ``training`` are each training source's, one part
+            behind the other.
     """
 
     sources: list[Tokenised]
     training: Samples
     validation: Samples
-    parts: list[tuple[MixEntry, np.ndarray]]
+    parts: list[tuple[MixEntry, range]]
     seed: int
 
     def count(self, what: Literal["truncated", "dropped"]) -> int:
         return sum(getattr(store.report, what) for source in self.sources for store in source.stores)
 
-    def epoch(self, epoch: int) -> np.ndarray:
+    def epoch(self, epoch: int) -> Shuffled:
         """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size."""
-        total = sum(len(own) for _, own in self.parts)
+        total = len(self.training)
         weights = sum(entry.weight or 0.0 for entry, _ in self.parts)
-        chosen = []
+        parts = []
         for number, (entry, own) in enumerate(self.parts):
             often = entry.ratio or entry.epochs or 1.0
             count = max(1, round(total * entry.weight / weights if entry.weight else len(own) * often))
-            whole, rest = divmod(count, len(own))
-            # a ratio is always the same share of the records; what is repeated takes others in every epoch
-            draw = order(len(own), f"{self.seed}/{number}" if entry.ratio else f"{self.seed}/{number}/{epoch}")
-            chosen += [own] * whole + [own[np.sort(draw[:rest])]]
-        everything = np.concatenate(chosen)
-        return everything[order(len(everything), f"{self.seed}/{epoch}")]
-
-
-def order(count: int, seed: str) -> np.ndarray:
-    """A permutation of ``count`` numbers, the same on every machine and with every version of numpy."""
-    state = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "little")
-    return np.random.PCG64(state).random_raw(count).argsort(kind="stable")
+            # a ratio is always the same share of the records; else an epoch goes on where the one before ended, so that
+            # no record's turn comes again before every other's
+            skip = 0 if entry.ratio else epoch * (count % len(own)) % len(own)
+            parts.append(Part(own.start, len(own), count, f"{self.seed}/part/{number}", skip))
+        return Shuffled(parts, f"{self.seed}/epoch/{epoch}")
 
 
 def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[Tokenised]:
     """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports."""
-    sources, result = read_sources(path), []
+    if max_seq_len < 2:
+        raise UserError(f"max_seq_len must be at least 2, for a token is learnt from those before it; found {max_seq_len}")
+    sources, result = read_sources(path), list[Tokenised]()
     beside = (tokenizer.path.parent / name for name in ("tokenizer_config.json", "chat_template.jinja"))
     tokens = [content_digest(file) for file in (tokenizer.path, *beside) if file.is_file()]
     with progress(desc="tokenise", unit=" records") as bar:
+
+        def count(records: int) -> None:
+            bar.update(records)
+            progressed()
+
         for source in sources:
             entry = source.entry
+            try:
+                encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len)
+                encoder()
+            except UserError as error:
+                raise UserError(f"{path}: {entry.path}: {error}") from error
             settings = {"tokenizer": tokens, "max_seq_len": max_seq_len}
             settings |= {key: getattr(entry, key) for key in ("kind", "template", "train_on")}
-            encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len)
-            result.append(Tokenised(source, [make_store(file, settings, encoder, bar.update) for file in source.files]))
+            stores = [make_store(file, settings, encoder, count) for file in source.files]
+            if not any(store.report.records for store in stores):
+                raise UserError(f"{source.files[0]}: holds no record")
+            result.append(Tokenised(source, stores, max_seq_len))
     return result
 
 
@@ -162,40 +201,45 @@ def load_mix(
     A sample longer than ``max_seq_len`` is truncated; one with no trained token left is dropped; both are counted.
 
     Args:
-        validation: share of the samples that is held out, chosen by ``seed``; if entries of the mix are marked
-            ``split: validation``, they are what is held out, and nothing else.
+        validation: share of the samples that is held out, whole records of them, chosen by ``seed``; if entries of the
+            mix are marked ``split: validation``, they are what is held out, and nothing else.
         bad_records: "skip": say how many are bad, and go on without them.
 
     Raises:
         UserError: naming file and line, for anything that cannot be read.
     """
     sources = tokenise_mix(path, tokenizer, max_seq_len)
-    bad = [line for source in sources for line in source.bad()]
-    if bad and bad_records == "error":
-        more = f" (and {len(bad) - 1} more bad records; accessory data check lists them)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}")
-    if bad:
-        say(f"warning: {len(bad)} bad records are skipped, the first: {bad[0]}")
-    for source in sources:
-        if not any(store.report.records for store in source.stores):
-            raise UserError(f"{source.source.files[0]}: holds no record")
+    first = next((line for source in sources for line in source.bad()), None)
+    if first:
+        count = sum(store.report.bad for source in sources for store in source.stores)
+        if bad_records == "error":
+            more = f" (and {count - 1} more bad records; accessory data check lists them)" if count > 1 else ""
+            raise UserError(f"{first}{more}")
+        say(f"warning: {count} bad records are skipped, the first: {first}")
+    return split_mix(path, sources, max_seq_len, seed, validation)
+
+
+def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed: int, validation: float) -> Dataset:
+    """What of a tokenised mix is trained on, and what is held out (see ``load_mix``)."""
     stores = [store for source in sources for store in source.stores]
-    numbers = np.split(np.arange(sum(map(len, stores))), np.cumsum([len(source) for source in sources])[:-1])
+    ends = list(accumulate(len(source) for source in sources))
+    spans = [range(end - len(source), end) for source, end in zip(sources, ends, strict=True)]
     marked = [source.source.entry.split == "validation" for source in sources]
-    held_out = [own for own, mark in zip(numbers, marked, strict=True) if mark]
-    parts = [(source.source.entry, own) for source, own, mark in zip(sources, numbers, marked, strict=True) if not mark]
-    training = np.concatenate([own for _, own in parts]) if parts else np.zeros(0, np.int64)
-    if not len(training):
+    held_out = np.concatenate([np.zeros(0, np.int64), *(span for span, mark in zip(spans, marked, strict=True) if mark)])
+    count = ends[-1] - len(held_out)
+    if not count:
         raise UserError(f"{path}: no record with anything to train on within {max_seq_len} tokens")
-    if not held_out and validation > 0:
-        count = min(len(training) - 1, max(1, round(len(training) * validation)))
-        held_out = [np.sort(training[order(len(training), f"{seed}/validation")[:count]])]
-    out = np.concatenate(held_out) if held_out else np.zeros(0, np.int64)
-    kept = np.setdiff1d(training, out, assume_unique=True)
-    # numbers within `training`, in which the held-out ones have no place
-    places = [(entry, np.searchsorted(kept, np.intersect1d(own, kept, assume_unique=True))) for entry, own in parts]
-    places = [(entry, own) for entry, own in places if len(own)]
-    return Dataset(sources, Samples(stores, kept), Samples(stores, out), places, seed)
+    if not any(marked) and validation > 0:
+        held_out = hold_out(stores, validation, seed)
+        if not len(held_out):
+            say(f"warning: {path}: a single record; nothing is held out")
+    # numbers among the samples to train on, in which those held out have no place
+    parts = []
+    for source, span, mark in zip(sources, spans, marked, strict=True):
+        start, stop = (int(border - held_out.searchsorted(border)) for border in (span.start, span.stop))
+        if not mark and start < stop:
+            parts.append((source.source.entry, range(start, stop)))
+    return Dataset(sources, Samples(stores, held_out, True), Samples(stores, held_out, False), parts, seed)
 
 
 def mix_texts(path: str | Path) -> Iterator[str]:

@@ -1,41 +1,62 @@
 """Which samples share a row: decided from their order and lengths alone, so it is the same for every parallel size."""
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right, insort
+from itertools import accumulate
 
 import numpy as np
+
+from accessory.data.order import Order
 
 # Samples that are packed with one another. They are neighbours in the epoch's order, so a row holds others every epoch.
 WINDOW = 1024
 
 
 class Rows:
-    """The rows of an epoch in their order, each the numbers of its samples; two integers a sample at most."""
+    """The rows of an epoch in their order, each the numbers of its samples.
 
-    def __init__(self, samples: np.ndarray, counts: np.ndarray):
-        """``samples``: of all rows, one row behind the other; ``counts``: how many each row has."""
-        self.samples, self.ends = samples, counts.cumsum()
+    A window's rows are made when one of them is read; kept is only how many rows there are before each window.
+    """
+
+    def __init__(self, order: Order, lengths: np.ndarray | None, width: int):
+        self._order, self._lengths, self._width = order, lengths, width
+        windows = -(-len(order) // WINDOW)
+        self._borders = [len(order) * window // max(1, windows) for window in range(windows + 1)]
+        counts = np.diff(self._borders).tolist() if lengths is None else [len(self._make(w)) for w in range(windows)]
+        self._starts = list(accumulate(counts, initial=0))
+        self._window, self._made = -1, list[list[int]]()
+
+    @classmethod
+    def alone(cls, order: Order) -> "Rows":
+        """Each sample in a row of its own."""
+        return cls(order, None, 0)
+
+    @classmethod
+    def packed(cls, order: Order, lengths: np.ndarray, width: int) -> "Rows":
+        """Rows of at most ``width`` tokens; ``lengths`` of all samples, none longer."""
+        return cls(order, lengths, width)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return self._starts[-1]
 
     def __getitem__(self, row: int) -> list[int]:
-        return self.samples[self.ends[row - 1] if row else 0 : self.ends[row]].tolist()
+        window = bisect_right(self._starts, row) - 1
+        if window != self._window:
+            self._window, self._made = window, self._make(window)
+        return self._made[row - self._starts[window]]
 
-    @classmethod
-    def alone(cls, order: Sequence[int] | np.ndarray) -> "Rows":
-        """Each sample in a row of its own."""
-        return cls(np.asarray(order, dtype=np.int64), np.ones(len(order), dtype=np.int64))
+    def tokens(self, lengths: np.ndarray) -> int:
+        """Of all rows together."""
+        return sum(int(lengths[self._numbers(window)].sum()) for window in range(len(self._borders) - 1))
 
-    @classmethod
-    def packed(cls, order: Sequence[int] | np.ndarray, lengths: np.ndarray, width: int) -> "Rows":
-        """Rows of at most ``width`` tokens; ``lengths`` of all samples, none longer."""
-        samples, counts = [], []
-        for window in np.array_split(np.asarray(order, dtype=np.int64), -(-len(order) // WINDOW)):
-            rows = best_fit(lengths[window].tolist(), width)
-            samples.append(window[np.concatenate(rows)])
-            counts += [len(row) for row in rows]
-        return cls(np.concatenate(samples), np.asarray(counts, dtype=np.int64))
+    def _numbers(self, window: int) -> np.ndarray:
+        return np.asarray(self._order[self._borders[window] : self._borders[window + 1]])
+
+    def _make(self, window: int) -> list[list[int]]:
+        numbers = self._numbers(window)
+        if self._lengths is None:
+            return numbers[:, None].tolist()
+        rows = best_fit(self._lengths[numbers].tolist(), self._width)
+        return [numbers[row].tolist() for row in rows]
 
 
 def best_fit(lengths: list[int], width: int) -> list[list[int]]:

@@ -24,6 +24,23 @@ class RecordError(UserError):
     """A record that cannot be used; the message says why."""
 
 
+def shortened(image: str) -> str:
+    """An image's name for a message: some are the whole image, as a data: URL."""
+    return image if len(image) <= 100 else f"{image[:100]}..."
+
+
+class ImageError(RecordError):
+    """A record with an image, which no model here can see yet.
+
+    Attributes:
+        image: its path, as the record has it.
+    """
+
+    def __init__(self, image: str):
+        super().__init__(f"it has an image ({shortened(image)}), and this model reads text only")
+        self.image = image
+
+
 @dataclass(frozen=True)
 class Turn:
     role: Role
@@ -83,8 +100,8 @@ def read_record(raw: Any, kind: Kind | None = None) -> Record:
             raise RecordError("'text' is empty")
         return document
     image = raw.get("image")
-    if image is not None and not isinstance(image, str):
-        raise RecordError("'image' must be a path")
+    if image is not None:
+        _text(image, "'image'", "path")
     system = _text_or_nothing(raw, "system") or None
     if kind == "instruction":
         return Conversation(system, _instruction(raw), image or None)
@@ -133,7 +150,7 @@ def _role(turn: Mapping[str, Any], number: int) -> str:
     role = turn.get("from", turn.get("role"))
     if not isinstance(role, str):
         raise RecordError(f"turn {number} must say who speaks: 'from' (or 'role') is {role!r}")
-    return role
+    return _text(role, f"turn {number}: who speaks")
 
 
 def _content(turn: Mapping[str, Any], number: int) -> str:
@@ -175,9 +192,9 @@ def _text_or_nothing(raw: Mapping[str, Any], key: str) -> str:
     return "" if raw.get(key) is None else _text(raw[key], f"'{key}'")
 
 
-def _text(value: Any, what: str) -> str:
+def _text(value: Any, what: str, kind: str = "text") -> str:
     if not isinstance(value, str):
-        raise RecordError(f"{what} must be a text")
+        raise RecordError(f"{what} must be a {kind}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

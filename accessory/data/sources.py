@@ -4,12 +4,14 @@ Files are .jsonl, .json (a list, or one object a line), .parquet, .csv, .tsv, .a
 compressed as .gz or .zst.
 """
 
+import codecs
 import csv
 import glob
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ from accessory.config import from_mapping, read_mapping
 from accessory.data.records import Kind
 from accessory.data.templates import TrainOn
 from accessory.errors import UserError
+from accessory.parallel.watchdog import progressed
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
@@ -46,7 +49,7 @@ class MixEntry:
     epochs: float | None = None  # how often an epoch of the run goes through them: 2.5 is twice and a half
     weight: float | None = None  # share of the epoch, relative to the other entries' weights (all or none have one)
     # of the reference's mixes; what they ask for beyond the default is said with kind and template here
-    root: str | None = None  # where relative image paths begin
+    root: str | None = None  # where relative image paths begin, itself relative to the mix; null: beside their file
     preprocess: str | None = None
     prompt_type: str | None = None
 
@@ -54,14 +57,18 @@ class MixEntry:
         given = [name for name in ("ratio", "epochs", "weight") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{self.path}: {' and '.join(given)} say the same in two ways; keep one")
+        if given and self.split == "validation":
+            raise UserError(
+                f"{self.path}: {given[0]} says how much is trained on, and split: validation that nothing is; keep one"
+            )
         for name in ("preprocess", "prompt_type"):
             if getattr(self, name) not in (None, "default"):
                 raise UserError(
                     f"{self.path}: {name} '{getattr(self, name)}' is not known here; set kind and template instead"
                 )
         for name in given:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} of {self.path} must be above 0, found {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} of {self.path} must be above 0, and a number, found {getattr(self, name)}")
         if self.ratio is not None and self.ratio > 1:
             raise UserError(f"ratio of {self.path} must be at most 1, found {self.ratio}; to repeat records, set epochs")
 
@@ -72,10 +79,15 @@ class Source:
 
     entry: MixEntry
     files: tuple[Path, ...]
+    root: Path | None  # where relative image paths begin; None: beside the file that names them
 
     @property
     def name(self) -> str:
         return self.entry.name or self.entry.path
+
+    def image(self, file: Path, path: str) -> Path:
+        """Where the image of a record in ``file`` lies."""
+        return (self.root or file.parent) / path
 
 
 def read_sources(mix: str | Path) -> list[Source]:
@@ -96,7 +108,10 @@ def read_sources(mix: str | Path) -> list[Source]:
         if not isinstance(value, dict):
             raise UserError(f"{where} must be a mapping with at least a path")
         entry = from_mapping(MixEntry, value, where)
-        source = Source(entry, tuple(_find(entry.path, mix.parent, where)))
+        root = entry.root and _expand(entry.root, mix.parent, where)
+        if root and not root.is_dir():
+            raise UserError(f"{where}: root {root}: no such directory")
+        source = Source(entry, tuple(_find(entry.path, mix.parent, where)), root or None)
         for file in source.files:
             if (real := file.resolve()) in seen:
                 raise UserError(f"{where}: {file} is in entry {seen[real]} already; set epochs to repeat it")
@@ -109,15 +124,11 @@ def read_sources(mix: str | Path) -> list[Source]:
 
 
 def _find(path: str, home: Path, where: str) -> list[Path]:
-    expanded = os.path.expandvars(path)
-    if "$" in expanded:
-        raise UserError(f"{where}: {path}: the variable is not set in the environment")
-    place = home / Path(expanded).expanduser()
+    place = _expand(path, home, where)
     if place.is_dir():
-        found = [Path(folder, name) for folder, _, names in os.walk(place) for name in names]
-        files = sorted(file for file in found if is_readable(file))
+        files = sorted(Path(folder, name) for folder, names in _walk(place) for name in names if is_readable(Path(name)))
     elif glob.has_magic(str(place)):
-        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+        files = sorted(file for file in _match(str(place)) if not file.is_dir())
     else:
         files = [place]
         if not place.is_file():
@@ -130,11 +141,44 @@ def _find(path: str, home: Path, where: str) -> list[Path]:
     return files
 
 
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below (and this one) with the names of its files; links are followed, none of them twice."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield path, names
+
+
+def _match(pattern: str) -> list[Path]:
+    """What matches a glob; ``**`` is any number of folders, but does not go in circles."""
+    head, stars, tail = pattern.partition("/**/")
+    if not stars:
+        return [Path(name) for name in glob.glob(pattern)]
+    folders = (path for root in glob.glob(head) for path, _ in _walk(Path(root)))
+    return [found for path in folders for found in _match(f"{glob.escape(path)}/{tail}")]
+
+
+def _expand(path: str, home: Path, where: str) -> Path:
+    """A path of the mix, whose variables and ~ stand for what they do; relative to ``home``."""
+    expanded = os.path.expandvars(path)
+    if "$" in expanded:
+        raise UserError(f"{where}: {path}: the variable is not set in the environment")
+    return home / Path(expanded).expanduser()
+
+
 def is_readable(file: Path) -> bool:
-    return _kind(file) in SUFFIXES
+    return file_kind(file) in SUFFIXES
 
 
-def _kind(file: Path) -> str:
+def file_kind(file: Path) -> str:
     """The file's suffix, that of a compression left out."""
     return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
@@ -146,12 +190,17 @@ class Row:
     place: int  # a line, from 1; where the file has none, -1 - the number of the record
     value: Any
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return _size(self.value)
+
     def parse(self) -> Any:
         """The record. Raises ValueError with the reason if it is no JSON."""
+        if (size := self.size) > MAX_RECORD:
+            raise ValueError(f"a record of {size / 1e6:.0f} MB; at most {MAX_RECORD / 1e6:.0f} MB are read")
         if not isinstance(self.value, bytes):
             return self.value
-        if len(self.value) > MAX_RECORD:
-            raise ValueError(f"a record of {len(self.value) / 1e6:.0f} MB; at most {MAX_RECORD / 1e6:.0f} MB are read")
         try:
             return json.loads(self.value.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -160,6 +209,14 @@ class Row:
             raise ValueError(f"not valid JSON: {error.msg}") from error
         except RecursionError as error:
             raise ValueError("not valid JSON: nested too deeply") from error
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8
 
 
 def place_name(file: Path, place: int) -> str:
@@ -173,7 +230,7 @@ def read_rows(file: Path) -> Iterator[Row]:
     Raises:
         UserError: the file as a whole is not what its name says; a single bad line is told by ``Row.parse``.
     """
-    kind = _kind(file)
+    kind = file_kind(file)
     try:
         if kind == ".parquet":
             yield from _parquet(file)
@@ -198,36 +255,44 @@ def _open(file: Path) -> BinaryIO:
 
 def _json(file: Path, stream: BinaryIO) -> Iterator[Row]:
     """A list of records; or, as many files with this name really are, one record a line."""
-    beginning = stream.read(64).lstrip()
+    beginning = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     stream.seek(0)
     if not beginning.startswith(b"["):
         yield from _jsonl(file, stream)
         return
     text = stream.read()
     try:
-        records = json.loads(text.decode("utf-8"))
+        records = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = 1 + text[: error.start].count(b"\n")
         raise UserError(f"{file}:{line}: not valid UTF-8: {error.reason}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: not valid JSON: nested too deeply") from error
     yield from (Row(-1 - number, record) for number, record in enumerate(records))
 
 
 def _jsonl(file: Path, stream: BinaryIO) -> Iterator[Row]:
     for number, line in enumerate(stream, 1):
-        if line.strip():
-            yield Row(number, line.strip())
+        if record := (line if number > 1 else line.removeprefix(codecs.BOM_UTF8)).strip():
+            yield Row(number, record)
 
 
 def _table(delimiter: str) -> Any:
     def read(file: Path, stream: BinaryIO) -> Iterator[Row]:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        csv.field_size_limit(MAX_RECORD)
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-        for record in reader:
-            if None in record or None in record.values():
-                raise UserError(f"{file}:{reader.line_num}: a row with another number of columns than the first line has")
-            yield Row(reader.line_num, dict(record))
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise UserError(
+                        f"{file}:{reader.line_num}: a row with another number of columns than the first line has"
+                    )
+                yield Row(reader.line_num, dict(record))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: damaged after line {reader.line_num}: {' '.join(str(error).split())}") from error
 
     return read
 
@@ -277,5 +342,12 @@ def _without_nulls(value: Any) -> Any:
 
 def content_digest(file: Path) -> str:
     """What the file holds, as a short name."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+    digest = hashlib.blake2b()
+    try:
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+                progressed()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()[:32]

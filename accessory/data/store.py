@@ -1,8 +1,12 @@
 """Tokenised samples of one file, memory-mapped: made once, shared by all processes, found again by content.
 
 CACHE/<key>/tokens.i32    tokens one behind the other; a token that is not trained is stored as its complement (~t)
-CACHE/<key>/index.npy     per sample: where its tokens end, which record it is from, a digest
-CACHE/<key>/report.json   what happened to the records
+CACHE/<key>/ends.i64      per sample: where its tokens end
+CACHE/<key>/places.i64    per sample: which record it is from
+CACHE/<key>/digests.u64   per sample: equal for equal samples
+CACHE/<key>/dropped.i64   the records (or parts of one) that hold nothing to learn within max_seq_len
+CACHE/<key>/bad.jsonl     the records that cannot be used, and why
+CACHE/<key>/report.json   what happened to the records, in numbers
 """
 
 import hashlib
@@ -14,20 +18,23 @@ import shutil
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from multiprocessing.pool import AsyncResult
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from accessory.config import read_mapping, write_json
-from accessory.data.sources import Row, content_digest, place_name, read_rows
+from accessory.data.records import ImageError
+from accessory.data.sources import Row, content_digest, file_kind, place_name, read_rows
+from accessory.errors import UserError
 
-VERSION = 1
+VERSION = 3
 """Of the files and of how samples are made; part of the key."""
 CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
-INDEX = np.dtype([("end", np.int64), ("place", np.int64), ("digest", np.uint64)])
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,25 @@ class Sample:
 
 @dataclass
 class Report:
-    """What became of a file's records."""
+    """What became of a file's records, in numbers."""
 
     records: int = 0
+    targets: int = 0  # tokens that are predicted
     truncated: int = 0  # cut to fit
     dropped: int = 0  # nothing trained was left in them
-    bad: list[tuple[int, str]] = field(default_factory=list)  # (place, reason)
+    bad: int = 0
+
+    def add(self, other: "Report") -> None:
+        for number in fields(self):
+            setattr(self, number.name, getattr(self, number.name) + getattr(other, number.name))
+
+
+class Bad(NamedTuple):
+    """A record that cannot be used; ``image``: because it has one."""
+
+    place: int
+    reason: str
+    image: str | None
 
 
 Encoder = Callable[[object], list[tuple[list[int], list[bool]]]]
@@ -55,61 +75,94 @@ Encoder = Callable[[object], list[tuple[list[int], list[bool]]]]
 class Encoded(NamedTuple):
     """What a worker made of some rows."""
 
-    values: bytes  # int32, as stored
-    samples: np.ndarray  # INDEX
+    values: np.ndarray  # int32, as stored
+    ends: np.ndarray
+    places: np.ndarray
+    digests: np.ndarray
+    dropped: np.ndarray
+    bad: list[Bad]
     report: Report
 
 
 def encode_rows(rows: list[Row], encode: Encoder, max_seq_len: int) -> Encoded:
     """Samples of some rows, cut to ``max_seq_len``."""
-    report, parts, index, end = Report(records=len(rows)), [], [], 0
+    report, parts, places = Report(records=len(rows)), [np.zeros(0, np.int32)], []
+    digests, dropped, bad = [], [], []
     for row in rows:
         try:
             samples = encode(row.parse())
         except ValueError as error:
-            report.bad.append((row.place, str(error)))
+            bad.append(Bad(row.place, str(error), error.image if isinstance(error, ImageError) else None))
             continue
         for tokens, trained in samples:
             report.truncated += len(tokens) > max_seq_len
             mask = np.array(trained[:max_seq_len], dtype=bool)
             if not mask[1:].any():  # <s> has no prediction
-                report.dropped += 1
+                dropped.append(row.place)
                 continue
             ids = np.array(tokens[:max_seq_len], dtype=np.int32)
             parts.append(np.where(mask, ids, ~ids))
-            end += len(ids)
-            digest = hashlib.blake2b(parts[-1].tobytes(), digest_size=8).digest()
-            index.append((end, row.place, int.from_bytes(digest, "little")))
-    values = np.concatenate(parts).tobytes() if parts else b""
-    return Encoded(values, np.array(index, dtype=INDEX), report)
+            places.append(row.place)
+            digests.append(hashlib.blake2b(parts[-1].tobytes(), digest_size=8).digest())
+            report.targets += int(mask[1:].sum())
+    report.dropped, report.bad = len(dropped), len(bad)
+    ends = np.cumsum([len(part) for part in parts[1:]], dtype=np.int64)
+    index = ends, np.array(places, np.int64), np.frombuffer(b"".join(digests), np.uint64)
+    return Encoded(np.concatenate(parts), *index, np.array(dropped, np.int64), bad, report)
 
 
 class Store:
     """The samples of one file, in the order of its records."""
 
     def __init__(self, directory: Path, file: Path):
-        self.file = file
-        self.index = np.load(directory / "index.npy", mmap_mode="r")
-        empty = not len(self.index)
-        self.values = np.zeros(0, np.int32) if empty else np.memmap(directory / "tokens.i32", np.int32, "r")
-        report = read_mapping(directory / "report.json")
-        self.report = Report(**report | {"bad": [(place, reason) for place, reason in report["bad"]]})
+        self.file, self._directory = file, directory
+        self._values, self._ends = _map(directory / "tokens.i32", np.int32), _map(directory / "ends.i64", np.int64)
+        self._places, self.digests = _map(directory / "places.i64", np.int64), _map(directory / "digests.u64", np.uint64)
+        self.report = Report(**read_mapping(directory / "report.json"))
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._ends)
 
     def __getitem__(self, number: int) -> Sample:
-        start = int(self.index["end"][number - 1]) if number else 0
-        values = np.array(self.values[start : int(self.index["end"][number])])
+        start = int(self._ends[number - 1]) if number else 0
+        values = np.array(self._values[start : int(self._ends[number])])
         trained = values >= 0
         return Sample(np.where(trained, values, ~values), trained)
 
     def lengths(self) -> np.ndarray:
-        return np.diff(self.index["end"], prepend=0).astype(np.int32)
+        """Tokens of every sample, int32."""
+        lengths = np.empty(len(self), np.int32)
+        lengths[:1] = self._ends[:1]
+        np.subtract(self._ends[1:], self._ends[:-1], out=lengths[1:], casting="same_kind")
+        return lengths
+
+    @property
+    def key(self) -> str:
+        """A digest of all that the samples were made of: the file's content, the tokenizer, the template, ..."""
+        return self._directory.name
 
     def where(self, number: int) -> str:
         """File and line of a sample's record."""
-        return place_name(self.file, int(self.index["place"][number]))
+        return place_name(self.file, int(self._places[number]))
+
+    def borders(self) -> np.ndarray:
+        """The first sample of every record (a long document has several), and one behind the last, int64."""
+        first = np.ones(len(self) + 1, bool)
+        np.not_equal(self._places[1:], self._places[:-1], out=first[1:-1])
+        return np.flatnonzero(first)
+
+    def dropped(self) -> Iterator[int]:
+        """Places of records of which nothing is left."""
+        yield from map(int, _map(self._directory / "dropped.i64", np.int64))
+
+    def bad(self) -> Iterator[Bad]:
+        """The records that cannot be used, in their order."""
+        with open(self._directory / "bad.jsonl", encoding="utf-8") as file:
+            yield from (Bad(*json.loads(line)) for line in file)
+
+
+def _map(path: Path, dtype: type[np.number]) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def make_store(
@@ -118,21 +171,24 @@ def make_store(
     """The samples of ``file``, from the cache or made now by all cores this process may use.
 
     Args:
-        settings: all that decides how a record becomes samples, ``max_seq_len`` among it; with the file's content, the key.
+        settings: all that decides how a record becomes samples, ``max_seq_len`` among it; with the file's suffix
+            and content, the key.
         make_encoder: called in every worker; must be picklable.
         bar: told the number of records as they are done.
     """
-    described = json.dumps({"version": VERSION, "content": content_digest(file), **settings}, sort_keys=True)
-    directory = cache() / hashlib.sha256(described.encode()).hexdigest()[:32]
+    described = {"version": VERSION, "suffix": file_kind(file), "content": content_digest(file), **settings}
+    directory = cache() / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     if not directory.exists():
         temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
         try:
+            temporary.mkdir(parents=True)
             _write(temporary, file, make_encoder, int(str(settings["max_seq_len"])), bar)
             temporary.rename(directory)
-        except OSError:
+        except OSError as error:
             if not directory.exists():  # else another process was faster, with the same result
-                raise
+                raise UserError(
+                    f"{cache()}: cannot keep tokenised data: {error.strerror}; set ACCESSORY_CACHE to another folder"
+                ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Store(directory, file)
@@ -146,19 +202,20 @@ def cache() -> Path:
 def _write(
     directory: Path, file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int, bar: Callable[[int], object]
 ) -> None:
-    total, indices, end = Report(), [], 0
-    with open(directory / "tokens.i32", "wb") as values:
+    total, end = Report(), 0
+    with ExitStack() as stack:
+        names = "tokens.i32", "ends.i64", "places.i64", "digests.u64", "dropped.i64", "bad.jsonl"
+        tokens, ends, places, digests, dropped, bad = (stack.enter_context(open(directory / name, "wb")) for name in names)
         for part in _encoded(file, make_encoder, max_seq_len):
-            values.write(part.values)
-            part.samples["end"] += end
-            indices.append(part.samples)
-            end += len(part.values) // 4
-            total.records += part.report.records
-            total.truncated += part.report.truncated
-            total.dropped += part.report.dropped
-            total.bad += part.report.bad
+            tokens.write(part.values.tobytes())
+            ends.write((part.ends + end).tobytes())
+            places.write(part.places.tobytes())
+            digests.write(part.digests.tobytes())
+            dropped.write(part.dropped.tobytes())
+            bad.writelines(json.dumps(record).encode() + b"\n" for record in part.bad)
+            end += len(part.values)
+            total.add(part.report)
             bar(part.report.records)
-    np.save(directory / "index.npy", np.concatenate(indices) if indices else np.zeros(0, INDEX))
     write_json(directory / "report.json", asdict(total))
 
 
@@ -174,14 +231,19 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # forking a process that has run threaded torch hangs
-    with context.Pool(workers, _start_worker, (make_encoder, max_seq_len)) as pool:
-        pending: deque[AsyncResult[Encoded]] = deque()
-        for chunk in itertools.chain([second], chunks):
-            pending.append(pool.apply_async(_work, (chunk,)))
-            if len(pending) > 2 * workers:  # or the whole file would wait in memory
-                yield pending.popleft().get()
-        while pending:
-            yield pending.popleft().get()
+    pending: deque[Future[Encoded]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker, (make_encoder, max_seq_len)) as pool:
+        try:
+            for chunk in itertools.chain([second], chunks):
+                pending.append(pool.submit(_work, chunk))
+                if len(pending) > 2 * workers:  # or the whole file would wait in memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -189,7 +251,7 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         chunk.append(row)
-        size += len(row.value) if isinstance(row.value, bytes) else 2048
+        size += row.size
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0

@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from accessory.config import nearest
 from accessory.data.chat_template import chat_template
-from accessory.data.records import Conversation, Document, Kind, Record, RecordError, Turn, read_record, recognise
+from accessory.data.records import (
+    Conversation,
+    Document,
+    ImageError,
+    Kind,
+    Record,
+    RecordError,
+    Turn,
+    read_record,
+    recognise,
+)
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.errors import UserError
 
@@ -48,7 +58,7 @@ class Template:
         if isinstance(record, Document):
             return list(self.write(record))
         if record.image:
-            raise RecordError(f"it has an image ({record.image}), and this model reads text only")
+            raise ImageError(record.image)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = tuple(
             replace(turn, train=turn.train and (number == last or train_on != "last_answer"))

@@ -12,8 +12,11 @@ from accessory.errors import UserError
 
 @dataclass(frozen=True)
 class MoEArgs:
+    """``score_bias``: each router adds a vector [E] to its probabilities where it chooses experts (Wang et al. 2024)."""
+
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    score_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,11 @@ class ModelArgs:
         return from_mapping(cls, read_mapping(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As config.json holds it; what other programs do not know stands there only if it is used."""
+        values = dataclasses.asdict(self)
+        if not self.moe.score_bias:
+            del values["moe"]["score_bias"]
+        return values
 
     def active_parameters(self) -> int:
         """Parameters that one token meets, embedding look-up excluded (FLOPs per trained token = 6 x this + attention)."""

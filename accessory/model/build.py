@@ -14,6 +14,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import check_divides, get_model_parallel_rank, get_model_parallel_world_size
+from accessory.parallel.watchdog import progressed
 
 
 def build_model(
@@ -61,20 +62,26 @@ def build_model(
 
 @torch.no_grad()
 def fill(model: Decoder, source: Source) -> None:
-    """Copy the logical tensors of ``source`` into the parameters; an FSDP-sharded parameter reads only its rows.
+    """Copy the logical tensors of ``source`` into parameters and buffers; an FSDP-sharded parameter reads only its rows.
 
     Values that are no numbers are told, not refused: what to do about them is the user's to decide.
     """
     cuts = logical_cuts(model.args, model.layout, model.adapters)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_tensors():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        first = _first_row(parameter)
-        region = cuts[name].region(get_model_parallel_rank(), get_model_parallel_world_size())
-        merged = parameter.dim() < len(region)
-        for rows, piece in split_rows(region, first, first + len(local), merged):
+        for rows, piece in own_regions(cuts[name], parameter):
             local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
+            progressed()
         if not all_finite(local):
             print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
+
+
+def own_regions(cut: Cut, parameter: Tensor) -> Iterator[tuple[slice, Region]]:
+    """What this rank holds of a parameter: rows of its local part, and the logical box that stands there."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    first = _first_row(parameter)
+    region = cut.region(get_model_parallel_rank(), get_model_parallel_world_size())
+    yield from split_rows(region, first, first + len(local), merged=parameter.dim() < len(region))
 
 
 def _first_row(parameter: Tensor) -> int:

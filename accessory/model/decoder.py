@@ -1,5 +1,6 @@
 """The decoder: embedding, blocks of attention and MoE, norm, output."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,11 @@ class Decoder(nn.Module):
             assert isinstance(layer, Adaptable | GroupedExperts)
             layer.adapt(matrix, adapter)
 
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers: the model's logical tensors, as this rank holds them."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
     def forward(
         self,
         tokens: Tensor,
@@ -107,8 +113,8 @@ class Decoder(nn.Module):
             keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
 
         Returns:
-            The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, each
-            [L, documents, E].
+            The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, with a
+            first dimension of L layers.
         """
         x = self.tok_embeddings(tokens)
         where = documents.positions if positions is None else positions
@@ -125,7 +131,7 @@ class Decoder(nn.Module):
             else:
                 x, layer_stats = layer(*inputs)
             stats.append(layer_stats)
-        router = RouterStats(*(torch.stack(s) for s in zip(*stats, strict=True)))
+        router = RouterStats.stacked(stats)
         if targets is not None:
             rows = targets.rows
         if rows is not None:

@@ -13,6 +13,8 @@ Logical names and shapes (``{n}`` a layer; V vocabulary, D dim, F hidden_dim, E 
     norm.weight                                       [D]
     output.weight                                     [V, D]
 
+and, of a model whose routers have one (``moe.score_bias``), ``layers.{n}.feed_forward.gate.score_bias [E]``: a buffer.
+
 An adapter on a matrix [..., out, in] adds the tensors (R its rank)
 
     lora_a [..., R, in]    lora_b [..., out, R]    bias [..., out]
@@ -25,8 +27,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from accessory.dtypes import at_least
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import Layout
 from accessory.parallel.adapter import Adapter, adapter_cut_dims, adapter_name
@@ -63,6 +67,16 @@ class Cut:
         return tuple(box)
 
 
+def is_buffer(name: str) -> bool:
+    """Whether no gradient trains a logical tensor, and its steps are so small that it is kept in fp32 at least."""
+    return name.endswith(".score_bias")
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a logical tensor is saved in, if the model is in ``dtype``."""
+    return at_least(dtype) if is_buffer(name) else dtype
+
+
 def region_shape(region: Region) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in region)
 
@@ -86,6 +100,8 @@ def logical_cuts(args: ModelArgs, layout: Layout, adapters: Adapters | None = No
             f"{layer}.attention_norm.weight": Cut((d,), None),
             f"{layer}.ffn_norm.weight": Cut((d,), None),
         }
+        if args.moe.score_bias:
+            cuts[f"{layer}.feed_forward.gate.score_bias"] = Cut((e,), None)
     cuts |= {"norm.weight": Cut((d,), None), "output.weight": Cut((v, d), 0)}
     result = {}
     for name, cut in cuts.items():

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from accessory.errors import UserError
+from accessory.parallel.watchdog import LONGEST_COLLECTIVE_S, Watchdog
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def _first_host(nodelist: str) -> str:
     return hosts.stdout.split()[0]
 
 
-def join(launch: Launch, timeout_s: int = 1800) -> None:
+def join(launch: Launch) -> None:
     """Initialise the default process group (NCCL on GPUs, gloo on CPU) and share the cores between local ranks."""
     device = launch.device
     if "OMP_NUM_THREADS" not in os.environ or device.type == "cpu":
@@ -69,7 +70,7 @@ def join(launch: Launch, timeout_s: int = 1800) -> None:
     if launch.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        wait = timedelta(seconds=timeout_s)
+        wait = timedelta(seconds=LONGEST_COLLECTIVE_S)
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=wait)
 
 
@@ -89,36 +90,45 @@ def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
             store.set(key, "failed")
             raise
         store.set(key, "done")
-        return result
-    while not store.check([key]):
+    else:
+        while not store.check([key]):
+            time.sleep(0.05)
+        if store.get(key) != b"done":
+            raise UserError("the first rank of this node failed")
+        result = body()
+    store.add("accessory/first", 1)
+    while store.add("accessory/first", 0) < launch.world:  # another node may take longer
         time.sleep(0.05)
-    if store.get(key) != b"done":
-        raise UserError("the first rank of this node failed")
-    return body()
+    return result
 
 
 def run_job(body: Callable[[Launch], Any]) -> NoReturn:
     """Run ``body`` as one rank of a job and end the process.
 
-    A UserError is one sentence, anything else a traceback; of all ranks that fail, only the first to do so speaks.
+    A UserError is one sentence, anything else a traceback; of all ranks that fail, only the first to do so speaks. The
+    watchdog ends those that do not notice, and speaks where a rank can not: it is gone, or waits for ever.
     """
     launch = read_environment()
-    code = 0
+    code, watchdog = 0, None
     try:
         join(launch)
+        if launch.world > 1:
+            watchdog = Watchdog()
         body(launch)
     except KeyboardInterrupt:
         code = 130
     except BaseException as error:
         code = 1
+        if watchdog:
+            watchdog.failing(error)
         if _first_to_fail():
             if isinstance(error, UserError):
                 print(f"accessory: error: {error}", file=sys.stderr)
             else:
                 print(f"accessory: rank {launch.rank} of {launch.world} failed", file=sys.stderr)
                 traceback.print_exception(error)
-        if launch.rank == 0:
-            time.sleep(1)  # it may hold the store, in which ranks that fail in the same moment look
+    if watchdog:
+        watchdog.farewell(code)
     leave(code)
 
 

@@ -15,6 +15,7 @@ What is corrected, each shown by a test:
 
 import contextlib
 import io
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from accessory.errors import UserError
 from accessory.parallel.adapter import Adaptable, Adapter, add_parameters, dropped
+from accessory.parallel.watchdog import LONGEST_COLLECTIVE_S
 
 __all__ = [
     "ColumnParallelLinear",
@@ -177,6 +179,8 @@ def initialize_groups(model_parallel: int) -> None:
     groups.destroy_model_parallel()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
         groups.initialize_model_parallel(model_parallel)
+    for group in (groups.get_data_parallel_group(), groups.get_model_parallel_group()):  # they take torch's default
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LONGEST_COLLECTIVE_S), group)
 
 
 def use_model_parallel_group(group: dist.ProcessGroup | None) -> None:

@@ -1,34 +1,156 @@
-"""The load-balancing loss: how unevenly the router spreads tokens over experts.
+"""The losses of the router: how unevenly it spreads tokens over experts, and how large its logits are.
 
-For one layer and T tokens:  E / (T * K) * sum_e count_e * mean_t p_te   (Fedus et al. 2021; 1.0 = balanced), then the
-mean over layers. Counts carry no gradient and the mean is linear in p, so each micro-batch can add its share knowing
-only the counts of the whole; real tokens only, padding never counts.
+For one layer, T tokens and K choices of each:  E / (T * K) * sum_e count_e * mean_t p_te   (Fedus et al. 2021, Switch
+Transformer; 1.0 = balanced), then the mean over layers. Counts carry no gradient and the mean is linear in p, so each
+micro-batch can add its share knowing only the counts of the whole. ``train.balance`` says which tokens are the T:
+
+    global      the global batch                            depends on nothing; with accumulation, one more forward
+    document    each document, averaged by length           depends on nothing
+    microstep   a micro-step of all ranks, averaged by tokens       depends on accumulation, not on ranks
+    microbatch  a micro-batch of one rank, plain average    depends on accumulation and ranks (LLaMA2-Accessory)
+    hf          the same, and all layers as one, times K    the same (Hugging Face); opposite imbalances of layers cancel
+    bias        no loss: a bias in the choice of experts, moved by the global batch's counts; depends on nothing
+
+"Nothing" is ranks, micro-batches, packing and layout. In all of them padding never counts, recompute counts once, and
+the weight is not scaled by ranks, accumulation or layers.
+
+The z-loss is the mean over real tokens, then over layers, of (log sum_e exp logit_e)^2 (Zoph et al. 2022, ST-MoE); it
+depends on nothing.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.model.moe.router import RouterStats
+from accessory.data.loader import Batch
+from accessory.model.decoder import Decoder, Targets
+from accessory.model.documents import Documents
+from accessory.model.moe.router import Router, RouterStats
+from accessory.parallel.tensor import get_data_parallel_group
+
+BalanceMode = Literal["global", "document", "microstep", "microbatch", "hf", "bias"]
 
 
-def global_balance(stats: RouterStats, counts: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """A micro-batch's share of the balance loss over the whole global batch; shares of all ranks and steps add up to it.
+def step_balance(
+    mode: BalanceMode, model: Decoder, micro_batches: Sequence[Batch], tokens: Tensor
+) -> Callable[[RouterStats], Tensor]:
+    """What gives a micro-batch's share of a step's balance loss, from its statistics; all ranks' shares add up to it.
+
+    Every rank must call this, and what it returns as often as the others. With "bias", and with "global" where the loss
+    has no weight, the value is only reported: per document and per micro-step, which need no further forward.
 
     Args:
-        stats: [L, documents, E] sums of this micro-batch.
-        counts: [L, E] routed rows per expert in the whole global batch.
         tokens: real tokens of the whole global batch.
     """
-    layers, num_experts = counts.shape
-    products = (counts.to(stats.probs.dtype) * stats.probs.sum(1)).sum()
-    return products * num_experts / (layers * top_k * tokens.to(products.dtype).square().clamp(min=1))
+    top_k = model.args.moe.num_experts_per_tok
+    parts = len(micro_batches) * dist.get_world_size(get_data_parallel_group())
+    if mode == "global" and len(micro_batches) > 1 and model.args.load_balancing_weight:
+        counts = count_loads(model, micro_batches)
+        return lambda stats: counted_balance(stats, counts, tokens, top_k)
+    if mode in ("global", "microstep"):
+        return lambda stats: counted_balance(stats, summed(stats.counts.sum(1)), tokens, top_k)
+    if mode == "microbatch":
+        return lambda stats: microbatch_balance(stats, top_k) / parts
+    if mode == "hf":
+        return lambda stats: pooled_balance(stats, top_k) / parts
+    return lambda stats: document_balance(stats, tokens, top_k)
+
+
+def unevenness(counts: Tensor, probs: Tensor, top_k: int) -> Tensor:
+    """E / (T * K) * sum_e count_e * p_e / T over the last dimension; 0 where there are no tokens.
+
+    Args:
+        counts: [..., E] routed rows of T tokens.
+        probs: [..., E] sums of router probabilities over those tokens, or a part of them.
+    """
+    tokens = counts.sum(-1).to(probs.dtype) / top_k
+    products = (counts.to(probs.dtype) * probs).sum(-1)
+    return products * counts.shape[-1] / (top_k * tokens.square().clamp(min=1))
+
+
+def counted_balance(stats: RouterStats, counts: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    """A micro-batch's share of the balance loss over all that ``counts`` [L, E] were counted in.
+
+    That is the global batch, or a part of it, which then weighs as much as it has of the batch's ``tokens``.
+    """
+    part = counts.sum(-1).to(stats.probs.dtype) / (top_k * tokens.clamp(min=1))
+    return (unevenness(counts, stats.probs.sum(1), top_k) * part).mean()
 
 
 def document_balance(stats: RouterStats, tokens: Tensor, top_k: int) -> Tensor:
-    """A micro-batch's share of the balance loss taken over each document alone, averaged with the documents' lengths.
-
-    Needs nothing of other ranks or micro-batches but the number of ``tokens`` of the whole global batch.
-    """
-    layers, _, num_experts = stats.counts.shape
+    """A micro-batch's share of the balance loss over each document alone, averaged with the documents' lengths."""
     lengths = stats.counts.sum(-1).to(stats.probs.dtype) / top_k  # [L, documents]
-    products = (stats.counts.to(stats.probs.dtype) * stats.probs).sum(-1) / lengths.clamp(min=1)
-    return products.sum() * num_experts / (layers * top_k * tokens.to(products.dtype).clamp(min=1))
+    return (unevenness(stats.counts, stats.probs, top_k) * lengths).sum(1).mean() / tokens.clamp(min=1)
+
+
+def microbatch_balance(stats: RouterStats, top_k: int) -> Tensor:
+    """The balance loss over a micro-batch alone."""
+    return unevenness(stats.counts.sum(1), stats.probs.sum(1), top_k).mean()
+
+
+def pooled_balance(stats: RouterStats, top_k: int) -> Tensor:
+    """transformers' ``load_balancing_loss_func`` over a micro-batch: one histogram of all layers; K = balanced."""
+    return top_k * unevenness(stats.counts.sum((0, 1)), stats.probs.sum((0, 1)), top_k)
+
+
+def z_loss(stats: RouterStats, tokens: Tensor) -> Tensor:
+    """A micro-batch's share of the z-loss, given the real ``tokens`` of the whole global batch; shares add up to it."""
+    return stats.z.sum() / (len(stats.z) * tokens.clamp(min=1))
+
+
+@torch.no_grad()
+def count_loads(model: Decoder, micro_batches: Sequence[Batch]) -> Tensor:
+    """Rows routed to each expert [L, E] in the whole global batch: a forward of every micro-batch without the output."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=micro_batches[0].tokens.device)
+    counts = [model(b.tokens, b.documents, Targets(nothing, nothing), keys=b.keys)[1].counts.sum(1) for b in micro_batches]
+    return summed(torch.stack(counts).sum(0))
+
+
+def shift_score_biases(model: Decoder, counts: Tensor, rate: float) -> None:
+    """Move every layer's score bias, given the rows [L, E] routed to each expert in the whole global batch."""
+    for block, of_layer in zip(model.layers, counts, strict=True):
+        router = block.get_submodule("feed_forward.gate")
+        assert isinstance(router, Router)
+        router.shift_score_bias(of_layer, rate)
+
+
+def with_padding(batch: Batch) -> Batch:
+    """The batch as LLaMA2-Accessory sees it: a row's padding belongs to its document, so the router counts it.
+
+    Only for rows of one document each. What follows a document changes neither its logits nor its loss.
+    """
+    rows, width = batch.tokens.shape
+    documents = Documents.of([[width]] * rows, width).to(batch.tokens.device)
+    keys = F.pad(batch.keys, (0, rows - len(batch.keys)))
+    return replace(batch, documents=documents, keys=keys, real_tokens=rows * width)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over data-parallel ranks."""
+    x = x.clone()
+    dist.all_reduce(x, group=get_data_parallel_group())
+    return x
+
+
+def balance_note(mode: BalanceMode, accumulation: int, weight: float) -> str | None:
+    """What a user should know of the chosen balance loss before the run, if anything."""
+    if mode == "bias":
+        return "balance: a bias in each router's choice of experts, no loss (load_balancing_weight is not used)"
+    if not weight:
+        return None
+    notes = {
+        "microbatch": "over each rank's micro-batch alone: it depends on ranks, batch_size and accumulation",
+        "hf": "as Hugging Face's, over each rank's micro-batch, all layers as one: it depends on ranks, batch_size and "
+        "accumulation, and the number of experts per token, not 1, is balanced",
+    }
+    if accumulation > 1:
+        notes |= {
+            "global": "over the global batch: accumulation costs one more forward (microstep and document: none)",
+            "microstep": "over each micro-step of all ranks: it depends on accumulation",
+        }
+    return f"balance loss {notes[mode]}" if mode in notes else None

@@ -1,5 +1,6 @@
 """A run's YAML file, typed. Every default stands here."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,8 @@ from accessory.checkpoint.storage import FileFormat
 from accessory.config import apply_overrides, from_mapping, read_mapping
 from accessory.errors import UserError
 from accessory.parallel.fsdp import DataParallel
+from accessory.parallel.watchdog import LONGEST_COLLECTIVE_S
+from accessory.train.balance import BalanceMode
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ParallelSection:
     data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
     recompute: bool = True  # drop activations inside blocks, compute them again in backward
+    # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends
+    stall_timeout_s: float = 600
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,33 @@ class TrainSection:
     max_steps: int | None = None  # stop (and end the schedule) after so many optimiser steps
     batch_size: int = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
     accumulation: int = 1  # micro-steps per optimiser step
-    # statistics the load-balancing loss is taken over. global: the whole global batch (with accumulation > 1 that
-    # costs one more forward); document: each sample on its own (free). Neither depends on how the batch is cut.
-    balance: Literal["global", "document"] = "global"
+    # what the load-balancing loss is taken over; padding never counts (docs/balance.md has the formulas)
+    #   global      the global batch; with accumulation > 1 that costs one more forward
+    #   document    each sample on its own, weighed by its length: free
+    #   microstep   each micro-step of all ranks: free, but depends on accumulation
+    #   microbatch  each rank's micro-batch, as LLaMA2-Accessory: depends on ranks, batch_size and accumulation
+    #   hf          Hugging Face's, all layers as one: depends on the same; balanced = experts per token, not 1
+    #   bias        no loss: a bias in the choice of experts, moved after each step by the counts of the global batch
+    # global, document and bias depend on nothing of how the batch is cut
+    balance: BalanceMode = "global"
+    balance_weight: float | None = None  # of that loss; null: load_balancing_weight of the model's config.json
+    bias_rate: float = 0.001  # how far an expert's bias moves in a step (Wang et al. 2024)
+    # LLaMA2-Accessory's numbers, to compare curves: the mean cross-entropy of each micro-batch, then over micro-batches
+    # and ranks, and padding counts in the balance loss. Needs balance: microbatch. Its expert layout multiplied the
+    # weight in twice: to compare with that, set balance_weight to the square, 0.01 for 0.1
+    reference_loss: bool = False
+    z_loss_weight: float = 0.0  # of the mean of (log sum exp of the router's logits)^2; ST-MoE takes 0.001
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class AlarmSection:
+    """What of a layer's routing is said on the console as soon as it holds (docs/metrics.md); null: never."""
+
+    load_min: float | None = 0.01  # an expert gets less than so much of its fair share of the tokens
+    load_max: float | None = 3.0  # one gets more than so many fair shares
+    entropy_share: float | None = 0.1  # the router's entropy falls below so much of its greatest, log E
+    routing_change: float | None = 0.3  # more than so much of the choices of the checkpoint's probe tokens are others now
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,9 @@ class LogSection:
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "accessory"  # of wandb
+    # held-out tokens (else training ones) whose routing is compared with the starting model's at every validation; 0: none
+    probe_tokens: int = 4096
+    alarms: AlarmSection = field(default_factory=AlarmSection)
 
 
 @dataclass(frozen=True)
@@ -99,6 +130,10 @@ class SaveSection:
     # only what trains, with the base's fingerprint, rather than a whole model; with LoRA or biases always so
     only_trainable: bool = False
     format: FileFormat = "safetensors"  # or pth; of a whole model
+    # optimiser steps between training states, to resume from: what trains in at least fp32 and AdamW's two moments, 12
+    # bytes a trained parameter in OUT/states. The last step has one too. null: none
+    state_every: int | None = 500
+    keep_states: int = 1  # the newest
 
 
 @dataclass(frozen=True)
@@ -114,6 +149,8 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
     save: SaveSection = field(default_factory=SaveSection)
+    # a directory in OUT/states, or auto: the newest of them, if there is one; null: begin, and refuse to where one is
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         at_least_one = {
@@ -122,25 +159,52 @@ class RunConfig:
             "train.max_steps": self.train.max_steps,
             "train.batch_size": self.train.batch_size,
             "train.accumulation": self.train.accumulation,
-            "data.max_seq_len": self.data.max_seq_len,
             "tuning.lora.rank": self.tuning.lora.rank if self.tuning.lora else None,
             "log.every": self.log.every,
             "log.validate_every": self.log.validate_every,
             "save.every_epochs": self.save.every_epochs,
+            "save.state_every": self.save.state_every,
+            "save.keep_states": self.save.keep_states,
         }
         for name, value in at_least_one.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, found {value}")
+        if self.data.max_seq_len is not None and self.data.max_seq_len < 2:
+            raise UserError(
+                f"data.max_seq_len must be at least 2, for a token is learnt from those before it; "
+                f"found {self.data.max_seq_len}"
+            )
         if not 0 <= self.data.validation < 1:
             raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
-        if self.tuning.lora and self.tuning.lora.alpha is not None and not self.tuning.lora.alpha > 0:
-            raise UserError(f"tuning.lora.alpha must be above 0, found {self.tuning.lora.alpha}")
         if self.tuning.lora and self.tuning.lora.alpha is not None and not self.tuning.lora.alpha > 0:
             raise UserError(f"tuning.lora.alpha must be above 0, or the adapter adds nothing: {self.tuning.lora.alpha}")
         if self.tuning.lora and not 0 <= self.tuning.lora.dropout < 1:
             raise UserError(f"tuning.lora.dropout must be at least 0 and below 1: {self.tuning.lora.dropout}")
         if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
             raise UserError("optim.lr and optim.clip_grad must be above 0")
+        for name in ("balance_weight", "bias_rate", "z_loss_weight"):
+            value = getattr(self.train, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"train.{name} must be at least 0, found {value}")
+        if self.train.reference_loss and (self.train.balance != "microbatch" or self.data.packing):
+            raise UserError(
+                "train.reference_loss gives LLaMA2-Accessory's numbers: set train.balance=microbatch and "
+                "data.packing=false with it, as that has it"
+            )
+        if self.train.balance == "bias" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
+            raise UserError(
+                "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "
+                "choose another train.balance, or train and save the whole model"
+            )
+        if not 1 <= self.parallel.stall_timeout_s <= LONGEST_COLLECTIVE_S:
+            raise UserError(
+                f"parallel.stall_timeout_s must be from 1 to {LONGEST_COLLECTIVE_S}, after which a collective gives up: "
+                f"found {self.parallel.stall_timeout_s:g}"
+            )
+        thresholds = {f"alarms.{name}": value for name, value in vars(self.log.alarms).items()}
+        for name, value in ({"probe_tokens": self.log.probe_tokens} | thresholds).items():
+            if value is not None and value < 0:
+                raise UserError(f"log.{name} must be at least 0, found {value}")
         if self.model.checkpoint is None and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(
                 "adapters belong to a base: name one with model.checkpoint, or train all of a model from random weights"

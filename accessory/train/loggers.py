@@ -7,6 +7,8 @@ from typing import Any
 from accessory.console import say
 from accessory.train.config import LogSection
 
+METRICS = "metrics.jsonl"
+
 
 class Loggers:
     """Append dictionaries of numbers to every destination.
@@ -14,21 +16,29 @@ class Loggers:
     wandb is never allowed to stop a run: if it cannot start, the run says so and goes on without.
     """
 
-    def __init__(self, directory: Path, config: LogSection, run_config: dict[str, Any]):
-        self._file = open(directory / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115 (closed in close)
+    def __init__(self, directory: Path, config: LogSection, run_config: dict[str, Any], done: int = 0):
+        """``done``: steps of a run that goes on; what was logged behind them is forgotten."""
+        path = directory / METRICS
+        kept = [row for row in read_metrics(path) if row["step"] <= done] if done and path.is_file() else []
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+        unfinished.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
         if config.wandb != "off":
             self._wandb = _start_wandb(directory, config, run_config)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Write ``values`` (numbers, or lists of them, which go to the JSONL file only)."""
+        """Write ``values``: numbers, and lists with one for each layer; anything else goes to the JSONL file only."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        lists = {key: value for key, value in values.items() if isinstance(value, list)}
+        numbers = values | {f"{key}/{layer:02d}": x for key, value in lists.items() for layer, x in enumerate(value)}
+        numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -41,6 +51,14 @@ class Loggers:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; the last one of a run that was killed may not be whole, and is left out."""
+    *lines, last = path.read_text().splitlines() or ["{}"]
+    if last.endswith("}"):
+        lines.append(last)
+    return [json.loads(line) for line in lines]
 
 
 def _start_wandb(directory: Path, config: LogSection, run_config: dict[str, Any]) -> Any:

@@ -1,257 +1,204 @@
 """A training run from its configuration to its saved model."""
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 
-from accessory.checkpoint.open import Checkpoint, load_args
+from accessory.checkpoint.publish import claim
+from accessory.checkpoint.state import StateNotes
 from accessory.console import is_main, progress, say
-from accessory.data.loader import Batch, BatchPlan, sample_lengths
-from accessory.data.mix import load_mix
-from accessory.data.packing import Rows
-from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.dtypes import at_least, get_dtype
+from accessory.data.loader import Batch, BatchPlan
+from accessory.dtypes import get_dtype
 from accessory.errors import UserError
-from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import Adapters, Source, logical_cuts
-from accessory.model.moe.layouts import get_layout
-from accessory.parallel.fsdp import wrap
-from accessory.parallel.launch import Launch, first_on_each_node
-from accessory.parallel.tensor import (
-    get_data_parallel_group,
-    get_model_parallel_world_size,
-    initialize_groups,
-)
+from accessory.parallel.launch import Launch
+from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.parallel.watchdog import end_stalls_after, progressed
+from accessory.train.balance import balance_note, with_padding
 from accessory.train.config import RunConfig
+from accessory.train.data import RunData
+from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers
-from accessory.train.metrics import Window, peak_flops, speed
-from accessory.train.optim import learning_rate, make_optimizer
+from accessory.train.metrics import Window, speed
+from accessory.train.model import RunModel, Start
+from accessory.train.nonfinite import NotFinite, blame
+from accessory.train.optim import learning_rate
+from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
-from accessory.train.step import train_step
-from accessory.tuning.spec import AdaptedSource, check_goes_on, resolve
-from accessory.tuning.table import tuning_table
-from accessory.tuning.watch import watch_adapters
+from accessory.train.state import find_state, save_state
+from accessory.train.step import StepResult, train_step
+from accessory.train.validate import Validation
 
 
 class Trainer:
-    """One finetuning run: set up in ``__init__``, done by ``run``.
-
-    Attributes:
-        model: the decoder, sharded over data-parallel ranks. training, validation: the samples.
-        epoch_ends: how many optimiser steps are done when each epoch is; packed epochs differ by a few rows.
-    """
+    """One training run: set up in ``__init__``, done by ``run``. ``plan``: the steps that are left to do."""
 
     def __init__(self, config: RunConfig, launch: Launch):
-        self.config, self.launch, self.device = config, launch, launch.device
+        self.config, self.device, self.out = config, launch.device, Path(config.out)
+        train, log = config.train, config.log
+        end_stalls_after(config.parallel.stall_timeout_s)
         initialize_groups(config.parallel.model_parallel)
-        self.dp_rank = dist.get_rank(get_data_parallel_group())
-        self.dp_size = dist.get_world_size(get_data_parallel_group())
-        self._read_model_description()
-        self._read_data()
-        self._build_model()
-        train = config.train
-        self.batches = BatchPlan(train.batch_size, train.accumulation, self.dp_rank, self.dp_size)
-        # packed, epochs differ by a few rows; else each has as many as samples
-        different = range(train.epochs) if config.data.packing else [0] * train.epochs
-        rows = {epoch: len(self._epoch_rows(epoch)) for epoch in set(different)}
-        self.epoch_ends = list(accumulate(self.batches.steps(rows[epoch]) for epoch in different))
-        self.steps = min(self.epoch_ends[-1], train.max_steps or self.epoch_ends[-1])
-        self.out = Path(config.out)
-        self.loggers: Loggers | None = None
+        group = get_data_parallel_group()
         if is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = claim(self.out)
+            for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
+                shutil.rmtree(unfinished)
+        self.state = find_state(self.out / "states", config.resume)
+        self.start = start = Start(config)
+        width = config.data.max_seq_len or start.args.max_seq_len
+        self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
+        self.built = RunModel(config, start, self.state, self.data.digest, launch)
+        self.batches = BatchPlan(train.batch_size, train.accumulation, dist.get_rank(group), dist.get_world_size(group))
+        done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
+        self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
+        # from random weights all of the routing is to change
+        self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
+        begun = self.state.directory.parents[1] if self.state else None
+        self.validation = Validation(self.built.model, self.data, self.batches, config, self.alarms, self.device, begun)
+        self.loggers: Loggers | None = None
+        if is_main() and self.plan.end != done:
             resolved = dataclasses.asdict(config)
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-            self.loggers = Loggers(self.out, config.log, resolved)
-            if bad := [line for source in self.data.sources for line in source.bad()]:
-                (self.out / "bad_records.txt").write_text("\n".join(bad) + "\n")
-
-    def _read_model_description(self) -> None:
-        section = self.config.model
-        self.source: Source
-        self.checkpoint: Checkpoint | None = None
-        if section.checkpoint:
-            self.checkpoint = checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
-            self.args, self.layout, self.source = checkpoint.args, section.layout or checkpoint.layout, checkpoint
-            tokenizer = section.tokenizer or checkpoint.tokenizer
-            if tokenizer is None:
-                raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
-            carried = {} if section.tokenizer else checkpoint.carried
-        else:
-            assert section.config and section.tokenizer and section.layout  # RunConfig has checked
-            self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
-            cuts = logical_cuts(self.args, get_layout(self.layout))
-            self.source, carried = RandomWeights(cuts, self.config.train.seed), {}
-        self.tokenizer = Tokenizer(tokenizer)
-        self.carried = carried | self.tokenizer.files
-        check_vocabulary(self.tokenizer, self.args.vocab_size)
-
-    def _read_data(self) -> None:
-        section = self.config.data
-        self.max_seq_len = section.max_seq_len or self.args.max_seq_len
-        arguments = (section.mix, self.tokenizer, self.max_seq_len, self.config.train.seed)
-        self.data = first_on_each_node(lambda: load_mix(*arguments, section.validation, section.bad_records), self.launch)
-        self.training, self.validation = self.data.training, self.data.validation
-        self.lengths = sample_lengths(self.training)
-        say(
-            f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
-            f"{self.data.count('truncated')} truncated to {self.max_seq_len} tokens, "
-            f"{self.data.count('dropped')} dropped (no target left)"
-        )
-        if section.packing:
-            rows = self._epoch_rows(0)
-            full = self.lengths[rows.samples].sum() / (len(rows) * self.max_seq_len)
-            say(f"packing: {len(rows)} rows of {self.max_seq_len} tokens, {full:.1%} full")
-
-    def _rows(self, order: Sequence[int] | np.ndarray, lengths: np.ndarray) -> Rows:
-        return Rows.packed(order, lengths, self.max_seq_len) if self.config.data.packing else Rows.alone(order)
-
-    def _epoch_rows(self, epoch: int) -> Rows:
-        return self._rows(self.data.epoch(epoch), self.lengths)
-
-    def _build_model(self) -> None:
-        parallel, section, seed = self.config.parallel, self.config.model, self.config.train.seed
-        compute = get_dtype(parallel.precision)
-        layout = get_layout(self.layout)
-        tuning = resolve(self.config.tuning, self.args, layout, seed)
-        cuts = logical_cuts(self.args, layout, tuning.adapters)
-        added = cuts.keys() - logical_cuts(self.args, layout).keys()
-        self.only_trainable = bool(tuning.adapters) or self.config.save.only_trainable
-        given: Adapters = {}
-        if self.checkpoint:
-            given = self.checkpoint.adapters
-            check_goes_on(given, self.checkpoint.changed, tuning, self.only_trainable)
-        new = added - logical_cuts(self.args, layout, given).keys()
-        self.model = build_model(
-            self.args,
-            self.layout,
-            AdaptedSource(self.source, RandomWeights(cuts, seed), new),
-            dtype=at_least(compute),
-            device=self.device,
-            kernel=section.kernel,
-            recompute=parallel.recompute,
-            adapters=tuning.adapters,
-            trains=tuning.trains,
-            frozen_dtype=compute,
-            shard=lambda model: wrap(model, parallel.data_parallel, compute, self.device.type),
-        )
-        self.optimizer = make_optimizer(self.model, self.config.optim)
-        watch_adapters(self.model, self.optimizer, added)
-        self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
-        total = sum(math.prod(cut.shape) for cut in cuts.values())
-        self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
-        peak, origin = peak_flops(self.device, compute)
-        self.peak = peak
-        say(
-            f"model: {total / 1e6:,.1f} M parameters, {self.args.active_parameters() / 1e6:,.1f} M active per token; layout "
-            f"{self.layout}, model parallel {get_model_parallel_world_size()} x data parallel {self.dp_size} "
-            f"({parallel.data_parallel}), {parallel.precision}\n"
-            f"MFU is taken of {peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
-            f"{tuning_table(self.model)}"
-        )
+            self.loggers = Loggers(self.out, log, resolved, done.steps)
+            if lost := list(self.data.lost):
+                (self.out / "bad_records.txt").write_text("\n".join(lost) + "\n")
 
     def run(self) -> None:
         """Train, validate, save, report."""
-        config = self.config
-        if config.train.balance == "global" and config.train.accumulation > 1 and self.args.load_balancing_weight:
-            say("balance loss over the global batch: accumulation costs one more forward (train.balance=document: none)")
-        self.validate(0)
-        step, window = 0, Window()
-        bar = progress(total=self.steps, unit="step")
-        for epoch, micro_batches in self._steps():
-            rate = learning_rate(step, self.steps, self.epoch_ends[0], config.optim)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            try:
-                result = train_step(
-                    self.model,
-                    self.optimizer,
-                    micro_batches,
-                    clip_grad=config.optim.clip_grad,
-                    balance=config.train.balance,
-                    data_parallel=config.parallel.data_parallel,
-                    cut=self.cut,
-                )
-            except UserError as error:
-                raise UserError(f"step {step + 1} of epoch {epoch}: {error}") from error
-            window.add(result)
-            step += 1
+        config, end, done = self.config, self.plan.end, self.plan.done
+        if note := balance_note(config.train.balance, config.train.accumulation, self.start.args.load_balancing_weight):
+            say(note)
+        if self.state:
+            say(self._resumed(self.state.notes))
+        if end == done:
+            return
+        if not self.state:
+            self._validate(0)
+        window = Window()
+        bar = progress(total=end.steps, initial=done.steps, unit="step")
+        for step, micro_batches in self._steps():
+            rate = learning_rate(step, self.plan, config.optim)
+            window.add(self._train(step, micro_batches, rate))
             bar.update()
-            last, epoch_ends = step == self.steps, step in self.epoch_ends
-            if step % config.log.every == 0 or last:
-                self._log(step, window, rate)
+            number, last = step.after.steps, step.after == end
+            keeps_state = config.save.state_every and (last or number % config.save.state_every == 0)
+            if last or keeps_state or number % config.log.every == 0:
+                self._log(number, window, rate)
             with window.paused():
-                if last or epoch_ends or (config.log.validate_every and step % config.log.validate_every == 0):
-                    self.validate(step)
-                if last or (epoch_ends and (epoch + 1) % config.save.every_epochs == 0):
-                    self._save(f"epoch{epoch}" if epoch_ends else f"epoch{epoch}-iter{step}")
+                if last or step.ends_epoch or (config.log.validate_every and number % config.log.validate_every == 0):
+                    self._validate(number)
+                if last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0):
+                    self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{number}"))
+                if keeps_state:
+                    self._save_state(step.after)
         bar.close()
         self._report()
 
-    def _steps(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (epoch, this rank's micro-batches) of every optimiser step."""
-        done = 0
-        for epoch in range(self.config.train.epochs):
-            for micro_batches in self.batches.epoch(self.training, self._epoch_rows(epoch), epoch):
-                if done == self.steps:
-                    return
-                yield epoch, [batch.to(self.device) for batch in micro_batches]
-                done += 1
+    def _steps(self) -> Iterator[tuple[Step, list[Batch]]]:
+        """Yield every optimiser step, with this rank's micro-batches."""
+        for step in self.plan.steps():
+            progressed(f"reading the batch of step {step.after.steps}")
+            micro_batches = self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch)
+            if self.config.train.reference_loss:
+                micro_batches = [with_padding(batch) for batch in micro_batches]
+            progressed(f"step {step.after.steps} of epoch {step.epoch}")
+            yield step, [batch.to(self.device) for batch in micro_batches]
 
-    @torch.no_grad()
-    def validate(self, step: int) -> None:
-        """Mean cross-entropy over the targets of the held-out samples."""
-        if not self.validation:
-            return
-        plan = dataclasses.replace(self.batches, accumulation=1)
-        lengths = sample_lengths(self.validation)
-        rows = self._rows(lengths.argsort(kind="stable"), lengths)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        bar = progress(
-            plan.epoch(self.validation, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False
-        )
-        for (batch,) in bar:
-            loss, _ = self.model(*batch.to(self.device).inputs())
-            total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
-        dist.all_reduce(total, group=get_data_parallel_group())
-        loss_sum, targets = total.tolist()
-        mean = loss_sum / max(1.0, targets)
-        say(f"step {step:5d}  validation loss {mean:.4f}  perplexity {math.exp(min(700.0, mean)):.3f}")
-        if self.loggers:
-            self.loggers.log(step, {"val_loss": mean, "val_perplexity": math.exp(min(700.0, mean))})
+    def _train(self, step: Step, micro_batches: list[Batch], rate: float) -> StepResult:
+        optimizer, train = self.built.optimizer, self.config.train
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            return train_step(
+                self.built.model,
+                optimizer,
+                micro_batches,
+                clip_grad=self.config.optim.clip_grad,
+                balance=train.balance,
+                z_weight=train.z_loss_weight,
+                bias_rate=train.bias_rate,
+                reference_loss=train.reference_loss,
+                data_parallel=self.config.parallel.data_parallel,
+                cut=self.built.cut,
+            )
+        except UserError as error:
+            text: object = error
+            if isinstance(error, NotFinite):
+                path = self.out / "non_finite.json"
+                text = blame(error.finite, micro_batches, self.data.training, path, step.after.steps)
+            raise UserError(f"step {step.after.steps} of epoch {step.epoch}: {text}") from error
+
+    def _validate(self, step: int) -> None:
+        values = self.validation(step)
+        if self.loggers and values:
+            self.loggers.log(step, values)
 
     def _log(self, step: int, window: Window, rate: float) -> None:
-        values, loads = window.reduce()
-        values |= {"lr": rate, **speed(values, self.args, float(self.lengths.mean()), self.trained, self.peak)}
-        shares = loads / loads.sum(1, keepdim=True).clamp(min=1) * loads.shape[1]
-        values |= {"load_max": float(shares.max()), "load_min": float(shares.min())}
+        values, health = window.reduce()
+        built, mean_length = self.built, float(self.data.lengths.mean())
+        values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained, built.peak)}
         say(
-            f"step {step:5d}/{self.steps}  loss {values['loss']:.4f}  balance {values['balance']:.3f}  "
+            f"step {step:5d}/{self.plan.end.steps}  loss {values['loss']:.4f}  balance {values['balance']:.3f}  "
             f"grad {values['grad_norm']:.2f}  lr {rate:.2e}  {values['tokens_per_s']:,.0f} tokens/s  "
-            f"MFU {values['mfu']:.1%}  expert load {values['load_min']:.2f}-{values['load_max']:.2f}"
+            f"MFU {values['mfu']:.1%}\n            {health.line()}"
         )
+        self.alarms.check(step, health)
         if self.loggers:
-            self.loggers.log(step, values | {"loads": loads.tolist()})
+            self.loggers.log(step, values | health.metrics() | self.alarms.metrics())
 
     def _save(self, name: str) -> None:
-        directory, section = self.out / name, self.config.save
-        if self.only_trainable:
-            assert self.checkpoint  # RunConfig has checked
-            below = [str(d.directory) for d in self.checkpoint.directories[: self.checkpoint.base_layers]]
-            base = {"fingerprint": self.checkpoint.fingerprint, "path": below}
-            save_trainable(self.model, directory, self.carried, base)
+        progressed(f"saving {self.out / name}")
+        try:
+            self._save_into(self.out / name)
+        except OSError as error:
+            raise UserError(f"{self.out / name}: cannot be written ({error.strerror})") from error
+
+    def _save_into(self, directory: Path) -> None:
+        carried, checkpoint = self.start.carried, self.start.checkpoint
+        if self.built.only_trainable:
+            assert checkpoint  # RunConfig has checked
+            below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
+            save_trainable(self.built.model, directory, carried, {"fingerprint": checkpoint.fingerprint, "path": below})
             say(f"saved {directory} (what was trained; it belongs to the base model)")
             return
-        save_model(self.model, directory, self.carried, get_dtype(self.config.parallel.precision), section.format)
+        dtype = get_dtype(self.config.parallel.precision)
+        save_model(self.built.model, directory, carried, dtype, self.config.save.format)
         say(f"saved {directory}")
+
+    def _save_state(self, done: Position) -> None:
+        progressed(f"saving the training state of step {done.steps}")
+        notes = StateNotes(
+            parts=dist.get_world_size(),
+            steps=done.steps,
+            rows=done.rows,
+            of_steps=self.plan.end.steps,
+            global_batch=self.batches.global_batch,
+            data=self.data.digest,
+            base=self.built.base,
+        )
+        directory = self.out / "states" / f"step{done.steps}"
+        save_state(self.built.model, self.built.optimizer, directory, notes, self.config.save.keep_states)
+        say(f"saved {directory} (to resume from)")
+
+    def _resumed(self, notes: StateNotes) -> str:
+        assert self.state
+        if self.plan.end == self.plan.done:
+            return (
+                f"{self.state.directory}: this run is over; raise train.epochs or train.max_steps to go on, on the "
+                "learning-rate curve of the longer run"
+            )
+        text = f"resumed from {self.state.directory}, of {notes.of_steps} steps"
+        if notes.global_batch != self.batches.global_batch:
+            text += (
+                f"; a step had {notes.global_batch} rows, now {self.batches.global_batch}: set train.batch_size or "
+                "train.accumulation to keep it. The rows that are left are the same"
+            )
+        return text
 
     def _report(self) -> None:
         if self.loggers:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from accessory.model.args import ModelArgs
 from accessory.parallel.tensor import get_data_parallel_group
+from accessory.train.health import RouterHealth
 from accessory.train.step import StepResult
 
 # dense bf16 peak of a card, TFLOP/s, from NVIDIA's data sheets (without sparsity)
@@ -33,15 +33,16 @@ class Window:
         yield
         self.started += time.perf_counter() - start
 
-    def reduce(self) -> tuple[dict[str, float], Tensor]:
+    def reduce(self) -> tuple[dict[str, float], RouterHealth]:
         """Sum over steps and data-parallel ranks (a collective), and start anew.
 
         Returns:
-            loss (mean over targets), balance (mean over steps), grad_norm (of the last step), targets, tokens, seconds;
-            and the experts' loads, [L, E] on the CPU.
+            loss (mean over targets), balance and z_loss (means over steps), grad_norm (of the last step), targets,
+            tokens, seconds; and what the routers did, on the CPU.
         """
         group = get_data_parallel_group()
-        sums = torch.stack([torch.stack([s.loss_sum, s.balance]) for s in self.steps]).sum(0)
+        sums = torch.stack([torch.cat([torch.stack([s.loss_sum, s.balance, s.z]), s.entropy]) for s in self.steps])
+        sums = sums.double().sum(0)
         counts = torch.stack([s.counts for s in self.steps]).sum(0)
         dist.all_reduce(sums, group=group)
         dist.all_reduce(counts, group=group)
@@ -51,13 +52,14 @@ class Window:
         values = {
             "loss": float(sums[0]) / max(1, targets),
             "balance": float(sums[1]) / len(self.steps),
+            "z_loss": float(sums[2]) / len(self.steps),
             "grad_norm": float(self.steps[-1].grad_norm),
             "targets": targets,
             "tokens": tokens,
             "seconds": now - self.started,
         }
         self.steps, self.started = [], now
-        return values, counts.cpu()
+        return values, RouterHealth(counts.cpu(), sums[3:].cpu() / max(1, tokens))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

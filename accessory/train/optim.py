@@ -7,6 +7,7 @@ from torch.optim import AdamW
 
 from accessory.parallel.fsdp import show_masters
 from accessory.train.config import OptimSection
+from accessory.train.plan import Plan, Step
 
 
 def make_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
@@ -20,10 +21,14 @@ def make_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, steps_per_epoch: int, config: OptimSection) -> float:
-    """The rate of optimiser step ``step`` (from 0) of ``steps``: linear warm-up, then a cosine down to ``min_lr``."""
-    warmup = min(steps, round(config.warmup_epochs * steps_per_epoch))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+def learning_rate(step: Step, plan: Plan, config: OptimSection) -> float:
+    """The rate of an optimiser step: linear warm-up, then a cosine down to ``min_lr``.
+
+    A function of the rows seen, so that a run that goes on with another global batch stays on the same curve.
+    """
+    total = plan.end.rows
+    warmup = min(total, config.warmup_epochs * plan.epoch_rows[0])
+    if step.before.rows < warmup:
+        return config.lr * min(1.0, step.after.rows / warmup)
+    progress = (step.before.rows - warmup) / max(1, total - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,12 +1,15 @@
 """Pictures and tables of runs, from their metrics.jsonl."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from accessory.errors import UserError
+from accessory.train.health import STARVED
+from accessory.train.loggers import METRICS, read_metrics
 
 
 @dataclass(frozen=True)
@@ -16,20 +19,34 @@ class History:
     name: str
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    routing: list[dict[str, Any]]  # of the probe, if there was one
     loads: list[list[float]]  # [L][E], shares of the whole run
 
     @classmethod
     def load(cls, directory: Path) -> "History":
-        path = directory / "metrics.jsonl"
+        path = directory / METRICS
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a run directory")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read_metrics(path)
         train = [row for row in rows if "loss" in row]
         if not train:
             raise UserError(f"{path}: no training step was logged")
         totals = [[sum(c) for c in zip(*layer, strict=True)] for layer in zip(*(r["loads"] for r in train), strict=True)]
         loads = [[count / sum(layer) for count in layer] for layer in totals]
-        return cls(directory.name, train, [row for row in rows if "val_loss" in row], loads)
+        validation, routing = ([row for row in rows if key in row] for key in ("val_loss", "routing_change"))
+        return cls(directory.name, train, validation, routing, loads)
+
+    @property
+    def largest_loads(self) -> np.ndarray:
+        """[L, log steps] load of the busiest expert, in fair shares; found in the oldest metrics, too."""
+        counts = np.array([row["loads"] for row in self.train], dtype=float)
+        return (counts.max(2) / counts.mean(2).clip(1e-9)).T
+
+    @property
+    def entropy_shares(self) -> np.ndarray | None:
+        """[L, log steps] entropy of the router's probabilities as a share of log E; None in older metrics."""
+        rows = [row.get("layer_entropy_share") for row in self.train]
+        return None if None in rows else np.array(rows).T
 
 
 def load_table(loads: list[list[float]]) -> str:
@@ -64,29 +81,65 @@ def compare_table(runs: list[History]) -> str:
 
 
 def plot(runs: list[History], path: Path) -> None:
-    """Draw loss curves and a map of expert load for each run into one PNG."""
+    """Draw loss curves, the change of routing, and maps of each run's expert load and router entropy into one PNG.
+
+    In every map white is healthy.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 1 + len(runs), figsize=(5.5 + 3.2 * len(runs), 4), layout="constrained", squeeze=False)
-    curve, *maps = axes[0]
+    figure, axes = plt.subplots(1 + len(runs), 3, figsize=(14, 3.6 * (1 + len(runs))), layout="constrained")
+    grid = axes[0, 0].get_gridspec()
+    for axis in axes[0, :2]:
+        axis.remove()
+    curve, routing = figure.add_subplot(grid[0, :2]), axes[0, 2]
     for run, style in zip(runs, ("-", "--", ":", "-.") * len(runs), strict=False):
         (line,) = curve.plot([r["step"] for r in run.train], [r["loss"] for r in run.train], style, label=run.name)
         if run.validation:
             steps, losses = [r["step"] for r in run.validation], [r["val_loss"] for r in run.validation]
             curve.plot(steps, losses, "o", color=line.get_color(), label=f"{run.name}, validation")
+        if run.routing:
+            steps = [0, *(r["step"] for r in run.routing)]
+            layers = np.array([[0.0] * len(run.loads), *(r["layer_routing_change"] for r in run.routing)])
+            routing.plot(steps, layers.mean(1), style, marker="o", color=line.get_color())
+            routing.fill_between(steps, layers.min(1), layers.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
     curve.set(xlabel="step", ylabel="loss (nats per target token)", title="loss")
-    curve.grid(alpha=0.3)
     curve.legend()
-    for run, axis in zip(runs, maps, strict=True):
-        experts = len(run.loads[0])
-        shares = [[x * experts for x in layer] for layer in run.loads]
-        image = axis.imshow(shares, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
-        axis.set(xlabel="expert", ylabel="layer", title=f"expert load, {run.name}\n(1 = fair share)")
-        axis.set_xticks(range(experts))
-        axis.set_yticks(range(len(shares)))
-        figure.colorbar(image, ax=axis)
+    routing.set(xlabel="step", ylabel="share of the probe's choices", ylim=(0, None))
+    routing.set_title("routing that changed since the start\n(line: mean, shade: from least to most changed layer)")
+    for axis in (curve, routing):
+        axis.grid(alpha=0.3)
+    for run, (load, busiest, entropy) in zip(runs, axes[1:], strict=True):
+        experts, steps = len(run.loads[0]), [0, *(row["step"] for row in run.train)]
+        shares = np.array(run.loads) * experts
+        _map(load, np.arange(experts + 1) - 0.5, shares, "bwr", 0, 2)
+        for layer, expert in zip(*np.nonzero(shares < STARVED), strict=True):
+            load.text(expert, layer, "\N{MULTIPLICATION SIGN}", color="white", ha="center", va="center")
+        load.set(
+            xlabel="expert", title=f"{run.name}: expert load of the run\n(1 = fair share, \N{MULTIPLICATION SIGN} = starved)"
+        )
+        _map(busiest, steps, run.largest_loads, "Reds", 1, 3)
+        busiest.set(xlabel="step", title=f"{run.name}: load of each layer's busiest expert\n(1 = all alike)")
+        if run.entropy_shares is None:
+            entropy.set_axis_off()
+        else:
+            _map(entropy, steps, run.entropy_shares, "Reds_r", 0, 1)
+            entropy.set(
+                xlabel="step", title=f"{run.name}: entropy of each layer's router\n(1 = no preference, 0 = always sure)"
+            )
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _map(axis: Any, edges: Any, values: np.ndarray, colours: str, least: float, most: float) -> None:
+    """Draw ``values`` [L, n]; column i lies between ``edges`` i and i + 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = np.arange(len(values) + 1) - 0.5
+    image = axis.pcolormesh(edges, rows, values, cmap=colours, vmin=least, vmax=most)
+    axis.set(ylabel="layer", ylim=(rows[-1], rows[0]))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
+    axis.figure.colorbar(image, ax=axis, extend="max" if most > 1 else "neither")

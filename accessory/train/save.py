@@ -19,7 +19,7 @@ from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
 from accessory.model.decoder import Decoder
-from accessory.model.logical import logical_cuts, region_shape
+from accessory.model.logical import logical_cuts, region_shape, stored_dtype
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.tensor import (
     get_data_parallel_group,
@@ -27,6 +27,7 @@ from accessory.parallel.tensor import (
     get_model_parallel_rank,
     get_model_parallel_world_size,
 )
+from accessory.parallel.watchdog import progressed
 
 
 @torch.no_grad()
@@ -49,14 +50,14 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     for tile in rank_tiles(model.args, model.layout, rank, size, path.name):
         tiles[tile.name].append(tile)
     own = {name: cut.region(rank, size) for name, cut in logical_cuts(model.args, model.layout).items()}
-    announced = {tile.key: (dtype, tile.stored_shape()) for some in tiles.values() for tile in some}
+    announced = {t.key: (stored_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
     with TensorWriter(path, announced, rank_notes(rank, size)) if writes else nullcontext() as file:
         for name, whole in gathered(model):
             if file is None:
                 continue
             for tile in tiles[name]:
                 box = whole.view(region_shape(own[name]))[within(tile.region, own[name])]
-                file.write(tile.key, tile.encode(box.to("cpu", dtype)))
+                file.write(tile.key, tile.encode(box.to("cpu", stored_dtype(name, dtype))))
     dist.barrier()
     if is_main():
         write_description(temporary_name(directory), model.args, model.layout.name)
@@ -106,8 +107,9 @@ def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str
 
 @torch.no_grad()
 def gathered(model: Decoder, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """This model-parallel rank's parameters (or some) by name, each gathered over the data-parallel ranks (a collective)."""
+    """This model-parallel rank's tensors (or some) by name, each gathered over the data-parallel ranks (a collective)."""
     show_masters(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_tensors():
         if names is None or name in names:
+            progressed()
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

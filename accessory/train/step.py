@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from accessory.data.loader import Batch
-from accessory.errors import UserError
-from accessory.model.decoder import Decoder, Targets
+from accessory.model.decoder import Decoder
 from accessory.parallel.fsdp import DataParallel, global_grad_norm, local_part, sync_gradients
 from accessory.parallel.tensor import get_data_parallel_group
-from accessory.train.balance import document_balance, global_balance
+from accessory.train.balance import BalanceMode, shift_score_biases, step_balance, summed, z_loss
+from accessory.train.nonfinite import NotFinite
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,9 @@ class StepResult:
 
     loss_sum: Tensor  # cross-entropy over this rank's targets
     balance: Tensor  # this rank's share of the balance loss
+    z: Tensor  # this rank's share of the z-loss
     counts: Tensor  # [L, E] rows this rank routed to each expert
+    entropy: Tensor  # [L] sum over this rank's tokens of the entropy of the router's probabilities, in nats
     targets: Tensor  # targets of the whole global batch
     tokens: Tensor  # real tokens of the whole global batch
     grad_norm: Tensor  # before clipping, of the whole model
@@ -35,24 +36,31 @@ def train_step(
     micro_batches: Sequence[Batch],
     *,
     clip_grad: float,
-    balance: Literal["global", "document"],
+    balance: BalanceMode,
     data_parallel: DataParallel,
     cut: set[str],
+    z_weight: float = 0.0,
+    bias_rate: float = 0.001,
+    reference_loss: bool = False,
 ) -> StepResult:
     """One optimiser step over a global batch: ``micro_batches`` of every data-parallel rank.
 
-    loss = cross-entropy / targets + load_balancing_weight * balance loss, each over the whole global batch.
+    loss = cross-entropy / targets + load_balancing_weight * balance loss + z_weight * z-loss, each over the whole
+    global batch.
 
     Args:
+        balance: what the balance loss is taken over (``train.balance``); with "bias" there is none, and the routers'
+            score biases move by ``bias_rate``.
         cut: names of the parameters that are cut over model-parallel ranks.
+        reference_loss: average the cross-entropy as LLaMA2-Accessory does: over each micro-batch, then over those.
 
     Raises:
-        UserError: the loss or gradient is not finite; on all ranks together, before any weight has changed.
+        NotFinite: the loss or gradient is not; on all ranks together, before any weight has changed.
     """
     device = micro_batches[0].tokens.device
     group = get_data_parallel_group()
     ranks = dist.get_world_size(group)
-    weight, top_k = model.args.load_balancing_weight, model.args.moe.num_experts_per_tok
+    weight = 0.0 if balance == "bias" else model.args.load_balancing_weight
 
     # 1. How much there is in the whole global batch: a mean of means would depend on how it is cut.
     totals = torch.tensor([[b.target_tokens, b.real_tokens] for b in micro_batches], device=device).sum(0)
@@ -60,51 +68,38 @@ def train_step(
     targets, tokens = totals
 
     # 2. Its experts' loads, where the balance loss needs them before the first backward.
-    per_document = balance == "document" or not weight  # a loss without weight is only reported: the free way
-    loads = None
-    if not per_document and len(micro_batches) > 1:
-        loads = count_loads(model, micro_batches)
+    balance_share = step_balance(balance, model, micro_batches, tokens)
 
     # 3. Forward and backward. FSDP averages gradients over data-parallel ranks; here they must be summed.
     loss_sum = torch.zeros((), device=device)
-    balance_sum = torch.zeros((), device=device)
+    balance_sum, z_sum = torch.zeros(2, device=device)
     counts = torch.zeros(model.args.n_layers, model.args.moe.num_experts, dtype=torch.int64, device=device)
+    entropy = torch.zeros(model.args.n_layers, device=device)
+    losses = []
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         sync_gradients(model, last or data_parallel == "fsdp")  # fsdp never holds whole gradients; the others add up
         loss, stats = model(*batch.inputs(), keys=batch.keys)
-        batch_counts = stats.counts.sum(1)
-        if per_document:
-            share = document_balance(stats, tokens, top_k)
-        else:
-            share = global_balance(stats, _summed(batch_counts) if loads is None else loads, tokens, top_k)
-        ((loss / targets.clamp(min=1) + weight * share) * ranks).backward()
-        loss_sum, balance_sum, counts = loss_sum + loss.detach(), balance_sum + share.detach(), counts + batch_counts
+        losses.append(loss.detach())
+        if reference_loss:  # each micro-batch weighs the same, however many targets it has
+            loss = loss * targets / (max(1, batch.target_tokens) * len(micro_batches) * ranks)
+        share = balance_share(stats)
+        z = z_loss(stats, tokens)
+        ((loss / targets.clamp(min=1) + weight * share + z_weight * z) * ranks).backward()
+        loss_sum, balance_sum, z_sum = loss_sum + loss.detach(), balance_sum + share.detach(), z_sum + z.detach()
+        counts, entropy = counts + stats.counts.sum(1), entropy + stats.entropy.sum(1)
 
     # 4. Clip by the norm of the whole model's gradient. One host sync a step, so that no bad step is ever taken.
     parameters = dict(model.named_parameters())
     norm = global_grad_norm(parameters, cut)
     if not norm.isfinite():
-        raise UserError("the loss or its gradient is not finite; no weight was changed. Lower optim.lr, or look at the data")
+        raise NotFinite(torch.stack(losses).isfinite().tolist())
     scale = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_part(p.grad) for p in parameters.values() if p.grad is not None], scale)
 
     # 5. Change the weights.
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum, balance_sum, counts, targets, tokens, norm)
-
-
-@torch.no_grad()
-def count_loads(model: Decoder, micro_batches: Sequence[Batch]) -> Tensor:
-    """Rows routed to each expert [L, E] in the whole global batch: a forward of every micro-batch without the output."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=micro_batches[0].tokens.device)
-    counts = [model(b.tokens, b.documents, Targets(nothing, nothing), keys=b.keys)[1].counts.sum(1) for b in micro_batches]
-    return _summed(torch.stack(counts).sum(0))
-
-
-def _summed(x: Tensor) -> Tensor:
-    """The sum over data-parallel ranks."""
-    x = x.clone()
-    dist.all_reduce(x, group=get_data_parallel_group())
-    return x
+    if balance == "bias":
+        shift_score_biases(model, summed(counts), bias_rate)
+    return StepResult(loss_sum, balance_sum, z_sum, counts, entropy, targets, tokens, norm)

@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.config import nearest
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, Region, Source, adapter_cuts, logical_cuts
+from accessory.model.logical import Adapters, Region, Source, adapter_cuts, is_buffer, logical_cuts
 from accessory.model.moe.layouts import Layout
 from accessory.parallel.adapter import Adapter
 from accessory.train.config import LoraSection, TuningSection
@@ -44,7 +44,7 @@ def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int =
     Raises:
         UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
     """
-    cuts = logical_cuts(args, layout)
+    cuts = {name: cut for name, cut in logical_cuts(args, layout).items() if not is_buffer(name)}
     names = list(cuts)
     adapters = _adapters(section, [name for name, cut in cuts.items() if len(cut.shape) > 1], seed)
     wanted = [("tuning.norm", "norms")] if section.norm else []

@@ -1,4 +1,4 @@
-# What every recipe does; sourced by them:  . recipe.sh RUN_YAML [key.sub=value ...] -- "$@"
+# What every recipe does; a job that is requeued goes on where it was. Sourced by them:  . recipe.sh RUN_YAML [key.sub=value ...] -- "$@"
 # and the user gave "$@" = CKPT_DIR CONFIG_JSON TOKENIZER [key.sub=value ...]
 set -euo pipefail
 settings=()
@@ -11,4 +11,4 @@ fi
 checkpoint=$(realpath "$1") config=$(realpath "$2") tokenizer=$(realpath "$3")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 exec python -m accessory finetune "configs/finetune/${settings[0]}.yaml" "${settings[@]:1}" \
-    model.checkpoint="$checkpoint" model.config="$config" model.tokenizer="$tokenizer" "${@:4}"
+    resume=auto model.checkpoint="$checkpoint" model.config="$config" model.tokenizer="$tokenizer" "${@:4}"

@@ -23,7 +23,7 @@ class MoE(nn.Module):
         size, moe = get_model_parallel_world_size(), args.moe
         self.num_experts = moe.num_experts
         self.local = layout.local_experts(moe.num_experts, get_model_parallel_rank(), size)
-        self.gate = Router(args.dim, moe.num_experts, moe.num_experts_per_tok)
+        self.gate = Router(args.dim, moe.num_experts, moe.num_experts_per_tok, moe.score_bias)
         hidden_dim = args.hidden_dim * moe.num_experts // (size * len(self.local))
         self.experts = GroupedExperts(len(self.local), args.dim, hidden_dim, kernel, layout.cut_dims)
 

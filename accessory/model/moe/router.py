@@ -1,5 +1,6 @@
 """The router: which experts a token goes to, and how much each of them counts."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from accessory.parallel.adapter import Adaptable, dropped
 
 
 class Routing(NamedTuple):
-    """The decision for T tokens; ``probs`` and ``weights`` are at least fp32."""
+    """The decision for T tokens; all but ``experts`` is at least fp32."""
 
+    logits: Tensor  # [T, E]
     probs: Tensor  # [T, E] softmax over all experts
     weights: Tensor  # [T, K] the chosen experts' probabilities, renormalised to sum to 1
     experts: Tensor  # [T, K] their numbers
@@ -25,8 +27,36 @@ class RouterStats(NamedTuple):
     Sums can be added over layers, micro-batches and ranks before anything is divided (see ``train.balance``).
     """
 
-    counts: Tensor  # [n, E] int64: routed rows per expert; sums to K x tokens
-    probs: Tensor  # [n, E] sum of router probabilities; carries gradient
+    sums: Tensor  # [n + 1, 2 E + 2], at least fp32; what padding sums up to comes first, and is never used
+
+    @classmethod
+    def stacked(cls, layers: Sequence["RouterStats"]) -> "RouterStats":
+        """Of several layers: everything gets a first dimension of L layers."""
+        return cls(torch.stack([layer.sums for layer in layers]))
+
+    @property
+    def counts(self) -> Tensor:
+        """[n, E] int64: routed rows per expert; they sum to K x tokens."""
+        return self.sums.detach()[..., 1:, : self._experts].long()
+
+    @property
+    def probs(self) -> Tensor:
+        """[n, E] sum of router probabilities; carries gradient."""
+        return self.sums[..., 1:, self._experts : -2]
+
+    @property
+    def z(self) -> Tensor:
+        """[n] sum of (log sum_e exp logit_e)^2; carries gradient."""
+        return self.sums[..., 1:, -2]
+
+    @property
+    def entropy(self) -> Tensor:
+        """[n] sum of the entropies of the router probabilities, in nats."""
+        return self.sums.detach()[..., 1:, -1]
+
+    @property
+    def _experts(self) -> int:
+        return self.sums.shape[-1] // 2 - 1
 
 
 class Router(Adaptable):
@@ -34,12 +64,19 @@ class Router(Adaptable):
 
     Computed in at least fp32 whatever the model's dtype: a bf16 softmax changes the chosen experts of some tokens.
     Replicated on every model-parallel rank.
+
+    Attributes:
+        score_bias: [E] fp32, or None. Added to the probabilities where the experts are chosen, and only there (Wang et
+            al. 2024, Auxiliary-Loss-Free Load Balancing). A buffer: FSDP would shard a parameter, and cast it to bf16.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int):
+    score_bias: Tensor | None
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, score_bias: bool = False):
         super().__init__()
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("score_bias", torch.zeros(num_experts, dtype=torch.float32) if score_bias else None)
 
     def forward(self, x: Tensor, draw: Tensor | None = None) -> Routing:
         """``x`` [T, D] -> Routing. ``draw`` [T] is the adapter's, for dropout."""
@@ -49,13 +86,23 @@ class Router(Adaptable):
             low = F.linear(dropped(x, self.adapter, draw), at_least_fp32(self.lora_a)) * self.adapter.scaling
             logits = logits + F.linear(low, at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
-        weights, experts = probs.topk(self.top_k, dim=-1)
-        return Routing(probs, weights / weights.sum(-1, keepdim=True), experts)
+        scores = probs if self.score_bias is None else probs + self.score_bias
+        experts = scores.topk(self.top_k, dim=-1).indices
+        weights = probs.gather(-1, experts)
+        return Routing(logits, probs, weights / weights.sum(-1, keepdim=True), experts)
+
+    @torch.no_grad()
+    def shift_score_bias(self, counts: Tensor, rate: float) -> None:
+        """Raise the bias of each expert that got fewer than the mean of ``counts`` [E] by ``rate``, lower the others'."""
+        assert self.score_bias is not None, "moe.score_bias is not set"
+        self.score_bias += rate * torch.sign(counts.sum() - len(counts) * counts)
 
 
 def router_stats(routing: Routing, documents: Documents) -> RouterStats:
     """Sum a routing over the tokens of each document."""
-    chosen = torch.zeros_like(routing.probs, dtype=torch.int64).scatter_(1, routing.experts, 1)
-    number, shape = documents.number.flatten(), (documents.count + 1, chosen.shape[1])
-    counts, probs = (x.new_zeros(shape).index_add(0, number, x) for x in (chosen, routing.probs))
-    return RouterStats(counts[1:], probs[1:])  # 0 is padding
+    chosen = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)
+    z = routing.logits.logsumexp(-1, keepdim=True).square()
+    entropy = torch.special.entr(routing.probs.detach()).sum(-1, keepdim=True)
+    values = torch.cat([chosen, routing.probs, z, entropy], 1)
+    sums = values.new_zeros(documents.count + 1, values.shape[1])
+    return RouterStats(sums.index_add(0, documents.number.flatten(), values))

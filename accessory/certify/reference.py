@@ -1,17 +1,18 @@
 """A plain Mixtral in one process: full logical tensors, no autograd tricks, nothing shared with the code under test."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
 def forward(w, args, tokens, scaling=1.0):
-    """One sequence [S] -> logits [S, V], router probabilities [L, S, E] and chosen experts [L, S, K].
+    """One sequence [S] -> logits [S, V], router logits [L, S, E] and chosen experts [L, S, K].
 
     Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A.
     """
-    length, probs, chosen = len(tokens), [], []
+    length, routers, chosen = len(tokens), [], []
     w = with_adapters(w, scaling)
     x = w["tok_embeddings.weight"][tokens]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
@@ -32,8 +33,9 @@ def forward(w, args, tokens, scaling=1.0):
         heads = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
         x = x + heads @ layer["attention.wo.weight"].T + layer.get("attention.wo.bias", 0.0)
         h = norm(x, layer["ffn_norm.weight"], args.norm_eps)
-        p = (h @ layer["feed_forward.gate.weight"].T).softmax(-1)
-        top = p.topk(args.moe.num_experts_per_tok, -1).indices
+        router = h @ layer["feed_forward.gate.weight"].T
+        p = router.softmax(-1)
+        top = (p + layer.get("feed_forward.gate.score_bias", 0.0)).topk(args.moe.num_experts_per_tok, -1).indices
         share = torch.zeros_like(p).scatter(1, top, p.gather(1, top))
         share = share / share.sum(-1, keepdim=True)
         y, biased = torch.zeros_like(x), "feed_forward.experts.w1_bias" in layer
@@ -42,9 +44,9 @@ def forward(w, args, tokens, scaling=1.0):
             b1, b2, b3 = (layer[f"feed_forward.experts.{m}_bias"][e] if biased else 0.0 for m in ("w1", "w2", "w3"))
             y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T + b1) * (h @ w3.T + b3)) @ w2.T + b2)
         x = x + y
-        probs.append(p)
+        routers.append(router)
         chosen.append(top)
-    return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(probs), torch.stack(chosen)
+    return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(routers), torch.stack(chosen)
 
 
 def with_adapters(w, scaling):
@@ -73,51 +75,92 @@ def rotate(x, args):
     return out
 
 
-def loss(w, args, samples, balance, scaling=1.0):
-    """Training loss over a whole global batch of (tokens, trained) pairs, as FORMATS defines it."""
-    total, targets, documents = 0.0, 0, []
+class Parts(NamedTuple):
+    """What a training loss is made of, over a whole global batch, and how close the router's decisions were."""
+
+    ce: torch.Tensor  # mean cross-entropy over the targets
+    balance: torch.Tensor
+    z: torch.Tensor
+    counts: torch.Tensor  # [L, E] routed rows of each expert
+    margin: float  # smallest distance between the router logits of the last expert chosen and the first that is not
+
+
+class Step(NamedTuple):
+    """One optimiser step."""
+
+    parts: Parts
+    norm: float  # of the whole gradient, before it is clipped
+    scale: float  # what clipping multiplies it by
+    gradients: dict  # clipped
+    weights: dict  # after the step
+
+
+def loss_parts(w, args, samples, balance, scaling=1.0):
+    """Parts of the loss over a whole global batch of (tokens, trained) pairs, as FORMATS defines them."""
+    total, targets, documents = torch.zeros(()), 0, []
+    margin, top_k = math.inf, args.moe.num_experts_per_tok
     for tokens, trained in samples:
-        logits, probs, chosen = forward(w, args, torch.tensor(tokens), scaling)
+        logits, routers, chosen = forward(w, args, torch.tensor(tokens), scaling)
         for position in range(len(tokens) - 1):
             if trained[position + 1]:
                 total = total - logits[position].log_softmax(-1)[tokens[position + 1]]
                 targets += 1
-        documents.append((probs, F.one_hot(chosen, args.moe.num_experts).sum(2)))
+        documents.append((routers, F.one_hot(chosen, args.moe.num_experts).sum(2)))
+        if top_k < args.moe.num_experts:
+            ranked = routers.detach().sort(-1, descending=True).values
+            margin = min(margin, (ranked[..., top_k - 1] - ranked[..., top_k]).min().item())
+    loads = torch.stack([counts.sum(1) for _, counts in documents]).sum(0)
     if balance == "global":
-        documents = [tuple(torch.cat(part, 1) for part in zip(*documents, strict=True))]
-    tokens = sum(probs.shape[1] for probs, _ in documents)
-    uneven = 0.0
-    for probs, counts in documents:
-        length = probs.shape[1]
-        per_layer = args.moe.num_experts / (length * args.moe.num_experts_per_tok) * (counts.sum(1) * probs.mean(1)).sum(-1)
+        documents = [(torch.cat([d[0] for d in documents], 1), torch.cat([d[1] for d in documents], 1))]
+    tokens = sum(routers.shape[1] for routers, _ in documents)
+    uneven, large = torch.zeros(2)
+    for routers, counts in documents:
+        probs, length = routers.softmax(-1), routers.shape[1]
+        large = large + routers.logsumexp(-1).pow(2).sum() / (len(routers) * tokens)
+        per_layer = args.moe.num_experts / (length * top_k) * (counts.sum(1) * probs.mean(1)).sum(-1)
         uneven = uneven + per_layer.mean() * length / tokens
-    return total / targets + args.load_balancing_weight * uneven
+    return Parts(total / targets, uneven, large, loads, margin)
 
 
-def train(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
-    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; returns weights, clipped gradients, norms.
+def weighted(parts, args, z_weight=0.01):
+    """The training loss."""
+    return parts.ce + args.load_balancing_weight * parts.balance + z_weight * parts.z
+
+
+def loss(w, args, samples, balance, scaling=1.0, z_weight=0.01):
+    """Training loss over a whole global batch of (tokens, trained) pairs."""
+    return weighted(loss_parts(w, args, samples, balance, scaling), args, z_weight)
+
+
+def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
+    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; yields a Step for each.
 
     ``trains``: names of the tensors that do; None: all.
     """
     frozen = {name: tensor for name, tensor in w.items() if trains is not None and name not in trains}
     w = {name: tensor.clone().requires_grad_() for name, tensor in w.items() if name not in frozen}
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
-    first_gradients, norms = None, []
     for step, samples in enumerate(batches, 1):
         for tensor in w.values():
             tensor.grad = None
-        loss(w | frozen, args, samples, balance, scaling).backward()
+        parts = loss_parts(w | frozen, args, samples, balance, scaling)
+        weighted(parts, args).backward()
         size = math.sqrt(sum(t.grad.pow(2).sum().item() for t in w.values()))
-        norms.append(size)
+        scale = min(1.0, clip / (size + 1e-6))
         with torch.no_grad():
             for name, tensor in w.items():
-                g = tensor.grad.mul_(min(1.0, clip / (size + 1e-6)))
+                g = tensor.grad.mul_(scale)
                 m, v = moments[name]
                 m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
                 v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
                 if tensor.dim() > 1 and not name.endswith("bias"):
                     tensor.mul_(1 - lr * weight_decay)
                 tensor.sub_(lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps))
-        if first_gradients is None:
-            first_gradients = {name: t.grad.clone() for name, t in w.items()}
-    return {name: t.detach() for name, t in w.items()}, first_gradients, norms
+        gradients = {name: t.grad.clone() for name, t in w.items()}
+        yield Step(parts, size, scale, gradients, {name: t.detach().clone() for name, t in w.items()})
+
+
+def train(w, args, batches, **options):
+    """All of ``train_steps``; returns the last weights, the first clipped gradients, and the norms."""
+    steps = list(train_steps(w, args, batches, **options))
+    return steps[-1].weights, steps[0].gradients, [step.norm for step in steps]

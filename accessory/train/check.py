@@ -2,41 +2,55 @@
 
 import argparse
 import itertools
-import json
 import math
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
+from accessory.checkpoint.open import TOKENIZERS, load_args, own_config
 from accessory.config import read_mapping
-from accessory.data.mix import Dataset, Tokenised, load_mix, tokenise_mix
+from accessory.data.mix import Dataset, Tokenised, split_mix, tokenise_mix
 from accessory.data.packing import Rows
-from accessory.data.store import Sample
+from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.train.config import RunConfig
+from accessory.train.loggers import METRICS, read_metrics
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+DEFAULT_MAX_SEQ_LEN = 4096
+"""Of a mix without a run."""
 COLUMNS = ("records", "bad", "samples", "tokens", "targets", "truncated", "dropped", "duplicate", "p50", "p90", "p99", "max")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Validate every record of a mix and print a table; exit code 1 if one is bad."""
+    """Validate every record of a mix and print a table; exit code 1 if one is bad, or nothing is left to train on."""
     run = _run(arguments.mix)
     mix, tokenizer, max_seq_len = _what(arguments, run)
     sources = tokenise_mix(mix, tokenizer, max_seq_len)
-    bad = [line for source in sources for line in source.bad()]
+    print(f"samples of at most {max_seq_len:,} tokens\n")
     print(_table(sources))
     _draw(sources, arguments.png)
     print(f"\nlengths: {arguments.png}")
-    if run is not None and any(len(source) for source in sources):
-        data = load_mix(mix, tokenizer, max_seq_len, run.train.seed, run.data.validation, "skip")
-        print(_plan(run, data, max_seq_len, arguments))
+    bad, dropped = (sum(getattr(s.report, what) for source in sources for s in source.stores) for what in ("bad", "dropped"))
+    _list((line for source in sources for line in source.dropped()), dropped, arguments.n)
+    _list((line for source in sources for line in source.bad()), bad, arguments.n)
+    if any(len(source) for source in sources) or not bad:
+        seed, validation = (run.train.seed, run.data.validation) if run else (0, 0.0)
+        data = split_mix(mix, sources, max_seq_len, seed, validation)
+        if run:
+            print(_plan(run, data, max_seq_len, arguments))
     if bad:
-        print("\n".join(["", *bad[:10], *([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])]))
-        sys.exit(f"{len(bad)} bad records")
+        sys.exit(f"{bad} bad records")
+
+
+def _list(lines: Iterator[str], count: int, most: int) -> None:
+    if count:
+        print("\n".join(["", *itertools.islice(lines, most)]))
+    if count > most:
+        print(f"... and {count - most} more: list them with -n {count}")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -73,14 +87,28 @@ def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, T
     """Mix, tokenizer and longest sample: the run's, unless the command says otherwise."""
     tokenizer, max_seq_len = arguments.tokenizer, arguments.max_seq_len
     if run is not None:
-        tokenizer, max_seq_len = tokenizer or run.model.tokenizer, max_seq_len or run.data.max_seq_len
-        if tokenizer is None and run.model.checkpoint:
-            first = run.model.checkpoint if isinstance(run.model.checkpoint, str) else run.model.checkpoint[0]
-            tokenizer = next((f for f in map(Path(first).joinpath, TOKENIZERS) if f.is_file()), None)
+        tokenizer = tokenizer or run.model.tokenizer
+        if tokenizer is None:
+            tokenizer = next((f for f in map(_checkpoint(run).joinpath, TOKENIZERS) if f.is_file()), None)
+        max_seq_len = _max_seq_len(run) if max_seq_len is None else max_seq_len
     if tokenizer is None:
         raise UserError(f"{arguments.mix}: give --tokenizer, so that lengths are known")
     mix = Path(run.data.mix) if run is not None else arguments.mix
-    return mix, Tokenizer(tokenizer), max_seq_len or 4096
+    return mix, Tokenizer(tokenizer), DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len
+
+
+def _max_seq_len(run: RunConfig) -> int:
+    """The run's own, else its model's, as the trainer takes it."""
+    if run.data.max_seq_len is not None:
+        return run.data.max_seq_len
+    return load_args(run.model.config or own_config(_checkpoint(run))).max_seq_len
+
+
+def _checkpoint(run: RunConfig) -> Path:
+    """The directory that the run starts from, or the first of several."""
+    checkpoint = run.model.checkpoint
+    assert checkpoint  # RunConfig has checked: else it names config.json and tokenizer
+    return Path(checkpoint if isinstance(checkpoint, str) else checkpoint[0])
 
 
 def _table(sources: list[Tokenised]) -> str:
@@ -96,17 +124,19 @@ def _table(sources: list[Tokenised]) -> str:
 def _numbers(sources: list[Tokenised]) -> list[int]:
     stores = [store for source in sources for store in source.stores]
     lengths = np.concatenate([store.lengths() for store in stores] or [np.zeros(0, np.int32)])
-    digests = np.concatenate([store.index["digest"] for store in stores] or [np.zeros(0, np.uint64)])
-    reports = [store.report for store in stores]
+    digests = np.concatenate([store.digests for store in stores] or [np.zeros(0, np.uint64)])
+    total = Report()
+    for store in stores:
+        total.add(store.report)
     quantiles = np.quantile(lengths, (0.5, 0.9, 0.99, 1.0)) if len(lengths) else np.zeros(4)
     return [
-        sum(report.records for report in reports),
-        sum(len(report.bad) for report in reports),
+        total.records,
+        total.bad,
         len(lengths),
         int(lengths.sum()),
-        sum(int((store.values >= 0).sum()) for store in stores),
-        sum(report.truncated for report in reports),
-        sum(report.dropped for report in reports),
+        total.targets,
+        total.truncated,
+        total.dropped,
         len(digests) - len(np.unique(digests)),
         *(int(quantile) for quantile in quantiles),
     ]
@@ -116,15 +146,15 @@ def _plan(run: RunConfig, data: Dataset, max_seq_len: int, arguments: argparse.N
     """Steps of an epoch, and how long a run takes if its speed is known."""
     order, lengths = data.epoch(0), data.training.lengths
     rows = Rows.packed(order, lengths, max_seq_len) if run.data.packing else Rows.alone(order)
+    tokens = rows.tokens(lengths)
     batch = run.train.batch_size * run.train.accumulation * max(1, arguments.world // run.parallel.model_parallel)
     steps = math.ceil(len(rows) / batch)
     total = min(steps * run.train.epochs, run.train.max_steps or steps * run.train.epochs)
-    tokens = int(lengths[order].sum())
     text = (
         f"\non {arguments.world} processes: {len(order):,} samples and {tokens:,} tokens an epoch, {batch} rows a step, "
         f"{steps:,} steps an epoch, {total:,} in all"
     )
-    rate = arguments.tokens_per_s or _measured_rate(Path(run.out) / "metrics.jsonl")
+    rate = arguments.tokens_per_s or _measured_rate(Path(run.out) / METRICS)
     if rate:
         text += (
             f"\nat {rate:,.0f} tokens/s: {timedelta(seconds=round(tokens * total / steps / rate))} (hours:minutes:seconds)"
@@ -136,7 +166,7 @@ def _measured_rate(metrics: Path) -> float | None:
     """The speed of an earlier run into the same directory."""
     if not metrics.is_file():
         return None
-    rates = [row["tokens_per_s"] for row in map(json.loads, metrics.read_text().splitlines()) if "tokens_per_s" in row]
+    rates = [row["tokens_per_s"] for row in read_metrics(metrics) if "tokens_per_s" in row]
     return rates[-1] if rates else None
 
 
@@ -148,7 +178,12 @@ def _draw(sources: list[Tokenised], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     lengths = [np.concatenate([store.lengths() for store in source.stores]) for source in sources]
-    axis.hist(lengths, bins=60, stacked=True, label=[source.source.name for source in sources])
+    edges = np.linspace(0, max([1, *(own.max(initial=0) for own in lengths)]), 61)
+    below = np.zeros(60)
+    for source, own in zip(sources, lengths, strict=True):
+        counts = np.histogram(own, edges)[0]
+        axis.bar(edges[:-1], counts, edges[1], bottom=below, align="edge", label=source.source.name)
+        below += counts
     axis.set(xlabel="tokens", ylabel="samples", title="length of samples")
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -1,0 +1,146 @@
+"""The verb ``certify``."""
+
+import argparse
+import functools
+import math
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from accessory.certify.judge import Judge, Row
+from accessory.certify.matrix import check_fits, file_cells, training_cells
+from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
+from accessory.certify.problem import SMALL, Problem
+from accessory.certify.processes import Body, run_jobs
+from accessory.certify.run import run_cell
+from accessory.certify.table import Certificate, environment, text_header, text_line, to_html
+from accessory.checkpoint.open import load_args
+from accessory.config import write_json
+from accessory.console import progress, say
+from accessory.dtypes import get_dtype
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.logical import logical_cuts
+from accessory.model.moe.layouts import get_layout
+
+
+def run_certify(arguments: argparse.Namespace) -> None:
+    """Certify, print the table, write the files that are asked for; exit code 1 if a cell fails."""
+    torch.set_num_threads(1)  # the ranks have the other cores
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary directories go
+    _check_outputs(arguments)
+    worlds = _worlds(arguments)
+    args = load_args(arguments.model) if arguments.model else SMALL
+    if not args.load_balancing_weight:  # its gradient could not be seen
+        args = replace(args, load_balancing_weight=SMALL.load_balancing_weight)
+    where = str(arguments.model or "the model")
+    if args.moe.score_bias:
+        raise UserError(f"{where}: other programs' files cannot hold moe.score_bias: certify a copy where it is false")
+    check_fits(args, worlds, where)
+    _check_memory(args, worlds[-1], where)
+    if arguments.against:
+        certificate = _parity(arguments, Problem(args, torch.float32), worlds)
+    else:
+        certificate = _matrix(arguments, Problem(args, get_dtype(arguments.precision or "fp64")), worlds)
+    say(_text(certificate))
+    if arguments.json:
+        write_json(arguments.json, certificate.to_json())
+    if arguments.html:
+        arguments.html.write_text(to_html(certificate), encoding="utf-8")
+    sys.exit(0 if certificate.passed else 1)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raise UserError where a file could not be written, before the time is spent."""
+    for option, path in (("--json", arguments.json), ("--html", arguments.html)):
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise UserError(f"{option} {path}: cannot be written: name a file in a directory that exists and is yours")
+
+
+def _check_memory(args: ModelArgs, world: int, where: str) -> None:
+    """Raise UserError if the full fp64 weights, which each rank and the reference hold, exceed the machine's memory."""
+    numbers = sum(math.prod(cut.shape) for cut in logical_cuts(args, get_layout("mixtral")).values())
+    needed, there = (world + 1) * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{where}, --world {world}: {world + 1} copies of the weights in fp64 need {needed / 2**30:.0f} GiB and this "
+            f"machine has {there / 2**30:.0f} GiB: use a smaller n_layers in a copy of the file, or a smaller --world"
+        )
+
+
+def _worlds(arguments: argparse.Namespace) -> list[int]:
+    """Raise UserError if this machine cannot run them."""
+    text = arguments.world or ("1,2" if arguments.quick else "1,2,4")
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise UserError(f"--world {text}: expected numbers of processes, such as 1,2,4")
+    worlds = sorted({int(part) for part in text.split(",")})
+    if arguments.device == "cuda" and worlds[-1] > torch.cuda.device_count():
+        raise UserError(
+            f"--world {text}: --device cuda needs a GPU for each process and there are {torch.cuda.device_count()}: "
+            "name smaller worlds, or use --device cpu"
+        )
+    return worlds
+
+
+def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
+    """Training and files against the plain reference."""
+    judge, strength = Judge(problem), 2 if arguments.quick else 3
+    cells = [*training_cells(worlds, strength), *file_cells(worlds)]
+    about = {
+        "model": str(arguments.model or "the small one that is built in"),
+        "reference": "one plain process in fp64 that shares no distributed code with what is certified",
+        "cells": f"every {strength} settings meet in every combination that exists, among cells chosen for it",
+        "precision": arguments.precision or "fp64",
+    }
+    certificate = Certificate("accessory certify", judge.tolerance, about | environment(arguments.device))
+    _fill(certificate, judge, functools.partial(run_cell, problem), cells, arguments.device)
+    certificate.about["closest routing decision"] = f"router logits {judge.margin:.1e} apart"
+    if judge.margin < 100 * judge.tolerance:
+        certificate.about["closest routing decision"] += ": rounding may turn it, and a FAIL be no fault of the program"
+    return certificate
+
+
+def _parity(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
+    """Logits, loss and gradients against transformers."""
+    if arguments.precision == "fp64":
+        raise UserError("--against hf compares in fp32, in which transformers computes its norms: use --precision fp32")
+    judge = TransformersJudge(problem)
+    about = {
+        "model": str(arguments.model or "the small one that is built in"),
+        "reference": f"MixtralForCausalLM of transformers {judge.version}, in one process",
+        "precision": "fp32",
+    }
+    certificate = Certificate("accessory certify --against hf", judge.tolerance, about | environment(arguments.device))
+    _fill(certificate, judge, functools.partial(run_parity, problem), parity_cells(worlds), arguments.device)
+    return certificate
+
+
+def _fill(certificate: Certificate, judge: Any, body: Body, cells: Sequence[Any], device: str) -> None:
+    """Run the cells, one set of processes for each world size."""
+    with progress(total=len(cells), unit="cell") as bar:
+        for world in sorted({cell.world for cell in cells}):
+            for cell, outcome in run_jobs(world, device, body, [cell for cell in cells if cell.world == world]):
+                certificate.rows.append(_verdict(judge, cell, outcome))
+                bar.update()
+
+
+def _verdict(judge: Any, cell: Any, outcome: Any) -> Row:
+    """What cannot be judged fails, and the other cells go on: a rank's results can be wrong in ways not foreseen."""
+    try:
+        row: Row = judge.row(cell, outcome)
+        return row
+    except Exception as error:
+        return Row(cell, {}, judge.tolerance, f"cannot be judged: {type(error).__name__}: {error}")
+
+
+def _text(certificate: Certificate) -> str:
+    lines = []
+    for rows in certificate.sections():
+        lines += [text_header(rows), *(text_line(row) for row in rows), ""]
+    lines += [f"{name}: {value}" for name, value in certificate.about.items()]
+    return "\n".join([*lines, certificate.summary()])

@@ -1,0 +1,160 @@
+"""The verdict on a cell: what its ranks returned, against the plain reference in this one process."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.certify import reference
+from accessory.certify.formats import largest
+from accessory.certify.matrix import Cell, FileCell
+from accessory.certify.problem import OPTIM, Problem
+from accessory.certify.processes import Failure
+from accessory.model.logical import Cut, logical_cuts
+from accessory.model.moe.layouts import get_layout
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+EXACT = ("counts", "saved", "hf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and how far it is from the reference.
+
+    ``errors``: by quantity, over all steps; a number's is relative to it, a tensor's largest difference is relative to
+    its largest value. ``reason``: what else is wrong.
+    """
+
+    cell: Any
+    errors: dict[str, float]
+    tolerance: float
+    reason: str | None = None
+
+    def passes(self, quantity: str) -> bool:
+        return self.errors[quantity] <= (0.0 if quantity in EXACT else self.tolerance)
+
+    @property
+    def passed(self) -> bool:
+        return self.reason is None and all(map(self.passes, self.errors))
+
+
+class Judge:
+    """Compares cells with the reference, which is computed once for each problem that they pose.
+
+    Attributes:
+        margin: of all routing decisions compared so far, the closest (see ``reference.Parts``).
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem, self.tolerance = problem, TOLERANCES[problem.dtype]
+        self.margin = math.inf
+        self._expected = functools.cache(self._compute)
+
+    def row(self, cell: Cell | FileCell, outcome: list[Any] | Failure) -> Row:
+        """The verdict on what ``run_jobs`` yields for a cell."""
+        if isinstance(outcome, Failure):
+            return Row(cell, {}, self.tolerance, outcome.reason)
+        if isinstance(cell, FileCell):
+            return self._files(cell, outcome)
+        return self._training(cell, outcome)
+
+    def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.Step]:
+        tuning = self.problem.tuning(tuning_name)
+        steps = reference.train_steps(
+            self.problem.weights(tuning.adapters),
+            self.problem.args,
+            [[(s.tokens, s.trained) for s in batch] for batch in self.problem.batches(masks)],
+            balance=balance,
+            clip=OPTIM.clip_grad,
+            lr=OPTIM.lr,
+            weight_decay=OPTIM.weight_decay,
+            betas=OPTIM.betas,
+            eps=OPTIM.eps,
+            trains=tuning.trains,
+            scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
+        )
+        return list(steps)
+
+    def _training(self, cell: Cell, ranks: list[Any]) -> Row:
+        expected = self._expected(cell.masks, cell.tuning, cell.balance)
+        self.margin = min(self.margin, *(step.parts.margin for step in expected))
+        errors = dict.fromkeys(("loss", "balance", "z-loss", "counts", "norm"), 0.0)
+        for number, step in enumerate(expected):
+            numbers, parts = ranks[0]["steps"][number], step.parts
+            theirs = {"loss": parts.ce.item(), "balance": parts.balance.item(), "z-loss": parts.z.item(), "norm": step.norm}
+            step_errors = {name: relative(numbers[name], value) for name, value in theirs.items()}
+            step_errors["counts"] = float((numbers["counts"] - parts.counts).abs().max())
+            errors = {name: largest((errors[name], step_errors[name])) for name in errors}
+
+        tuning = self.problem.tuning(cell.tuning)
+        cuts = logical_cuts(self.problem.args, get_layout(cell.layout), tuning.adapters)
+        gradients, differ = assemble([rank["gradients"] for rank in ranks], cuts, cell.model_parallel)
+        weights, also = assemble([rank["weights"] for rank in ranks], cuts, cell.model_parallel)
+        first = expected[0]
+        # what was applied, whatever the norm that it was made from
+        applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
+        errors["clipping"] = relative(applied, first.scale)
+        errors["gradients"] = distance(gradients, first.gradients)
+        start = self.problem.weights(tuning.adapters)
+        errors["weights"] = distance(weights, {name: t for name, t in start.items()} | expected[-1].weights)
+        frozen = weights.keys() & start.keys() - tuning.trains
+        changed = [name for name in frozen if not torch.equal(weights[name].double(), start[name])]
+        reason = None
+        if any(len({rank["steps"][number]["norm"] for rank in ranks}) > 1 for number in range(len(expected))):
+            reason = "the ranks' gradient norms are not bitwise the same"
+        elif differ | also:
+            reason = disagreement(differ | also)
+        elif changed:
+            reason = f"{min(changed)} is frozen, but has changed"
+        return Row(cell, errors, self.tolerance, reason)
+
+    def _files(self, cell: FileCell, ranks: list[Any]) -> Row:
+        tokens = torch.tensor(self.problem.batches(False)[0][0].tokens)
+        logits = reference.forward(self.problem.weights(), self.problem.args, tokens)[0]
+        error = largest(distance({"": rank["logits"]}, {"": logits}) for rank in ranks)
+        main = ranks[0]
+        return Row(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.tolerance, main["wrong"])
+
+
+def assemble(parts: list[dict[str, Tensor]], cuts: Mapping[str, Cut], size: int) -> tuple[dict[str, Tensor], set[str]]:
+    """Full logical tensors from every rank's, and the names of those of which ranks do not hold bitwise the same.
+
+    What only some ranks have is such a name, and no full tensor.
+    """
+    full: dict[str, Tensor] = {}
+    everywhere = set.intersection(*(set(part) for part in parts))
+    differ = set().union(*parts) - everywhere
+    for name in everywhere:
+        full[name] = torch.full(cuts[name].shape, torch.nan, dtype=parts[0][name].dtype)
+        filled = torch.zeros(cuts[name].shape, dtype=torch.bool)
+        for rank, others in enumerate(parts):
+            region = cuts[name].region(rank % size, size)
+            given = others[name].view(full[name][region].shape)
+            if filled[region].all() and not torch.equal(full[name][region], given):
+                differ.add(name)
+            full[name][region], filled[region] = given, True
+    return full, differ
+
+
+def disagreement(names: set[str]) -> str | None:
+    """What is wrong, given the second result of ``assemble``."""
+    return f"the ranks do not hold bitwise the same {min(names)}" if names else None
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest over tensors of |difference| / |largest value|; infinite if they are not the same tensors."""
+    if ours.keys() != theirs.keys():
+        return math.inf
+    worst = 0.0
+    for name, tensor in theirs.items():
+        difference = (ours[name].double() - tensor).abs().max().item()
+        worst = largest((worst, difference / (tensor.abs().max().item() or 1.0)))
+    return worst
+
+
+def relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / abs(theirs)

@@ -1,0 +1,125 @@
+"""The cells of the certificate, and a choice of them in which all settings meet each other."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from accessory.certify.problem import TUNINGS
+from accessory.model.args import ModelArgs
+from accessory.model.logical import divided_sizes
+from accessory.model.moe.layouts import LAYOUTS
+from accessory.parallel.fsdp import DataParallel
+from accessory.parallel.tensor import check_divides
+
+MODES: tuple[DataParallel, ...] = ("fsdp", "sdp", "ddp")
+BALANCES: tuple[Literal["global", "document"], ...] = ("global", "document")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to cut and run the training steps."""
+
+    world: int
+    model_parallel: int
+    data_parallel: DataParallel
+    layout: str
+    accumulation: int
+    packing: bool
+    masks: bool
+    recompute: bool
+    tuning: str  # of problem.TUNINGS
+    balance: Literal["global", "document"]
+
+    def settings(self) -> dict[str, str]:
+        """By the names that a table gives them."""
+        return {
+            "world": str(self.world),
+            "mp": str(self.model_parallel),
+            "dp": self.data_parallel if self.model_parallel < self.world else "-",
+            "layout": self.layout,
+            "accum": str(self.accumulation),
+            "packing": _tick(self.packing),
+            "masks": _tick(self.masks),
+            "recompute": _tick(self.recompute),
+            "tuning": self.tuning,
+            "balance over": self.balance,
+        }
+
+
+@dataclass(frozen=True)
+class FileCell:
+    """A checkpoint ``given`` in a format, cut into ``size``, is loaded into a layout, saved there, and converted to hf."""
+
+    given: str
+    size: int
+    world: int
+    model_parallel: int
+    layout: str
+
+    def settings(self) -> dict[str, str]:
+        return {
+            "given": self.given,
+            "parts": str(self.size),
+            "world": str(self.world),
+            "mp": str(self.model_parallel),
+            "layout": self.layout,
+        }
+
+
+def _tick(value: bool) -> str:
+    return "yes" if value else "-"
+
+
+def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
+    """Cells in which every ``strength`` settings meet in every combination that exists (a covering array).
+
+    World size and model-parallel size count as one setting; where there is one data-parallel rank, its mode says nothing.
+    """
+    flags = (True, False)
+    every = [
+        Cell(world, size, mode, layout, accumulation, packing, masks, recompute, tuning, balance)
+        for world in worlds
+        for size in model_parallel_sizes(world)
+        for mode in (MODES if size < world else MODES[:1])
+        for layout in LAYOUTS
+        for accumulation, packing, masks, recompute in itertools.product((2, 1), flags, flags, flags)
+        for tuning in TUNINGS
+        for balance in BALANCES
+    ]
+    meetings = {cell: frozenset(itertools.combinations(_values(cell), strength)) for cell in every}
+    left = set().union(*meetings.values())
+    chosen = []
+    while left:
+        best = max(every, key=lambda cell: len(meetings[cell] & left))
+        left -= meetings[best]
+        chosen.append(best)
+    return sorted(chosen, key=every.index)
+
+
+def _values(cell: Cell) -> list[tuple[str, object]]:
+    values = vars(cell) | {"world": (cell.world, cell.model_parallel)}
+    return [(name, value) for name, value in values.items() if name != "model_parallel"]
+
+
+def file_cells(worlds: Sequence[int]) -> list[FileCell]:
+    """For every world size each format into each layout, cut otherwise than before."""
+    cells = []
+    for world in worlds:
+        sizes = model_parallel_sizes(world)
+        for number, (given, layout) in enumerate(itertools.product(("hf", "mixtral", "mixtral_sparse"), LAYOUTS)):
+            size = 1 if given == "hf" else sizes[-1 - number % len(sizes)]
+            cells.append(FileCell(given, size, world, sizes[-1 - (number + 1) // 2 % len(sizes)], layout))
+    return cells
+
+
+def model_parallel_sizes(world: int) -> list[int]:
+    return [size for size in range(1, world + 1) if world % size == 0]
+
+
+def check_fits(args: ModelArgs, worlds: Sequence[int], where: str) -> None:
+    """Raise UserError if a model-parallel size of the matrix does not divide the model."""
+    for layout in LAYOUTS.values():
+        for world in worlds:
+            for size in model_parallel_sizes(world):
+                check_divides(f"{where}, --world {world}, layout '{layout.name}'", size, divided_sizes(args, layout))

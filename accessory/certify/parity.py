@@ -1,0 +1,111 @@
+"""The same weights in Hugging Face's MixtralForCausalLM, by way of a converted checkpoint: same logits, loss, gradients."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.certify import formats
+from accessory.certify.formats import largest
+from accessory.certify.judge import Row, assemble, disagreement, distance, relative
+from accessory.certify.problem import Problem
+from accessory.certify.processes import Failure
+from accessory.certify.run import Tensors, build, gradients
+from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.huggingface import model_tiles
+from accessory.checkpoint.open import Checkpoint
+from accessory.data.loader import Batch, collate
+from accessory.errors import UserError
+from accessory.model.logical import logical_cuts, region_shape
+from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.parallel.tensor import initialize_groups
+
+
+@dataclass(frozen=True)
+class ParityCell:
+    """One model on ``world`` model-parallel ranks."""
+
+    world: int
+    layout: str
+
+    def settings(self) -> dict[str, str]:
+        return {"mp": str(self.world), "layout": self.layout}
+
+
+def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
+    return [ParityCell(world, layout) for world in worlds for layout in LAYOUTS]
+
+
+def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Logits, loss and gradients of a batch, as one of the cell's ranks."""
+    initialize_groups(cell.world)
+    model = build(problem, cell.layout, Tensors(problem.weights()), device, problem.tuning("full"))
+    batch = _batch(problem).to(device)
+    with torch.no_grad():
+        logits, _ = model(batch.tokens, batch.documents)
+    loss_sum, _ = model(*batch.inputs())
+    loss = loss_sum / batch.target_tokens
+    loss.backward()
+    return {"logits": logits.cpu(), "loss": loss.item(), "gradients": gradients(model)}
+
+
+def _batch(problem: Problem) -> Batch:
+    samples = problem.batches(masks=True)[0]
+    return collate([[sample] for sample in samples], len(samples))
+
+
+class TransformersJudge:
+    """Compares cells with transformers, in fp32."""
+
+    tolerance = 1e-5
+
+    def __init__(self, problem: Problem):
+        self.args = problem.args
+        model, self.version = _load(problem)
+        batch = _batch(problem)
+        self.real = batch.documents.real
+        labels = torch.full_like(batch.tokens, -100).flatten()
+        labels[batch.targets.rows + 1] = batch.targets.ids
+        out = model(input_ids=batch.tokens, attention_mask=self.real.long(), labels=labels.view_as(batch.tokens))
+        out.loss.backward()
+        self.logits, self.loss = out.logits.detach()[self.real].double(), out.loss.item()
+        self.gradients = self._by_logical_name({name: p.grad for name, p in model.named_parameters()})
+
+    def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Row:
+        if isinstance(outcome, Failure):
+            return Row(cell, {}, self.tolerance, outcome.reason)
+        cuts = logical_cuts(self.args, get_layout(cell.layout))
+        ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
+        logits = (distance({"": rank["logits"][self.real]}, {"": self.logits}) for rank in outcome)
+        losses = (relative(rank["loss"], self.loss) for rank in outcome)
+        errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}
+        return Row(cell, errors, self.tolerance, disagreement(differ))
+
+    def _by_logical_name(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """transformers holds the experts fused, and halves for rotary pairs: the tiles of its files say where."""
+        result = {}
+        for tile in model_tiles(self.args, fused=True):
+            whole = tuple(slice(0, n) for n in region_shape(tile.region))
+            result[tile.name] = tile.read(stored[tile.key], whole).double()
+        return result
+
+
+def _load(problem: Problem) -> tuple[Any, str]:
+    """The problem's weights in transformers' hands, and its version."""
+    try:
+        from transformers import MixtralForCausalLM, __version__
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(
+            "--against hf compares with transformers, which is not here: pip install 'transformers>=5,<6'"
+        ) from error
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:
+        weights = {key: tensor.float() for key, tensor in problem.weights().items()}
+        formats.write(Path(name, "given"), weights, problem.args, "mixtral")
+        convert(Checkpoint(Path(name, "given")), Path(name, "hf"), Target("hf"))
+        return MixtralForCausalLM.from_pretrained(Path(name, "hf"), dtype=torch.float32), __version__

@@ -1,0 +1,93 @@
+"""What is computed in every cell: a model, its first weights, its data and its optimiser, as functions of a seed."""
+
+import functools
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accessory.data.store import Sample
+from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.build import RandomWeights
+from accessory.model.logical import Adapters, logical_cuts
+from accessory.model.moe.layouts import get_layout
+from accessory.train.config import LoraSection, OptimSection, TuningSection
+from accessory.tuning.spec import Tuning, resolve
+
+SMALL = ModelArgs(
+    dim=32,
+    hidden_dim=24,
+    head_dim=4,
+    n_layers=2,
+    n_heads=16,
+    n_kv_heads=8,
+    vocab_size=64,
+    rope_theta=1e4,
+    rope_scaling=0.5,
+    sliding_window=6,
+    max_seq_len=64,
+    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
+    load_balancing_weight=0.1,
+)
+# Clipping is active in every step. A large eps, because AdamW divides each gradient by its own size: with a small one
+# what should be zero (K's bias changes no attention) would come out as rounding noise times the learning rate.
+OPTIM = OptimSection(lr=1e-2, weight_decay=0.1, clip_grad=0.5, betas=(0.9, 0.95), eps=1e-3)
+Z_WEIGHT = 0.01
+TUNINGS = {
+    "full": TuningSection(),
+    "lora": TuningSection(
+        lora=LoraSection(rank=3, alpha=2.0, targets=("attention", "experts", "router", "embeddings", "output")),
+        bias=True,
+        norm=True,
+    ),
+}
+BATCHES = (8, 8, 5)  # sequences in the global batch of each step: the last is not full
+LONGEST = 14  # tokens of a sequence
+PACKED_WIDTH = 2 * LONGEST
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The model and the precision it is trained in; all else follows."""
+
+    args: ModelArgs = SMALL
+    dtype: torch.dtype = torch.float64
+    seed: int = 7  # of 40 the one whose closest routing decision is the clearest, so that fp32 decides like fp64
+
+    @functools.cache  # noqa: B019  (one problem a process)
+    def tuning(self, name: str) -> Tuning:
+        return resolve(TUNINGS[name], self.args, get_layout("mixtral"), self.seed)
+
+    def weights(self, adapters: Adapters | None = None) -> dict[str, Tensor]:
+        """Logical tensors in fp64 whose values fp32 holds exactly.
+
+        They are large enough for attention and routing to be far from uniform, and no adapter is zero: else a wrong
+        term could hide.
+        """
+        cuts = logical_cuts(self.args, get_layout("mixtral"), adapters)
+        source = RandomWeights(cuts, self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
+        result = {}
+        for name, cut in cuts.items():
+            tensor = source.read(name, cut.region(0, 1))
+            if name.endswith(("lora_b", "bias")):
+                tensor.normal_(0.0, 0.1, generator=generator)
+            elif tensor.dim() > 1:
+                tensor *= 1.1 / (RandomWeights.STD * math.sqrt(cut.shape[-1]))
+            result[name] = tensor.double()
+        return result
+
+    def batches(self, masks: bool) -> list[list[Sample]]:
+        """A global batch for each step; with ``masks`` a prompt of random length is not trained on."""
+        rng = random.Random(self.seed)
+        return [[self._sample(rng, masks) for _ in range(count)] for count in BATCHES]
+
+    def _sample(self, rng: random.Random, masks: bool) -> Sample:
+        length = rng.randint(3, min(LONGEST, self.args.max_seq_len))
+        prompt = rng.randint(1, length - 1)
+        tokens = [rng.randrange(self.args.vocab_size) for _ in range(length)]
+        trained = [not masks or place >= prompt for place in range(length)]
+        return Sample(np.array(tokens), np.array(trained))

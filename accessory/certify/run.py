@@ -1,0 +1,169 @@
+"""What each rank does for a cell: the product's own model, data order, training step and files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from accessory.certify import formats
+from accessory.certify.matrix import Cell, FileCell
+from accessory.certify.problem import OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
+from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.open import Checkpoint
+from accessory.data.loader import BatchPlan
+from accessory.data.packing import Rows
+from accessory.model.build import build_model
+from accessory.model.decoder import Decoder
+from accessory.model.documents import Documents
+from accessory.model.logical import Region, Source, logical_cuts
+from accessory.parallel.fsdp import DataParallel, wrap
+from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.train.optim import make_optimizer
+from accessory.train.save import gathered, save_model
+from accessory.train.step import StepResult, train_step
+from accessory.tuning.spec import Tuning
+
+
+class Tensors:
+    """A dictionary of logical tensors as a source."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return self.tensors[name][region]
+
+
+def run_cell(problem: Problem, cell: Cell | FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Do a cell as one of its ranks."""
+    if isinstance(cell, FileCell):
+        return pass_through_files(problem, cell, device, scratch)
+    return train(problem, cell, device)
+
+
+def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
+    """Train through the problem's global batches.
+
+    Returns:
+        steps: of each what ``_numbers`` says. gradients: of the first step, clipped; weights: after the last; both this
+        model-parallel rank's parts of logical tensors, whole over data-parallel ranks.
+    """
+    initialize_groups(cell.model_parallel)
+    group = get_data_parallel_group()
+    tuning = problem.tuning(cell.tuning)
+    source = Tensors(problem.weights(tuning.adapters))
+    model = build(problem, cell.layout, source, device, tuning, cell.data_parallel, cell.recompute)
+    optimizer = make_optimizer(model, OPTIM)
+    cut = {name for name, c in logical_cuts(model.args, model.layout, model.adapters).items() if c.dim is not None}
+    first: dict[str, Tensor] = {}
+    optimizer.register_step_pre_hook(lambda *_: None if first else first.update(gradients(model)))
+    batches = problem.batches(cell.masks)
+    rows = [_rows([len(sample.tokens) for sample in batch], cell.packing) for batch in batches]
+    ranks = dist.get_world_size(group)
+    most = max(len(some) for some in rows)
+    plan = BatchPlan(-(-most // (cell.accumulation * ranks)), cell.accumulation, dist.get_rank(group), ranks)
+    steps = []
+    for samples, some in zip(batches, rows, strict=True):
+        (micro_batches,) = plan.epoch(samples, some)
+        result = train_step(
+            model,
+            optimizer,
+            [batch.to(device) for batch in micro_batches],
+            clip_grad=OPTIM.clip_grad,
+            balance=cell.balance,
+            z_weight=Z_WEIGHT,
+            data_parallel=cell.data_parallel,
+            cut=cut,
+        )
+        steps.append(_numbers(result))
+    weights = {name: tensor.detach().cpu() for name, tensor in gathered(model)}
+    return {"steps": steps, "gradients": first, "weights": weights}
+
+
+def _rows(lengths: list[int], packing: bool) -> Rows:
+    order = np.arange(len(lengths))
+    return Rows.packed(order, np.array(lengths), PACKED_WIDTH) if packing else Rows.alone(order)
+
+
+def _numbers(result: StepResult) -> dict[str, Any]:
+    """A step's losses and counts over all ranks, reduced as the log reduces them, and its gradient norm."""
+    sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
+    counts = result.counts.clone()
+    for x in (sums, counts):
+        dist.all_reduce(x, group=get_data_parallel_group())
+    loss, balance, z = sums.tolist()
+    return {
+        "loss": loss / int(result.targets),
+        "balance": balance,
+        "z-loss": z,
+        "counts": counts.cpu(),
+        "norm": result.grad_norm.item(),
+    }
+
+
+@torch.no_grad()
+def gradients(model: Decoder) -> dict[str, Tensor]:
+    parts = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            parts[name] = whole.to("cpu", copy=True)
+    return parts
+
+
+def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Load a checkpoint written by the format's description; save it, and convert what was saved to Hugging Face.
+
+    Returns:
+        logits: of the first sequence. saved, hf: the largest difference between a tensor of what was saved, and of what
+        was converted, and the description; wrong: a setting that these say otherwise, or None (all of rank 0).
+    """
+    main = dist.get_rank() == 0
+    weights = {name: tensor.to(problem.dtype) for name, tensor in problem.weights().items()}
+    if main:
+        formats.write(scratch / "given", weights, problem.args, cell.given, cell.size)
+    dist.barrier()
+    initialize_groups(cell.model_parallel)
+    model = build(problem, cell.layout, Checkpoint(scratch / "given"), device, problem.tuning("full"))
+    tokens = problem.batches(False)[0][0].tokens
+    with torch.no_grad():
+        documents = Documents.of([[len(tokens)]], len(tokens)).to(device)
+        logits = model(torch.tensor(tokens, device=device).unsqueeze(0), documents)[0][0].cpu()
+    save_model(model, scratch / "saved", {}, problem.dtype, "safetensors")
+    result: dict[str, Any] = {"logits": logits}
+    if main:
+        convert(Checkpoint(scratch / "saved"), scratch / "hf", Target("hf"))
+        saved = formats.tensors(weights, problem.args, cell.layout, cell.model_parallel)
+        result["saved"] = formats.difference(scratch / "saved", saved)
+        result["hf"] = formats.difference(scratch / "hf", formats.tensors(weights, problem.args, "hf"))
+        written = ((scratch / "saved", cell.layout), (scratch / "hf", "hf"))
+        wrong = (formats.wrong_setting(directory, problem.args, format) for directory, format in written)
+        result["wrong"] = next(filter(None, wrong), None)
+    return result
+
+
+def build(
+    problem: Problem,
+    layout: str,
+    source: Source,
+    device: torch.device,
+    tuning: Tuning,
+    mode: DataParallel = "fsdp",
+    recompute: bool = False,
+) -> Decoder:
+    return build_model(
+        problem.args,
+        layout,
+        source,
+        dtype=problem.dtype,
+        device=device,
+        recompute=recompute,
+        adapters=tuning.adapters,
+        trains=tuning.trains,
+        shard=lambda model: wrap(model, mode, problem.dtype, device.type),
+    )

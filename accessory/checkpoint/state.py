@@ -1,0 +1,136 @@
+"""A run's training state: what it trains and AdamW's moments, as logical slices, and where the run stands.
+
+DIR/part-RRR.safetensors   what rank RRR held, each box of a logical tensor under "KIND/NAME/number"
+DIR/part-RRR.json          the box and the CRC-32 of each
+DIR/config.json            the model's shape
+DIR/state.json             how many parts there are, and what the run has to know to go on
+
+KIND is weight, exp_avg or exp_avg_sq. Every value is stored once, by the first rank that holds it. Any layout and any
+parallel size reads what another has written.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.storage import Stored, TensorWriter, index_file
+from accessory.checkpoint.tiles import Tile, TileReader
+from accessory.config import from_mapping, read_mapping, write_json
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.logical import Region
+from accessory.parallel.watchdog import progressed
+
+MANIFEST, CONFIG = "state.json", "config.json"
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StateNotes:
+    """What a training state says of its run.
+
+    Attributes:
+        steps: optimiser steps done. rows: of the data, through all epochs. of_steps: how many the run was to have.
+        global_batch: rows of a step.
+        data: a digest of the samples and their order. base: the fingerprint of the model below, if not all is in here.
+    """
+
+    parts: int
+    steps: int
+    rows: int
+    of_steps: int
+    global_batch: int
+    data: str
+    base: str | None = None
+
+
+class TrainingState:
+    """A directory of the files above, as a source of logical tensors.
+
+    Attributes:
+        args: the model's shape. names: the tensors that it holds, with their shapes.
+
+    Raises:
+        UserError: it is incomplete or damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.notes = from_mapping(StateNotes, read_mapping(directory / MANIFEST), str(directory / MANIFEST))
+        self.args = ModelArgs.load(directory / CONFIG)
+        self.stored: dict[str, dict[str, Stored]] = {}
+        self._checksums: dict[str, dict[str, int]] = {}
+        tiles: list[Tile] = []
+        for rank in range(self.notes.parts):
+            file = f"part-{rank:03d}.safetensors"
+            self.stored[file] = index_file(directory / file).tensors
+            table = read_mapping((directory / file).with_suffix(".json"))
+            self._checksums[file] = {key: entry["crc32"] for key, entry in table.items()}
+            for key, entry in table.items():
+                kind_and_name, _, _ = key.rpartition("/")
+                tiles.append(Tile(kind_and_name, tuple(slice(*ends) for ends in entry["box"]), file, key))
+        self._reader = TileReader(str(directory), tiles, self.stored)
+        if problems := list(self._reader.problems(partial=False, most=2)):
+            raise UserError(f"{'; '.join(problems)}: this training state is damaged; resume from another one")
+        self.names = {
+            name.removeprefix("weight/"): tuple(
+                max(t.region[axis].stop for t in found) for axis in range(len(found[0].region))
+            )
+            for name, found in self._reader.tiles.items()
+            if name.startswith("weight/")
+        }
+
+    def damaged(self, part: int) -> Iterator[str]:
+        """File and key of what is not as its checksum says in one part."""
+        file = f"part-{part:03d}.safetensors"
+        for key, expected in self._checksums[file].items():
+            progressed()
+            if checksum(self.stored[file][key].map()) != expected:
+                yield f"{self.directory / file}: {key}"
+
+    def read(self, name: str, region: Region) -> Tensor:
+        """The weights of logical tensor ``name`` in ``region``."""
+        return self.read_kind("weight", name, region)
+
+    def read_kind(self, kind: Kind, name: str, region: Region) -> Tensor:
+        return self._reader.read(f"{kind}/{name}", region)
+
+
+def states_in(directory: Path) -> list[Path]:
+    """The training states in ``directory``, that of the most steps last; one whose writing was interrupted is none."""
+    found = {int(match[1]): path for path in directory.glob("step*") if (match := re.fullmatch(r"step(\d+)", path.name))}
+    return [found[steps] for steps in sorted(found)]
+
+
+def newest_state(directory: Path) -> Path | None:
+    return next(reversed(states_in(directory)), None)
+
+
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> None:
+    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there."""
+    path = directory / f"part-{rank:03d}.safetensors"
+    shapes = {key: Tile(key, box, path.name, key).stored_shape() for key, (box, _) in pieces.items()}
+    table: dict[str, Any] = {}
+    with TensorWriter(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {}) as file:
+        for key, (box, tensor) in pieces.items():
+            stored = tensor.detach().reshape(shapes[key]).to("cpu").contiguous()
+            file.write(key, stored)
+            progressed()
+            table[key] = {"box": [(s.start, s.stop) for s in box], "crc32": checksum(stored)}
+    write_json(path.with_suffix(".json"), table)
+
+
+def write_notes(directory: Path, args: ModelArgs, notes: StateNotes) -> None:
+    write_json(directory / CONFIG, args.to_dict())
+    write_json(directory / MANIFEST, asdict(notes))

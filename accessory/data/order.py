@@ -1,0 +1,100 @@
+"""The order of an epoch: a permutation that is computed where it is asked for, and never stands in memory."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+ROUNDS = 8
+SMALL = 64
+"""Below so many numbers, a permutation is drawn as a whole: the network reaches only some of the few there are."""
+
+
+class Order(Protocol):
+    """Numbers of samples in an order; arrays and ranges are orders too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice, /) -> np.ndarray:
+        """The numbers at a stretch of places: [n], int64."""
+
+
+def permute(places: np.ndarray, count: int, seed: str) -> np.ndarray:
+    """What stands at ``places`` of a permutation of ``count`` numbers: [n] -> [n], int64.
+
+    A Feistel network over a rectangle of a x b >= ``count`` cells, repeated for what falls outside of ``count`` (Black
+    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): the same on every machine and with every version of numpy.
+    """
+    if count < SMALL:
+        return _drawn(count, seed)[places]
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    digest = hashlib.shake_128(seed.encode()).digest(8 * ROUNDS)
+    keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+    found = np.array(places, np.uint64)
+    outside = np.arange(len(found))
+    while len(outside):
+        right, left = np.divmod(found[outside], np.uint64(a))
+        for number, key in enumerate(keys):
+            left, right = right, (left + _mix(right + key)) % np.uint64(b if number % 2 else a)
+        found[outside] = left + right * np.uint64(a)
+        outside = outside[found[outside] >= count]
+    return found.astype(np.int64)
+
+
+def _drawn(count: int, seed: str) -> np.ndarray:
+    """A permutation, all of them alike (Fisher and Yates)."""
+    numbers = list(range(count))
+    draws = np.frombuffer(hashlib.shake_128(seed.encode()).digest(8 * count), "<u8").tolist()
+    for last in range(count - 1, 0, -1):
+        other = draws[last] % (last + 1)
+        numbers[last], numbers[other] = numbers[other], numbers[last]
+    return np.array(numbers, np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """63 bits, each depending on all of ``x``: the finaliser of SplitMix64. The 64th is left for a sum."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an epoch takes of a source whose samples are numbered from ``start``: all of them as often as they go into
+    ``count``, and for the rest a stretch, from ``skip`` on, of an order that ``seed`` makes."""
+
+    start: int
+    size: int
+    count: int
+    seed: str
+    skip: int = 0
+
+    def numbers(self, places: np.ndarray) -> np.ndarray:
+        rest = places >= self.count - self.count % self.size
+        numbers = places % self.size
+        numbers[rest] = permute((numbers[rest] + self.skip) % self.size, self.size, self.seed)
+        return self.start + numbers
+
+
+class Shuffled:
+    """An epoch: its parts, shuffled together."""
+
+    def __init__(self, parts: Sequence[Part], seed: str):
+        self._parts, self._seed = parts, seed
+        self._ends = np.cumsum([part.count for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        shuffled = permute(np.arange(*places.indices(len(self))), len(self), self._seed)
+        of = np.searchsorted(self._ends, shuffled, side="right")
+        numbers = np.empty_like(shuffled)
+        for number in np.unique(of):
+            mine, part = of == number, self._parts[number]
+            numbers[mine] = part.numbers(shuffled[mine] - (self._ends[number] - part.count))
+        return numbers

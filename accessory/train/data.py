@@ -1,0 +1,52 @@
+"""The data of a run: its samples, and the rows of each epoch."""
+
+from functools import cached_property
+
+import numpy as np
+
+from accessory.console import say
+from accessory.data.loader import sample_lengths
+from accessory.data.mix import load_mix
+from accessory.data.order import Order
+from accessory.data.packing import Rows
+from accessory.data.tokenizer import Tokenizer
+from accessory.parallel.launch import Launch, first_on_each_node
+from accessory.parallel.watchdog import progressed
+from accessory.train.config import DataSection
+from accessory.train.state import data_digest
+
+
+class RunData:
+    """What a run trains on and is validated with.
+
+    Attributes:
+        training, validation: the samples. lengths: tokens of each training sample.
+        rows: of each epoch. lost: every record that is bad or dropped, with the reason.
+    """
+
+    def __init__(self, section: DataSection, tokenizer: Tokenizer, max_seq_len: int, epochs: int, seed: int, launch: Launch):
+        progressed("reading the data")
+        self.packing, self.max_seq_len = section.packing, max_seq_len
+        arguments = (section.mix, tokenizer, max_seq_len, seed, section.validation, section.bad_records)
+        data = first_on_each_node(lambda: load_mix(*arguments), launch)
+        self.training, self.validation = data.training, data.validation
+        self.lengths = sample_lengths(self.training)
+        self.rows = [self.make_rows(data.epoch(epoch), self.lengths) for epoch in range(epochs)]
+        self._keys = [store.key for source in data.sources for store in source.stores]
+        self.lost = (line for source in data.sources for line in (*source.bad(), *source.dropped()))
+        say(
+            f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
+            f"{data.count('truncated')} truncated to {max_seq_len} tokens, {data.count('dropped')} dropped (no target left)"
+        )
+        if section.packing:
+            full = self.rows[0].tokens(self.lengths) / (len(self.rows[0]) * max_seq_len)
+            say(f"packing: {len(self.rows[0])} rows of {max_seq_len} tokens, {full:.1%} full")
+
+    def make_rows(self, order: Order, lengths: np.ndarray) -> Rows:
+        """Rows of samples in ``order``, packed or not; ``lengths`` of all of them."""
+        return Rows.packed(order, lengths, self.max_seq_len) if self.packing else Rows.alone(order)
+
+    @cached_property
+    def digest(self) -> str:
+        """What a position in the data depends on."""
+        return data_digest(self.rows[0], self.lengths, self._keys, self.packing)

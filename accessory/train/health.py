@@ -1,0 +1,221 @@
+"""Router health: what the routers did, how far they have moved from the base model, and when to worry.
+
+docs/metrics.md says what every figure means.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from accessory.console import say
+from accessory.data.loader import Batch
+from accessory.model.decoder import Decoder, Targets
+from accessory.model.moe.router import Router, Routing
+from accessory.parallel.tensor import get_data_parallel_group
+from accessory.train.config import AlarmSection
+
+PROBE_FILE = "routing_probe.safetensors"  # in the run directory
+STARVED = 0.01  # of its fair share: an expert that gets less hardly learns
+
+
+@dataclass(frozen=True)
+class RouterHealth:
+    """What the routers did in some steps of the whole job; real tokens only.
+
+    Attributes:
+        counts: [L, E] int64: rows routed to each expert.
+        entropy: [L] entropy of the router's probabilities in nats, mean over tokens.
+    """
+
+    counts: Tensor
+    entropy: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """[L, E] rows of each expert in fair shares: 1 where all get the same, E / K where every token goes to one."""
+        return self.counts.double() * self.counts.shape[1] / self.counts.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def entropy_share(self) -> Tensor:
+        """[L] of log E, the entropy of a router that prefers nothing."""
+        experts = self.counts.shape[1]
+        return self.entropy / math.log(experts) if experts > 1 else torch.ones_like(self.entropy)
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of the model, and lists with a number for each layer."""
+        load, share, starved = self.load, self.entropy_share, (self.load < STARVED).sum(1)
+        return {
+            "load_max": load.max().item(),
+            "load_min": load.min().item(),
+            "starved": int(starved.sum()),
+            "entropy": self.entropy.mean().item(),
+            "entropy_share": share.mean().item(),
+            "entropy_share_min": share.min().item(),
+            "layer_load_max": load.amax(1).tolist(),
+            "layer_starved": starved.tolist(),
+            "layer_entropy": self.entropy.tolist(),
+            "layer_entropy_share": share.tolist(),
+            "loads": self.counts.tolist(),
+        }
+
+    def line(self) -> str:
+        """For the console."""
+        load, share = self.load, self.entropy_share
+        (low_layer, low), (high_layer, high) = (divmod(int(at), load.shape[1]) for at in (load.argmin(), load.argmax()))
+        return (
+            f"router: expert load {load.min():.2f} (layer {low_layer} expert {low}) to {load.max():.2f} "
+            f"(layer {high_layer} expert {high})  starved {int((load < STARVED).sum())}  "
+            f"entropy {share.mean():.1%} of log E (least {share.min():.1%}, layer {int(share.argmin())})"
+        )
+
+
+def probe_documents(order: np.ndarray, lengths: np.ndarray, tokens: int) -> np.ndarray:
+    """The first samples of ``order`` that have ``tokens`` tokens together at most; one at least."""
+    return order[: max(1, int(lengths[order].cumsum().searchsorted(tokens, side="right")))]
+
+
+class RoutingProbe:
+    """Which experts some fixed tokens take, now and in the base model.
+
+    Attributes:
+        places: [t] where this data-parallel rank's tokens stand among the probe's T, which are numbered by sample.
+        samples: their numbers, in order.
+        base: [L, T, K] the base model's choices, the same on every rank; None until ``record`` or ``load``.
+    """
+
+    def __init__(self, samples: np.ndarray, lengths: np.ndarray, batches: Sequence[Batch], device: torch.device):
+        """``samples``: the probe's; ``lengths``: of every sample; ``batches``: this rank's, whose keys are the samples."""
+        self.batches = [batch.to(device) for batch in batches]
+        chosen = np.sort(samples)
+        ends = lengths[chosen].cumsum()
+        numbers, starts = (torch.from_numpy(x).to(device) for x in (chosen, ends - lengths[chosen]))
+        places = [torch.zeros(0, dtype=torch.int64, device=device)]
+        for batch in self.batches:
+            documents = batch.documents
+            start = starts[torch.searchsorted(numbers, batch.keys)]
+            places.append(start[documents.number[documents.real] - 1] + documents.positions[documents.real])
+        self.places, self.tokens, self.samples = torch.cat(places), int(ends[-1]), torch.from_numpy(chosen)
+        self.base: Tensor | None = None
+
+    def record(self, model: Decoder) -> None:
+        """Let ``model`` be the base (a collective)."""
+        mine = self._choices(model)
+        base = mine.new_zeros(len(mine), self.tokens, mine.shape[2])
+        base[:, self.places] = mine
+        dist.all_reduce(base, group=get_data_parallel_group())
+        self.base = base
+
+    def change(self, model: Decoder) -> Tensor:
+        """[L] share of the (token, choice) pairs of the base model that ``model`` chooses no more (a collective)."""
+        assert self.base is not None, "record comes first"
+        before = self.base[:, self.places]
+        kept = (before.unsqueeze(-1) == self._choices(model).unsqueeze(-2)).any(-1).sum((1, 2))
+        dist.all_reduce(kept, group=get_data_parallel_group())
+        return 1 - kept.cpu().double() / (self.tokens * before.shape[2])
+
+    def save(self, path: Path) -> None:
+        """Keep the base model's choices, for a run that is resumed with other weights. Only one rank calls this."""
+        assert self.base is not None, "record comes first"
+        unfinished = path.with_suffix(".tmp")
+        save_file({"base": self.base.cpu(), "samples": self.samples}, unfinished)
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> bool:
+        """Take them from there; whether they are there, and of the same samples."""
+        kept = load_file(path) if path.is_file() else {}
+        if not kept or kept["base"].shape[1] != self.tokens or not torch.equal(kept["samples"], self.samples):
+            return False
+        self.base = kept["base"].to(self.places.device)
+        return True
+
+    @torch.no_grad()
+    def _choices(self, model: Decoder) -> Tensor:
+        """[L, t, K] int32: the experts of this rank's tokens; no output layer, no dropout."""
+        seen: list[Tensor] = []
+
+        def keep(_: Any, __: Any, routing: Routing) -> None:
+            seen.append(routing.experts.int())
+
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        hooks = [router.register_forward_hook(keep) for router in routers]
+        parts = []
+        try:
+            for batch in self.batches:
+                seen.clear()
+                nothing = batch.keys[:0]
+                model(batch.tokens, batch.documents, Targets(nothing, nothing))
+                parts.append(torch.stack(seen)[:, batch.documents.real.flatten()])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(parts, 1)
+
+
+RULES = {  # a metric: when it rings, and what to do
+    "load_min": ("below", "an expert without tokens does not learn: raise load_balancing_weight, or lower optim.lr"),
+    "load_max": ("above", "few experts do the work of all: raise load_balancing_weight, or lower optim.lr"),
+    "entropy_share": ("below", "the router weighs no other expert any more: lower optim.lr, or set train.z_loss_weight"),
+    "routing_change": ("above", "tokens no longer reach the base model's experts: lower optim.lr, or freeze the router"),
+}
+
+
+class Alarms:
+    """Says when a layer passes a threshold of ``log.alarms``, once, and when it no longer does."""
+
+    def __init__(self, thresholds: AlarmSection):
+        self.thresholds = thresholds
+        self._holding: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in RULES}  # name: layer: what is wrong
+
+    def check(self, step: int, health: RouterHealth) -> None:
+        """Judge load and entropy; load only where a starved expert's share is a row at least, or chance would ring."""
+        load = health.load
+        if health.counts.sum(1).min() * STARVED >= load.shape[1]:
+            self._judge(step, "load_min", load)
+            self._judge(step, "load_max", load)
+        self._judge(step, "entropy_share", health.entropy_share)
+
+    def check_change(self, step: int, change: Tensor) -> None:
+        """Judge how much of each layer's routing has changed, [L]."""
+        self._judge(step, "routing_change", change)
+
+    def metrics(self) -> dict[str, Any]:
+        """What holds now."""
+        return {"alarms": [event for layers in self._holding.values() for event in layers.values()]}
+
+    def _judge(self, step: int, name: str, values: Tensor) -> None:
+        """``values``: [L], or [L, E] if they are the experts' own."""
+        limit = getattr(self.thresholds, name)
+        if limit is None:
+            return
+        word, advice = RULES[name]
+        passed = values < limit if word == "below" else values > limit
+        before, now = self._holding[name], {}
+        for layer, (hit, value) in enumerate(zip(passed, values, strict=True)):
+            if hit.any():
+                experts = {"experts": hit.nonzero().flatten().tolist()} if hit.dim() else {}
+                worst = value.min() if word == "below" else value.max()
+                now[layer] = {"alarm": name, "layer": layer, **experts, "value": worst.item()}
+        self._holding[name] = now
+        if new := [event for layer, event in now.items() if layer not in before]:
+            texts = [_place(event) for event in new]
+            say(f"ALARM at step {step}: {name} {word} {limit:g} in {_few(texts)}: {advice}")
+        if over := [f"layer {layer}" for layer in before if layer not in now]:
+            say(f"alarm over at step {step}: {name} no longer {word} {limit:g} in {_few(over)}")
+
+
+def _place(event: dict[str, Any]) -> str:
+    experts = event.get("experts", [])
+    words = f" expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}" if experts else ""
+    return f"layer {event['layer']}{words} ({event['value']:.2f})"
+
+
+def _few(texts: list[str], most: int = 4) -> str:
+    return "; ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

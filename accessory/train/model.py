@@ -1,0 +1,127 @@
+"""The model of a run: what it starts from, what of it trains, and its optimiser."""
+
+import dataclasses
+import math
+
+from accessory.checkpoint.accessory import check_suffix
+from accessory.checkpoint.open import Checkpoint, load_args
+from accessory.checkpoint.state import TrainingState
+from accessory.console import say
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.dtypes import at_least, get_dtype
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.build import RandomWeights, build_model
+from accessory.model.logical import Adapters, Source, is_buffer, logical_cuts
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.launch import Launch
+from accessory.parallel.tensor import get_model_parallel_world_size
+from accessory.parallel.watchdog import progressed
+from accessory.train.config import RunConfig
+from accessory.train.metrics import peak_flops
+from accessory.train.optim import make_optimizer
+from accessory.train.state import Resumed, check_state, load_moments
+from accessory.tuning.spec import AdaptedSource, check_goes_on, resolve
+from accessory.tuning.table import tuning_table
+from accessory.tuning.watch import watch_adapters
+
+
+class Start:
+    """What a run starts from, as its configuration says; nothing is read yet but descriptions.
+
+    Attributes:
+        args, layout: of the model. tokenizer; carried: files that go with what is saved, by name.
+        checkpoint: None if the weights are random. source: where the weights are read from.
+    """
+
+    def __init__(self, config: RunConfig):
+        section = config.model
+        self.checkpoint: Checkpoint | None = None
+        self.source: Source
+        if section.checkpoint:
+            self.checkpoint = self.source = Checkpoint(section.checkpoint, section.config, strict=section.strict)
+            self.args, self.layout = self.checkpoint.args, section.layout or self.checkpoint.layout
+            tokenizer = section.tokenizer or self.checkpoint.tokenizer
+            if tokenizer is None:
+                raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
+            carried = {} if section.tokenizer else self.checkpoint.carried
+        else:
+            assert section.config and section.tokenizer and section.layout  # RunConfig has checked
+            self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
+            carried = {}
+        self.args = _as_trained(self.args, config)
+        if self.checkpoint is None:
+            self.source = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), config.train.seed)
+        self.tokenizer = Tokenizer(tokenizer)
+        self.carried = carried | self.tokenizer.files
+        check_vocabulary(self.tokenizer, self.args.vocab_size)
+
+
+def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
+    """The model's description as the run trains and saves it."""
+    if config.train.balance_weight is not None:
+        args = dataclasses.replace(args, load_balancing_weight=config.train.balance_weight)
+    if config.train.balance == "bias":
+        args = dataclasses.replace(args, moe=dataclasses.replace(args.moe, score_bias=True))
+    check_suffix(args, config.save.format)
+    return args
+
+
+class RunModel:
+    """The model that trains, with its optimiser.
+
+    Attributes:
+        model: the decoder, sharded over data-parallel ranks. cut: names of what is cut over model-parallel ranks.
+        only_trainable: whether only what trains is saved. base: the fingerprint of what a training state leaves out.
+        trained: the share of the parameters that trains.
+    """
+
+    def __init__(self, config: RunConfig, start: Start, state: TrainingState | None, data: str, launch: Launch):
+        """``state``: what the run goes on from; ``data``: the digest that it must have."""
+        progressed("making the model")
+        parallel, seed, args, checkpoint = config.parallel, config.train.seed, start.args, start.checkpoint
+        compute, layout = get_dtype(parallel.precision), get_layout(start.layout)
+        tuning = resolve(config.tuning, args, layout, seed)
+        cuts = logical_cuts(args, layout, tuning.adapters)
+        self.only_trainable = bool(tuning.adapters) or config.save.only_trainable
+        given: Adapters = checkpoint.adapters if checkpoint else {}
+        if checkpoint:
+            check_goes_on(given, checkpoint.changed, tuning, self.only_trainable)
+        new = cuts.keys() - logical_cuts(checkpoint.args if checkpoint else args, layout, given).keys()
+        source: Source = AdaptedSource(start.source, RandomWeights(cuts, seed), new)
+        held = {name: cut for name, cut in cuts.items() if name in tuning.trains or is_buffer(name)}  # by a training state
+        self.base = checkpoint.fingerprint if checkpoint and held != cuts else None
+        if state:
+            check_state(state, args, held, data, self.base)
+            source = Resumed(state, source)
+        self.model = build_model(
+            args,
+            start.layout,
+            source,
+            dtype=at_least(compute),
+            device=launch.device,
+            kernel=config.model.kernel,
+            recompute=parallel.recompute,
+            adapters=tuning.adapters,
+            trains=tuning.trains,
+            frozen_dtype=compute,
+            shard=lambda model: wrap(model, parallel.data_parallel, compute, launch.device.type),
+        )
+        self.model.register_forward_pre_hook(lambda *_: progressed())
+        self.optimizer = make_optimizer(self.model, config.optim)
+        if state:
+            load_moments(self.model, self.optimizer, state)
+        watch_adapters(self.model, self.optimizer, cuts.keys() - logical_cuts(args, layout).keys())
+        self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
+        total = sum(math.prod(cut.shape) for cut in cuts.values())
+        self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
+        self.peak, origin = peak_flops(launch.device, compute)
+        size = get_model_parallel_world_size()
+        say(
+            f"model: {total / 1e6:,.1f} M parameters, {args.active_parameters() / 1e6:,.1f} M active per token; layout "
+            f"{start.layout}, model parallel {size} x data parallel {launch.world // size} "
+            f"({parallel.data_parallel}), {parallel.precision}\n"
+            f"MFU is taken of {self.peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
+            f"{tuning_table(self.model)}"
+        )

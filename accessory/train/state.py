@@ -1,0 +1,166 @@
+"""Save a run's training state, and go on from it in any layout and at any parallel size.
+
+Nothing else is random in a step: the order of the samples and the adapters' dropout are functions of the seed.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
+from accessory.checkpoint.state import KINDS, StateNotes, TrainingState, newest_state, states_in, write_notes, write_part
+from accessory.console import is_main, say
+from accessory.data.packing import Rows
+from accessory.errors import UserError
+from accessory.model.args import ModelArgs
+from accessory.model.build import own_regions
+from accessory.model.decoder import Decoder
+from accessory.model.logical import Cut, Region, Source, logical_cuts
+from accessory.parallel.fsdp import local_part, show_masters
+from accessory.parallel.tensor import get_data_parallel_group, get_model_parallel_rank
+from accessory.parallel.watchdog import progressed
+
+
+def find_state(states: Path, resume: str | None) -> TrainingState | None:
+    """The training state that a run is to go on from, checked against its checksums (each rank reads some parts).
+
+    Args:
+        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's, if there is one.
+
+    Raises:
+        UserError: it is damaged, or a run is to begin where an earlier one left its state.
+    """
+    given: list[str | None] = [str(newest_state(states) or "")]
+    dist.broadcast_object_list(given)  # a node may see another rank's directories late
+    newest = Path(given[0]) if given[0] else None
+    if resume is None and newest:
+        raise UserError(
+            f"{newest}: an earlier run left its training state here; resume=auto goes on from it. To begin anew, set "
+            f"another out, or remove {states}"
+        )
+    if resume == "auto" and not newest:
+        say(f"resume=auto: no training state in {states}, the run begins")
+    path = newest if resume == "auto" else resume
+    if path is None:
+        return None
+    state = TrainingState(Path(path).resolve())
+    if newest and state.directory.parent == states.resolve() and state.directory != newest.resolve():
+        raise UserError(
+            f"{state.directory}: {newest} is of more steps, and resume=auto would go on from that one: remove it to go on "
+            "from here, or set another out"
+        )
+    own = range(dist.get_rank(), state.notes.parts, dist.get_world_size())
+    damaged = [key for part in own for key in state.damaged(part)]
+    all_damaged: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(all_damaged, damaged)
+    for names in all_damaged:
+        if names:
+            raise UserError(f"{names[0]} is not what was saved; resume from another training state")
+    return state
+
+
+def data_digest(rows: Rows, lengths: np.ndarray, *settings: Any) -> str:
+    """What a position in the data depends on: the samples' lengths, how an epoch begins, and ``settings``, which name
+    what the samples were made of."""
+    begins = [rows[number] for number in range(min(len(rows), 1000))]
+    return hashlib.sha256(repr((begins, len(rows), settings)).encode() + lengths.tobytes()).hexdigest()[:16]
+
+
+def check_state(state: TrainingState, args: ModelArgs, held: dict[str, Cut], data: str, base: str | None) -> None:
+    """Refuse a training state of another run. ``args``: the model's; ``held``: what trains, and buffers."""
+    where, notes = state.directory, state.notes
+    if notes.data != data:
+        raise UserError(
+            f"{where}: was saved with other samples, or another order or length of them: resume with the mix, tokenizer, "
+            "train.seed, data.max_seq_len, data.packing and data.validation that it was saved with"
+        )
+    if odd := sorted(state.names.keys() ^ held.keys()):
+        has = "holds" if odd[0] in state.names else "lacks"
+        raise UserError(f"{where}: {has} {odd[0]}: resume with the tuning and train.balance that it was saved with")
+    for name, cut in held.items():
+        if state.names[name] != cut.shape:
+            raise UserError(f"{where}: {name} has shape {list(state.names[name])}, this model's has {list(cut.shape)}")
+    for key, value in vars(args).items():
+        if (was := getattr(state.args, key)) != value and key not in ("load_balancing_weight", "max_seq_len"):
+            raise UserError(f"{where}: was saved with {key} {was} in config.json, this model has {value}")
+    if notes.base != base:
+        raise UserError(f"{where}: belongs to a base with fingerprint {notes.base}, model.checkpoint's is {base}")
+
+
+class Resumed:
+    """The tensors of a training state, and all others from below."""
+
+    def __init__(self, state: TrainingState, below: Source):
+        self.state, self.below = state, below
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return (self.state if name in self.state.names else self.below).read(name, region)
+
+
+@torch.no_grad()
+def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: StateNotes, keep: int) -> None:
+    """Write a training state; every rank its own part. Of ``directory``'s siblings the newest ``keep`` stay."""
+    if is_main():
+        prepare_directory(directory)
+    dist.barrier()
+    try:
+        write_part(temporary_name(directory), dist.get_rank(), _own_pieces(model, optimizer))
+    except OSError as error:
+        shutil.rmtree(temporary_name(directory), ignore_errors=True)  # a disk that is full needs the room
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); what was saved before is whole") from error
+    dist.barrier()
+    if is_main():
+        write_notes(temporary_name(directory), model.args, notes)
+        publish_directory(directory)
+        for old in states_in(directory.parent)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load_moments(model: Decoder, optimizer: Optimizer, state: TrainingState) -> None:
+    """Give AdamW the moments and the step count of a training state; each rank reads its own slices."""
+    for name, parameter, cut in _trained(model):
+        moments = {kind: torch.zeros_like(parameter) for kind in KINDS if kind != "weight"}
+        for kind, moment in moments.items():
+            local = local_part(moment)
+            for rows, box in own_regions(cut, parameter):
+                local[rows] = state.read_kind(kind, name, box).reshape(local[rows].shape).to(local)
+                progressed()
+        step = torch.tensor(float(state.notes.steps), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _own_pieces(model: Decoder, optimizer: Optimizer) -> dict[str, tuple[Region, Tensor]]:
+    """What this rank has to write: of what several hold, the first of them writes it."""
+    first_mp, first_dp = get_model_parallel_rank() == 0, dist.get_rank(get_data_parallel_group()) == 0
+    pieces: dict[str, tuple[Region, Tensor]] = {}
+    for name, parameter, cut in _trained(model):
+        replicated = not isinstance(parameter, DTensor) or isinstance(parameter.placements[0], Replicate)
+        if (cut.dim is None and not first_mp) or (replicated and not first_dp):
+            continue
+        for kind in KINDS:
+            local = local_part(parameter if kind == "weight" else optimizer.state[parameter][kind])
+            for number, (rows, box) in enumerate(own_regions(cut, parameter)):
+                pieces[f"{kind}/{name}/{number}"] = (box, local[rows])
+    if first_mp and first_dp:  # buffers are whole on every rank
+        cuts = logical_cuts(model.args, model.layout)
+        pieces |= {f"weight/{name}/0": (cuts[name].region(0, 1), buffer) for name, buffer in model.named_buffers()}
+    return pieces
+
+
+def _trained(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Cut]]:
+    show_masters(model)
+    cuts = logical_cuts(model.args, model.layout, model.adapters)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, cuts[name]

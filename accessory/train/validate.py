@@ -1,0 +1,90 @@
+"""Validation: loss on the held-out samples, and how far the routing has moved."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from accessory.console import is_main, progress, say
+from accessory.data.loader import BatchPlan, sample_lengths
+from accessory.data.order import permute
+from accessory.model.decoder import Decoder
+from accessory.parallel.tensor import get_data_parallel_group
+from accessory.parallel.watchdog import progressed
+from accessory.train.config import RunConfig
+from accessory.train.data import RunData
+from accessory.train.health import PROBE_FILE, Alarms, RoutingProbe, probe_documents
+
+
+class Validation:
+    """What is measured between steps. ``begun``: the run directory of a run that is resumed."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        data: RunData,
+        batches: BatchPlan,
+        config: RunConfig,
+        alarms: Alarms,
+        device: torch.device,
+        begun: Path | None,
+    ):
+        self.model, self.data, self.alarms, self.device = model, data, alarms, device
+        self.batches = dataclasses.replace(batches, accumulation=1)
+        self.probe_file = Path(config.out) / PROBE_FILE
+        self.probe: RoutingProbe | None = None
+        if config.log.probe_tokens:
+            samples = data.validation or data.training
+            lengths = sample_lengths(samples)
+            first = permute(
+                np.arange(min(len(samples), config.log.probe_tokens)), len(samples), f"{config.train.seed}/probe"
+            )
+            chosen = probe_documents(first, lengths, config.log.probe_tokens)
+            parts = [batch for (batch,) in self.batches.epoch(samples, data.make_rows(chosen, lengths))]
+            self.probe = RoutingProbe(chosen, lengths, parts, device)
+            if begun and not self.probe.load(begun / PROBE_FILE):
+                say(f"{PROBE_FILE} is missing or of other tokens: routing will be compared with that of the next validation")
+            elif begun and is_main() and begun != self.probe_file.parent:
+                self.probe.save(self.probe_file)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Measure, and say it: the loss, and the change of routing since the first call."""
+        progressed(f"validation after step {step}")
+        values: dict[str, Any] = {}
+        texts = []
+        if self.data.validation:
+            loss = self._loss()
+            values |= {"val_loss": loss, "val_perplexity": math.exp(min(700.0, loss))}
+            texts.append(f"validation loss {loss:.4f}  perplexity {values['val_perplexity']:.3f}")
+        if self.probe and self.probe.base is None:
+            self.probe.record(self.model)
+            if is_main():
+                self.probe.save(self.probe_file)
+        elif self.probe:
+            change = self.probe.change(self.model)
+            self.alarms.check_change(step, change)
+            values |= {"routing_change": change.mean().item(), "layer_routing_change": change.tolist()}
+            values |= self.alarms.metrics()
+            texts.append(f"routing changed {change.mean():.1%} (most {change.max():.1%}, layer {int(change.argmax())})")
+        if values:
+            say(f"step {step:5d}  {'  '.join(texts)}")
+        return values
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Mean cross-entropy over the targets of the held-out samples."""
+        samples, plan = self.data.validation, self.batches
+        lengths = sample_lengths(samples)
+        rows = self.data.make_rows(lengths.argsort(kind="stable"), lengths)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        bar = progress(plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False)
+        for (batch,) in bar:
+            loss, _ = self.model(*batch.to(self.device).inputs())
+            total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
+        dist.all_reduce(total, group=get_data_parallel_group())
+        loss_sum, targets = total.tolist()
+        return loss_sum / max(1.0, targets)

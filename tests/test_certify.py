@@ -1,0 +1,161 @@
+"""The command: the quick certificate, its files, what it refuses, and how it says that a cell fails."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from test_convert import cli
+
+from accessory.certify import command, formats
+from accessory.certify.judge import Judge, Row
+from accessory.certify.matrix import training_cells
+from accessory.certify.problem import SMALL, Problem
+from accessory.certify.processes import Failure
+
+
+def test_quick(tmp_path):
+    """What ``make test`` certifies."""
+    words = ["--quick", "--json", tmp_path / "c.json", "--html", tmp_path / "c.html"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accessory", "certify", *words], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("PASS: ") and "allowed 1e-10" in lines[-1]
+    certificate = json.loads((tmp_path / "c.json").read_text())
+    assert certificate["passed"] and certificate["about"]["torch"] == torch.__version__
+    training = [row for row in certificate["rows"] if "tuning" in row["cell"]]
+    assert len(lines) > len(certificate["rows"]) > len(training) > 10
+    for row in training:
+        compared = {"loss", "balance", "z-loss", "counts", "norm", "clipping", "gradients", "weights"}
+        assert row["errors"].keys() == compared, row
+        assert row["errors"]["counts"] == 0 and 0 < row["errors"]["gradients"] < 1e-10
+    cells = [row["cell"] for row in training]
+    assert {cell["world"] for cell in cells} == {1, 2}
+    for first, second in combinations(("layout", "accumulation", "packing", "masks", "recompute", "tuning", "balance"), 2):
+        assert len({(cell[first], cell[second]) for cell in cells}) == 4, (first, second)
+    page = (tmp_path / "c.html").read_text()
+    assert page.count('<tr class="pass">') == len(certificate["rows"]) and "http" not in page
+
+
+@pytest.mark.parametrize("strength", [2, 3])
+def test_all_settings_meet(strength):
+    cells = training_cells([1, 2, 4], strength)
+    values = {
+        "mesh": {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)},
+        "layout": {"mixtral", "mixtral_sparse"},
+        "accumulation": {1, 2},
+        "packing": {True, False},
+        "masks": {True, False},
+        "recompute": {True, False},
+        "tuning": {"full", "lora"},
+        "balance": {"global", "document"},
+    }
+    settings = [vars(cell) | {"mesh": (cell.world, cell.model_parallel)} for cell in cells]
+    for names in combinations(values, strength):
+        expected = 1
+        for name in names:
+            expected *= len(values[name])
+        assert len({tuple(cell[name] for name in names) for cell in settings}) == expected, names
+    modes = {(cell.world, cell.model_parallel, cell.data_parallel) for cell in cells}
+    assert len(modes) == 12  # three where there are several data-parallel ranks
+    assert len(cells) < 60
+
+
+def config(tmp_path, **changes):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(replace(SMALL, **changes).to_dict()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--world", "2,x"], "expected numbers of processes"),
+        (["--world", "0"], "expected numbers of processes"),
+        (["--device", "cuda", "--world", "64"], "needs a GPU for each process"),
+        (["--against", "hf", "--precision", "fp64"], "use --precision fp32"),
+        (["--json", "nowhere/c.json"], "--json nowhere/c.json: cannot be written"),
+        (["--html", "."], "--html .: cannot be written"),
+        (["--model", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+)
+def test_refused(words, message):
+    assert message in cli("certify", *words)
+
+
+def test_a_model_that_a_size_does_not_divide(tmp_path):
+    message = cli("certify", "--model", config(tmp_path, n_kv_heads=2), "--world", "4")
+    assert "config.json, --world 4" in message and "n_kv_heads 2: use one of [1, 2]" in message
+
+
+def test_a_model_beyond_the_memory(tmp_path):
+    message = cli("certify", "--model", config(tmp_path, n_layers=64, hidden_dim=2**30), "--world", "2")
+    assert "config.json, --world 2: 3 copies" in message and "use a smaller n_layers" in message
+
+
+def test_a_model_that_files_cannot_hold(tmp_path):
+    message = cli("certify", "--model", config(tmp_path, moe=replace(SMALL.moe, score_bias=True)))
+    assert "config.json: other programs' files cannot hold moe.score_bias" in message
+
+
+def test_a_failing_cell(tmp_path, monkeypatch, capsys):
+    """Every cell of another model: one fails by a number, one for another reason, the rest not at all."""
+    seen = []
+
+    def fake(world, device, body, jobs):
+        seen.append((world, device, body.args[0]))
+        for job in jobs:
+            yield job, Failure("rank 1: <lost>")
+
+    def verdict(self, cell, outcome):
+        number = next(verdicts)
+        errors = {"loss": 1e-12, "counts": 1.0 if number == 0 else 0.0, "gradients": float("nan") if number == 2 else 0.0}
+        return Row(cell, errors, self.tolerance, outcome.reason if number == 1 else None)
+
+    verdicts = iter(range(1000))
+    monkeypatch.setattr(command, "run_jobs", fake)
+    monkeypatch.setattr(Judge, "row", verdict)
+    model, files = (
+        config(tmp_path, n_layers=1, load_balancing_weight=0.0),
+        [f"--{kind}={tmp_path / kind}" for kind in ("json", "html")],
+    )
+    assert cli("certify", "--quick", "--precision", "fp32", "--model", model, *files) == 1
+    problem = Problem(replace(SMALL, n_layers=1), torch.float32)
+    assert problem.args.load_balancing_weight > 0  # without weight, a balance loss would not be certified
+    assert seen == [(1, "cpu", problem), (2, "cpu", problem)]
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line.partition("FAIL")[2] for line in lines if "FAIL" in line]
+    assert verdicts[:3] == ["", " rank 1: <lost>", ""] and lines[-1].startswith("FAIL: 3 of ")
+    certificate = json.loads((tmp_path / "json").read_text())
+    assert not certificate["passed"] and certificate["rows"][1]["reason"] == "rank 1: <lost>"
+    assert [row["passed"] for row in certificate["rows"]] == [False] * 3 + [True] * (len(certificate["rows"]) - 3)
+    assert certificate["rows"][2]["errors"]["gradients"] is None
+    page = (tmp_path / "html").read_text()
+    assert page.count('<tr class="fail">') == 3 and page.count('class="n fail"') == 2 and "&lt;lost&gt;" in page
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'transformers" in cli("certify", "--against", "hf")
+
+
+def test_the_description_of_files_says_what_differs(tmp_path):
+    w = Problem().weights()
+    formats.write(tmp_path / "a", w, SMALL, "mixtral", 2)
+    assert formats.difference(tmp_path / "a", formats.tensors(w, SMALL, "mixtral", 2)) == 0
+    w["norm.weight"][0] += 0.5
+    assert formats.difference(tmp_path / "a", formats.tensors(w, SMALL, "mixtral", 2)) == 0.5
+    assert formats.difference(tmp_path / "a", formats.tensors(w, SMALL, "mixtral_sparse", 2)) == torch.inf
+    formats.write(tmp_path / "b", w | {"norm.weight": w["norm.weight"] * torch.nan}, SMALL, "mixtral", 2)
+    assert formats.difference(tmp_path / "b", formats.tensors(w, SMALL, "mixtral", 2)) == torch.inf
+
+
+def test_what_cannot_be_judged_fails(monkeypatch, capsys):
+    monkeypatch.setattr(command, "run_jobs", lambda world, device, body, jobs: ((job, [{}]) for job in jobs))
+    assert cli("certify", "--quick", "--world", "1") == 1
+    assert "FAIL cannot be judged: KeyError: 'steps'" in capsys.readouterr().out

@@ -1,0 +1,353 @@
+"""The certificate is red for every fault that it is there to find, and only then; norm and clipping are worked by hand."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from accessory.certify import run
+from accessory.certify.judge import Judge
+from accessory.certify.matrix import Cell, FileCell
+from accessory.certify.parity import ParityCell, TransformersJudge, run_parity
+from accessory.certify.problem import SMALL, Problem
+from accessory.checkpoint import huggingface
+from accessory.checkpoint.tiles import Tile
+from accessory.model import attention, moe
+from accessory.model.args import ModelArgs
+from accessory.model.logical import logical_cuts
+from accessory.model.moe import experts, layouts
+from accessory.parallel import fsdp, tensor
+from accessory.parallel.fsdp import local_part
+from accessory.train import balance, step
+
+CPU = torch.device("cpu")
+
+FULL = Cell(2, 2, "fsdp", "mixtral_sparse", 2, False, True, True, "full", "global")
+EXPERTS = replace(FULL, layout="mixtral")
+LORA = replace(FULL, accumulation=1, recompute=False, tuning="lora")
+SPREAD = replace(FULL, model_parallel=1, layout="mixtral", recompute=False)
+RECOMPUTED = replace(SPREAD, data_parallel="ddp", recompute=True, balance="document")
+KEPT = replace(RECOMPUTED, recompute=False)
+SPARSE_FILES = FileCell("mixtral_sparse", 2, 2, 1, "mixtral_sparse")
+HF_FILES = FileCell("hf", 1, 2, 2, "mixtral")
+CELLS = (FULL, EXPERTS, LORA, SPREAD, RECOMPUTED, KEPT, SPARSE_FILES, HF_FILES)
+
+
+def not_entered(module):
+    """A missed all-reduce of a partial gradient."""
+    return lambda patch: patch.setattr(module, "copy_to_model_parallel_region", lambda x: x)
+
+
+def lora_not_entered(patch):
+    not_entered(tensor)(patch)
+    not_entered(experts)(patch)
+
+
+def counted_twice(patch):
+    """What is whole on several ranks, by each of them."""
+    norm = fsdp.global_grad_norm
+    patch.setattr(step, "global_grad_norm", lambda parameters, cut: norm(parameters, set(parameters)))
+
+
+def norm_of_each_rank(patch):
+    def norm(parameters, cut):
+        return torch.stack([local_part(p.grad).norm() for p in parameters.values() if p.grad is not None]).norm()
+
+    patch.setattr(step, "global_grad_norm", norm)
+
+
+def mean_of_means(patch):
+    """Each micro-batch's loss as a mean over its own targets, and the mean of those."""
+    train_step = step.train_step
+
+    def faulty(model, optimizer, micro_batches, **options):
+        total = torch.tensor(sum(batch.target_tokens for batch in micro_batches))
+        dist.all_reduce(total)
+
+        def per_micro_batch(_, inputs, outputs):
+            loss, stats = outputs
+            return loss * total / (len(micro_batches) * dist.get_world_size() * max(1, len(inputs[2].ids))), stats
+
+        hook = model.register_forward_hook(per_micro_batch)
+        result = train_step(model, optimizer, micro_batches, **options)
+        hook.remove()
+        return result
+
+    patch.setattr(run, "train_step", faulty)
+
+
+def counted_on_the_side(patch):
+    """Counts kept by the block itself, each time it runs: recompute counts twice."""
+    forward, train_step = moe.MoE.forward, step.train_step
+
+    def noting(self, *inputs):
+        out, stats = forward(self, *inputs)
+        self.seen = getattr(self, "seen", 0) + stats.counts.detach().sum(0)
+        return out, stats
+
+    def faulty(model, *inputs, **options):
+        for layer in model.layers:
+            layer.feed_forward.seen = 0
+        with set_checkpoint_early_stop(False):  # else recompute ends where the next layer's gradient has what it needs
+            result = train_step(model, *inputs, **options)
+        return replace(result, counts=torch.stack([layer.feed_forward.seen for layer in model.layers]))
+
+    patch.setattr(moe.MoE, "forward", noting)
+    patch.setattr(run, "train_step", faulty)
+
+
+def padding_counted(patch):
+    """As tokens of the batch's first document."""
+    stats = moe.router_stats
+
+    def faulty(routing, documents):
+        number = documents.number.clamp(min=1) if documents.count else documents.number
+        return stats(routing, replace(documents, number=number))
+
+    patch.setattr(moe, "router_stats", faulty)
+
+
+def weighted_twice(patch):
+    train_step = step.train_step
+
+    def faulty(model, *inputs, **options):
+        args = model.args
+        model.args = replace(args, load_balancing_weight=args.load_balancing_weight**2)
+        result = train_step(model, *inputs, **options)
+        model.args = args
+        return result
+
+    patch.setattr(run, "train_step", faulty)
+
+
+def layers_pooled(patch):
+    """Opposite imbalances of two layers cancel."""
+
+    counted_balance = balance.counted_balance
+
+    def faulty(stats, counts, tokens, top_k):
+        pooled = type(stats)(stats.sums.mean(0, keepdim=True))
+        return counted_balance(pooled, counts.double().mean(0, keepdim=True), tokens, top_k)
+
+    patch.setattr(balance, "counted_balance", faulty)
+
+
+def stored_without(field, value):
+    """Written and read alike, so that only the format's description can tell."""
+
+    def plant(patch):
+        encode, read, decode = Tile.encode, Tile.read, Tile._decode
+
+        def other(tile):
+            return replace(tile, **{field: value})
+
+        patch.setattr(Tile, "encode", lambda tile, box: encode(other(tile), box).view(tile.stored_shape()))
+        patch.setattr(Tile, "read", lambda tile, stored, inside: read(other(tile), stored, inside))
+        patch.setattr(Tile, "_decode", lambda tile, stored: decode(other(tile), stored))
+
+    return plant
+
+
+def saved_with_another_theta(patch):
+    to_dict = ModelArgs.to_dict
+    patch.setattr(ModelArgs, "to_dict", lambda args: to_dict(args) | {"rope_theta": 2 * args.rope_theta})
+
+
+def converted_with_another_eps(patch):
+    patch.setitem(huggingface._CONFIG, "rms_norm_eps", "rope_theta")
+
+
+FAULTS = {  # name: (how to plant it, cells to run, (cell, quantity) that must be red)
+    "none": (lambda patch: None, CELLS, ()),
+    "experts' gradient not summed": (
+        not_entered(moe),
+        (FULL, EXPERTS),
+        ((FULL, "gradients"), (FULL, "reason"), (EXPERTS, "norm")),
+    ),
+    "attention's gradient not summed": (not_entered(attention), (FULL,), ((FULL, "gradients"),)),
+    "adapters' gradient not summed": (lora_not_entered, (LORA,), ((LORA, "gradients"),)),
+    "norm counted twice": (counted_twice, (FULL,), ((FULL, "norm"), (FULL, "clipping"))),
+    "norm of one rank": (norm_of_each_rank, (EXPERTS,), ((EXPERTS, "norm"), (EXPERTS, "reason"))),
+    "mean of means": (mean_of_means, (SPREAD,), ((SPREAD, "gradients"), (SPREAD, "loss"))),
+    "recompute counted twice": (counted_on_the_side, (RECOMPUTED, KEPT), ((RECOMPUTED, "counts"),)),
+    "padding counted": (padding_counted, (SPREAD,), ((SPREAD, "balance"), (SPREAD, "counts"))),
+    "weight applied twice": (weighted_twice, (FULL,), ((FULL, "gradients"),)),
+    "layers pooled": (layers_pooled, (FULL,), ((FULL, "balance"),)),
+    "config.json with another rope_theta": (saved_with_another_theta, (SPARSE_FILES,), ((SPARSE_FILES, "reason"),)),
+    "Hugging Face's norm_eps wrong": (converted_with_another_eps, (SPARSE_FILES,), ((SPARSE_FILES, "reason"),)),
+    "w2 not transposed": (
+        stored_without("transposed", False),
+        (SPARSE_FILES, HF_FILES),
+        ((SPARSE_FILES, "saved"), (SPARSE_FILES, "logits"), (SPARSE_FILES, "hf")),
+    ),
+    "rotary rows not permuted": (
+        stored_without("head_dim", None),
+        (SPARSE_FILES, HF_FILES),
+        ((HF_FILES, "logits"), (HF_FILES, "saved"), (SPARSE_FILES, "hf")),
+    ),
+}
+PARITY = (ParityCell(2, "mixtral"), ParityCell(2, "mixtral_sparse"))
+FP32 = Problem(dtype=torch.float32)
+
+
+def run_with_faults(home):
+    """{fault: [what each cell returns]} of one rank, and the cells in fp32 and those that transformers judges."""
+    results, number = {}, 0
+    for name, (plant, cells, _) in FAULTS.items():
+        results[name] = []
+        for cell in cells:
+            number += 1
+            scratch = Path(home, str(number))
+            scratch.mkdir(exist_ok=True)
+            with pytest.MonkeyPatch.context() as patch:
+                plant(patch)
+                results[name].append(run.run_cell(Problem(), cell, CPU, scratch))
+    results["fp32"] = [run.run_cell(FP32, cell, CPU, Path(home, "fp32")) for cell in (FULL, EXPERTS, LORA)]
+    results["parity"] = [run_parity(FP32, cell, CPU, Path(home)) for cell in PARITY]
+    return results
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """{fault: what the judge needs of each cell}"""
+    with tempfile.TemporaryDirectory() as home:
+        ranks = run_ranks(2, run_with_faults, home)
+    return {name: list(zip(*(rank[name] for rank in ranks), strict=True)) for name in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(Problem())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_red(name, planted, judge):
+    _, cells, expected = FAULTS[name]
+    rows = {cell: judge.row(cell, list(ranks)) for cell, ranks in zip(cells, planted[name], strict=True)}
+    red = {(cell, quantity) for cell, row in rows.items() for quantity in row.errors if not row.passes(quantity)}
+    red |= {(cell, "reason") for cell, row in rows.items() if row.reason}
+    assert set(expected) <= red, {cell: row.errors for cell, row in rows.items()}
+    cells_expected = {cell for cell, _ in expected}
+    assert all(row.passed != (cell in cells_expected) for cell, row in rows.items()), red  # and no other
+
+
+def test_fp32(planted):
+    judge = Judge(FP32)
+    for cell, ranks in zip((FULL, EXPERTS, LORA), planted["fp32"], strict=True):
+        row = judge.row(cell, list(ranks))
+        assert row.passed and 1e-9 < row.errors["gradients"] < 1e-5, row
+    assert judge.margin > 1e-3  # routing decides like fp64
+
+
+def test_transformers(planted):
+    judge = TransformersJudge(FP32)
+    for cell, ranks in zip(PARITY, planted["parity"], strict=True):
+        row = judge.row(cell, list(ranks))
+        assert row.passed and row.errors.keys() == {"logits", "loss", "gradients"}, row
+        assert not judge.row(cell, spoiled(ranks, "logits", lambda x: x * (1 + 1e-4))).passed
+        assert not judge.row(cell, spoiled(ranks, "logits", lambda x: x * torch.nan)).passed
+        assert not judge.row(cell, spoiled(ranks, "loss", lambda x: x * torch.nan)).passed
+        row = judge.row(cell, spoiled(ranks, "gradients", copies_differ))
+        assert not row.passed and "norm.weight" in row.reason
+
+
+def spoiled(ranks, key, change):
+    """What rank 1 returned under a key is other than it was."""
+    return [ranks[0], ranks[1] | {key: change(ranks[1][key])}]
+
+
+def copies_differ(tensors):
+    """By less than the tolerance, in a tensor that every rank holds whole."""
+    return tensors | {"norm.weight": tensors["norm.weight"] * (1 + 1e-6)}
+
+
+def test_values_that_are_no_numbers_are_red(planted, judge):
+    outcomes = dict(zip(CELLS, planted["none"], strict=True))
+    row = judge.row(SPARSE_FILES, spoiled(outcomes[SPARSE_FILES], "logits", lambda x: x * torch.nan))
+    assert not row.passed and not row.passes("logits")
+    ranks = outcomes[FULL]
+    nothing = ranks[0] | {"weights": ranks[0]["weights"] | {"norm.weight": torch.full((SMALL.dim,), torch.nan).double()}}
+    row = judge.row(FULL, [nothing, ranks[1]])
+    assert not row.passed and "norm.weight" in row.reason
+
+
+def test_ranks_with_other_tensors_are_red(planted, judge):
+    ranks = dict(zip(CELLS, planted["none"], strict=True))[FULL]
+    for place in (0, 1):
+        fewer = {name: t for name, t in ranks[place]["weights"].items() if name != "norm.weight"}
+        row = judge.row(FULL, [rank | {"weights": fewer} if n == place else rank for n, rank in enumerate(ranks)])
+        assert not row.passed and "norm.weight" in row.reason
+
+
+def planted_gradients():
+    """Zero but for these:
+
+    - w1 of expert e holds one value, e + 1, far from the others': 1 + 4 + 9 + ... + 64 = 204 as squares
+    - the router, which every rank holds whole, 6: 36
+    - a norm's weight, likewise, 4: 16
+
+    Together 256, so that the norm is 16. Were what is whole counted by each of two ranks: sqrt(204 + 2 * 52) = 17.5, of
+    four: sqrt(204 + 4 * 52) = 20.3; were only a rank's own experts counted, experts 0 and 1 of four ranks: sqrt(5 + 52).
+    """
+    gradients = {name: torch.zeros(cut.shape, dtype=torch.float64) for name, cut in CUTS.items()}
+    for e in range(8):
+        gradients["layers.1.feed_forward.experts.w1"][e, 3 * e, 4 * e] = e + 1
+    gradients["layers.0.feed_forward.gate.weight"][7, 31] = 6
+    gradients["norm.weight"][5] = 4
+    return gradients
+
+
+CUTS = logical_cuts(SMALL, layouts.get_layout("mixtral"))
+
+
+def plant(parameter, gradient):
+    local_part(parameter.grad).copy_(local_part(gradient.detach()))
+
+
+def step_with_planted_gradients(partitions):
+    """[(norm, this rank's parts of how far plain gradient descent at rate 1 moved each weight)]"""
+    results = []
+    for layout, mp, mode in partitions:
+        tensor.initialize_groups(mp)
+        tuning = Problem().tuning("full")
+        zeros = run.Tensors({name: torch.zeros_like(t) for name, t in planted_gradients().items()})
+        model, planted = (
+            run.build(Problem(), layout, source, CPU, tuning, mode) for source in (zeros, run.Tensors(planted_gradients()))
+        )
+        for p, g in zip(model.parameters(), planted.parameters(), strict=True):
+            p.register_post_accumulate_grad_hook(lambda p, g=g: plant(p, g))
+        group = tensor.get_data_parallel_group()
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        samples = Problem().batches(False)[0]
+        (micro_batches,) = run.BatchPlan(8 // ranks, 1, rank, ranks).epoch(samples, run.Rows.alone(range(8)))
+        cuts = logical_cuts(SMALL, model.layout)
+        result = step.train_step(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            micro_batches,
+            clip_grad=4.0,
+            balance="global",
+            data_parallel=mode,
+            cut={name for name, cut in cuts.items() if cut.dim is not None},
+        )
+        results.append((result.grad_norm.item(), {name: -t.detach() for name, t in run.gathered(model)}))
+    return results
+
+
+def test_norm_and_clipping_by_hand():
+    partitions = [(layout, mp, "fsdp") for layout in layouts.LAYOUTS for mp in (4, 2)] + [("mixtral", 2, "ddp")]
+    ranks = run_ranks(4, step_with_planted_gradients, partitions)
+    for number, (layout, mp, _) in enumerate(partitions):
+        cuts = logical_cuts(SMALL, layouts.get_layout(layout))
+        for place, rank in enumerate(ranks):
+            norm, moved = rank[number]
+            assert norm == 16.0
+            for name, gradient in planted_gradients().items():
+                part = gradient[cuts[name].region(place % mp, mp)]
+                clipped = part / 4  # to a norm of 4: but for 1e-6 beside the norm, which keeps zero from dividing
+                torch.testing.assert_close(moved[name].view(part.shape), clipped, rtol=1e-7, atol=0)
