@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from accessory.parallel.forkserver import fork_server
 
 
 def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -20,7 +21,7 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
         AssertionError: a rank raised (its traceback is the message), died, or the time ran out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = fork_server("accessory.train.loop", "accessory.certify.run")
         ranks = [context.Process(target=_rank, args=(rank, world, folder, body, args), daemon=True) for rank in range(world)]
         for process in ranks:
             process.start()

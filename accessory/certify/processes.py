@@ -1,5 +1,6 @@
 """Run jobs on several processes of this machine, each within a time limit, and leave no process behind."""
 
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tqdm import tqdm
+
+from accessory.parallel.forkserver import fork_server
 
 Job = TypeVar("Job")
 Body = Callable[[Any, torch.device, Path], Any]
@@ -47,13 +49,14 @@ def run_jobs(
     while left:
         with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:
             folder = Path(name)
-            context = mp.get_context("spawn")
+            context = fork_server("accessory.certify.run")
             ranks = [
                 context.Process(target=_rank, args=(rank, world, device, body, left, folder), daemon=True)
                 for rank in range(world)
             ]
             try:
-                _start(ranks)
+                for process in ranks:
+                    process.start()
                 for number, job in enumerate(list(left)):
                     outcome = _wait(ranks, number, folder, limit_s if number else START_S + limit_s)
                     left.remove(job)
@@ -65,16 +68,6 @@ def run_jobs(
                     if process.pid is not None:
                         process.kill()
                         process.join()
-
-
-def _start(ranks: Sequence[Any]) -> None:
-    """The ranks inherit that they ignore Ctrl-C: it is the parent's to handle."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for process in ranks:
-            process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> list[Any] | Failure:
@@ -100,6 +93,7 @@ def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> li
 
 
 def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -131,7 +125,7 @@ def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], f
 
 
 def _end_with_parent() -> None:
-    parent = mp.parent_process()
+    parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)

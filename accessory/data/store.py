@@ -12,7 +12,6 @@ CACHE/<key>/report.json   what happened to the records, in numbers
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import uuid
@@ -31,6 +30,7 @@ from accessory.config import read_mapping, write_json
 from accessory.data.records import ImageError
 from accessory.data.sources import Row, content_digest, file_kind, place_name, read_rows
 from accessory.errors import UserError
+from accessory.parallel.forkserver import fork_server
 
 VERSION = 3
 """Of the files and of how samples are made; part of the key."""
@@ -230,7 +230,7 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
     if second is None:
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")  # forking a process that has run threaded torch hangs
+    context = fork_server("accessory.data.store")
     pending: deque[Future[Encoded]] = deque()
     with ProcessPoolExecutor(workers, context, _start_worker, (make_encoder, max_seq_len)) as pool:
         try:
