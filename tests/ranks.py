@@ -14,6 +14,19 @@ import torch.distributed as dist
 from accessory.parallel.forkserver import fork_server
 
 
+def server():
+    """Processes forked from it have imported what tests and the program need; once for each process of pytest."""
+    return fork_server(
+        "pytest",
+        "matplotlib.pyplot",
+        "transformers.models.mixtral.modeling_mixtral",
+        "peft",
+        "accessory.train.loop",
+        "accessory.train.report",
+        "accessory.certify.run",
+    )
+
+
 def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Call ``body(*args)`` on ``world`` ranks of one gloo group; return what each returned, in rank order.
 
@@ -21,8 +34,9 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
         AssertionError: a rank raised (its traceback is the message), died, or the time ran out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = fork_server("accessory.train.loop", "accessory.certify.run")
-        ranks = [context.Process(target=_rank, args=(rank, world, folder, body, args), daemon=True) for rank in range(world)]
+        ranks = [
+            server().Process(target=_rank, args=(rank, world, folder, body, args), daemon=True) for rank in range(world)
+        ]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout

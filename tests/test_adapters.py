@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import command
 from models import Tensors, build, evaluate, make_tokenizer, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rank_file
-from test_commands import command, rows
+from test_commands import rows
 from test_convert import ARGS, TOKENS, cli, converts, hf_tensors, logical, transformers_model
 from transformers import MixtralForCausalLM
 

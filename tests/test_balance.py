@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from jobs import command
 from models import OPTIM, TINY, Tensors, _gradients, assemble, build, evaluate, make_tokenizer, samples, train, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_commands import command
 
 from accessory.certify import reference
 from accessory.checkpoint.convert import Target, convert

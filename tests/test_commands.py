@@ -1,14 +1,11 @@
 """The commands a user types, as processes: the main job in both layouts, and every kind of bad input."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from jobs import command
 
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
@@ -24,33 +21,6 @@ MODEL = {
     "max_seq_len": 512,
     "moe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
-
-
-def command(*words, ranks=1, timeout=120):
-    """Run ``accessory words`` as ``ranks`` processes of one job; returns (exit codes, stdout, stderr) of all together."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        extra = {k: str(v) for k, v in place.items()} if ranks > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "accessory", *map(str, words)],
-                env=environment | extra,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [p.returncode for p in processes], "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
 
 
 @pytest.fixture(scope="module")

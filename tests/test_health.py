@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import command
 from models import OPTIM, TINY, WORDS, Tensors, build, make_tokenizer, samples, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_commands import MODEL, command
+from test_commands import MODEL
 
 from accessory.certify import reference
 from accessory.data.loader import BatchPlan, sample_lengths

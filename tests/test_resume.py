@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import Job, command
 from models import WORDS, make_tokenizer
 from safetensors.torch import load_file
-from test_commands import MODEL, command, rows
+from test_commands import MODEL, rows
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import claim
@@ -91,26 +88,10 @@ def assert_same_run(a, b, load=model, rel=1e-9):
 
 def stop_behind(home, out, steps, *overrides, ranks):
     """Start a run, and kill all of its processes once it has logged ``steps`` steps."""
-    driver = subprocess.Popen(
-        [sys.executable, "-c", "import sys, test_resume as t; t.start(*sys.argv[1:])", home, out, str(ranks), *overrides],
-        cwd=Path(__file__).parent,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        metrics = Path(out, "metrics.jsonl")
-        while not metrics.is_file() or metrics.read_text().count('"loss"') < steps:
-            assert driver.poll() is None, "the run ended before it was stopped"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-
-
-def start(home, out, ranks, *overrides):
-    codes, _, err = finetune(Path(home), out, *overrides, ranks=int(ranks))
-    assert codes == [0] * int(ranks), err
+    metrics = out / "metrics.jsonl"
+    with Job("finetune", home / "run.yaml", f"out={out}", *overrides, ranks=ranks) as job:
+        job.wait_for(lambda: metrics.is_file() and metrics.read_text().count('"loss"') >= steps)
+        job.kill()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +148,8 @@ def test_another_global_batch_goes_through_exactly_the_rows_that_are_left(packed
 
 def test_adapters_go_on_from_a_state_that_holds_only_them(home, whole, tmp_path):
     words = [f"model.checkpoint={whole}/epoch2", "model.config=null", "tuning={lora: {rank: 2, dropout: 0.1}, bias: true}"]
-    start(home, tmp_path / "whole", 1, *words)
+    codes, _, err = finetune(home, tmp_path / "whole", *words)
+    assert codes == [0], err
     stop_behind(home, tmp_path / "run", 7, *words, ranks=1)
     codes, _, err = finetune(
         home, tmp_path / "run", *words, "resume=auto", "model.layout=mixtral_sparse", "parallel.model_parallel=2", ranks=2

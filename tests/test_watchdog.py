@@ -1,16 +1,13 @@
 """No job hangs: real jobs whose ranks die, stop, sleep or fail end in time, with the right words, and leave no process."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from jobs import Job
 
 from accessory.data.tokenizer import train_tokenizer
 
@@ -54,60 +51,9 @@ log: {{every: 1, tensorboard: false}}
     return home
 
 
-class Job:
-    """``accessory finetune`` as several processes; ``plant`` is run in each of them before it starts."""
-
-    def __init__(self, home, out, *overrides, ranks=2, plant=""):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-        driver = out / "driver.py"
-        driver.write_text(
-            f"import os, time\nrank = int(os.environ['RANK'])\n{plant}\nfrom accessory.cli import main\nmain()\n"
-        )
-        words = [sys.executable, driver, "finetune", home / "run.yaml", f"out={out}/run", *overrides]
-        self.files = [(out / f"out{rank}", out / f"err{rank}") for rank in range(ranks)]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        for rank, (stdout, stderr) in enumerate(self.files):
-            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            with open(stdout, "w") as o, open(stderr, "w") as e:
-                extra = {k: str(v) for k, v in place.items()} | {
-                    "PYTHONPATH": str(Path(__file__).parents[1]),
-                    "PYTHONWARNINGS": "ignore",  # torch's, which also go to stderr
-                }
-                self.processes.append(subprocess.Popen([*map(str, words)], env=environment | extra, stdout=o, stderr=e))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def out(self):
-        return "".join(file.read_text() for file, _ in self.files)
-
-    def err(self, *ranks):
-        return "".join(self.files[rank][1].read_text() for rank in ranks or range(len(self.files)))
-
-    def reach(self, text, timeout=120):
-        deadline = time.monotonic() + timeout
-        while text not in self.out() + self.err():
-            waits = time.monotonic() < deadline and all(process.poll() is None for process in self.processes)
-            assert waits, f"no {text!r} within {timeout} s: {self.out()} {self.err()}"
-            time.sleep(0.05)
-
-    def codes(self, *ranks, timeout=END):
-        """The exit codes of some ranks, which must end within ``timeout`` s."""
-        deadline = time.monotonic() + timeout
-        for rank in ranks:
-            try:
-                self.processes[rank].wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pytest.fail(f"rank {rank} did not end within {timeout} s of the fault: {self.err()}")
-        return [self.processes[rank].returncode for rank in ranks]
+def run(home, out, *overrides, ranks=2, plant=""):
+    plant = f"import warnings\nwarnings.simplefilter('ignore')  # torch's also go to stderr\n{plant}"
+    return Job("finetune", home / "run.yaml", f"out={out}/run", *overrides, ranks=ranks, plant=plant)
 
 
 HOST = re.escape(socket.gethostname())
@@ -121,11 +67,11 @@ def errors(text):
 @pytest.mark.parametrize("size, ranks", [("parallel.model_parallel=2", 2), ("train.batch_size=3", 3)])
 def test_a_killed_rank_is_named(home, tmp_path, size, ranks):
     """gloo tells its neighbours at once: long before a rank that is only silent counts as dead."""
-    with Job(home, tmp_path, size, "parallel.stall_timeout_s=600", ranks=ranks) as job:
+    with run(home, tmp_path, size, "parallel.stall_timeout_s=600", ranks=ranks) as job:
         job.reach("step     2/")
         *others, killed = range(ranks)
-        job.processes[killed].kill()
-        assert job.codes(*others) == [1] * len(others)
+        job.send(signal.SIGKILL, killed)
+        assert job.codes(*others, timeout=END) == [1] * len(others)
         (error,) = errors(job.err())
         assert re.search(rf"no sign of life for \d s from rank {killed} on {HOST}: killed", error), job.err()
         for rank in others:
@@ -134,10 +80,10 @@ def test_a_killed_rank_is_named(home, tmp_path, size, ranks):
 
 
 def test_the_rank_with_the_store_is_killed(home, tmp_path):
-    with Job(home, tmp_path, "parallel.stall_timeout_s=600", ranks=3) as job:
+    with run(home, tmp_path, "parallel.stall_timeout_s=600", ranks=3) as job:
         job.reach("step     2/")
-        job.processes[0].kill()
-        assert job.codes(1, 2) == [1, 1]
+        job.send(signal.SIGKILL, 0)
+        assert job.codes(1, 2, timeout=END) == [1, 1]
         for rank in (1, 2):
             (error,) = errors(job.err(rank))
             assert re.search(rf"rank 0 on {HOST} is gone, and with it the job's key-value store", error), job.err()
@@ -147,28 +93,27 @@ def test_the_rank_with_the_store_is_killed(home, tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named(home, tmp_path, stopped):
-    with Job(home, tmp_path) as job:
+    with run(home, tmp_path) as job:
         job.reach("step     2/")
-        job.processes[stopped].send_signal(signal.SIGSTOP)
+        job.send(signal.SIGSTOP, stopped)
         other = 1 - stopped
-        assert job.codes(other) == [1]
+        assert job.codes(other, timeout=END) == [1]
         (error,) = errors(job.err())
         assert f"rank {stopped} on {socket.gethostname()}" in error, job.err()
         assert re.search(rf"^accessory: rank {other} on {HOST}: {WAITS}", job.err(other), re.M), job.err()
-        job.processes[stopped].send_signal(signal.SIGCONT)
-        assert job.codes(stopped) == [1], "woken up, it finds that the others are gone"
+        job.send(signal.SIGCONT, stopped)
+        assert job.codes(stopped, timeout=END) == [1], "woken up, it finds that the others are gone"
         assert "Traceback" not in job.err()
 
 
 def test_a_suspended_job_goes_on(home, tmp_path):
     """As schedulers do: all ranks stand still, for longer than a stall, and nobody is to blame."""
-    with Job(home, tmp_path) as job:
+    with run(home, tmp_path) as job:
         job.reach("step     2/")
         for number in (signal.SIGSTOP, signal.SIGCONT):
-            for process in job.processes:
-                process.send_signal(number)
+            job.send(number)
             time.sleep(STALL + 2)
-        assert [process.poll() for process in job.processes] == [None, None], job.err()
+        assert job.running() == [0, 1], job.err()
         seen = len(job.out())
         time.sleep(2)
         assert len(job.out()) > seen and job.err() == ""
@@ -186,9 +131,9 @@ loop._calls, loop.train_step = 0, train_step
 
 
 def test_a_stall_shows_where_each_rank_is(home, tmp_path):
-    with Job(home, tmp_path, plant=SLEEPS) as job:
+    with run(home, tmp_path, plant=SLEEPS) as job:
         job.reach("step     2/")
-        assert job.codes(0, 1) == [1, 1]
+        assert job.codes(0, 1, timeout=END) == [1, 1]
         (error,) = errors(job.err())
         assert f"no rank has made progress for {STALL} s" in error and "parallel.stall_timeout_s" in error
         assert re.search(
@@ -217,7 +162,7 @@ loop.save_model = save
 
 def test_slow_is_not_dead(home, tmp_path):
     """Every step takes longer than a heartbeat, and the save longer than a stall."""
-    with Job(home, tmp_path, "train.max_steps=2", plant=SLOW) as job:
+    with run(home, tmp_path, "train.max_steps=2", plant=SLOW) as job:
         assert job.codes(0, 1, timeout=90) == [0, 0], job.err()
         assert "accessory:" not in job.err()
 
@@ -236,7 +181,7 @@ loop._calls, loop.train_step = 0, train_step
 
 @pytest.mark.parametrize("error, rank", [("UserError", 1), ("KeyError", 0)])
 def test_only_the_rank_that_fails_speaks(home, tmp_path, error, rank):
-    with Job(home, tmp_path, plant=FAILS.format(rank=rank, error=error)) as job:
+    with run(home, tmp_path, plant=FAILS.format(rank=rank, error=error)) as job:
         assert job.codes(0, 1, timeout=60) == [1, 1]
         assert job.err(1 - rank) == "" and "planted" in job.err(rank), job.err()
         if error == "UserError":
@@ -283,7 +228,7 @@ SPOIL = {  # how the run is cut; what is spoilt on rank 1; what is said; which (
 def test_what_is_not_finite_stops_all_and_names_its_records(home, tmp_path, kind):
     cut, fault, sentence, blamed = SPOIL[kind]
     words = [cut, "train.batch_size=5", "train.accumulation=2", "train.balance=document", "data.validation=0"]
-    with Job(home, tmp_path, *words, plant=SPOILT.format(records=tmp_path / "records", fault=fault)) as job:
+    with run(home, tmp_path, *words, plant=SPOILT.format(records=tmp_path / "records", fault=fault)) as job:
         assert job.codes(0, 1, timeout=60) == [1, 1]
         records = [f"{home}/{record}" for record in json.loads((tmp_path / "records").read_text())]
         (error,) = errors(job.err())
