@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     ("name", "words", "printed"),
     [
-        ("moe_layer.py", ["--tokens", "16", "--rounds", "1"], "bfloat16: dense time"),
+        ("moe_layer.py", ["--tokens", "2", "--rounds", "1"], "bfloat16: dense time"),
         ("train_step.py", ["--help"], "--lora"),
         ("checkpoint_memory.py", ["--help"], "--layers"),
         ("data.py", ["--memory", "2000"], "1000 steps"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from accessory.model.moe.kernels import BLOCK, KERNELS, MATMULS
+from accessory.model.moe import kernels
+from accessory.model.moe.kernels import KERNELS, MATMULS
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
 from accessory.parallel.tensor import copy_to_model_parallel_region, get_model_parallel_rank, initialize_groups
 
@@ -15,7 +16,8 @@ ROWS = {  # rows of each expert
     "all in the last": [0, 0, 0, 9],
     "all in the first": [9, 0, 0, 0],
     "no rows": [0, 0, 0, 0],
-    "more than a block": [BLOCK + 3, 0, BLOCK - 5, 8],
+    "more than a block": [803, 0, 795, 8],
+    "padded blocks": [80, 78, 5, 79, 78, 81],
 }
 EXACT = [("looped", torch.float64, 1e-12), ("looped", torch.float32, 1e-5), ("grouped", torch.float32, 1e-5)]
 COARSE = [("looped", torch.bfloat16, 0.05), ("grouped", torch.bfloat16, 0.05), ("reference", torch.bfloat16, 0.05)]
@@ -28,6 +30,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """Blocks of at most 200 rows in fp64, 800 in bf16."""
+    monkeypatch.setattr(kernels, "CACHED", 200 * HIDDEN * 8)
 
 
 def run(kernel, rows, dtype, frozen=(), expanded=False):

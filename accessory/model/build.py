@@ -123,7 +123,7 @@ class RandomWeights:
     needs.
     """
 
-    BLOCK = 2**20  # numbers per block; changing it changes every model made from a seed
+    BLOCK = 2**20  # numbers per block at most; changing it changes every model made from a seed
     STD = 0.02
 
     def __init__(self, cuts: dict[str, Cut], seed: int):
@@ -139,8 +139,8 @@ class RandomWeights:
         matrices = out if out.dim() == 3 else out.unsqueeze(0)
         first_matrix = region[0].start if out.dim() == 3 else 0
         rows, columns = region[-2:]
-        width = self.shapes[name][-1]
-        height = max(1, self.BLOCK // width)
+        matrix_rows, width = self.shapes[name][-2:]
+        height = min(max(1, self.BLOCK // width), matrix_rows)
         for index, matrix in enumerate(matrices):
             for block in range(rows.start // height, -(-rows.stop // height)):
                 low, high = max(rows.start, block * height), min(rows.stop, (block + 1) * height)

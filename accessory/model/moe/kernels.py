@@ -9,12 +9,14 @@ What only the gradient of a frozen weight would need is neither computed nor kep
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +32,7 @@ def reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, end
 
 
 def looped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """One expert after the other, so that its intermediate values stay in cache; gradients are written by hand.
+    """A few neighbouring experts after the other, so that intermediate values stay in cache; gradients are written by hand.
 
     Only the two up projections are kept for backward. Runs in any dtype; waits for ``ends`` on the host.
     """
@@ -89,25 +91,91 @@ def _spans(ends: Tensor) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends.tolist()]))
 
 
-BLOCK = 512
-"""Rows that ``looped`` takes at once: few enough to stay in cache, enough to outweigh the calls (an expert is never cut)."""
+CACHED = 2**22
+"""Bytes of one intermediate value [rows, F] that still stay in cache through several passes over it."""
+FEW = 64
+"""Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Neighbouring experts, whose products are one batched product: that costs one call, and each core has its matrices.
+
+    Attributes:
+        experts: they, k of them.
+        rows: theirs, among all sorted rows.
+        counts: rows of each expert.
+        height: R, the most of them; to so many each expert's rows are padded, with zeros.
+        kept: where its k * R padded rows are among those of all blocks.
+    """
+
+    experts: slice
+    rows: slice
+    counts: list[int]
+    kept: slice
+
+    @property
+    def height(self) -> int:
+        return max(self.counts)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """This block's rows of ``x`` [n, W], as [k, R, W]."""
+        if self._even:
+            return x[self.rows].reshape(len(self.counts), self.height, x.shape[1])
+        return pad_sequence(x[self.rows].split(self.counts), batch_first=True)
+
+    def unpad(self, batch: Tensor, out: Tensor) -> None:
+        """Write [k, R, W] to this block's rows of ``out`` [n, W]."""
+        torch.cat([rows[:count] for rows, count in zip(batch, self.counts, strict=True)], out=out[self.rows])
+
+    @property
+    def _even(self) -> bool:
+        return len(self.counts) * self.height == self.rows.stop - self.rows.start
+
+
+def _blocks(ends: Tensor, most: int) -> list[_Block]:
+    """All experts in blocks of up to ``most`` padded rows, where those of one expert are not more already.
+
+    An expert without rows is in a block too: a product over no rows gives it the zero gradient that it has.
+    """
+    blocks: list[_Block] = []
+    for e, (start, stop) in enumerate(_spans(ends)):
+        if blocks and (joined := _join(blocks[-1], start, stop, most)):
+            blocks[-1] = joined
+        else:
+            kept = blocks[-1].kept.stop if blocks else 0
+            blocks.append(_Block(slice(e, e + 1), slice(start, stop), [stop - start], slice(kept, kept + stop - start)))
+    return blocks
+
+
+def _join(block: _Block, start: int, stop: int, most: int) -> _Block | None:
+    """``block`` and the next expert, if its rows fit without too much padding."""
+    counts = [*block.counts, stop - start]
+    real, padded = stop - block.rows.start, len(counts) * max(counts)
+    if padded > most or (max(counts) > FEW and padded > 1.125 * real):
+        return None
+    first = block.kept.start
+    experts = slice(block.experts.start, block.experts.stop + 1)
+    return _Block(experts, slice(block.rows.start, stop), counts, slice(first, first + padded))
 
 
 class _Looped(torch.autograd.Function):
-    """Legend: g = w1 x, u = w3 x, s = silu(g), y = weight * w2 (s * u); the weight is applied at width D, not F."""
+    """Legend: g = w1 x, u = w3 x, s = silu(g), y = weight * w2 (s * u); the weight is applied at width D, not F.
+
+    Padding is zero in x and dy, so it is in all that follows from them, and adds nothing to any gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        gate, up = x.new_empty(len(x), w1.shape[1]), x.new_empty(len(x), w1.shape[1])
+        ctx.blocks = _blocks(ends, _cached_rows(x, w1.shape[1]))
+        gate, up = (x.new_empty(ctx.blocks[-1].kept.stop, w1.shape[1]) for _ in range(2))
         y = torch.empty_like(x)
-        ctx.spans = _spans(ends)
-        for rows, experts in _blocks(ctx.spans):
-            for e, span in experts:
-                torch.mm(x[span], w1[e].T, out=gate[span])
-                torch.mm(x[span], w3[e].T, out=up[span])
-            h = F.silu(gate[rows]).mul_(up[rows])
-            for e, span in experts:
-                torch.mm(h[_within(span, rows)], w2[e].T, out=y[span])
+        for block in ctx.blocks:
+            x_b, e = block.batch(x), block.experts
+            g, u = (kept[block.kept].view(*x_b.shape[:2], kept.shape[1]) for kept in (gate, up))
+            torch.bmm(x_b, w1[e].mT, out=g)
+            torch.bmm(x_b, w3[e].mT, out=u)
+            block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4:2]) else None, w1, w2, w3, weight, gate, up)
         return y.mul_(weight)
 
@@ -118,55 +186,33 @@ class _Looped(torch.autograd.Function):
         dw1, dw2, dw3 = (
             torch.empty_like(w) if need else None for w, need in zip((w1, w2, w3), ctx.needs_input_grad[1:4], strict=True)
         )
-        for rows, experts in _blocks(ctx.spans):
-            g, u = gate[rows], up[rows]
+        for block in ctx.blocks:
+            dy_b, weight_b, e = block.batch(dy), block.batch(weight), block.experts
+            g, u = (kept[block.kept].view(*dy_b.shape[:2], kept.shape[1]) for kept in (gate, up))
             s = F.silu(g)
-            h, dh = s * u, torch.empty_like(g)
-            weighted_dy = dy[rows] * weight[rows] if dw2 is not None else None
-            weighted_x = x[rows] * weight[rows] if x is not None else None
-            for e, span in experts:
-                local = _within(span, rows)
-                torch.mm(dy[span], w2[e], out=dh[local])
-                if dw2 is not None and weighted_dy is not None:
-                    torch.mm(weighted_dy[local].T, h[local], out=dw2[e])
-            torch.sum(h.mul_(dh), -1, keepdim=True, out=d_weight[rows])
+            h, dh = s * u, torch.bmm(dy_b, w2[e])
+            if dw2 is not None:
+                torch.bmm((dy_b * weight_b).mT, h, out=dw2[e])
+            block.unpad(torch.sum(h.mul_(dh), -1, keepdim=True), out=d_weight)
             du = s.mul_(dh)
             dg = torch.ops.aten.silu_backward(dh.mul_(u), g)
-            for e, span in experts:
-                local = _within(span, rows)
-                if dw1 is not None and weighted_x is not None:
-                    torch.mm(dg[local].T, weighted_x[local], out=dw1[e])
-                if dw3 is not None and weighted_x is not None:
-                    torch.mm(du[local].T, weighted_x[local], out=dw3[e])
-                torch.mm(dg[local], w1[e], out=dx[span]).addmm_(du[local], w3[e])
+            if x is not None:
+                weighted_x = block.batch(x) * weight_b
+                if dw1 is not None:
+                    torch.bmm(dg.mT, weighted_x, out=dw1[e])
+                if dw3 is not None:
+                    torch.bmm(du.mT, weighted_x, out=dw3[e])
+            block.unpad(torch.bmm(dg, w1[e]).baddbmm_(du, w3[e]), out=dx)
         return dx.mul_(weight), dw1, dw2, dw3, d_weight, None
-
-
-def _blocks(spans: list[tuple[int, int]]) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Neighbouring experts together, up to BLOCK rows: (rows of the block, [(expert, its rows)]).
-
-    Experts without rows are in it too: a product over no rows gives them the zero gradient that they have.
-    """
-    block: list[tuple[int, slice]] = []
-    for e, (start, stop) in enumerate(spans):
-        if block and stop - block[0][1].start > BLOCK:
-            yield slice(block[0][1].start, start), block
-            block = []
-        block.append((e, slice(start, stop)))
-    yield slice(block[0][1].start, spans[-1][1]), block
-
-
-def _within(span: slice, rows: slice) -> slice:
-    return slice(span.start - rows.start, span.stop - rows.start)
 
 
 class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         y = x.new_empty(len(x), w.shape[1])
-        ctx.spans = _spans(ends)
-        for (start, stop), matrix in zip(ctx.spans, w.unbind(), strict=True):
-            torch.mm(x[start:stop], matrix.T, out=y[start:stop])
+        ctx.blocks = _blocks(ends, _cached_rows(x, max(w.shape[1:])))
+        for block in ctx.blocks:
+            block.unpad(torch.bmm(block.batch(x), w[block.experts].mT), out=y)
         needs_x, needs_w, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         ctx.shape = w.shape
@@ -177,11 +223,12 @@ class _LoopedMatmul(torch.autograd.Function):
         x, w = ctx.saved_tensors
         dx = dy.new_empty(len(dy), ctx.shape[2]) if w is not None else None
         dw = dy.new_empty(ctx.shape) if x is not None else None
-        for e, (start, stop) in enumerate(ctx.spans):
+        for block in ctx.blocks:
+            dy_b = block.batch(dy)
             if dx is not None:
-                torch.mm(dy[start:stop], w[e], out=dx[start:stop])
+                block.unpad(torch.bmm(dy_b, w[block.experts]), out=dx)
             if dw is not None:
-                torch.mm(dy[start:stop].T, x[start:stop], out=dw[e])
+                torch.bmm(dy_b.mT, block.batch(x), out=dw[block.experts])
         return dx, dw, None
 
 
@@ -195,7 +242,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         h = torch.empty_like(gate)
-        for rows in _cached_rows(gate):
+        for rows in _in_cache(gate):
             torch.mul(F.silu(gate[rows]), up[rows], out=h[rows]).mul_(weight[rows])
         return h
 
@@ -203,7 +250,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
         d_gate, d_up, d_weight = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(weight)
-        for rows in _cached_rows(gate):
+        for rows in _in_cache(gate):
             ds = dh[rows] * F.silu(gate[rows])
             torch.sum(ds * up[rows], -1, keepdim=True, out=d_weight[rows])
             torch.mul(ds, weight[rows], out=d_up[rows])
@@ -212,7 +259,12 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return d_gate, d_up, d_weight
 
 
-def _cached_rows(x: Tensor) -> Iterator[slice]:
+def _in_cache(x: Tensor) -> Iterator[slice]:
     """All rows on GPU; on CPU as many at a time as stay in cache through several elementwise passes."""
-    step = BLOCK if x.device.type == "cpu" else max(1, len(x))
+    step = _cached_rows(x, x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
     return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _cached_rows(x: Tensor, width: int) -> int:
+    """How many rows of ``width`` numbers like those of ``x`` stay in cache."""
+    return max(1, CACHED // (width * x.element_size()))
