@@ -179,9 +179,19 @@ loop._calls, loop.train_step = 0, train_step
 """
 
 
+SLOW_TO_HEAR = """
+import torch.distributed as dist
+def multi_get(store, keys, real=dist.PrefixStore.multi_get):
+    time.sleep(0.7 * rank)
+    return real(store, keys)
+dist.PrefixStore.multi_get = multi_get
+"""
+"""Rank 1 asks the store late: rank 0, whose store it is, must not have left by then."""
+
+
 @pytest.mark.parametrize("error, rank", [("UserError", 1), ("KeyError", 0)])
 def test_only_the_rank_that_fails_speaks(home, tmp_path, error, rank):
-    with run(home, tmp_path, plant=FAILS.format(rank=rank, error=error)) as job:
+    with run(home, tmp_path, plant=SLOW_TO_HEAR + FAILS.format(rank=rank, error=error)) as job:
         assert job.codes(0, 1, timeout=60) == [1, 1]
         assert job.err(1 - rank) == "" and "planted" in job.err(rank), job.err()
         if error == "UserError":
