@@ -15,12 +15,10 @@ import json
 import os
 import shutil
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ from accessory.config import read_mapping, write_json
 from accessory.data.records import ImageError
 from accessory.data.sources import Row, content_digest, file_kind, place_name, read_rows
 from accessory.errors import UserError
-from accessory.parallel.forkserver import fork_server
+from accessory.parallel.forkserver import Killed, fork_server, map_in_processes
 
 VERSION = 3
 """Of the files and of how samples are made; part of the key."""
@@ -230,20 +228,15 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
     if second is None:
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context = fork_server("accessory.data.store")
-    pending: deque[Future[Encoded]] = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker, (make_encoder, max_seq_len)) as pool:
-        try:
-            for chunk in itertools.chain([second], chunks):
-                pending.append(pool.submit(_work, chunk))
-                if len(pending) > 2 * workers:  # or the whole file would wait in memory
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    encode = partial(_make_encode, make_encoder, max_seq_len)
+    try:
+        yield from map_in_processes(fork_server(__name__), encode, itertools.chain([second], chunks), workers)
+    except Killed as error:
+        raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
+
+
+def _make_encode(make_encoder: Callable[[], Encoder], max_seq_len: int) -> Callable[[list[Row]], Encoded]:
+    return partial(encode_rows, encode=make_encoder(), max_seq_len=max_seq_len)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -257,15 +250,3 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-_worker: tuple[Encoder, int]
-
-
-def _start_worker(make_encoder: Callable[[], Encoder], max_seq_len: int) -> None:
-    global _worker
-    _worker = make_encoder(), max_seq_len
-
-
-def _work(rows: list[Row]) -> Encoded:
-    return encode_rows(rows, *_worker)
