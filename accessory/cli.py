@@ -10,6 +10,9 @@ from pathlib import Path
 from accessory import __version__
 from accessory.errors import UserError
 
+# Read when torch is imported: a lost peer is a sentence of the watchdog's, and not pages of C++ frames before it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 
 def main() -> None:
     """Parse the command line and run a verb; a UserError is one sentence and exit code 1."""

@@ -17,6 +17,7 @@ from accessory.parallel.forkserver import fork_server
 def server():
     """Processes forked from it have imported what tests and the program need; once for each process of pytest."""
     return fork_server(
+        "accessory.cli",  # first, as in the command: it tells torch what to log
         "pytest",
         "matplotlib.pyplot",
         "transformers.models.mixtral.modeling_mixtral",

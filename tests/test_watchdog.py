@@ -79,8 +79,18 @@ def test_a_killed_rank_is_named(home, tmp_path, size, ranks):
         assert "Traceback" not in job.err()
 
 
+SLOW_TO_HEAR = """
+import torch.distributed as dist
+def multi_get(store, keys, real=dist.PrefixStore.multi_get):
+    time.sleep(0.7 * rank)
+    return real(store, keys)
+dist.PrefixStore.multi_get = multi_get
+"""
+"""The others ask the store late: rank 0, which holds it, may be gone by then."""
+
+
 def test_the_rank_with_the_store_is_killed(home, tmp_path):
-    with run(home, tmp_path, "parallel.stall_timeout_s=600", ranks=3) as job:
+    with run(home, tmp_path, "parallel.stall_timeout_s=600", ranks=3, plant=SLOW_TO_HEAR) as job:
         job.reach("step     2/")
         job.send(signal.SIGKILL, 0)
         assert job.codes(1, 2, timeout=END) == [1, 1]
@@ -177,16 +187,6 @@ def train_step(*_, real=loop.train_step, **options):
     return real(*_, **options)
 loop._calls, loop.train_step = 0, train_step
 """
-
-
-SLOW_TO_HEAR = """
-import torch.distributed as dist
-def multi_get(store, keys, real=dist.PrefixStore.multi_get):
-    time.sleep(0.7 * rank)
-    return real(store, keys)
-dist.PrefixStore.multi_get = multi_get
-"""
-"""Rank 1 asks the store late: rank 0, whose store it is, must not have left by then."""
 
 
 @pytest.mark.parametrize("error, rank", [("UserError", 1), ("KeyError", 0)])
