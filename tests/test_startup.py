@@ -6,6 +6,7 @@ import re
 import socket
 
 import pytest
+import torch.distributed as dist
 from jobs import Job
 from test_watchdog import END, HOST, STALL, errors, home, run  # noqa: F401
 
@@ -53,29 +54,38 @@ def test_without_rank_0_the_others_say_so(home, tmp_path):
             assert CAUSE.format("was") in line
 
 
-def test_without_rank_0_under_torchrun(home, tmp_path):
-    """There the store is torchrun's: here, a process that is no rank, and that ends with this test."""
-    plant = """
-import os, sys
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-if rank == 0:
-    import torch.distributed as dist
-    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-    time.sleep(3600)
-"""
-    with run(home, tmp_path, ranks=3, plant=plant) as job:
-        assert job.codes(1, 2, timeout=END) == [1, 1], job.err()
+@pytest.fixture
+def under_torchrun():
+    """What each rank is to run first; the store is in this process, which is no rank, as torchrun is none."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    yield lambda attempt=0: f"import os\nos.environ |= {variables | {'TORCHELASTIC_RESTART_COUNT': str(attempt)}}\n"
+    del store
+
+
+def test_without_rank_0_under_torchrun(home, tmp_path, under_torchrun):
+    with run(home, tmp_path, ranks=3, plant=under_torchrun() + DIES.format(ranks=[0])) as job:
+        assert job.codes(timeout=END) == [9, 1, 1], job.err()
         for rank in (1, 2):
             (line,) = job.err(rank).splitlines()
             assert f"rank 0 of 3 has not joined within {STALL} s" in line
 
 
+def test_torchrun_starts_the_ranks_anew(home, tmp_path, under_torchrun):
+    """Its store still holds what the first ones said last."""
+    with run(home, tmp_path, plant=under_torchrun() + GROUP_FAILS.format(rank=1, fault="raise KeyError('planted')")) as job:
+        assert job.codes(timeout=END) == [1, 1], job.err()
+    with run(home, tmp_path, "train.max_steps=1", plant=under_torchrun(attempt=1)) as job:
+        assert job.codes() == [0, 0], job.err()
+        assert job.err() == ""
+
+
 def test_a_late_rank_is_waited_for(home, tmp_path):
+    """Also for longer than a rank that was there may be silent."""
     come = tmp_path / "come"
-    plant = SAYS_SOON + WAITS_FOR_FILE.format(rank=1, file=come)
+    plant = SAYS_SOON + "watchdog.SILENT_S = 5.0\n" + WAITS_FOR_FILE.format(rank=1, file=come)
     with run(home, tmp_path, "parallel.stall_timeout_s=60", "train.max_steps=2", ranks=3, plant=plant) as job:
-        job.reach("waiting for rank 1 of 3, ")
-        assert "s so far; the job ends after 60 s" in job.out()
+        job.reach("waiting for rank 1 of 3, 6.4 s so far; the job ends after 60 s")
         come.touch()
         assert job.codes() == [0, 0, 0], job.err()
         assert job.err() == ""

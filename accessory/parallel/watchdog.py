@@ -182,7 +182,6 @@ class Watchdog:
                 present = [rank for rank in self._peers if rank not in absent]
                 posted = self._store.multi_get([str(rank) for rank in present]) if present else []
                 now = time.monotonic()
-                self._moved = now if absent else self._moved  # those who are here do nothing but wait
                 for rank, text in zip(present, posted, strict=True):
                     heartbeat = Heartbeat.from_json(text)
                     if heartbeat.beat > self._peers[rank].beat:
