@@ -146,10 +146,17 @@ def _conversion_options(verb: argparse.ArgumentParser) -> None:
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from accessory.parallel.launch import run_job
-    from accessory.train.config import RunConfig
+    from accessory.train.config import ParallelSection, RunConfig
     from accessory.train.loop import finetune
 
-    run_job(lambda launch: finetune(RunConfig.load(arguments.config, arguments.overrides), launch))
+    def config() -> RunConfig:
+        return RunConfig.load(arguments.config, arguments.overrides)
+
+    try:
+        start_timeout_s = config().parallel.stall_timeout_s
+    except UserError:  # one rank says it, when all are there
+        start_timeout_s = ParallelSection.stall_timeout_s
+    run_job(lambda launch: finetune(config(), launch), start_timeout_s)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -160,8 +167,9 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from accessory.infer.chat import answer
     from accessory.parallel.launch import run_job
+    from accessory.train.config import ParallelSection
 
-    run_job(lambda launch: answer(arguments, launch))
+    run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
