@@ -57,7 +57,7 @@ def main() -> None:
     optimizer = make_optimizer(model, OPTIM)
     tokens = torch.randint(3, shape.vocab_size, (arguments.rows, 512), generator=torch.Generator().manual_seed(0))
     samples = [Sample(row.numpy(), (row > 0).numpy()) for row in tokens]
-    batch = collate([[sample] for sample in samples], len(samples)).to(device)
+    batch = collate(samples).to(device)
     probe = RoutingProbe(torch.arange(len(samples)).numpy(), (tokens > 0).sum(1).numpy(), [batch], device)
     probe.record(model)
     alarms = Alarms(AlarmSection(load_min=None, load_max=None))
@@ -77,7 +77,7 @@ def main() -> None:
     with_health()
     steps = window.steps * EVERY
     probs = torch.rand(tokens.numel(), shape.moe.num_experts, device=device).softmax(-1)
-    number = batch.documents.number.flatten()
+    number = batch.documents.document_of
     found: list[RouterHealth] = []
 
     def log() -> None:

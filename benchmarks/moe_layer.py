@@ -45,9 +45,9 @@ class Ours(nn.Module):
         self.documents: Documents | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.documents is None or self.documents.number.shape != x.shape[:2]:
-            self.documents = Documents.of([[x.shape[1]]] * len(x), x.shape[1]).to(x.device)
-        return self.moe(x, self.documents)[0]
+        if self.documents is None or len(self.documents.document_of) != x.shape[1]:
+            self.documents = Documents.of([x.shape[1]]).to(x.device)
+        return self.moe(x[0], self.documents)[0].unsqueeze(0)
 
 
 def theirs(implementation: str) -> nn.Module:

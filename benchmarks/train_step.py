@@ -70,7 +70,7 @@ def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]
     )
     optimizer = make_optimizer(model, OPTIM)
     trained = [False] * PROMPT + [True] * (LENGTH - PROMPT)
-    micro_batch = collate([[Sample(row.tolist(), trained)] for row in batch()], SEQUENCES).to(device)
+    micro_batch = collate([Sample(row.tolist(), trained) for row in batch()]).to(device)
 
     def step() -> float:
         result = train_step(

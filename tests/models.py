@@ -8,13 +8,15 @@ import torch.distributed as dist
 
 from accessory.certify.problem import SMALL
 from accessory.certify.run import Tensors
-from accessory.data.loader import BatchPlan, collate, sample_lengths
+from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
 from accessory.data.tokenizer import train_tokenizer
 from accessory.model.args import MoEArgs
 from accessory.model.build import RandomWeights, build_model
+from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Logits
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -74,11 +76,6 @@ def samples(count, seed, args=TINY, longest=14):
         tokens = [rng.randrange(args.vocab_size) for _ in range(length)]
         result.append(Sample(tokens, [False] * prompt + [True] * (length - prompt)))
     return result
-
-
-def one_batch(samples):
-    """A batch with each sample in a row of its own."""
-    return collate([[sample] for sample in samples], len(samples))
 
 
 def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto", **tuning):
@@ -177,7 +174,7 @@ def train(
 @torch.no_grad()
 def evaluate(model, tokens):
     """Logits [S, V] of one sequence."""
-    return model(torch.tensor([tokens]), Documents.of([[len(tokens)]], len(tokens)))[0][0]
+    return model(Inputs(torch.tensor(tokens), Documents.of([len(tokens)])), Logits())[0]
 
 
 def _gradients(model):

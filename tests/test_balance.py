@@ -34,7 +34,6 @@ from accessory.train.balance import (
     pooled_balance,
     shift_score_biases,
     summed,
-    with_padding,
     z_loss,
 )
 from accessory.train.config import RunConfig
@@ -50,11 +49,11 @@ EVERY = EXACT + CUT
 # ---- the formulas, of made-up logits
 
 
-def random_batch(lengths, width):
-    """Rows of documents, and router logits [L, B * S, E] for them; padding has some too."""
-    generator = torch.Generator().manual_seed(len(lengths) + width)
-    documents = Documents.of(lengths, width)
-    logits = 2 * torch.randn(L, documents.number.numel(), E, generator=generator, dtype=torch.float64)
+def random_batch(lengths):
+    """Documents, and router logits [L, T, E] for them."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    documents = Documents.of(lengths)
+    logits = 2 * torch.randn(L, max(1, sum(lengths)), E, generator=generator, dtype=torch.float64)
     return documents, logits + torch.linspace(0, 2, E, dtype=torch.float64)
 
 
@@ -78,16 +77,16 @@ def switch_loss(logits):
     return E * (fractions * means).sum()
 
 
-SHAPES = {"padded": [[5], [3], [7]], "packed": [[2, 4], [1, 3, 2], []], "one": [[7]]}
+SHAPES = {"some": [5, 3, 7], "short": [2, 4, 1, 3, 2], "one": [7]}
 
 
-@pytest.mark.parametrize("rows_of", SHAPES.values(), ids=SHAPES)
-def test_formulas_are_those_of_the_papers(rows_of):
-    documents, logits = random_batch(rows_of, 7)
+@pytest.mark.parametrize("lengths", SHAPES.values(), ids=SHAPES)
+def test_formulas_are_those_of_the_papers(lengths):
+    documents, logits = random_batch(lengths)
     logits.requires_grad_()
-    stats, number = stats_of(logits, documents), documents.number.flatten()
-    tokens = documents.real.sum()
-    real = [of_layer[number > 0] for of_layer in logits]
+    stats, number = stats_of(logits, documents), documents.document_of
+    tokens = torch.tensor(sum(lengths))
+    real = list(logits)
     per_document = [
         (switch_loss(of_layer[number == d]) * (number == d).sum() / tokens)
         for of_layer in logits
@@ -106,15 +105,23 @@ def test_formulas_are_those_of_the_papers(rows_of):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0, msg=name)
         gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14, msg=name)
-        assert not gradients[0][:, number == 0].any(), f"{name}: padding has a gradient"
+
+
+def test_a_rank_without_documents_counts_nowhere():
+    documents, logits = random_batch([])
+    stats = stats_of(logits.requires_grad_(), documents)
+    assert stats.counts.shape == (L, 0, E) and logits.shape[1] == 1
+    losses = counted_balance(stats, torch.ones(L, E), torch.tensor(9), K), document_balance(stats, torch.tensor(9), K)
+    for loss in (*losses, microbatch_balance(stats, K), pooled_balance(stats, K), z_loss(stats, torch.tensor(9))):
+        assert loss == 0 and not torch.autograd.grad(loss, logits, retain_graph=True)[0].any()
 
 
 def test_hf_is_transformers_own_function():
     # imported here, because every rank imports this file and that takes seconds
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    documents, logits = random_batch(SHAPES["padded"], 7)
-    theirs = load_balancing_loss_func(tuple(logits), E, K, documents.real.long())
+    documents, logits = random_batch(SHAPES["some"])
+    theirs = load_balancing_loss_func(tuple(logits), E, K)
     assert pooled_balance(stats_of(logits, documents), K).item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -122,7 +129,7 @@ def test_opposite_imbalances_of_layers_do_not_cancel():
     """Layer 0 sends everything to experts 0 and 1, layer 1 to the others: the pooled figure calls that balanced."""
     logits = torch.full((2, 10, 4), -20.0, dtype=torch.float64)
     logits[0, :, :2], logits[1, :, 2:] = 0.0, 0.0
-    stats = stats_of(logits, Documents.of([[10]], 10))
+    stats = stats_of(logits, Documents.of([10]))
     tokens, counts = torch.tensor(10), stats.counts.sum(1)
     assert pooled_balance(stats, 2).item() / 2 == pytest.approx(1.0, abs=1e-6), "what a balanced router has"
     for ours in (
@@ -136,7 +143,7 @@ def test_opposite_imbalances_of_layers_do_not_cancel():
 def test_balanced_is_one_whatever_the_number_of_layers():
     probs = torch.full((12, E), 1 / E, dtype=torch.float64)
     experts = torch.arange(24).view(12, K) % E
-    one = router_stats(Routing(probs.log(), probs, probs[:, :K], experts), Documents.of([[12]], 12))
+    one = router_stats(Routing(probs.log(), probs, probs[:, :K], experts), Documents.of([12]))
     for layers in (1, 3):
         stats = RouterStats.stacked([one] * layers)
         tokens, counts = torch.tensor(12), stats.counts.sum(1)
@@ -272,10 +279,9 @@ def one_step(part, batch, balance, weight=0.0, z_weight=0.0, **losses):
     initialize_groups(mp)
     group = get_data_parallel_group()
     model = build(args, layout, Tensors(weights()), mode=mode, recompute=recompute)
-    plan = BatchPlan(len(batch) // (accumulation * group.size()), accumulation, group.rank(), group.size())
+    pads = "reference_loss" in losses
+    plan = BatchPlan(len(batch) // (accumulation * group.size()), accumulation, group.rank(), group.size(), pads)
     (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
-    if losses.get("reference_loss"):
-        micro_batches = [with_padding(b) for b in micro_batches]
     optimizer = torch.optim.SGD(model.parameters())
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update(gradients=_gradients(model)))
@@ -498,7 +504,7 @@ def reload(directories):
 
 
 def test_the_bias_decides_in_every_layout_and_size(saved, tmp_path):
-    convert(Checkpoint(saved), tmp_path / "sparse", Target("mixtral_sparse", 4, torch.bfloat16))
+    convert(Checkpoint(saved), tmp_path / "sparse", Target("mixtral_sparse", 4))
     assert all(torch.equal(biases(tmp_path / "sparse")[name], bias) for name, bias in biases(saved).items())
     assert all(comparison.exact for comparison in compare(Checkpoint(saved), Checkpoint(tmp_path / "sparse")))
     large = tmp_path / "large"

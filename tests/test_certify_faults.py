@@ -19,6 +19,7 @@ from accessory.checkpoint import huggingface
 from accessory.checkpoint.tiles import Tile
 from accessory.model import attention, moe
 from accessory.model.args import ModelArgs
+from accessory.model.head import Nothing
 from accessory.model.logical import logical_cuts
 from accessory.model.moe import experts, layouts
 from accessory.parallel import fsdp, tensor
@@ -71,7 +72,9 @@ def mean_of_means(patch):
 
         def per_micro_batch(_, inputs, outputs):
             loss, stats = outputs
-            return loss * total / (len(micro_batches) * dist.get_world_size() * max(1, len(inputs[2].ids))), stats
+            if isinstance(inputs[1], Nothing):
+                return outputs
+            return loss * total / (len(micro_batches) * dist.get_world_size() * max(1, len(inputs[1].targets.ids))), stats
 
         hook = model.register_forward_hook(per_micro_batch)
         result = train_step(model, optimizer, micro_batches, **options)
@@ -101,13 +104,12 @@ def counted_on_the_side(patch):
     patch.setattr(run, "train_step", faulty)
 
 
-def padding_counted(patch):
-    """As tokens of the batch's first document."""
+def documents_pooled(patch):
+    """All tokens are counted as the first document's."""
     stats = moe.router_stats
 
     def faulty(routing, documents):
-        number = documents.number.clamp(min=1) if documents.count else documents.number
-        return stats(routing, replace(documents, number=number))
+        return stats(routing, replace(documents, document_of=documents.document_of.clamp(max=1)))
 
     patch.setattr(moe, "router_stats", faulty)
 
@@ -175,7 +177,7 @@ FAULTS = {  # name: (how to plant it, cells to run, (cell, quantity) that must b
     "norm of one rank": (norm_of_each_rank, (EXPERTS,), ((EXPERTS, "norm"), (EXPERTS, "reason"))),
     "mean of means": (mean_of_means, (SPREAD,), ((SPREAD, "gradients"), (SPREAD, "loss"))),
     "recompute counted twice": (counted_on_the_side, (RECOMPUTED, KEPT), ((RECOMPUTED, "counts"),)),
-    "padding counted": (padding_counted, (SPREAD,), ((SPREAD, "balance"), (SPREAD, "counts"))),
+    "documents pooled": (documents_pooled, (KEPT, SPREAD), ((KEPT, "balance"),)),
     "weight applied twice": (weighted_twice, (FULL,), ((FULL, "gradients"),)),
     "layers pooled": (layers_pooled, (FULL,), ((FULL, "balance"),)),
     "config.json with another rope_theta": (saved_with_another_theta, (SPARSE_FILES,), ((SPARSE_FILES, "reason"),)),

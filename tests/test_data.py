@@ -101,8 +101,9 @@ def seen(plan, samples, order):
     steps = []
     for micro_batches in plan.epoch(samples, Rows.alone(order)):
         assert len(micro_batches) == plan.accumulation
-        assert all(len(batch.tokens) == plan.batch_size for batch in micro_batches)
-        steps.append([int(row[1]) - 100 for b in micro_batches for row in b.tokens[: b.documents.count]])
+        assert all(batch.documents.count <= plan.batch_size for batch in micro_batches)
+        starts = [(b, start) for b in micro_batches for start in b.documents.borders[: b.documents.count]]
+        steps.append([int(b.tokens[start + 1]) - 100 for b, start in starts])
     return steps
 
 
@@ -176,17 +177,14 @@ def test_a_stretch_of_an_epoch_is_that_of_the_whole():
 
 def test_a_batch_holds_what_its_samples_say():
     first, second = Sample([1, 5, 6, 7], [False, False, True, True]), Sample([1, 9], [False, True])
-    batch = collate([[first], [second]], 3)
-    assert batch.tokens.tolist() == [[1, 5, 6, 7], [1, 9, 0, 0], [0, 0, 0, 0]]
-    assert batch.documents.number.tolist() == [[1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]]
+    batch = collate([first, second])
+    assert batch.tokens.tolist() == [1, 5, 6, 7, 1, 9]
+    assert batch.documents.document_of.tolist() == [1, 1, 1, 1, 2, 2]
     assert batch.targets.rows.tolist() == [1, 2, 4] and batch.targets.ids.tolist() == [6, 7, 9]
     assert (batch.real_tokens, batch.target_tokens) == (6, 3)
-    empty = collate([], 2)
-    assert (
-        empty.documents.real.tolist() == [[False], [False]]
-        and len(empty.targets.rows) == 0
-        and empty.tokens.dtype == torch.int64
-    )
+    empty = collate([])
+    assert empty.documents.document_of.tolist() == [0] and empty.documents.count == len(empty.targets.rows) == 0
+    assert empty.real_tokens == 0 and empty.tokens.dtype == torch.int64
 
 
 def check(monkeypatch, capsys, mix, tokenizer, *words):

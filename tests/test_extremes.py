@@ -18,16 +18,16 @@ from models import (
     build,
     local_parts,
     make_tokenizer,
-    one_batch,
     samples,
     weights,
 )
 from ranks import run_ranks
 
 from accessory.certify import reference
-from accessory.data.loader import BatchPlan
+from accessory.data.loader import BatchPlan, collate
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
+from accessory.model.head import LossSum
 from accessory.model.logical import logical_cuts
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.launch import Launch
@@ -184,7 +184,8 @@ def without_targets(world):
 def loss_and_gradients(layout, mp, mode, dtype, compute, recompute):
     initialize_groups(mp)
     model = build(TINY, layout, Tensors(plain()), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
-    loss, stats = model(*one_batch(samples(6, 4)).inputs())
+    batch = collate(samples(6, 4))
+    loss, stats = model(batch.inputs(), LossSum(batch.targets))
     (loss + stats.probs.square().sum()).backward()
     return {"loss": loss.detach(), "counts": stats.counts, "probs": stats.probs.detach()} | gradients(model)
 

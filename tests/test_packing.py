@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TINY, Tensors, assemble, build, one_batch, samples, train, weights
+from models import TINY, Tensors, assemble, build, samples, train, weights
 from ranks import run_ranks
 
 from accessory.data.loader import BatchPlan, collate
@@ -16,7 +16,9 @@ from accessory.data.mix import Sample
 from accessory.data.order import permute
 from accessory.data.packing import Rows, best_fit
 from accessory.model import attention
+from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
 from accessory.train.balance import counted_balance, document_balance
@@ -79,7 +81,7 @@ def packed_batch(documents):
     rows = best_fit([len(s.tokens) for s in documents], WIDTH)
     order = [place for row in rows for place in row]
     assert max(len(row) for row in rows) > 2
-    return collate([[documents[place] for place in row] for row in rows], len(rows) + 1, keys=order), order
+    return collate([documents[place] for place in order], keys=order), order
 
 
 def statistics(layout, recompute):
@@ -89,8 +91,8 @@ def statistics(layout, recompute):
     model = build(TINY, layout, Tensors(weights(adapters=options["adapters"])), recompute=recompute, **options)
     batch, order = packed_batch(STEPS[0])
     results = []
-    for b, inverse in ((one_batch(STEPS[0]), slice(None)), (batch, torch.tensor(order).argsort())):
-        loss, stats = model(*b.inputs(), keys=b.keys)
+    for b, inverse in ((collate(STEPS[0]), slice(None)), (batch, torch.tensor(order).argsort())):
+        loss, stats = model(b.inputs(dropout=True), LossSum(b.targets))
         tokens = torch.tensor(b.real_tokens)
         balances = [counted_balance(stats, stats.counts.sum(1), tokens, 2), document_balance(stats, tokens, 2)]
         results.append([loss, stats.counts[:, inverse], stats.probs[:, inverse], *balances])
@@ -118,14 +120,13 @@ def change_each(layout, gate):
     model = build(TINY, layout, Tensors(w))
     batch, _ = packed_batch(STEPS[0])
     with torch.no_grad():
-        before, _ = model(batch.tokens, batch.documents)
+        before, _ = model(batch.inputs(), Logits())
         results = []
         for number in range(1, batch.documents.count + 1):
-            mine = batch.documents.number == number
+            mine = batch.documents.document_of == number
             tokens = torch.where(mine & (batch.documents.positions == 0), (batch.tokens + 1) % TINY.vocab_size, batch.tokens)
-            after, _ = model(tokens, batch.documents)
-            others = batch.documents.real & ~mine
-            results.append([(after - before)[some].abs().max().item() for some in (others, mine)])
+            after, _ = model(Inputs(tokens, batch.documents), Logits())
+            results.append([(after - before)[some].abs().max().item() for some in (~mine, mine)])
     return results
 
 
@@ -139,29 +140,28 @@ def test_nothing_crosses_a_border(layout, gate, rounding):
 
 def by_mask(q, k, v, documents, window):
     """Attention under one dense mask over the whole batch."""
-    number, steps = documents.number.flatten(), torch.arange(documents.number.numel())
+    number, steps = documents.document_of, torch.arange(len(q))
     distance = steps[:, None] - steps
     mask = (number[:, None] == number) & (distance >= 0) & (distance < (window or len(steps)))
-    flat = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*flat, attn_mask=mask, enable_gqa=True)
-    return out.transpose(0, 1).view_as(q)
+    flat = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*flat, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
 
-ROWS = [[5, 5, 7], [20], [], [1, 9, 9, 1]]
+LENGTHS = [5, 5, 7, 20, 1, 9, 9, 1]
 
 
 def qkv():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 20, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
+    return [torch.randn(sum(LENGTHS), heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 def test_attention_equals_one_under_a_mask(window):
-    documents = Documents.of(ROWS, 20)
+    documents = Documents.of(LENGTHS)
     results = []
     for attend in (attention.attend, by_mask):
         leaves = [x.requires_grad_() for x in qkv()]
-        out = attend(*leaves, documents, window)[documents.real]
+        out = attend(*leaves, documents, window)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -210,25 +210,25 @@ def as_documented_later(query, key, value, *arguments, window_size, enable_gqa=F
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("kernel", [as_documented, as_documented_later])
 def test_what_the_gpu_kernel_is_asked_for(kernel, window, monkeypatch):
-    documents = Documents.of(ROWS, 20)
+    documents = Documents.of(LENGTHS)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "varlen_runs", lambda *_: True)
-    out, expected = (attend(*qkv(), documents, window)[documents.real] for attend in (attention.attend, by_mask))
+    out, expected = (attend(*qkv(), documents, window) for attend in (attention.attend, by_mask))
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_says_where_its_documents_lie():
     first, second, third = (Sample(list(range(n, n + n)), [True] * n) for n in (3, 2, 4))
-    batch = collate([[first, second], [third]], 3, keys=[7, 8, 9])
-    assert batch.tokens.tolist() == [[3, 4, 5, 2, 3], [4, 5, 6, 7, 0], [0] * 5]
-    assert batch.documents.number.tolist() == [[1, 1, 1, 2, 2], [3, 3, 3, 3, 0], [0] * 5]
-    assert batch.documents.positions[batch.documents.real].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
-    assert batch.documents.borders.tolist() == [0, 3, 5, 9, 10, 15] and batch.documents.stretches == (3, 2, 4, 1, 5)
+    batch = collate([first, second, third], keys=[7, 8, 9])
+    assert batch.tokens.tolist() == [3, 4, 5, 2, 3, 4, 5, 6, 7]
+    assert batch.documents.document_of.tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+    assert batch.documents.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert batch.documents.borders.tolist() == [0, 3, 5, 9] and batch.documents.lengths == (3, 2, 4)
     assert batch.targets.rows.tolist() == [0, 1, 3, 5, 6, 7]  # no first token is a target, though all are trained
     assert batch.targets.ids.tolist() == [4, 5, 3, 5, 6, 7]
     assert batch.keys.tolist() == [7, 8, 9] and (batch.real_tokens, batch.target_tokens) == (9, 6)
     first, second, third = (Sample(np.array(s.tokens), np.array(s.trained)) for s in (first, second, third))
-    arrays = collate([[first, second], [third]], 3)
+    arrays = collate([first, second, third])
     assert torch.equal(arrays.tokens, batch.tokens) and torch.equal(arrays.targets.rows, batch.targets.rows)
 
 
@@ -255,8 +255,8 @@ def test_global_batches_hold_the_same_rows_for_every_cut(cut):
     ranks = [list(plan.epoch(documents, rows)) for plan in plans]
     for step, parts in enumerate(zip(*ranks, strict=True)):
         batches = [batch for part in parts for batch in part]
-        assert all(len(b.tokens) == batch_size and b.tokens.shape[1] <= 40 for b in batches)
-        first = [b.tokens[b.documents.real & (b.documents.positions == 0)] for b in batches]
+        assert all(b.real_tokens <= batch_size * 40 for b in batches)
+        first = [b.tokens[b.documents.borders[: b.documents.count]] for b in batches]
         expected = Counter(i for row in range(step * 8, min(len(rows), step * 8 + 8)) for i in rows[row])
         assert Counter(torch.cat(first).tolist()) == expected == Counter(torch.cat([b.keys for b in batches]).tolist())
 

@@ -7,11 +7,14 @@ serves both: either they share an A, or A is theirs stacked [2R, D] and B is the
 
 import pytest
 import torch
-from models import Tensors, build, one_batch, samples, weights
+from models import Tensors, build, samples, weights
 from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
 from test_transformers import ARGS, close, half_split, transformers_model
 
+from accessory.certify.parity import grid
+from accessory.data.loader import collate
+from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
 from accessory.train.config import LoraSection, TuningSection
@@ -27,8 +30,8 @@ def run_ours(layout, kernel, section, w, batch):
     spec = resolve(section, ARGS, get_layout(layout))
     tuning = {"adapters": spec.adapters, "trains": spec.trains}
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel, **tuning)
-    logits, _ = model(batch.tokens, batch.documents)
-    loss_sum, _ = model(*batch.inputs())
+    logits, _ = model(batch.inputs(), Logits())
+    loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
     loss = loss_sum / batch.target_tokens
     loss.backward()
     gradients = {name: p.grad.view(w[name].shape) for name, p in model.named_parameters() if p.requires_grad}
@@ -76,7 +79,7 @@ def test_logits_loss_and_gradients(layout, kernel, shared):
     w = weights(ARGS, scale=5.0, dtype=torch.float32, adapters=resolve(section, ARGS, get_layout(layout)).adapters)
     if shared:
         w |= {name.replace("w1", "w3"): w[name] for name in w if name.endswith("w1_lora_a")}
-    batch = one_batch(samples(4, seed=5, longest=40))
+    batch = collate(samples(4, seed=5, longest=40))
     ((logits, loss, gradients),) = run_ranks(1, run_ours, layout, kernel, section, w, batch)
 
     width = 1 if shared else 2  # of the fused adapter, in ranks
@@ -94,13 +97,11 @@ def test_logits_loss_and_gradients(layout, kernel, shared):
     assert {name: p.shape for name, p in parameters.items()} == {name: t.shape for name, t in expected.items()}
     for name, parameter in parameters.items():
         parameter.data.copy_(expected[name])
-    labels = torch.full_like(batch.tokens, -100).flatten()
-    labels[batch.targets.rows + 1] = batch.targets.ids
-    mask = batch.documents.real
-    out = model(input_ids=batch.tokens, attention_mask=mask.long(), labels=labels.view_as(batch.tokens))
+    tokens, labels, mask = grid(batch)
+    out = model(input_ids=tokens, attention_mask=mask.long(), labels=labels)
     out.loss.backward()
 
-    assert close(logits[mask], out.logits[mask])
+    assert close(logits, out.logits[mask])
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
     if shared:
         for name in [name for name in gradients if name.endswith("w1_lora_a")]:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from models import TINY, Tensors, build, one_batch, samples, weights
+from models import TINY, Tensors, build, samples, weights
 from ranks import run_ranks
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from accessory.certify.parity import grid
+from accessory.data.loader import collate
+from accessory.model.head import Logits, LossSum
 from accessory.parallel.tensor import initialize_groups
 
 ARGS = TINY.__class__(**{**TINY.__dict__, "rope_scaling": None, "sliding_window": None, "rope_theta": 1e6})
@@ -80,8 +83,8 @@ def by_logical_name(g, args=ARGS):
 def run_ours(layout, kernel, w, batch):
     initialize_groups(1)
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel)
-    logits, _ = model(batch.tokens, batch.documents)
-    loss_sum, _ = model(*batch.inputs())
+    logits, _ = model(batch.inputs(), Logits())
+    loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
     loss = loss_sum / batch.target_tokens
     loss.backward()
     gradients = {name: p.grad.view(w[name].shape) for name, p in model.named_parameters()}
@@ -92,17 +95,15 @@ def run_ours(layout, kernel, w, batch):
 @pytest.mark.parametrize("layout", ["mixtral", "mixtral_sparse"])
 def test_logits_loss_and_gradients(layout, kernel):
     w = weights(ARGS, scale=5.0, dtype=torch.float32)
-    batch = one_batch(samples(4, seed=5, longest=40))
+    batch = collate(samples(4, seed=5, longest=40))
     ((logits, loss, gradients),) = run_ranks(1, run_ours, layout, kernel, w, batch)
 
     model = transformers_model(w)
-    labels = torch.full_like(batch.tokens, -100).flatten()
-    labels[batch.targets.rows + 1] = batch.targets.ids
-    mask = batch.documents.real
-    out = model(input_ids=batch.tokens, attention_mask=mask.long(), labels=labels.view_as(batch.tokens))
+    tokens, labels, mask = grid(batch)
+    out = model(input_ids=tokens, attention_mask=mask.long(), labels=labels)
     out.loss.backward()
 
-    assert close(logits[mask], out.logits[mask])
+    assert close(logits, out.logits[mask])
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
     for name, expected in by_logical_name({name: p.grad for name, p in model.named_parameters()}).items():
         assert close(gradients[name], expected), name

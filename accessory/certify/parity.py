@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
@@ -20,6 +21,7 @@ from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import Batch, collate
 from accessory.errors import UserError
+from accessory.model.head import Logits, LossSum
 from accessory.model.logical import logical_cuts, region_shape
 from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.tensor import initialize_groups
@@ -46,16 +48,25 @@ def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch
     model = build(problem, cell.layout, Tensors(problem.weights()), device, problem.tuning("full"))
     batch = _batch(problem).to(device)
     with torch.no_grad():
-        logits, _ = model(batch.tokens, batch.documents)
-    loss_sum, _ = model(*batch.inputs())
+        logits, _ = model(batch.inputs(), Logits())
+    loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
     loss = loss_sum / batch.target_tokens
     loss.backward()
     return {"logits": logits.cpu(), "loss": loss.item(), "gradients": gradients(model)}
 
 
 def _batch(problem: Problem) -> Batch:
-    samples = problem.batches(masks=True)[0]
-    return collate([[sample] for sample in samples], len(samples))
+    return collate(problem.batches(masks=True)[0])
+
+
+def grid(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """As transformers takes a batch: a row for each document, padded on the right; tokens, labels, and what is real."""
+    labels = torch.full_like(batch.tokens, -100)
+    labels[batch.targets.rows + 1] = batch.targets.ids
+    lengths = batch.documents.lengths
+    parts = (batch.tokens, labels, torch.ones_like(batch.tokens, dtype=torch.bool))
+    tokens, labels, real = (pad_sequence(part.split(lengths), batch_first=True) for part in parts)
+    return tokens, labels.masked_fill(~real, -100), real
 
 
 class TransformersJudge:
@@ -66,13 +77,10 @@ class TransformersJudge:
     def __init__(self, problem: Problem):
         self.args = problem.args
         model, self.version = _load(problem)
-        batch = _batch(problem)
-        self.real = batch.documents.real
-        labels = torch.full_like(batch.tokens, -100).flatten()
-        labels[batch.targets.rows + 1] = batch.targets.ids
-        out = model(input_ids=batch.tokens, attention_mask=self.real.long(), labels=labels.view_as(batch.tokens))
+        tokens, labels, real = grid(_batch(problem))
+        out = model(input_ids=tokens, attention_mask=real.long(), labels=labels)
         out.loss.backward()
-        self.logits, self.loss = out.logits.detach()[self.real].double(), out.loss.item()
+        self.logits, self.loss = out.logits.detach()[real].double(), out.loss.item()
         self.gradients = self._by_logical_name({name: p.grad for name, p in model.named_parameters()})
 
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Row:
@@ -80,7 +88,7 @@ class TransformersJudge:
             return Row(cell, {}, self.bounds, outcome.reason)
         cuts = logical_cuts(self.args, get_layout(cell.layout))
         ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
-        logits = (distance({"": rank["logits"][self.real]}, {"": self.logits}) for rank in outcome)
+        logits = (distance({"": rank["logits"]}, {"": self.logits}) for rank in outcome)
         losses = (relative(rank["loss"], self.loss) for rank in outcome)
         errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}
         return Row(cell, errors, self.bounds, disagreement(differ))

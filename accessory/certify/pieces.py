@@ -94,11 +94,11 @@ class Pieces:
         turned = rotate(head.unsqueeze(-2), rotation).squeeze(-2)
         for rows in _rows(documents):
             pairs = torch.ones(1, len(rows), args.head_dim, dtype=torch.float64)  # each (1, 1)
-            of_ones = torch.view_as_real(rotation.flatten(0, 1)[rows] * (1 + 1j)).flatten(1)
+            of_ones = torch.view_as_real(rotation[rows] * (1 + 1j)).flatten(1)
             self._no_more("angles", of_ones, reference.rotate(pairs, args)[0])
-            right = reference.rotate(wide(head.flatten(0, 1)[rows]).unsqueeze(0), args)[0]
-            self._add("rotation", turned.flatten(0, 1)[rows], right)
-            self._add("attention", y.flatten(0, 1)[rows], reference.attention(wide(x.flatten(0, 1)[rows]), layer, args))
+            right = reference.rotate(wide(head[rows]).unsqueeze(0), args)[0]
+            self._add("rotation", turned[rows], right)
+            self._add("attention", y[rows], reference.attention(wide(x[rows]), layer, args))
 
     def _router(self, inputs: Any, routing: Routing, layer: dict[str, Tensor]) -> None:
         logits, top, share = reference.routing(wide(inputs[0]), layer, self.args)
@@ -111,10 +111,10 @@ class Pieces:
         self._routing = routing
 
     def _experts(self, inputs: Any, output: Any, layer: dict[str, Tensor]) -> None:
-        x, documents = inputs[0].flatten(0, 1), inputs[1]
+        x, documents = inputs[:2]
         for rows in _rows(documents):
             _, _, share = reference.routing(wide(x[rows]), layer, self.args)
-            self._add("experts", output[0].flatten(0, 1)[rows], reference.experts(wide(x[rows]), share, layer))
+            self._add("experts", output[0][rows], reference.experts(wide(x[rows]), share, layer))
             logits, moe = wide(self._routing.logits[rows]), self.args.moe
             counts = self._routing.experts[rows].flatten().bincount(minlength=moe.num_experts).cpu()
             uneven = moe.num_experts / moe.num_experts_per_tok * (counts * logits.softmax(-1).mean(0)).sum()
@@ -122,14 +122,14 @@ class Pieces:
 
     def _head(self, inputs: Any, output: Any) -> None:
         logits = wide(self._hidden) @ self.weights["output.weight"].T
-        right = torch.nn.functional.cross_entropy(logits, inputs[2].ids.cpu(), reduction="sum")
+        right = torch.nn.functional.cross_entropy(logits, inputs[1].targets.ids.cpu(), reduction="sum")
         self.sums["head"] += torch.stack([wide(output[0]), right])
 
 
 def _rows(documents: Documents) -> Iterator[Tensor]:
     """The places of each document's tokens in the batch."""
-    number = documents.number.flatten().cpu()
-    return ((number == document).nonzero().squeeze(1) for document in range(1, documents.count + 1))
+    document_of = documents.document_of.cpu()
+    return ((document_of == number).nonzero().squeeze(1) for number in range(1, documents.count + 1))
 
 
 class Masters:

@@ -29,6 +29,7 @@ from accessory.data.loader import Batch, BatchPlan
 from accessory.data.packing import Rows
 from accessory.data.store import Sample
 from accessory.model.build import build_model
+from accessory.model.head import LossSum
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.fsdp import DataParallel
@@ -158,7 +159,7 @@ def _summed_gradients(
     targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in micro_batches], device=device).sum(0)
     total: dict[str, Tensor] = {}
     for batch in micro_batches:
-        loss, stats = model(*batch.inputs())
+        loss, stats = model(batch.inputs(), LossSum(batch.targets))
         share = document_balance(stats, tokens, model.args.moe.num_experts_per_tok)
         (loss / targets + model.args.load_balancing_weight * share + Z_WEIGHT * z_loss(stats, tokens)).backward()
         total = {name: wide(gradient) + total.get(name, 0.0) for name, gradient in gradients(model).items()}

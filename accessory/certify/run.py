@@ -18,8 +18,9 @@ from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.dtypes import at_least
 from accessory.model.build import build_model
-from accessory.model.decoder import Decoder
+from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Logits
 from accessory.model.logical import Region, Source, logical_cuts
 from accessory.parallel.fsdp import DataParallel, wrap
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
@@ -137,8 +138,8 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
     model = build(problem, cell.layout, Checkpoint(scratch / "given"), device, problem.tuning("full"))
     tokens = problem.batches(False)[0][0].tokens
     with torch.no_grad():
-        documents = Documents.of([[len(tokens)]], len(tokens)).to(device)
-        logits = model(torch.tensor(tokens, device=device).unsqueeze(0), documents)[0][0].cpu()
+        inputs = Inputs(torch.tensor(tokens, device=device), Documents.of([len(tokens)]).to(device))
+        logits = model(inputs, Logits())[0].cpu()
     save_model(model, scratch / "saved", {}, problem.dtype, "safetensors")
     result: dict[str, Any] = {"logits": logits}
     if main:

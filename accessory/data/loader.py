@@ -1,7 +1,7 @@
 """Samples to batches, in an order that is a function of (seed, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,66 +10,64 @@ from torch import Tensor
 from accessory.data.mix import Samples
 from accessory.data.packing import Rows
 from accessory.data.store import Sample
-from accessory.model.decoder import Targets
+from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Targets
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows of documents, padded on the right. The counts are host numbers: no step waits for the device."""
+    """One micro-batch: its samples, one behind the other. The counts are host numbers: no step waits for the device."""
 
-    tokens: Tensor  # [B, S]
+    tokens: Tensor  # [T]
     documents: Documents
     targets: Targets  # the n positions that must predict a trained token
     keys: Tensor  # [documents] a number of each in the run, of which its dropout is made
     real_tokens: int
     target_tokens: int
 
-    def inputs(self) -> tuple[Tensor, Documents, Targets]:
-        """The decoder's arguments."""
-        return self.tokens, self.documents, self.targets
+    def inputs(self, dropout: bool = False) -> Inputs:
+        """What the decoder takes."""
+        return Inputs(self.tokens, self.documents, dropout_keys=self.keys if dropout else None)
 
     def to(self, device: torch.device) -> "Batch":
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        targets = Targets(move(self.targets.rows), move(self.targets.ids))
-        documents, keys = self.documents.to(device), move(self.keys)
-        return Batch(move(self.tokens), documents, targets, keys, self.real_tokens, self.target_tokens)
+        tokens, keys = (x.to(device, non_blocking=True) for x in (self.tokens, self.keys))
+        return replace(self, tokens=tokens, keys=keys, documents=self.documents.to(device), targets=self.targets.to(device))
 
 
-def collate(rows: Sequence[Sequence[Sample]], batch_size: int, keys: Sequence[int] | None = None) -> Batch:
-    """Put each row's samples one behind the other and pad to the longest row; empty rows fill up to ``batch_size``.
+def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0) -> Batch:
+    """Lay samples out one behind the other. Where there is none, one token stands that counts nowhere.
 
     Args:
-        keys: one for each sample, in the order of the rows.
+        keys: one for each sample; None: they are counted.
+        padded_to: give each sample so many tokens, for comparisons: what is behind it counts for the router alone.
     """
-    samples = [sample for row in rows for sample in row]
-    lengths = [[len(sample.tokens) for sample in row] for row in rows]
-    width = max([sum(row) for row in lengths], default=1)
-    documents = Documents.of([*lengths, *[[]] * (batch_size - len(rows))], width)
-    # The samples' tokens, one sample behind the other, stand at the places that are no padding, in order. A target is
-    # a trained token behind another of its document.
-    places = documents.real.flatten().numpy().nonzero()[0]
-    ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(sample.tokens, np.int64) for sample in samples)])
-    trained = np.concatenate([np.zeros(0, bool), *(np.asarray(sample.trained, bool) for sample in samples)])
-    trained &= documents.positions.flatten().numpy()[places] > 0
-    tokens = np.zeros(batch_size * width, np.int64)
-    tokens[places] = ids
-    targets = Targets(torch.from_numpy(places[trained] - 1), torch.from_numpy(ids[trained]))
+    tokens, trained = [], []
+    for sample in samples:
+        padding = max(0, padded_to - len(sample.tokens))
+        tokens.append(np.pad(np.asarray(sample.tokens, np.int64), (0, padding)))
+        trained.append(np.pad(np.asarray(sample.trained, bool), (0, padding)))
+    documents = Documents.of([len(some) for some in tokens])
+    ids = np.concatenate(tokens or [np.zeros(1, np.int64)])
+    # a target is a trained token behind another of its document
+    places = (np.concatenate(trained or [np.zeros(1, bool)]) & (documents.positions.numpy() > 0)).nonzero()[0]
+    targets = Targets(torch.from_numpy(places - 1), torch.from_numpy(ids[places]))
     numbers = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
-    grid = torch.from_numpy(tokens).view(batch_size, width)
-    return Batch(grid, documents, targets, numbers, len(ids), len(targets.ids))
+    return Batch(torch.from_numpy(ids), documents, targets, numbers, len(ids) if samples else 0, len(places))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut: ``batch_size`` rows x ``accumulation`` micro-steps x ``world`` data-parallel ranks."""
+    """How a global batch is cut: ``batch_size`` rows x ``accumulation`` micro-steps x ``world`` data-parallel ranks.
+
+    ``pads``: samples are as long as the longest of their micro-batch (see ``collate``).
+    """
 
     batch_size: int
     accumulation: int
     rank: int
     world: int
+    pads: bool = False
 
     @property
     def global_batch(self) -> int:
@@ -89,7 +87,7 @@ class BatchPlan:
         """This rank's micro-batches of the step that begins at row ``start``.
 
         Which samples a step sees depends only on the rows and the size of the global batch. Inside it they are laid
-        out by length, so that the rows of one micro-step are alike and little is padded: results do not depend on it.
+        out by length, so that the ranks of one micro-step have about as much to do: results do not depend on it.
         """
         lengths = sample_lengths(samples)
         chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
@@ -98,8 +96,10 @@ class BatchPlan:
         for number in range(self.accumulation):
             first = (number * self.world + self.rank) * self.batch_size
             mine = chosen[first : first + self.batch_size]
-            keys = [epoch * len(samples) + i for row in mine for i in row]
-            micro_batches.append(collate([[samples[i] for i in row] for row in mine], self.batch_size, keys))
+            numbers = [i for row in mine for i in row]
+            longest = int(lengths[numbers].max(initial=0)) if self.pads else 0
+            keys = [epoch * len(samples) + i for i in numbers]
+            micro_batches.append(collate([samples[i] for i in numbers], keys, padded_to=longest))
         return micro_batches
 
 

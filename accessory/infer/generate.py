@@ -7,17 +7,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import UserError
-from accessory.model.attention import KVCache
-from accessory.model.decoder import Decoder
+from accessory.model.cache import KVCache
+from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Logits
 from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_world_size
 
 
-def make_caches(model: Decoder, batch: int, length: int) -> list[KVCache]:
-    """Empty caches for ``batch`` sequences of at most ``length`` tokens, one per layer."""
-    args, weight = model.args, model.norm.weight
-    shape = (batch, length, args.n_kv_heads // get_model_parallel_world_size(), args.head_dim)
-    return [KVCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(args.n_layers)]
+def make_cache(model: Decoder, slots: int, length: int) -> KVCache:
+    """An empty cache for ``slots`` sequences of at most ``length`` tokens."""
+    args = model.args
+    kv_heads = args.n_kv_heads // get_model_parallel_world_size()
+    return KVCache(args.n_layers, slots, length, kv_heads, args.head_dim, like=model.norm.weight)
 
 
 @torch.inference_mode()
@@ -33,9 +34,7 @@ def generate_ids(
 ) -> Iterator[Tensor]:
     """Continue several prompts at once; yields one token per prompt [B] (on the CPU) at a time.
 
-    Prompts are padded on the right and run through the model together: under causal attention padding cannot reach
-    the real tokens, and each sequence then writes on at its own position, over the padding. The caller stops taking
-    when it has seen enough; a sequence also ends (its tokens then mean nothing) at ``max_seq_len``.
+    The caller stops taking when it has seen enough; a sequence also ends (its tokens then mean nothing) at ``max_seq_len``.
 
     Every rank of the model-parallel group must run this with the same arguments, and gets the same tokens.
 
@@ -54,21 +53,15 @@ def generate_ids(
     if max(lengths) >= max_seq_len:
         raise UserError(f"a prompt of {max(lengths)} tokens leaves no room to answer in max_seq_len {max_seq_len}")
     steps = min(max_gen_len, max_seq_len - min(lengths))
-    caches = make_caches(model, len(prompts), min(max_seq_len, max(lengths) + steps))
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    prompted, one = (Documents.of([[n] for n in ns], max(ns)).to(device) for ns in (lengths, [1] * len(prompts)))
-    everywhere = torch.arange(max(lengths), device=device).expand(len(prompts), -1)
-    position = torch.tensor(lengths, device=device) - 1
-    ends = torch.arange(len(prompts), device=device) * max(lengths) + position
-    last, _ = model(tokens.to(device), prompted, rows=ends, caches=caches, positions=everywhere)
+    cache = make_cache(model, len(prompts), min(max_seq_len, max(lengths) + steps))
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    documents = Documents.of(lengths).to(device)
     for _ in range(steps):
-        chosen = _choose(last[:, :vocab_size], temperature, top_p)
-        yield chosen.cpu()
-        position = (position + 1).clamp(max=caches[0].keys.shape[1] - 1)
-        logits, _ = model(chosen.unsqueeze(1), one, caches=caches, positions=position.unsqueeze(1))
-        last = logits[:, 0]
+        last, _ = model(Inputs(tokens, documents, cache), Logits(documents.borders[1:] - 1))
+        tokens = _choose(last[:, :vocab_size], temperature, top_p)
+        yield tokens.cpu()
+        past = [min(behind + n, cache.length - 1) for behind, n in zip(documents.past, documents.lengths, strict=True)]
+        documents = Documents.of([1] * len(prompts), past).to(device)
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:

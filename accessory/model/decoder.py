@@ -1,17 +1,18 @@
 """The decoder: embedding, blocks of attention and MoE, norm, output."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from accessory.dtypes import at_least_fp32
 from accessory.model.args import ModelArgs
-from accessory.model.attention import Attention, KVCache
+from accessory.model.attention import Attention
+from accessory.model.cache import KVCache, LayerCache
 from accessory.model.documents import Documents
+from accessory.model.head import Head
 from accessory.model.logical import Adapters
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
@@ -20,20 +21,24 @@ from accessory.model.moe.router import RouterStats
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import rotations
 from accessory.parallel.adapter import Adaptable, Adapter, draws
-from accessory.parallel.cross_entropy import linear_cross_entropy
-from accessory.parallel.tensor import (
-    ColumnParallelLinear,
-    ParallelEmbedding,
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-)
+from accessory.parallel.tensor import ColumnParallelLinear, ParallelEmbedding
 
 
-class Targets(NamedTuple):
-    """Where a target stands in a batch: the hidden state of row ``rows[i]`` of [B * S] must predict ``ids[i]``."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a decoder runs over.
 
-    rows: Tensor  # [n] int64
-    ids: Tensor  # [n] int64
+    Attributes:
+        tokens: [T] ids.
+        documents: where they lie; the results of each are those it would have alone.
+        cache: what their tokens of before left there; these are added to it.
+        dropout_keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
+    """
+
+    tokens: Tensor
+    documents: Documents
+    cache: KVCache | None = None
+    dropout_keys: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -47,15 +52,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor,
-        documents: Documents,
-        cache: KVCache | None,
-        positions: Tensor | None,
-        draw: Tensor | None,
+        self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, draw: Tensor | None
     ) -> tuple[Tensor, RouterStats]:
-        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, positions, draw)
+        """``x`` [T, D] -> [T, D], and statistics of each document; the rest is as ``Attention`` takes it."""
+        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, draw)
         y, stats = self.feed_forward(self.ffn_norm(x), documents, draw)
         return x + y, stats
 
@@ -92,54 +92,25 @@ class Decoder(nn.Module):
         yield from self.named_parameters()
         yield from self.named_buffers()
 
-    def forward(
-        self,
-        tokens: Tensor,
-        documents: Documents,
-        targets: Targets | None = None,
-        rows: Tensor | None = None,
-        caches: list[KVCache] | None = None,
-        positions: Tensor | None = None,
-        keys: Tensor | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """Run the model over rows of documents.
-
-        Args:
-            tokens: [B, S] token ids; padding is ignored.
-            documents: where they lie; the results of each are those it would have alone.
-            targets: if given, the result is the sum of cross-entropy over them; else it is logits,
-            rows: of these rows of [B * S] only, if given.
-            caches: one per layer, for generation; ``positions`` [B, S] then says where each token stands.
-            keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
-
-        Returns:
-            The loss sum (a scalar), or logits [B, S, V] or [rows, V], in at least fp32; and the router statistics, with a
-            first dimension of L layers.
-        """
-        x = self.tok_embeddings(tokens)
-        where = documents.positions if positions is None else positions
-        rotation = rotations(where, self.args.head_dim, self.args.rope_theta, self.args.rope_scaling, x.dtype)
-        drops = any(adapter.dropout for adapter in self.adapters.values())
-        draw = None
-        if drops and keys is not None:
-            draw = draws(F.pad(keys, (1, 0))[documents.number], documents.positions)
+    def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
+        """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""
+        documents, cache = inputs.documents, inputs.cache
+        x = self.tok_embeddings(inputs.tokens)
+        args = self.args
+        rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
+        draw = self._draw(documents, inputs.dropout_keys)
         stats = []
         for number, layer in enumerate(self.layers):
-            inputs = (x, rotation, documents, caches[number] if caches else None, positions, draw)
+            given = (x, rotation, documents, cache.layers[number] if cache else None, draw)
             if self.recompute and torch.is_grad_enabled():
-                x, layer_stats = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer_stats = layer(*inputs)
+                x, layer_stats = layer(*given)
             stats.append(layer_stats)
-        router = RouterStats.stacked(stats)
-        if targets is not None:
-            rows = targets.rows
-        if rows is not None:
-            x = x.flatten(0, 1).index_select(0, rows)
-            draw = None if draw is None else draw.flatten()[rows]
-        hidden = copy_to_model_parallel_region(self.norm(x))
-        if targets is not None:
-            low = self.output.low_rank(hidden, draw)
-            factors = [(hidden, self.output.weight)] + ([] if low is None else [(low, self.output.lora_b)])
-            return linear_cross_entropy(factors, targets.ids), router
-        return at_least_fp32(gather_from_model_parallel_region(self.output(hidden, draw))), router
+        return head(x, self.norm, self.output, draw), RouterStats.stacked(stats)
+
+    def _draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
+        """[T] what decides each token's dropout, if anything is dropped."""
+        if dropout_keys is None or not any(adapter.dropout for adapter in self.adapters.values()):
+            return None
+        return draws(F.pad(dropout_keys, (1, 0))[documents.document_of], documents.positions)

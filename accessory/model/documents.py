@@ -1,4 +1,4 @@
-"""Where the documents of a batch lie."""
+"""Where the documents of a micro-batch lie."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,50 +10,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch [B, S]: in each row one behind the other, then padding. Unpacked: one in each row.
+    """The documents of a micro-batch: its T tokens are one row, one document behind the other, without padding.
 
-    Nothing crosses from one to another: attention, positions, router statistics and dropout are each document's own.
+    Nothing crosses from one to another: attention, positions, router statistics and dropout are each document's own. Some
+    of a document's tokens may have come before, and be in a cache: then these continue it.
 
     Attributes:
-        number: [B, S] which document a token is of, counted from 1 through the batch; 0 where padding.
-        positions: [B, S] where a token stands in its document.
-        borders: [n + 1] int32: where each document, and the padding of each row, begins and ends in [B * S].
-        stretches: the n lengths between borders, on the host, so that no attention waits for the device.
-        count: how many documents there are.
+        document_of: [T] which document a token is of, counted from 1; 0: the one token that stands for no document.
+        positions: [T] where a token stands in its document.
+        borders: [n + 1] int32: where each document begins and ends.
+        slot_of: [T] where in a cache a token's document is.
+        lengths: tokens of each, on the host, so that no attention waits for the device.
+        past: how many tokens of each came before, on the host.
+        slots: where in a cache each is, on the host.
+        count: how many documents there are: n, or 0 if the one of ``lengths`` is none.
     """
 
-    number: Tensor
+    document_of: Tensor
     positions: Tensor
     borders: Tensor
-    stretches: tuple[int, ...]
+    slot_of: Tensor
+    lengths: tuple[int, ...]
+    past: tuple[int, ...]
+    slots: tuple[int, ...]
     count: int
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], width: int) -> "Documents":
-        """``rows``: the lengths of each row's documents; ``width``: S."""
-        lengths: list[int] = []
-        numbers: list[int] = []
-        count = 0
-        for row in rows:
-            lengths += [*row, width - sum(row)]
-            numbers += [*range(count + 1, count + 1 + len(row)), 0]
-            count += len(row)
-        stretches = tuple(n for n in lengths if n) or (0,)
-        length = torch.tensor(lengths)
-        start = (length.cumsum(0) - length).repeat_interleave(length)
-        return cls(
-            torch.tensor(numbers).repeat_interleave(length).view(len(rows), width),
-            (torch.arange(len(start)) - start).view(len(rows), width),
-            F.pad(torch.tensor(stretches).cumsum(0), (1, 0)).int(),
-            stretches,
-            count,
-        )
+    def of(
+        cls, lengths: Sequence[int], past: Sequence[int] | None = None, slots: Sequence[int] | None = None
+    ) -> "Documents":
+        """Documents of ``lengths`` (at least 1), each behind ``past`` tokens (none) in its slot (the n-th in the n-th).
 
-    @property
-    def real(self) -> Tensor:
-        """[B, S] bool: what is no padding."""
-        return self.number > 0
+        A rank without documents runs one token that counts nowhere, so that it takes part in every collective.
+        """
+        count = len(lengths)
+        lengths = tuple(lengths) or (1,)
+        past, slots = tuple(past or [0] * len(lengths)), tuple(slots or range(len(lengths)))
+        length = torch.tensor(lengths)
+        number = torch.arange(1, count + 1) if count else torch.zeros(1, dtype=torch.int64)
+        start = length.cumsum(0) - length - torch.tensor(past)
+        positions = torch.arange(int(length.sum())) - start.repeat_interleave(length)
+        borders = F.pad(length.cumsum(0), (1, 0)).int()
+        slot_of = torch.tensor(slots).repeat_interleave(length)
+        return cls(number.repeat_interleave(length), positions, borders, slot_of, lengths, past, slots, count)
 
     def to(self, device: torch.device) -> "Documents":
-        number, positions, borders = (x.to(device, non_blocking=True) for x in (self.number, self.positions, self.borders))
-        return replace(self, number=number, positions=positions, borders=borders)
+        names = ("document_of", "positions", "borders", "slot_of")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})

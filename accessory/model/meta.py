@@ -16,8 +16,9 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.build import build_model
-from accessory.model.decoder import Decoder
+from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
+from accessory.model.head import Logits
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.tensor import use_model_parallel_group
 
@@ -183,12 +184,10 @@ class MetaModel:
         _refuse_images(images)
         ids = self._encode(examples, bos, eos)
         lengths = [len(example) for example in ids]
-        tokens = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
-        for row, example in zip(tokens, ids, strict=True):
-            row[: len(example)] = torch.tensor(example)
         device = self.llma.norm.weight.device
-        logits, _ = self.llma(tokens.to(device), Documents.of([[n] for n in lengths], max(lengths)).to(device))
-        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+        tokens = torch.tensor([token for example in ids for token in example], device=device)
+        logits, _ = self.llma(Inputs(tokens, Documents.of(lengths).to(device)), Logits())
+        return list(logits.split(lengths))
 
     def evaluate_examples(
         self,

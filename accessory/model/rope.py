@@ -18,6 +18,6 @@ def rotations(positions: Tensor, head_dim: int, theta: float, scaling: float | N
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate ``x`` [B, S, heads, head_dim] by ``rotation`` [B or 1, S, head_dim / 2], in at least fp32."""
+    """Rotate ``x`` [T, heads, head_dim] by ``rotation`` [T, head_dim / 2], in at least fp32."""
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)

@@ -11,25 +11,23 @@ micro-batch can add its share knowing only the counts of the whole. ``train.bala
     hf          the same, and all layers as one, times K    the same (Hugging Face); opposite imbalances of layers cancel
     bias        no loss: a bias in the choice of experts, moved by the global batch's counts; depends on nothing
 
-"Nothing" is ranks, micro-batches, packing and layout. In all of them padding never counts, recompute counts once, and
-the weight is not scaled by ranks, accumulation or layers.
+"Nothing" is ranks, micro-batches, packing and layout. In all of them recompute counts once, and the weight is not scaled
+by ranks, accumulation or layers.
 
 The z-loss is the mean over real tokens, then over layers, of (log sum_e exp logit_e)^2 (Zoph et al. 2022, ST-MoE); it
 depends on nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.data.loader import Batch
-from accessory.model.decoder import Decoder, Targets
-from accessory.model.documents import Documents
+from accessory.model.decoder import Decoder
+from accessory.model.head import Nothing
 from accessory.model.moe.router import Router, RouterStats
 from accessory.parallel.tensor import get_data_parallel_group
 
@@ -106,8 +104,7 @@ def z_loss(stats: RouterStats, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def count_loads(model: Decoder, micro_batches: Sequence[Batch]) -> Tensor:
     """Rows routed to each expert [L, E] in the whole global batch: a forward of every micro-batch without the output."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=micro_batches[0].tokens.device)
-    counts = [model(b.tokens, b.documents, Targets(nothing, nothing), keys=b.keys)[1].counts.sum(1) for b in micro_batches]
+    counts = [model(batch.inputs(dropout=True), Nothing())[1].counts.sum(1) for batch in micro_batches]
     return summed(torch.stack(counts).sum(0))
 
 
@@ -117,17 +114,6 @@ def shift_score_biases(model: Decoder, counts: Tensor, rate: float) -> None:
         router = block.get_submodule("feed_forward.gate")
         assert isinstance(router, Router)
         router.shift_score_bias(of_layer, rate)
-
-
-def with_padding(batch: Batch) -> Batch:
-    """The batch as LLaMA2-Accessory sees it: a row's padding belongs to its document, so the router counts it.
-
-    Only for rows of one document each. What follows a document changes neither its logits nor its loss.
-    """
-    rows, width = batch.tokens.shape
-    documents = Documents.of([[width]] * rows, width).to(batch.tokens.device)
-    keys = F.pad(batch.keys, (0, rows - len(batch.keys)))
-    return replace(batch, documents=documents, keys=keys, real_tokens=rows * width)
 
 
 def summed(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from accessory.console import say
 from accessory.data.loader import Batch
-from accessory.model.decoder import Decoder, Targets
+from accessory.model.decoder import Decoder
+from accessory.model.head import Nothing
 from accessory.model.moe.router import Router, Routing
 from accessory.parallel.tensor import get_data_parallel_group
 from accessory.train.config import AlarmSection
@@ -101,7 +102,8 @@ class RoutingProbe:
         for batch in self.batches:
             documents = batch.documents
             start = starts[torch.searchsorted(numbers, batch.keys)]
-            places.append(start[documents.number[documents.real] - 1] + documents.positions[documents.real])
+            if documents.count:
+                places.append(start[documents.document_of - 1] + documents.positions)
         self.places, self.tokens, self.samples = torch.cat(places), int(ends[-1]), torch.from_numpy(chosen)
         self.base: Tensor | None = None
 
@@ -150,9 +152,8 @@ class RoutingProbe:
         try:
             for batch in self.batches:
                 seen.clear()
-                nothing = batch.keys[:0]
-                model(batch.tokens, batch.documents, Targets(nothing, nothing))
-                parts.append(torch.stack(seen)[:, batch.documents.real.flatten()])
+                model(batch.inputs(), Nothing())
+                parts.append(torch.stack(seen)[:, : batch.real_tokens])
         finally:
             for hook in hooks:
                 hook.remove()

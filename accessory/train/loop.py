@@ -18,7 +18,7 @@ from accessory.errors import UserError
 from accessory.parallel.launch import Launch
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
 from accessory.parallel.watchdog import end_stalls_after, progressed
-from accessory.train.balance import balance_note, with_padding
+from accessory.train.balance import balance_note
 from accessory.train.config import RunConfig
 from accessory.train.data import RunData
 from accessory.train.health import Alarms
@@ -53,7 +53,8 @@ class Trainer:
         width = config.data.max_seq_len or start.args.max_seq_len
         self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, launch)
-        self.batches = BatchPlan(train.batch_size, train.accumulation, dist.get_rank(group), dist.get_world_size(group))
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.batches = BatchPlan(train.batch_size, train.accumulation, rank, ranks, pads=train.reference_loss)
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
@@ -105,8 +106,6 @@ class Trainer:
         for step in self.plan.steps():
             progressed(f"reading the batch of step {step.after.steps}")
             micro_batches = self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch)
-            if self.config.train.reference_loss:
-                micro_batches = [with_padding(batch) for batch in micro_batches]
             progressed(f"step {step.after.steps} of epoch {step.epoch}")
             yield step, [batch.to(self.device) for batch in micro_batches]
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
+from accessory.model.head import LossSum
 from accessory.parallel.fsdp import DataParallel, global_grad_norm, local_part, sync_gradients
 from accessory.parallel.tensor import get_data_parallel_group
 from accessory.train.balance import BalanceMode, shift_score_biases, step_balance, summed, z_loss
@@ -79,7 +80,7 @@ def train_step(
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         sync_gradients(model, last or data_parallel == "fsdp")  # fsdp never holds whole gradients; the others add up
-        loss, stats = model(*batch.inputs(), keys=batch.keys)
+        loss, stats = model(batch.inputs(dropout=True), LossSum(batch.targets))
         losses.append(loss.detach())
         if reference_loss:  # each micro-batch weighs the same, however many targets it has
             loss = loss * targets / (max(1, batch.target_tokens) * len(micro_batches) * ranks)

@@ -13,6 +13,7 @@ from accessory.console import is_main, progress, say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.order import permute
 from accessory.model.decoder import Decoder
+from accessory.model.head import LossSum
 from accessory.parallel.tensor import get_data_parallel_group
 from accessory.parallel.watchdog import progressed
 from accessory.train.config import RunConfig
@@ -34,7 +35,7 @@ class Validation:
         begun: Path | None,
     ):
         self.model, self.data, self.alarms, self.device = model, data, alarms, device
-        self.batches = dataclasses.replace(batches, accumulation=1)
+        self.batches = dataclasses.replace(batches, accumulation=1, pads=False)
         self.probe_file = Path(config.out) / PROBE_FILE
         self.probe: RoutingProbe | None = None
         if config.log.probe_tokens:
@@ -83,7 +84,8 @@ class Validation:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         bar = progress(plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False)
         for (batch,) in bar:
-            loss, _ = self.model(*batch.to(self.device).inputs())
+            batch = batch.to(self.device)
+            loss, _ = self.model(batch.inputs(), LossSum(batch.targets))
             total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
         dist.all_reduce(total, group=get_data_parallel_group())
         loss_sum, targets = total.tolist()

@@ -27,20 +27,15 @@ class MoE(nn.Module):
         hidden_dim = args.hidden_dim * moe.num_experts // (size * len(self.local))
         self.experts = GroupedExperts(len(self.local), args.dim, hidden_dim, kernel, layout.cut_dims)
 
-    def forward(self, x: Tensor, documents: Documents, draw: Tensor | None = None) -> tuple[Tensor, RouterStats]:
-        """``x`` [B, S, D] -> output [B, S, D], and statistics of each document.
-
-        ``draw`` [B, S] is the adapters', for dropout.
-        """
-        x_TD = x.flatten(0, 1)
-        draw_T = None if draw is None else draw.flatten()
+    def forward(self, x_TD: Tensor, documents: Documents, draw_T: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """``x_TD`` -> output [T, D], and statistics of each document. ``draw_T`` is the adapters', for dropout."""
         routing = self.gate(x_TD, draw_T)
         plan = make_plan(routing.experts, self.local, self.num_experts)
         # Each rank's gradient of the activations and of the routing weights is partial: both enter the region. The
         # router's own use of x is whole on every rank, and stays outside.
         x_nD = dispatch(copy_to_model_parallel_region(x_TD), plan)
-        weight_TK = copy_to_model_parallel_region(routing.weights.to(x.dtype))
+        weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
         draw_n = None if draw_T is None else draw_T[plan.token_n]
         y_TD = combine(self.experts(x_nD, weight_n1, plan.ends_e, draw_n), plan)
-        return reduce_from_model_parallel_region(y_TD).view_as(x), router_stats(routing, documents)
+        return reduce_from_model_parallel_region(y_TD), router_stats(routing, documents)

@@ -22,12 +22,12 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What a batch did to the experts, as sums over the tokens of each of its n documents; padding never counts.
+    """What a batch did to the experts, as sums over the tokens of each of its n documents.
 
     Sums can be added over layers, micro-batches and ranks before anything is divided (see ``train.balance``).
     """
 
-    sums: Tensor  # [n + 1, 2 E + 2], at least fp32; what padding sums up to comes first, and is never used
+    sums: Tensor  # [n + 1, 2 E + 2], at least fp32; first comes the token of no document, never used
 
     @classmethod
     def stacked(cls, layers: Sequence["RouterStats"]) -> "RouterStats":
@@ -106,4 +106,4 @@ def router_stats(routing: Routing, documents: Documents) -> RouterStats:
     entropy = torch.special.entr(routing.probs.detach()).sum(-1, keepdim=True)
     values = torch.cat([chosen, routing.probs, z, entropy], 1)
     sums = values.new_zeros(documents.count + 1, values.shape[1])
-    return RouterStats(sums.index_add(0, documents.number.flatten(), values))
+    return RouterStats(sums.index_add(0, documents.document_of, values))

@@ -1,0 +1,73 @@
+"""What a decoder makes of its last hidden states; a head runs inside the decoder's forward, where FSDP has its weights."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from accessory.dtypes import at_least_fp32
+from accessory.model.norm import RMSNorm
+from accessory.parallel.cross_entropy import linear_cross_entropy
+from accessory.parallel.tensor import (
+    ColumnParallelLinear,
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+)
+
+
+class Head(Protocol):
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+        """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules.
+
+        ``draw`` [T] is the adapters', for dropout.
+        """
+        ...
+
+
+class Targets(NamedTuple):
+    """What stands where in a micro-batch: the hidden state of row ``rows[i]`` of [T] must predict ``ids[i]``."""
+
+    rows: Tensor  # [n] int64
+    ids: Tensor  # [n] int64
+
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(*(x.to(device, non_blocking=True) for x in self))
+
+
+class LossSum:
+    """The sum of cross-entropy over targets, a scalar in at least fp32."""
+
+    def __init__(self, targets: Targets):
+        self.targets = targets
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+        x, draw = _rows(x, draw, self.targets.rows)
+        hidden = copy_to_model_parallel_region(norm(x))
+        low = output.low_rank(hidden, draw)
+        factors = [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
+        return linear_cross_entropy(factors, self.targets.ids)
+
+
+class Logits:
+    """Logits [n, V] of ``rows`` [n] of [T], all if None, in at least fp32."""
+
+    def __init__(self, rows: Tensor | None = None):
+        self.rows = rows
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+        x, draw = _rows(x, draw, self.rows)
+        hidden = copy_to_model_parallel_region(norm(x))
+        return at_least_fp32(gather_from_model_parallel_region(output(hidden, draw)))
+
+
+class Nothing:
+    """Only the router statistics are wanted: the output layer does not run."""
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+        return x.new_zeros(())
+
+
+def _rows(x: Tensor, draw: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if rows is None:
+        return x, draw
+    return x.index_select(0, rows), None if draw is None else draw[rows]
