@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accessory.certify import reference
 from accessory.certify.formats import largest
-from accessory.certify.matrix import Cell, FileCell
+from accessory.certify.matrix import CacheCell, Cell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.model.logical import Cut, logical_cuts
@@ -60,12 +60,14 @@ class Judge:
         self.margin = math.inf
         self._expected = functools.cache(self._compute)
 
-    def row(self, cell: Cell | FileCell, outcome: list[Any] | Failure) -> Row:
+    def row(self, cell: Cell | FileCell | CacheCell, outcome: list[Any] | Failure) -> Row:
         """The verdict on what ``run_jobs`` yields for a cell."""
         if isinstance(outcome, Failure):
             return Row(cell, {}, self.bounds, outcome.reason)
         if isinstance(cell, FileCell):
             return self._files(cell, outcome)
+        if isinstance(cell, CacheCell):
+            return self._cached(cell, outcome)
         return self._training(cell, outcome)
 
     def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.Step]:
@@ -125,6 +127,13 @@ class Judge:
         error = largest(distance({"": rank["logits"]}, {"": logits}) for rank in ranks)
         main = ranks[0]
         return Row(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.bounds, main["wrong"])
+
+    def _cached(self, cell: CacheCell, ranks: list[Any]) -> Row:
+        weights = self.problem.weights()
+        tokens = [torch.tensor(sample.tokens) for sample in self.problem.batches(False)[0]]
+        right = {str(n): reference.forward(weights, self.problem.args, t)[0] for n, t in enumerate(tokens)}
+        errors = (distance({str(n): t for n, t in enumerate(rank["logits"])}, right) for rank in ranks)
+        return Row(cell, {"logits": largest(errors)}, self.bounds)
 
 
 def assemble(parts: list[dict[str, Tensor]], cuts: Mapping[str, Cut], size: int) -> tuple[dict[str, Tensor], set[str]]:

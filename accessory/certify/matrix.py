@@ -67,6 +67,17 @@ class FileCell:
         }
 
 
+@dataclass(frozen=True)
+class CacheCell:
+    """Sequences go through a cache in chunks of any length, single tokens beside them, on ``world`` model-parallel ranks."""
+
+    world: int
+    layout: str
+
+    def settings(self) -> dict[str, str]:
+        return {"cached on mp": str(self.world), "layout": self.layout}
+
+
 def _tick(value: bool) -> str:
     return "yes" if value else "-"
 
@@ -119,6 +130,10 @@ def file_cells(worlds: Sequence[int]) -> list[FileCell]:
             size = 1 if given == "hf" else sizes[-1 - number % len(sizes)]
             cells.append(FileCell(given, size, world, sizes[-1 - (number + 1) // 2 % len(sizes)], layout))
     return cells
+
+
+def cache_cells(worlds: Sequence[int]) -> list[CacheCell]:
+    return [CacheCell(world, layout) for world in worlds for layout in LAYOUTS]
 
 
 def model_parallel_sizes(world: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What each rank does for a cell: the product's own model, data order, training step and files."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.certify import formats
-from accessory.certify.matrix import Cell, FileCell
+from accessory.certify.matrix import CacheCell, Cell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.dtypes import at_least
+from accessory.infer.generate import make_cache
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -41,10 +43,12 @@ class Tensors:
         return self.tensors[name][region]
 
 
-def run_cell(problem: Problem, cell: Cell | FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+def run_cell(problem: Problem, cell: Cell | FileCell | CacheCell, device: torch.device, scratch: Path) -> dict[str, Any]:
     """Do a cell as one of its ranks."""
     if isinstance(cell, FileCell):
         return pass_through_files(problem, cell, device, scratch)
+    if isinstance(cell, CacheCell):
+        return {"logits": run_in_chunks(problem, cell, device)}
     return train(problem, cell, device)
 
 
@@ -151,6 +155,27 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
         wrong = (formats.wrong_setting(directory, problem.args, format) for directory, format in written)
         result["wrong"] = next(filter(None, wrong), None)
     return result
+
+
+@torch.inference_mode()
+def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> list[Tensor]:
+    """Logits [S, V] of the first step's sequences, each from chunks of one token or several; not all go on in each round."""
+    initialize_groups(cell.world)
+    model = build(problem, cell.layout, Tensors(problem.weights()), device, problem.tuning("full"))
+    sequences = [sample.tokens.tolist() for sample in problem.batches(False)[0]]
+    cache = make_cache(model, len(sequences), problem.args.max_seq_len)
+    rng, done = random.Random(problem.seed), [0] * len(sequences)
+    logits: list[list[Tensor]] = [[] for _ in sequences]
+    while unfinished := [n for n, sequence in enumerate(sequences) if done[n] < len(sequence)]:
+        chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
+        lengths = [min(rng.choice((1, 1, 2, 7, 20)), len(sequences[n]) - done[n]) for n in chosen]
+        documents = Documents.of(lengths, [done[n] for n in chosen], chosen).to(device)
+        tokens = [t for n, length in zip(chosen, lengths, strict=True) for t in sequences[n][done[n] : done[n] + length]]
+        out, _ = model(Inputs(torch.tensor(tokens, device=device), documents, cache), Logits())
+        for n, length, part in zip(chosen, lengths, out.cpu().split(lengths), strict=True):
+            done[n] += length
+            logits[n].append(part)
+    return [torch.cat(parts) for parts in logits]
 
 
 def build(
