@@ -1,0 +1,101 @@
+"""What must not be rounded to bf16 where a model computes in it; in fp64 nothing of this can be seen."""
+
+from faults.checks import LOW, LOW_FSDP
+from faults.fault import Fault
+
+ROUTER = "accessory/model/moe/router.py"
+
+FAULTS = (
+    Fault(
+        "the router's product is in bf16",
+        ROUTER,
+        "logits = F.linear(x, at_least_fp32(self.weight))",
+        "logits = at_least_fp32(F.linear(x.to(self.weight.dtype), self.weight))",
+        LOW,
+    ),
+    Fault(
+        "the router's softmax is in bf16",
+        ROUTER,
+        "probs = logits.softmax(-1)",
+        "probs = logits.to(self.weight.dtype).softmax(-1).to(logits.dtype)",
+        LOW,
+    ),
+    Fault(
+        "gradients are reduced in bf16",
+        "accessory/parallel/fsdp.py",
+        "reduce_dtype=at_least(compute)",
+        "reduce_dtype=compute",
+        LOW_FSDP,
+    ),
+    Fault("the norm's statistics are in bf16", "accessory/model/norm.py", "wide = at_least_fp32(x)", "wide = x", LOW),
+    Fault(
+        "positions are in bf16, which knows all of them up to 256",
+        "accessory/model/rope.py",
+        "angles = positions.to(torch.float64)",
+        "angles = positions.to(dtype).to(torch.float64)",
+        LOW,
+    ),
+    Fault(
+        "angles are in bf16",
+        "accessory/model/rope.py",
+        "rotation = torch.polar(torch.ones_like(angles), angles)",
+        "angles = angles.to(dtype).to(torch.float64)\n    rotation = torch.polar(torch.ones_like(angles), angles)",
+        LOW,
+    ),
+    Fault(
+        "AdamW's moments are in bf16",
+        "accessory/train/optim.py",
+        "    return AdamW([g for g in groups",
+        "    optimizer = AdamW([g for g in groups",
+        LOW,
+        (
+            (
+                "accessory/train/optim.py",
+                "eps=config.eps, fused=True)\n",
+                "eps=config.eps, fused=True)\n\n"
+                "    def rounded(*_: object) -> None:\n"
+                "        for state in optimizer.state.values():\n"
+                '            for kind in ("exp_avg", "exp_avg_sq"):\n'
+                "                if state[kind].element_size() == 4:\n"
+                "                    state[kind].copy_(state[kind].bfloat16())\n\n"
+                "    optimizer.register_step_post_hook(rounded)\n"
+                "    return optimizer\n",
+            ),
+        ),
+    ),
+    Fault(
+        "the masters are in bf16",
+        "accessory/train/model.py",
+        "dtype=at_least(compute),",
+        "dtype=compute,",
+        "tests/test_state.py",
+    ),
+    Fault(
+        "the score bias is in bf16",
+        ROUTER,
+        "torch.zeros(num_experts, dtype=torch.float32)",
+        "torch.zeros(num_experts, dtype=torch.bfloat16)",
+        "tests/test_balance.py::test_the_bias_is_saved_in_full_precision",
+    ),
+    Fault(
+        "the loss is summed in bf16",
+        "accessory/parallel/cross_entropy.py",
+        "loss += (exp_sum.log() + largest - target_logit).sum()",
+        "loss += (exp_sum.log() + largest - target_logit).to(hidden.dtype).sum()",
+        LOW,
+    ),
+    Fault(
+        "the output layer's gradient is summed over chunks in bf16",
+        "accessory/parallel/cross_entropy.py",
+        "torch.zeros_like(w, dtype=wide) if need",
+        "torch.zeros_like(w) if need",
+        LOW,
+    ),
+    Fault(
+        "an adapter is merged in its base's precision",
+        "accessory/checkpoint/merge.py",
+        "wide = value.to(torch.promote_types(at_least(value.dtype), a.dtype))",
+        "wide = value",
+        "tests/test_adapters.py",
+    ),
+)
