@@ -1,11 +1,15 @@
-"""Every experts kernel gives what the plain loop gives; cross-entropy in chunks gives what plain torch gives."""
+"""Every experts kernel gives what the plain loop gives, and so do the rows' ways to the experts and back; cross-entropy in
+chunks gives what plain torch gives."""
 
 import pytest
 import torch
 from ranks import run_ranks
 
 from accessory.model.moe import kernels
+from accessory.model.moe.experts import combine, dispatch, make_plan
 from accessory.model.moe.kernels import KERNELS, MATMULS
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
 from accessory.parallel.tensor import copy_to_model_parallel_region, get_model_parallel_rank, initialize_groups
 
@@ -128,6 +132,49 @@ def test_frozen_experts_do_not_keep_their_input(kernel, dtype, tolerance):
     assert kept and x.data_ptr() not in kept
 
 
+EXPERTS = 6
+LOCAL = sorted(  # the experts of some rank, in either layout
+    {
+        get_layout(name).local_experts(EXPERTS, rank, size)
+        for name in ("mixtral", "mixtral_sparse")
+        for size in (1, 2, 3)
+        for rank in range(size)
+    },
+    key=lambda local: (len(local), local.start),
+)
+
+
+@pytest.mark.parametrize("local", LOCAL, ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, EXPERTS])
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_rows_go_to_their_experts_and_come_back(tokens, top_k, local):
+    generator = torch.Generator().manual_seed(tokens + top_k)
+    experts = torch.rand(tokens, EXPERTS, generator=generator).topk(top_k).indices
+    x = torch.randn(tokens, DIM, dtype=torch.float64, generator=generator, requires_grad=True)
+    by_hand = [(t, k) for e in local for t in range(tokens) for k in range(top_k) if experts[t, k] == e]
+    plan = make_plan(experts, local, EXPERTS)
+    counts = [sum(experts[t, k].item() == e for t, k in by_hand) for e in local]
+    assert plan.ends_e.tolist() == torch.tensor(counts).cumsum(0).tolist() and plan.ends_e.dtype == torch.int32
+    assert plan.token_n.tolist() == [t for t, _ in by_hand]
+    assert plan.choice_n.tolist() == [t * top_k + k for t, k in by_hand]
+
+    rows = dispatch(x, plan)
+    gradient = torch.randn(rows.shape, dtype=torch.float64, generator=generator)
+    expected, summed = torch.zeros_like(rows), torch.zeros(x.shape, dtype=torch.float64)
+    for n, (t, _) in enumerate(by_hand):
+        expected[n] = x[t]
+        summed[t] += gradient[n]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(rows, x, gradient)[0], summed, rtol=1e-14, atol=1e-14)
+
+    y = gradient.clone().requires_grad_()
+    out = combine(y, plan)
+    torch.testing.assert_close(out, summed, rtol=1e-14, atol=1e-14)
+    back = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    expected = torch.stack([back[t] for t, _ in by_hand]) if by_hand else torch.zeros_like(y)
+    torch.testing.assert_close(torch.autograd.grad(out, y, back)[0], expected, rtol=0, atol=0)
+
+
 VOCABULARY = 64
 LENGTHS = [0, 1, 5, CHUNK["cpu"], 2 * CHUNK["cpu"] + 7]
 
@@ -139,12 +186,12 @@ def cross_entropy_inputs(rows, scale):
     return hidden, weight, torch.randint(VOCABULARY, (rows,), generator=generator)
 
 
-def run_cross_entropy(world, dtype, frozen, scale):
+def run_cross_entropy(world, dtype, frozen, scale, lengths=LENGTHS):
     """{rows: (loss, gradient of hidden, gradient of this rank's part of weight)} of three times the loss."""
     initialize_groups(world)
     part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
     results = {}
-    for rows in LENGTHS:
+    for rows in lengths:
         hidden, weight, targets = cross_entropy_inputs(rows, scale)
         hidden = hidden.to(dtype).requires_grad_("hidden" not in frozen)
         weight = weight[part].to(dtype).requires_grad_("weight" not in frozen)
@@ -158,6 +205,11 @@ def run_all_cross_entropies(world, cases):
     return [run_cross_entropy(world, *case) for case in cases]
 
 
+def run_in_small_chunks(world, chunk, rows):
+    cross_entropy.CHUNK["cpu"] = chunk
+    return run_cross_entropy(world, torch.float64, (), 1.0, [rows])[rows], run_two_factors(world, rows)
+
+
 CROSS_ENTROPY = [  # dtype, frozen, scale of the logits, tolerance
     (torch.float64, (), 1.0, 1e-12),
     (torch.float64, (), 1e4, 1e-12),  # exp() of such logits overflows
@@ -168,24 +220,43 @@ CROSS_ENTROPY = [  # dtype, frozen, scale of the logits, tolerance
 ]
 
 
-def run_two_factors(world):
+def run_two_factors(world, rows):
     """Loss and gradients of an output layer with a low-rank factor beside it, which is cut like it."""
     initialize_groups(world)
     part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
-    hidden, weight, targets = cross_entropy_inputs(CHUNK["cpu"] + 3, 1.0)
+    hidden, weight, targets = cross_entropy_inputs(rows, 1.0)
     low, b = hidden[:, :2].clone().requires_grad_(), weight[part, :2].clone().requires_grad_()
     loss = linear_cross_entropy([(hidden, weight[part]), (copy_to_model_parallel_region(low), b)], targets)
     loss.backward()
     return loss.detach(), low.grad, b.grad
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 5])
 @pytest.mark.parametrize("world", [1, 2])
-def test_cross_entropy_of_two_factors(world):
-    hidden, weight, targets = cross_entropy_inputs(CHUNK["cpu"] + 3, 1.0)
+def test_cross_entropy_in_many_chunks(world, chunk, rows=23):
+    """One factor and two; the last chunk is not full."""
+    hidden, weight, targets = cross_entropy_inputs(rows, 1.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    low, b = (x.detach()[:, :2].clone().requires_grad_() for x in (hidden, weight))
+    pair = torch.cat([hidden, low], 1), torch.cat([weight, b], 1)
+    losses = [-(x @ w.T).log_softmax(-1)[range(rows), targets].sum() for x, w in ((hidden, weight), pair)]
+    wanted = [*torch.autograd.grad(3 * losses[0], (hidden, weight)), *torch.autograd.grad(losses[1], (low, b))]
+    ranks = run_ranks(world, run_in_small_chunks, world, chunk, rows)
+    for (loss, d_hidden, _), (both, d_low, _) in ranks:
+        assert_close(torch.stack([loss, both]), torch.stack(losses).detach(), 1e-13)
+        assert_close(d_hidden, wanted[0], 1e-13)
+        assert_close(d_low, wanted[2], 1e-13)
+    assert_close(torch.cat([one[2] for one, _ in ranks]), wanted[1], 1e-13)
+    assert_close(torch.cat([two[2] for _, two in ranks]), wanted[3], 1e-13)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cross_entropy_of_two_factors(world, rows=2 * CHUNK["cpu"] + 3):
+    hidden, weight, targets = cross_entropy_inputs(rows, 1.0)
     low, b = hidden[:, :2].clone().requires_grad_(), weight[:, :2].clone().requires_grad_()
     expected = linear_cross_entropy_reference(torch.cat([hidden, low], 1), torch.cat([weight, b], 1), targets)
     expected.backward()
-    parts = run_ranks(world, run_two_factors, world)
+    parts = run_ranks(world, run_two_factors, world, rows)
     for loss, d_low, _ in parts:
         assert_close(loss, expected.detach(), 1e-12)
         assert_close(d_low, low.grad, 1e-12)

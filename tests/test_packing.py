@@ -167,6 +167,23 @@ def test_attention_equals_one_under_a_mask(window):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 6, 7, 36, 41, 43])
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 7])
+def test_attention_over_many_windows(length, window):
+    """Up to 43 windows, the last of them full or not, against a masked softmax."""
+    generator = torch.Generator().manual_seed(length)
+    leaves = [torch.randn(2, heads, length, 4, dtype=torch.float64, generator=generator) for heads in (6, 2, 2)]
+    q, k, v = (x.requires_grad_() for x in leaves)
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    scores = q @ k.repeat_interleave(3, 1).mT / math.sqrt(4)
+    expected = scores.masked_fill((behind < 0) | (behind >= window), -math.inf).softmax(-1) @ v.repeat_interleave(3, 1)
+    out = attention.causal_attention(q, k, v, window)
+    back = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    ours, theirs = ([y, *torch.autograd.grad(y, leaves, back)] for y in (out, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
 def as_documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
     """What torch.nn.attention.varlen.varlen_attn says it does; as in torch 2.11, which knows nothing of shared heads."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and query.shape == key.shape == value.shape

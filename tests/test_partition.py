@@ -10,19 +10,19 @@ from accessory.certify import reference
 STEPS = [samples(8, seed=1), samples(8, seed=2), samples(7, seed=3)]  # the last global batch is not full
 
 LAYOUTS = ("mixtral", "mixtral_sparse")
-PARTITIONS = {  # world size: (model parallel, data parallel mode)
-    1: [(1, "fsdp")],
-    2: [(2, "fsdp"), (1, "fsdp"), (1, "sdp"), (1, "ddp")],
-    4: [(4, "fsdp"), (2, "fsdp"), (2, "ddp")],
-    8: [(4, "fsdp")],
+PARTITIONS = {  # world size: (model parallel, data parallel mode, micro-batches of a step)
+    1: [(1, "fsdp", 4)],
+    2: [(2, "fsdp", 2), (1, "fsdp", 4), (1, "sdp", 3), (1, "ddp", 3)],
+    4: [(4, "fsdp", 3), (2, "fsdp", 3), (2, "ddp", 4)],
+    8: [(4, "fsdp", 2)],
 }
 
 
 def run_all(partitions, steps, balance):
-    out = []
-    for layout, mp, mode, recompute in partitions:
-        out.append(train(TINY, layout, mp, mode, steps, accumulation=2, balance=balance, recompute=recompute))
-    return out
+    return [
+        train(TINY, layout, mp, mode, steps, accumulation=accumulation, balance=balance, recompute=recompute)
+        for layout, mp, mode, accumulation, recompute in partitions
+    ]
 
 
 @pytest.fixture(scope="module", params=["global", "document"])
@@ -47,7 +47,7 @@ def one_process(request):
 @pytest.mark.parametrize("world", PARTITIONS)
 def test_three_steps_equal_one_process(world, one_process):
     balance, trained, gradients, norms = one_process
-    partitions = [(layout, mp, mode, layout == "mixtral") for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
+    partitions = [(layout, *cut, layout == "mixtral") for cut in PARTITIONS[world] for layout in LAYOUTS]
     ranks = run_ranks(world, run_all, partitions, STEPS, balance, timeout=240)
     for index, partition in enumerate(partitions):
         parts = [rank[index] for rank in ranks]

@@ -35,7 +35,7 @@ def run_ours(layout, kernel, section, w, batch):
     return logits.detach(), loss.detach(), gradients
 
 
-def as_peft(t, shared):
+def as_peft(t, shared, args=ARGS):
     """Our adapter tensors (or their gradients) under PEFT's names, in PEFT's order.
 
     ``shared``: w1 and w3 have the same A, whose gradient is then the sum of the two.
@@ -47,11 +47,11 @@ def as_peft(t, shared):
     }
     out[f"{head}model.embed_tokens.lora_embedding_A.default"] = t["tok_embeddings.lora_a"]
     out[f"{head}model.embed_tokens.lora_embedding_B.default"] = t["tok_embeddings.lora_b"]
-    for n in range(ARGS.n_layers):
+    for n in range(args.n_layers):
         ours, theirs = f"layers.{n}.", f"{head}model.layers.{n}."
         for linear, name in LINEARS.items():
             b = t[f"{ours}attention.{name}.lora_b"]
-            heads = {"wq": ARGS.n_heads, "wk": ARGS.n_kv_heads}.get(name)
+            heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name)
             out[f"{theirs}self_attn.{linear}.lora_A.default.weight"] = t[f"{ours}attention.{name}.lora_a"]
             out[f"{theirs}self_attn.{linear}.lora_B.default.weight"] = half_split(b, heads) if heads else b
         out[f"{theirs}mlp.gate.lora_A.default.weight"] = t[f"{ours}feed_forward.gate.lora_a"]

@@ -13,38 +13,39 @@ ARGS = TINY.__class__(**{**TINY.__dict__, "rope_scaling": None, "sliding_window"
 
 def half_split(weight, heads):
     """Rows of q or k: interleaved pairs -> transformers' two halves."""
-    return weight.view(heads, ARGS.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+    return weight.view(heads, len(weight) // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def interleaved(weight, heads):
-    return weight.view(heads, 2, ARGS.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    return weight.view(heads, 2, len(weight) // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def transformers_model(w):
+def transformers_model(w, args=ARGS):
+    """transformers' model of the logical tensors ``w``, in their dtype."""
     config = MixtralConfig(
-        vocab_size=ARGS.vocab_size,
-        hidden_size=ARGS.dim,
-        intermediate_size=ARGS.hidden_dim,
-        num_hidden_layers=ARGS.n_layers,
-        num_attention_heads=ARGS.n_heads,
-        num_key_value_heads=ARGS.n_kv_heads,
-        head_dim=ARGS.head_dim,
-        rms_norm_eps=ARGS.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ARGS.rope_theta},
-        sliding_window=None,
-        num_local_experts=ARGS.moe.num_experts,
-        num_experts_per_tok=ARGS.moe.num_experts_per_tok,
-        max_position_embeddings=ARGS.max_seq_len,
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        sliding_window=args.sliding_window,
+        num_local_experts=args.moe.num_experts,
+        num_experts_per_tok=args.moe.num_experts_per_tok,
+        max_position_embeddings=args.max_seq_len,
         tie_word_embeddings=False,
     )
-    model = MixtralForCausalLM(config).float()
+    model = MixtralForCausalLM(config).to(w["norm.weight"].dtype)
     state = {"model.embed_tokens.weight": w["tok_embeddings.weight"], "model.norm.weight": w["norm.weight"]}
     state["lm_head.weight"] = w["output.weight"]
-    for n in range(ARGS.n_layers):
+    for n in range(args.n_layers):
         ours, theirs = f"layers.{n}.", f"model.layers.{n}."
         attention = {m: w[f"{ours}attention.{m}.weight"] for m in ("wq", "wk", "wv", "wo")}
-        state[f"{theirs}self_attn.q_proj.weight"] = half_split(attention["wq"], ARGS.n_heads)
-        state[f"{theirs}self_attn.k_proj.weight"] = half_split(attention["wk"], ARGS.n_kv_heads)
+        state[f"{theirs}self_attn.q_proj.weight"] = half_split(attention["wq"], args.n_heads)
+        state[f"{theirs}self_attn.k_proj.weight"] = half_split(attention["wk"], args.n_kv_heads)
         state[f"{theirs}self_attn.v_proj.weight"] = attention["wv"]
         state[f"{theirs}self_attn.o_proj.weight"] = attention["wo"]
         state[f"{theirs}input_layernorm.weight"] = w[f"{ours}attention_norm.weight"]
@@ -57,15 +58,14 @@ def transformers_model(w):
     return model
 
 
-def transformers_gradients(model):
-    """Gradients by our logical names."""
-    g = {name: parameter.grad for name, parameter in model.named_parameters()}
+def by_logical_name(g, args=ARGS):
+    """Tensors under transformers' names, each the shape of a parameter, by our logical names."""
     out = {"tok_embeddings.weight": g["model.embed_tokens.weight"], "norm.weight": g["model.norm.weight"]}
     out["output.weight"] = g["lm_head.weight"]
-    for n in range(ARGS.n_layers):
+    for n in range(args.n_layers):
         ours, theirs = f"layers.{n}.", f"model.layers.{n}."
-        out[f"{ours}attention.wq.weight"] = interleaved(g[f"{theirs}self_attn.q_proj.weight"], ARGS.n_heads)
-        out[f"{ours}attention.wk.weight"] = interleaved(g[f"{theirs}self_attn.k_proj.weight"], ARGS.n_kv_heads)
+        out[f"{ours}attention.wq.weight"] = interleaved(g[f"{theirs}self_attn.q_proj.weight"], args.n_heads)
+        out[f"{ours}attention.wk.weight"] = interleaved(g[f"{theirs}self_attn.k_proj.weight"], args.n_kv_heads)
         out[f"{ours}attention.wv.weight"] = g[f"{theirs}self_attn.v_proj.weight"]
         out[f"{ours}attention.wo.weight"] = g[f"{theirs}self_attn.o_proj.weight"]
         out[f"{ours}attention_norm.weight"] = g[f"{theirs}input_layernorm.weight"]
@@ -104,7 +104,7 @@ def test_logits_loss_and_gradients(layout, kernel):
 
     assert close(logits[mask], out.logits[mask])
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
-    for name, expected in transformers_gradients(model).items():
+    for name, expected in by_logical_name({name: p.grad for name, p in model.named_parameters()}).items():
         assert close(gradients[name], expected), name
 
 
