@@ -44,6 +44,13 @@ FAULTS = (
         FSDP,
     ),
     Fault(
+        "global: the counts are those without dropout",
+        FILE,
+        "Targets(nothing, nothing), keys=b.keys)",
+        "Targets(nothing, nothing))",
+        "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition",
+    ),
+    Fault(
         "document: a plain mean over documents, whatever their lengths",
         FILE,
         "(unevenness(stats.counts, stats.probs, top_k) * lengths).sum(1).mean() / tokens.clamp(min=1)",

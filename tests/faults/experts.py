@@ -5,6 +5,7 @@ from faults.fault import Fault
 
 FILE, KERNELS = "accessory/model/moe/experts.py", "accessory/model/moe/kernels.py"
 KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
+ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
 
 FAULTS = (
@@ -13,28 +14,28 @@ FAULTS = (
         FILE,
         "for place_T in places[1:]:",
         "for place_T in places[1:2]:",
-        "tests/test_oracle.py",
+        ROWS,
     ),
     Fault(
         "a row takes another token",
         FILE,
         "return Plan(order // top_k, order,",
         "return Plan(order % len(experts_TK), order,",
-        ONE,
+        ROWS,
     ),
     Fault(
         "the place of a choice is the choice at that place",
         FILE,
         "place[order] = torch.arange(len(order), device=order.device)",
         "place = order.clone()",
-        ONE,
+        ROWS,
     ),
     Fault(
         "a choice of another rank's is looked for in this rank's last row",
         FILE,
         "place = torch.where((place >= 0) & (place < stop - start), place, stop - start)",
         "place = place.clamp(0, max(0, stop - start - 1))",
-        EXPERT,
+        ROWS,
     ),
     Fault(
         "a row takes the weight of another choice",

@@ -98,7 +98,7 @@ FAULTS = (
         STEP,
         "z_weight * z) * ranks).backward()",
         "z_weight * z) * ranks / (2 if number > 1 else 1)).backward()",
-        "tests/test_oracle.py",
+        "'tests/test_oracle.py::test_steps_of_the_command[expert]'",
     ),
     Fault(
         "the loss that is told is the last micro-batch's",
@@ -112,7 +112,21 @@ FAULTS = (
         "accessory/train/validate.py",
         "total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])",
         "total += torch.stack([loss.double() / max(1, batch.target_tokens), torch.tensor(1, device=self.device)])",
-        "tests/test_extremes.py::test_runs_of_fewer_records_than_ranks",
+        "tests/test_validate.py::test_the_validation_loss",
+    ),
+    Fault(
+        "the logged balance loss is a sum over steps",
+        "accessory/train/metrics.py",
+        '"balance": float(sums[1]) / len(self.steps),',
+        '"balance": float(sums[1]),',
+        "tests/test_health.py::test_figures_equal_one_plain_process[1]",
+    ),
+    Fault(
+        "LLaMA2-Accessory's mean of means forgets the ranks",
+        STEP,
+        "(max(1, batch.target_tokens) * len(micro_batches) * ranks)",
+        "(max(1, batch.target_tokens) * len(micro_batches))",
+        "tests/test_balance.py::test_the_references_numbers_on_request",
     ),
     Fault(
         "the logged loss is divided by the last step's targets",

@@ -4,7 +4,7 @@ from faults.checks import ONE
 from faults.fault import Fault
 
 STEP, FILE = "accessory/train/step.py", "accessory/train/optim.py"
-SCHEDULE = "tests/test_schedule.py"
+SCHEDULE = "tests/test_schedule.py::test_learning_rates"
 
 FAULTS = (
     Fault(
@@ -52,7 +52,7 @@ FAULTS = (
         "accessory/train/loop.py",
         "for group in optimizer.param_groups:",
         "for group in optimizer.param_groups[:1]:",
-        SCHEDULE,
+        "'tests/test_oracle.py::test_steps_of_the_command[expert]'",
     ),
     Fault("there is no warm-up", FILE, "if step.before.rows < warmup:", "if step.before.rows < 0:", SCHEDULE),
     Fault("the warm-up is a step late", FILE, "step.after.rows / warmup", "step.before.rows / warmup", SCHEDULE),
