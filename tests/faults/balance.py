@@ -1,6 +1,6 @@
 """The balance loss in each of its modes, and the z-loss."""
 
-from faults.checks import FSDP
+from faults.checks import FSDP, GLOBAL
 from faults.fault import Fault
 
 FILE = "accessory/train/balance.py"
@@ -34,14 +34,14 @@ FAULTS = (
         FILE,
         "    return summed(torch.stack(counts).sum(0))\n",
         "    return torch.stack(counts).sum(0)\n",
-        FSDP,
+        GLOBAL,
     ),
     Fault(
         "global: the counts are those of the first micro-batch",
         FILE,
         "summed(torch.stack(counts).sum(0))",
         "summed(counts[0] * len(counts))",
-        FSDP,
+        GLOBAL,
     ),
     Fault(
         "global: the counts are those without dropout",

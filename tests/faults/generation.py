@@ -4,6 +4,7 @@ from faults.fault import Fault
 
 FILE, META, ATTENTION = "accessory/infer/generate.py", "accessory/model/meta.py", "accessory/model/attention.py"
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
+CHOSEN = "tests/test_generate.py::test_temperature_and_nucleus"
 DRAWN = "'tests/test_generate.py::test_draws_are_those_of_the_nucleus[1]'"
 
 FAULTS = (
@@ -11,10 +12,17 @@ FAULTS = (
         "the token that reaches top-p is cut off too",
         FILE,
         "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
-        "probs[probs.cumsum(-1) > top_p] = 0.0",
-        DRAWN,
+        "probs[(probs.cumsum(-1) > top_p) & (probs.cumsum(-1) > probs)] = 0.0",
+        CHOSEN,
     ),
-    Fault("the temperature is ignored", FILE, "(logits / temperature).softmax(-1)", "logits.softmax(-1)", DRAWN),
+    Fault(
+        "the nucleus is taken before the temperature",
+        FILE,
+        "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
+        "cold = logits.softmax(-1).gather(1, order)\n        probs[cold.cumsum(-1) - cold > top_p] = 0.0",
+        CHOSEN,
+    ),
+    Fault("the temperature is ignored", FILE, "(logits / temperature).softmax(-1)", "logits.softmax(-1)", CHOSEN),
     Fault(
         "a drawn place is taken for a token",
         FILE,
