@@ -91,10 +91,15 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("certify", help="prove on this machine that no layout or parallel size changes the numbers")
     verb.add_argument("--model", type=Path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
-    verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
-    verb.add_argument("--quick", action="store_true", help="fewer cells: a minute or two on two cores")
+    verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4")
+    verb.add_argument("--quick", action="store_true", help="fewer cells: under a minute on two cores")
     verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    verb.add_argument("--precision", choices=["fp64", "fp32"], help="default: fp64; against hf: fp32")
+    verb.add_argument(
+        "--precision", choices=["fp64", "fp32", "bf16"], help="default: fp64; against hf: fp32; bf16: piece by piece"
+    )
+    verb.add_argument(
+        "--only", nargs="+", default=[], metavar="SETTING=VALUE", help="the cells with these in their line, e.g. mp=2"
+    )
     verb.add_argument("--against", choices=["hf"], help="compare with transformers instead of the plain reference")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     verb.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page")
@@ -141,10 +146,17 @@ def _conversion_options(verb: argparse.ArgumentParser) -> None:
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from accessory.parallel.launch import run_job
-    from accessory.train.config import RunConfig
+    from accessory.train.config import ParallelSection, RunConfig
     from accessory.train.loop import finetune
 
-    run_job(lambda launch: finetune(RunConfig.load(arguments.config, arguments.overrides), launch))
+    def config() -> RunConfig:
+        return RunConfig.load(arguments.config, arguments.overrides)
+
+    try:
+        start_timeout_s = config().parallel.stall_timeout_s
+    except UserError:  # one rank says it, when all are there
+        start_timeout_s = ParallelSection.stall_timeout_s
+    run_job(lambda launch: finetune(config(), launch), start_timeout_s)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -155,8 +167,9 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from accessory.infer.chat import answer
     from accessory.parallel.launch import run_job
+    from accessory.train.config import ParallelSection
 
-    run_job(lambda launch: answer(arguments, launch))
+    run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -30,10 +30,10 @@ import torch, sys
 import accessory.model.meta
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
-from accessory.parallel.launch import join, read_environment, leave
+from accessory.parallel.launch import join, leave, reach_store, read_environment
 from accessory.parallel.tensor import initialize_groups
 launch = read_environment()
-join(launch)
+join(launch, reach_store(launch, 600))
 initialize_groups(launch.world)
 source = Checkpoint(sys.argv[1])
 build_model(source.args, sys.argv[2], source, dtype=torch.bfloat16, device=torch.device("cpu"))

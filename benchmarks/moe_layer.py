@@ -4,7 +4,8 @@ a dense SwiGLU of the same FLOPs, which is the limit.
     python benchmarks/moe_layer.py
 
 Routing is real (a random router, top 2 of 8), the router itself is counted, gradients of inputs and all weights are
-taken. The figure is the dense layer's time over the implementation's: 1.00 is the limit.
+taken; "decode" is a forward alone, of 1 and 4 tokens. The figure is the dense layer's time over the implementation's: 1.00
+is the limit.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def theirs(implementation: str) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 4096, 8192])
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 4], help="tokens of a forward alone")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     start_one_process()
@@ -76,14 +78,20 @@ def main() -> None:
             for name, parameter in model.named_parameters():
                 if "gate.weight" in name:
                     parameter.data.copy_(router)
+        sizes = [*((tokens, False) for tokens in arguments.decode), *((tokens, True) for tokens in arguments.tokens)]
         print(f"\n{str(dtype).removeprefix('torch.')}: dense time / time (ms)")
-        print(f"{'tokens':28s}" + "".join(f"{tokens:>18d}" for tokens in arguments.tokens))
+        heads = (f"{tokens}" if trains else f"decode {tokens}" for tokens, trains in sizes)
+        print(f"{'tokens':28s}" + "".join(f"{head:>18s}" for head in heads))
         rows: dict[str, str] = {name: f"{name:28s}" for name in models}
-        for tokens in arguments.tokens:
+        for tokens, trains in sizes:
             x = torch.randn(1, tokens, SHAPE.dim, device=device, dtype=dtype, requires_grad=True)
             upstream = torch.randn_like(x)
 
-            def body(model: nn.Module, x: Tensor = x, upstream: Tensor = upstream) -> None:
+            def body(model: nn.Module, x: Tensor = x, upstream: Tensor = upstream, trains: bool = trains) -> None:
+                if not trains:
+                    with torch.inference_mode():
+                        model(x)
+                    return
                 model.zero_grad(set_to_none=True)
                 x.grad = None
                 model(x).backward(upstream)

@@ -12,6 +12,7 @@ from accessory.data.loader import BatchPlan, collate, sample_lengths
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
 from accessory.data.tokenizer import train_tokenizer
+from accessory.model.args import MoEArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
@@ -28,7 +29,15 @@ from accessory.train.optim import make_optimizer
 from accessory.train.save import gathered
 from accessory.train.step import train_step
 
-TINY = replace(SMALL, head_dim=8, n_heads=8, n_kv_heads=4)
+TINY = replace(
+    SMALL,
+    head_dim=8,
+    n_heads=8,
+    n_kv_heads=4,
+    sliding_window=6,
+    max_seq_len=64,
+    moe=MoEArgs(8, num_experts_per_tok=2),
+)
 OPTIM = OptimSection(lr=1e-2, weight_decay=0.1, clip_grad=0.5, betas=(0.9, 0.95), eps=1e-8)
 
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from test_convert import cli
 from accessory.certify import command, formats
 from accessory.certify.judge import Judge, Row
 from accessory.certify.matrix import training_cells
-from accessory.certify.problem import SMALL, Problem
+from accessory.certify.precision import BOUNDS
+from accessory.certify.problem import OPTIM, SMALL, Problem
 from accessory.certify.processes import Failure
+from accessory.parallel.cross_entropy import CHUNK
 
 
 def test_quick(tmp_path):
@@ -35,35 +37,89 @@ def test_quick(tmp_path):
         assert row["errors"].keys() == compared, row
         assert row["errors"]["counts"] == 0 and 0 < row["errors"]["gradients"] < 1e-10
     cells = [row["cell"] for row in training]
-    assert {cell["world"] for cell in cells} == {1, 2}
+    assert {cell["world"] for cell in cells} == {1, 2, 4}
     for first, second in combinations(("layout", "accumulation", "packing", "masks", "recompute", "tuning", "balance"), 2):
         assert len({(cell[first], cell[second]) for cell in cells}) == 4, (first, second)
     page = (tmp_path / "c.html").read_text()
     assert page.count('<tr class="pass">') == len(certificate["rows"]) and "http" not in page
 
 
+def test_quick_in_bf16(tmp_path):
+    assert cli("certify", "--quick", "--precision", "bf16", "--json", tmp_path / "c.json") == 0
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    modes = {(row["cell"]["world"], row["cell"]["data_parallel"]) for row in rows}
+    assert modes == {(1, "fsdp"), *product([2], VALUES["mode"])}
+    for row in rows:
+        summed = {"reduced"} if row["cell"]["model_parallel"] == 1 else set()
+        assert row["errors"].keys() == BOUNDS.keys() - {"reduced"} | summed
+        assert row["errors"]["router"] < 1e-5 < row["errors"]["attention"] < 1e-2, "fp32 in the router, bf16 elsewhere"
+
+
+MESHES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+VALUES = {
+    "layout": ("mixtral", "mixtral_sparse"),
+    "mode": ("fsdp", "sdp", "ddp"),
+    "accumulation": (1, 3),
+    "packing": (True, False),
+    "masks": (True, False),
+    "recompute": (True, False),
+    "tuning": ("full", "lora"),
+    "balance": ("global", "document"),
+}
+
+
+def tried(cells):
+    """Of each cell its mesh and settings; no layout where a rank holds all of it, no mode where one holds all."""
+    for cell in cells:
+        settings = vars(cell) | {"mesh": (cell.world, cell.model_parallel), "mode": cell.data_parallel}
+        if cell.model_parallel == 1:
+            del settings["layout"]
+        if cell.model_parallel == cell.world:
+            del settings["mode"]
+        yield settings
+
+
+def lacking(cells, *names):
+    """Combinations of settings that no cell tries."""
+    wanted = set(product(*(MESHES if name == "mesh" else VALUES[name] for name in names)))
+    return wanted - {tuple(cell[name] for name in names) for cell in tried(cells) if all(name in cell for name in names)}
+
+
 @pytest.mark.parametrize("strength", [2, 3])
-def test_all_settings_meet(strength):
+def test_all_settings_meet_where_they_act(strength):
     cells = training_cells([1, 2, 4], strength)
-    values = {
-        "mesh": {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)},
-        "layout": {"mixtral", "mixtral_sparse"},
-        "accumulation": {1, 2},
-        "packing": {True, False},
-        "masks": {True, False},
-        "recompute": {True, False},
-        "tuning": {"full", "lora"},
-        "balance": {"global", "document"},
-    }
-    settings = [vars(cell) | {"mesh": (cell.world, cell.model_parallel)} for cell in cells]
-    for names in combinations(values, strength):
-        expected = 1
-        for name in names:
-            expected *= len(values[name])
-        assert len({tuple(cell[name] for name in names) for cell in settings}) == expected, names
-    modes = {(cell.world, cell.model_parallel, cell.data_parallel) for cell in cells}
-    assert len(modes) == 12  # three where there are several data-parallel ranks
+    for names in combinations(VALUES, strength):
+        assert not lacking(cells, *names), names
+    for names in combinations(VALUES, strength - 1):
+        modes, layouts = "mode" in names, "layout" in names
+        for mesh in {combination[0] for combination in lacking(cells, "mesh", *names)}:
+            world, size = mesh
+            assert (modes and size == world) or (layouts and size == 1), (mesh, names)
+    everywhere = {((c.world, c.model_parallel), c.layout, c.tuning) for c in cells}
+    assert len(everywhere) == len(MESHES) * 4
+    assert {(c.data_parallel, c.accumulation) for c in cells if c.model_parallel < c.world} == set(
+        product(VALUES["mode"], VALUES["accumulation"])
+    )
     assert len(cells) < 60
+
+
+def test_the_built_in_model_can_show_faults():
+    """What is equal, or only one or two, cannot be exchanged, dropped or miscounted so that a number changes."""
+    moe, batches = SMALL.moe, Problem().batches(masks=True)
+    lengths = [[len(sample.tokens) for sample in batch] for batch in batches]
+    assert moe.num_experts_per_tok == 3 and moe.num_experts > 8
+    assert SMALL.head_dim * SMALL.n_heads != SMALL.dim and SMALL.n_kv_heads < SMALL.n_heads
+    assert all(max(some) > 4 * SMALL.sliding_window for some in lengths)
+    assert all(sum(sample.trained.sum() for sample in batch) > CHUNK["cpu"] for batch in batches[:-1])
+    assert len({len(batch) for batch in batches}) > 1 and len(batches) > 3
+    assert OPTIM.weight_decay and OPTIM.min_lr and 1 < OPTIM.warmup_epochs < len(batches) - 1
+
+
+def test_only():
+    cell = training_cells([1, 2], 2)[-1]
+    words = [f"{name}={value}" for name, value in cell.settings().items()]
+    assert cli("certify", "--quick", "--world", "1,2", "--only", *words) == 0
+    assert "no cell of this certificate has that; settings: world, mp, dp" in cli("certify", "--only", "mp=3")
 
 
 def config(tmp_path, **changes):
@@ -115,7 +171,7 @@ def test_a_failing_cell(tmp_path, monkeypatch, capsys):
     def verdict(self, cell, outcome):
         number = next(verdicts)
         errors = {"loss": 1e-12, "counts": 1.0 if number == 0 else 0.0, "gradients": float("nan") if number == 2 else 0.0}
-        return Row(cell, errors, self.tolerance, outcome.reason if number == 1 else None)
+        return Row(cell, errors, self.bounds, outcome.reason if number == 1 else None)
 
     verdicts = iter(range(1000))
     monkeypatch.setattr(command, "run_jobs", fake)
@@ -127,7 +183,7 @@ def test_a_failing_cell(tmp_path, monkeypatch, capsys):
     assert cli("certify", "--quick", "--precision", "fp32", "--model", model, *files) == 1
     problem = Problem(replace(SMALL, n_layers=1), torch.float32)
     assert problem.args.load_balancing_weight > 0  # without weight, a balance loss would not be certified
-    assert seen == [(1, "cpu", problem), (2, "cpu", problem)]
+    assert seen == [(1, "cpu", problem), (2, "cpu", problem), (4, "cpu", problem)]
     lines = capsys.readouterr().out.splitlines()
     verdicts = [line.partition("FAIL")[2] for line in lines if "FAIL" in line]
     assert verdicts[:3] == ["", " rank 1: <lost>", ""] and lines[-1].startswith("FAIL: 3 of ")

@@ -91,6 +91,11 @@ def fill_with_random_weights(seed):
     return differences, whole
 
 
+def held(name, tensor, dtype):
+    """A tensor as a model in ``dtype`` has it: the router is never rounded."""
+    return tensor if ".gate." in name else tensor.to(dtype)
+
+
 def save_and_load(home, sizes):
     """Save in every layout, size and format, and load again into both layouts."""
     home.mkdir(exist_ok=True)
@@ -107,7 +112,7 @@ def save_and_load(home, sizes):
                 source = Checkpoint(directory)
                 assert source.args == TINY and source.layout == layout
                 again = build(source.args, other, source, dtype=dtype)
-                results[directory.name, other] = wrong(again, {name: tensor.to(dtype) for name, tensor in plain().items()})
+                results[directory.name, other] = wrong(again, {name: held(name, t, dtype) for name, t in plain().items()})
     return results
 
 
@@ -208,7 +213,7 @@ def test_saved_directories_are_those_of_the_format(world, request):
             ours, expected = read_file(directory / name), rank_file(plain(), layout, rank, int(size))
             assert ours.keys() == expected.keys()
             for key, tensor in expected.items():
-                tensor = tensor if mode == "fsdp" else tensor.bfloat16()
+                tensor = held(key, tensor, torch.float32 if mode == "fsdp" else torch.bfloat16)
                 assert ours[key].dtype == tensor.dtype and torch.equal(ours[key], tensor), f"{directory.name}: {key}"
 
 

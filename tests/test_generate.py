@@ -10,7 +10,7 @@ import torch.distributed as dist
 from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
-from accessory.certify import reference
+from accessory.certify import formats, reference
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
@@ -368,3 +368,17 @@ def test_tokens_beyond_the_tokenizer_do_not_stop_generation(messages):
     assert isinstance(messages["padded"], list) and all(isinstance(text, str) for text in messages["padded"]), messages[
         "padded"
     ]
+
+
+def route_in_bf16(home, tokenizer, x):
+    formats.write(home / "model", {name: tensor.float() for name, tensor in plain().items()}, ARGS, "mixtral")
+    model = MetaModel.from_pretrained(home / "model", tokenizer_path=tokenizer, dtype=torch.bfloat16, device="cpu")
+    return model.llma.layers[0].feed_forward.gate(x).logits
+
+
+def test_the_router_is_never_rounded(tmp_path, tokenizer):
+    """In bf16 it would send some tokens to other experts than the checkpoint's."""
+    x = torch.randn(50, ARGS.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (logits,) = run_ranks(1, route_in_bf16, tmp_path, tokenizer.path, x)
+    expected = x.double() @ plain()["layers.0.feed_forward.gate.weight"].T
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)

@@ -84,6 +84,17 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tole
         assert_close(gradient, expected[name], tolerance, name)
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_frozen_experts_without_rows_are_not_read(monkeypatch, rows):
+    """To decode one token is to read its few experts' matrices."""
+    read, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, w, **options: read.append(len(w)) or bmm(x, w, **options))
+    run("looped", rows, torch.float64, frozen=("w1", "w2", "w3"))
+    assert sum(read) == 5 * sum(count > 0 for count in rows), (
+        "three products forward, and backward w2 and w1 (w3 adds to that)"
+    )
+
+
 @pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [case for case in EXACT if case[0] != "grouped"])  # torch refuses
 def test_expanded_output_gradient(kernel, dtype, tolerance):
     ours = run(kernel, ROWS["ragged"], dtype, expanded=True)

@@ -1,9 +1,7 @@
 """A run that was stopped goes on as if it had not been: in any layout, at any parallel size, on exactly the rows left."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,9 @@ from test_commands import MODEL, rows
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import claim
-from accessory.checkpoint.state import TrainingState
 from accessory.data.loader import BatchPlan
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
-from accessory.errors import UserError
 from accessory.train.plan import Plan, Position
 
 RECORDS = 22
@@ -117,7 +113,7 @@ def test_a_killed_run_goes_on_in_another_partition(home, whole, tmp_path, before
     ranks, words = overrides(after)
     codes, out, err = finetune(home, run, "resume=auto", *words, ranks=ranks)
     assert codes == [0] * ranks, err
-    assert f"resumed from {state}, of 15 steps" in out
+    assert f"resumed from {state}, of 15 steps\n" in out, "and nothing is said to have changed"
     assert_same_run(whole, run)
     assert [path.name for path in (run / "states").iterdir()] == ["step15"], "one state is kept"
 
@@ -215,29 +211,6 @@ def test_a_run_directory_belongs_to_one_job(home, whole, tmp_path):
         assert "another job is writing into it" in refused(home, run)
     (tmp_path / "file").write_text("")
     assert "cannot be written (Not a directory)" in refused(home, tmp_path / "file" / "run")
-
-
-def test_a_damaged_state_is_refused(home, whole, tmp_path):
-    def copy():
-        target = tmp_path / "state"
-        shutil.rmtree(target, ignore_errors=True)
-        return Path(shutil.copytree(whole / "states/step15", target))
-
-    content = bytearray((copy() / "part-000.safetensors").read_bytes())
-    content[-9] ^= 4
-    (tmp_path / "state/part-000.safetensors").write_bytes(content)
-    sentence = refused(home, tmp_path / "out", f"resume={tmp_path}/state", ranks=2)
-    assert "part-000.safetensors: exp_avg_sq/" in sentence and "is not what was saved" in sentence
-    for change, expected in (
-        (lambda target: os.truncate(target / "part-000.safetensors", 4000), "damaged"),
-        (lambda target: (target / "part-000.safetensors").unlink(), "incomplete"),
-        (lambda target: (target / "part-000.json").write_text("{}"), "holds unexpected weight/"),
-        (lambda target: (target / "state.json").unlink(), "state.json: no such file"),
-        (lambda target: (target / "state.json").write_text("{}"), "state.json"),
-    ):
-        change(target := copy())
-        with pytest.raises(UserError, match=expected):
-            TrainingState(target)
 
 
 def test_an_interrupted_save_does_not_count(home, whole, tmp_path):

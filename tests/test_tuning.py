@@ -211,7 +211,8 @@ def test_frozen_in_bf16_and_only_adapters_have_gradients_and_state(world, modes,
         assert sum(p["gradients"] for p in parts) == copies * 4 * numbers
         assert sum(p["state"] for p in parts) == copies * 2 * 4 * numbers
         for name, dtype in parts[0]["dtypes"].items():
-            assert dtype == (torch.float32 if name in spec["trains"] else torch.bfloat16), name
+            whole = name in spec["trains"] or ".gate." in name  # the router is never rounded
+            assert dtype == (torch.float32 if whole else torch.bfloat16), name
         for name, before in parts[0]["before"].items():
             assert torch.equal(before, parts[0]["after"][name][1]) == (name not in spec["trains"]), name
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from accessory.certify.judge import Judge, Row
+from accessory.certify.judge import TOLERANCES, Judge, Row
 from accessory.certify.matrix import check_fits, file_cells, training_cells
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
-from accessory.certify.problem import SMALL, Problem
+from accessory.certify.precision import PrecisionJudge, precision_cells, run_precision
+from accessory.certify.problem import SMALL, WIDE, Problem
 from accessory.certify.processes import Body, run_jobs
 from accessory.certify.run import run_cell
-from accessory.certify.table import Certificate, environment, text_header, text_line, to_html
+from accessory.certify.table import Certificate, environment, quantities, text_header, text_line, to_html
 from accessory.checkpoint.open import load_args
 from accessory.config import write_json
 from accessory.console import progress, say
@@ -35,7 +36,8 @@ def run_certify(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary directories go
     _check_outputs(arguments)
     worlds = _worlds(arguments)
-    args = load_args(arguments.model) if arguments.model else SMALL
+    built_in = WIDE if arguments.precision == "bf16" else SMALL
+    args = load_args(arguments.model) if arguments.model else built_in
     if not args.load_balancing_weight:  # its gradient could not be seen
         args = replace(args, load_balancing_weight=SMALL.load_balancing_weight)
     where = str(arguments.model or "the model")
@@ -45,6 +47,8 @@ def run_certify(arguments: argparse.Namespace) -> None:
     _check_memory(args, worlds[-1], where)
     if arguments.against:
         certificate = _parity(arguments, Problem(args, torch.float32), worlds)
+    elif arguments.precision == "bf16":
+        certificate = _low_precision(arguments, Problem(args, torch.bfloat16), worlds)
     else:
         certificate = _matrix(arguments, Problem(args, get_dtype(arguments.precision or "fp64")), worlds)
     say(_text(certificate))
@@ -75,7 +79,7 @@ def _check_memory(args: ModelArgs, world: int, where: str) -> None:
 
 def _worlds(arguments: argparse.Namespace) -> list[int]:
     """Raise UserError if this machine cannot run them."""
-    text = arguments.world or ("1,2" if arguments.quick else "1,2,4")
+    text = arguments.world or ("1,2" if arguments.quick and arguments.precision == "bf16" else "1,2,4")
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--world {text}: expected numbers of processes, such as 1,2,4")
     worlds = sorted({int(part) for part in text.split(",")})
@@ -90,18 +94,31 @@ def _worlds(arguments: argparse.Namespace) -> list[int]:
 def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
     """Training and files against the plain reference."""
     judge, strength = Judge(problem), 2 if arguments.quick else 3
-    cells = [*training_cells(worlds, strength), *file_cells(worlds)]
+    cells = _only(arguments, [*training_cells(worlds, strength), *file_cells(worlds)])
     about = {
         "model": str(arguments.model or "the small one that is built in"),
         "reference": "one plain process in fp64 that shares no distributed code with what is certified",
         "cells": f"every {strength} settings meet in every combination that exists, among cells chosen for it",
         "precision": arguments.precision or "fp64",
     }
-    certificate = Certificate("accessory certify", judge.tolerance, about | environment(arguments.device))
+    certificate = Certificate("accessory certify", about | environment(arguments.device))
     _fill(certificate, judge, functools.partial(run_cell, problem), cells, arguments.device)
     certificate.about["closest routing decision"] = f"router logits {judge.margin:.1e} apart"
-    if judge.margin < 100 * judge.tolerance:
+    if judge.margin < TOLERANCES[problem.dtype]:
         certificate.about["closest routing decision"] += ": rounding may turn it, and a FAIL be no fault of the program"
+    return certificate
+
+
+def _low_precision(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
+    """Pieces of training in bf16 against fp64."""
+    about = {
+        "model": str(arguments.model or "a small one that is built in"),
+        "reference": "fp64, on the numbers that each piece was given; of the curve, one plain process in fp64",
+        "precision": "bf16, masters in fp32",
+    }
+    certificate = Certificate("accessory certify --precision bf16", about | environment(arguments.device))
+    cells = _only(arguments, precision_cells(worlds))
+    _fill(certificate, PrecisionJudge(problem), functools.partial(run_precision, problem), cells, arguments.device)
     return certificate
 
 
@@ -115,9 +132,22 @@ def _parity(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
         "reference": f"MixtralForCausalLM of transformers {judge.version}, in one process",
         "precision": "fp32",
     }
-    certificate = Certificate("accessory certify --against hf", judge.tolerance, about | environment(arguments.device))
-    _fill(certificate, judge, functools.partial(run_parity, problem), parity_cells(worlds), arguments.device)
+    certificate = Certificate("accessory certify --against hf", about | environment(arguments.device))
+    cells = _only(arguments, parity_cells(worlds))
+    _fill(certificate, judge, functools.partial(run_parity, problem), cells, arguments.device)
     return certificate
+
+
+def _only(arguments: argparse.Namespace, cells: Sequence[Any]) -> list[Any]:
+    """The cells that --only asks for, by the settings in their lines of the table."""
+    wanted = {tuple(word.split("=", 1)) for word in arguments.only}
+    found = [cell for cell in cells if wanted <= cell.settings().items()]
+    if not found:
+        names = dict.fromkeys(name for cell in cells for name in cell.settings())
+        raise UserError(
+            f"--only {' '.join(arguments.only)}: no cell of this certificate has that; settings: {', '.join(names)}"
+        )
+    return found
 
 
 def _fill(certificate: Certificate, judge: Any, body: Body, cells: Sequence[Any], device: str) -> None:
@@ -135,12 +165,12 @@ def _verdict(judge: Any, cell: Any, outcome: Any) -> Row:
         row: Row = judge.row(cell, outcome)
         return row
     except Exception as error:
-        return Row(cell, {}, judge.tolerance, f"cannot be judged: {type(error).__name__}: {error}")
+        return Row(cell, {}, judge.bounds, f"cannot be judged: {type(error).__name__}: {error}")
 
 
 def _text(certificate: Certificate) -> str:
     lines = []
     for rows in certificate.sections():
-        lines += [text_header(rows), *(text_line(row) for row in rows), ""]
+        lines += [text_header(rows), *(text_line(row, quantities(rows)) for row in rows), ""]
     lines += [f"{name}: {value}" for name, value in certificate.about.items()]
     return "\n".join([*lines, certificate.summary()])

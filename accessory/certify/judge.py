@@ -1,7 +1,9 @@
 """The verdict on a cell: what its ranks returned, against the plain reference in this one process."""
 
 import functools
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,30 +14,34 @@ from torch import Tensor
 from accessory.certify import reference
 from accessory.certify.formats import largest
 from accessory.certify.matrix import Cell, FileCell
-from accessory.certify.problem import OPTIM, Problem
+from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.model.logical import Cut, logical_cuts
 from accessory.model.moe.layouts import get_layout
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
-EXACT = ("counts", "saved", "hf")
+
+
+def bounds(tolerance: float) -> Mapping[str, float]:
+    """The largest error of each quantity that passes."""
+    return defaultdict(lambda: tolerance, {"counts": 0.0, "saved": 0.0, "hf": 0.0})
 
 
 @dataclass(frozen=True)
 class Row:
     """A cell and how far it is from the reference.
 
-    ``errors``: by quantity, over all steps; a number's is relative to it, a tensor's largest difference is relative to
-    its largest value. ``reason``: what else is wrong.
+    ``errors``: by quantity, over all steps and ranks; a number's is relative to it, a tensor's largest difference is
+    relative to its largest value. ``bounds``: what of each is allowed. ``reason``: what else is wrong.
     """
 
     cell: Any
     errors: dict[str, float]
-    tolerance: float
+    bounds: Mapping[str, float]
     reason: str | None = None
 
     def passes(self, quantity: str) -> bool:
-        return self.errors[quantity] <= (0.0 if quantity in EXACT else self.tolerance)
+        return self.errors[quantity] <= self.bounds[quantity]
 
     @property
     def passed(self) -> bool:
@@ -50,27 +56,28 @@ class Judge:
     """
 
     def __init__(self, problem: Problem):
-        self.problem, self.tolerance = problem, TOLERANCES[problem.dtype]
+        self.problem, self.bounds = problem, bounds(TOLERANCES[problem.dtype])
         self.margin = math.inf
         self._expected = functools.cache(self._compute)
 
     def row(self, cell: Cell | FileCell, outcome: list[Any] | Failure) -> Row:
         """The verdict on what ``run_jobs`` yields for a cell."""
         if isinstance(outcome, Failure):
-            return Row(cell, {}, self.tolerance, outcome.reason)
+            return Row(cell, {}, self.bounds, outcome.reason)
         if isinstance(cell, FileCell):
             return self._files(cell, outcome)
         return self._training(cell, outcome)
 
     def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.Step]:
         tuning = self.problem.tuning(tuning_name)
+        rates = reference.schedule(BATCHES, OPTIM.lr, OPTIM.min_lr, OPTIM.warmup_epochs * BATCHES[0])
         steps = reference.train_steps(
             self.problem.weights(tuning.adapters),
             self.problem.args,
             [[(s.tokens, s.trained) for s in batch] for batch in self.problem.batches(masks)],
             balance=balance,
             clip=OPTIM.clip_grad,
-            lr=OPTIM.lr,
+            lr=rates,
             weight_decay=OPTIM.weight_decay,
             betas=OPTIM.betas,
             eps=OPTIM.eps,
@@ -83,8 +90,8 @@ class Judge:
         expected = self._expected(cell.masks, cell.tuning, cell.balance)
         self.margin = min(self.margin, *(step.parts.margin for step in expected))
         errors = dict.fromkeys(("loss", "balance", "z-loss", "counts", "norm"), 0.0)
-        for number, step in enumerate(expected):
-            numbers, parts = ranks[0]["steps"][number], step.parts
+        for (number, step), rank in itertools.product(enumerate(expected), ranks):
+            numbers, parts = rank["steps"][number], step.parts
             theirs = {"loss": parts.ce.item(), "balance": parts.balance.item(), "z-loss": parts.z.item(), "norm": step.norm}
             step_errors = {name: relative(numbers[name], value) for name, value in theirs.items()}
             step_errors["counts"] = float((numbers["counts"] - parts.counts).abs().max())
@@ -110,14 +117,14 @@ class Judge:
             reason = disagreement(differ | also)
         elif changed:
             reason = f"{min(changed)} is frozen, but has changed"
-        return Row(cell, errors, self.tolerance, reason)
+        return Row(cell, errors, self.bounds, reason)
 
     def _files(self, cell: FileCell, ranks: list[Any]) -> Row:
         tokens = torch.tensor(self.problem.batches(False)[0][0].tokens)
         logits = reference.forward(self.problem.weights(), self.problem.args, tokens)[0]
         error = largest(distance({"": rank["logits"]}, {"": logits}) for rank in ranks)
         main = ranks[0]
-        return Row(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.tolerance, main["wrong"])
+        return Row(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.bounds, main["wrong"])
 
 
 def assemble(parts: list[dict[str, Tensor]], cuts: Mapping[str, Cut], size: int) -> tuple[dict[str, Tensor], set[str]]:

@@ -74,7 +74,8 @@ def _tick(value: bool) -> str:
 def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
     """Cells in which every ``strength`` settings meet in every combination that exists (a covering array).
 
-    World size and model-parallel size count as one setting; where there is one data-parallel rank, its mode says nothing.
+    Settings meet where both act: a layout over several model-parallel ranks, a mode over several data-parallel ranks. World
+    size and model-parallel size count as one setting, the mesh; mesh, layout and tuning always meet in full.
     """
     flags = (True, False)
     every = [
@@ -83,11 +84,11 @@ def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
         for size in model_parallel_sizes(world)
         for mode in (MODES if size < world else MODES[:1])
         for layout in LAYOUTS
-        for accumulation, packing, masks, recompute in itertools.product((2, 1), flags, flags, flags)
+        for accumulation, packing, masks, recompute in itertools.product((3, 1), flags, flags, flags)
         for tuning in TUNINGS
         for balance in BALANCES
     ]
-    meetings = {cell: frozenset(itertools.combinations(_values(cell), strength)) for cell in every}
+    meetings = {cell: _meetings(cell, strength) for cell in every}
     left = set().union(*meetings.values())
     chosen = []
     while left:
@@ -97,9 +98,16 @@ def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
     return sorted(chosen, key=every.index)
 
 
-def _values(cell: Cell) -> list[tuple[str, object]]:
-    values = vars(cell) | {"world": (cell.world, cell.model_parallel)}
-    return [(name, value) for name, value in values.items() if name != "model_parallel"]
+def _meetings(cell: Cell, strength: int) -> set[frozenset[tuple[str, object]]]:
+    """The combinations of settings that a cell tries."""
+    mesh = ("mesh", (cell.world, cell.model_parallel))
+    acting = {name: value for name, value in vars(cell).items() if name not in ("world", "model_parallel")}
+    if cell.model_parallel == cell.world:
+        del acting["data_parallel"]
+    always = frozenset((mesh, ("layout", cell.layout), ("tuning", cell.tuning)))
+    if cell.model_parallel == 1:
+        del acting["layout"]
+    return {always} | {frozenset(some) for some in itertools.combinations((mesh, *acting.items()), strength)}
 
 
 def file_cells(worlds: Sequence[int]) -> list[FileCell]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
-from accessory.certify.judge import Row, assemble, disagreement, distance, relative
+from accessory.certify.judge import Row, assemble, bounds, disagreement, distance, relative
 from accessory.certify.problem import Problem
 from accessory.certify.processes import Failure
 from accessory.certify.run import Tensors, build, gradients
@@ -61,7 +61,7 @@ def _batch(problem: Problem) -> Batch:
 class TransformersJudge:
     """Compares cells with transformers, in fp32."""
 
-    tolerance = 1e-5
+    bounds = bounds(1e-5)
 
     def __init__(self, problem: Problem):
         self.args = problem.args
@@ -77,13 +77,13 @@ class TransformersJudge:
 
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Row:
         if isinstance(outcome, Failure):
-            return Row(cell, {}, self.tolerance, outcome.reason)
+            return Row(cell, {}, self.bounds, outcome.reason)
         cuts = logical_cuts(self.args, get_layout(cell.layout))
         ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
         logits = (distance({"": rank["logits"][self.real]}, {"": self.logits}) for rank in outcome)
         losses = (relative(rank["loss"], self.loss) for rank in outcome)
         errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}
-        return Row(cell, errors, self.tolerance, disagreement(differ))
+        return Row(cell, errors, self.bounds, disagreement(differ))
 
     def _by_logical_name(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """transformers holds the experts fused, and halves for rotary pairs: the tiles of its files say where."""

@@ -12,41 +12,61 @@ def forward(w, args, tokens, scaling=1.0):
 
     Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A.
     """
-    length, routers, chosen = len(tokens), [], []
+    routers, chosen = [], []
     w = with_adapters(w, scaling)
     x = w["tok_embeddings.weight"][tokens]
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    hidden_from = (distance < 0) | (distance >= (args.sliding_window or length))
     for n in range(args.n_layers):
-        layer = {k.removeprefix(f"layers.{n}."): v for k, v in w.items() if k.startswith(f"layers.{n}.")}
-        h = norm(x, layer["attention_norm.weight"], args.norm_eps)
-        q, k, v = (
-            (h @ layer[f"attention.{m}.weight"].T + layer.get(f"attention.{m}.bias", 0.0))
-            .view(length, -1, args.head_dim)
-            .transpose(0, 1)
-            for m in ("wq", "wk", "wv")
-        )
-        q, k = rotate(q, args), rotate(k, args)
-        group = args.n_heads // args.n_kv_heads
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        scores = (q @ k.transpose(1, 2) / math.sqrt(args.head_dim)).masked_fill(hidden_from, -math.inf)
-        heads = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
-        x = x + heads @ layer["attention.wo.weight"].T + layer.get("attention.wo.bias", 0.0)
+        layer = layer_of(w, n)
+        x = x + attention(norm(x, layer["attention_norm.weight"], args.norm_eps), layer, args)
         h = norm(x, layer["ffn_norm.weight"], args.norm_eps)
-        router = h @ layer["feed_forward.gate.weight"].T
-        p = router.softmax(-1)
-        top = (p + layer.get("feed_forward.gate.score_bias", 0.0)).topk(args.moe.num_experts_per_tok, -1).indices
-        share = torch.zeros_like(p).scatter(1, top, p.gather(1, top))
-        share = share / share.sum(-1, keepdim=True)
-        y, biased = torch.zeros_like(x), "feed_forward.experts.w1_bias" in layer
-        for e in range(args.moe.num_experts):
-            w1, w2, w3 = (layer[f"feed_forward.experts.{m}"][e] for m in ("w1", "w2", "w3"))
-            b1, b2, b3 = (layer[f"feed_forward.experts.{m}_bias"][e] if biased else 0.0 for m in ("w1", "w2", "w3"))
-            y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T + b1) * (h @ w3.T + b3)) @ w2.T + b2)
-        x = x + y
+        router, top, share = routing(h, layer, args)
+        x = x + experts(h, share, layer)
         routers.append(router)
         chosen.append(top)
     return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(routers), torch.stack(chosen)
+
+
+def layer_of(w, n):
+    """The tensors of layer ``n``, by their names inside it."""
+    return {name.removeprefix(f"layers.{n}."): tensor for name, tensor in w.items() if name.startswith(f"layers.{n}.")}
+
+
+def attention(h, layer, args):
+    """[S, D] -> [S, D], causal, over a window if there is one."""
+    length = len(h)
+    q, k, v = (
+        (h @ layer[f"attention.{m}.weight"].T + layer.get(f"attention.{m}.bias", 0.0))
+        .view(length, -1, args.head_dim)
+        .transpose(0, 1)
+        for m in ("wq", "wk", "wv")
+    )
+    q, k = rotate(q, args), rotate(k, args)
+    group = args.n_heads // args.n_kv_heads
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    hidden_from = (distance < 0) | (distance >= (args.sliding_window or length))
+    scores = (q @ k.transpose(1, 2) / math.sqrt(args.head_dim)).masked_fill(hidden_from, -math.inf)
+    heads = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
+    return heads @ layer["attention.wo.weight"].T + layer.get("attention.wo.bias", 0.0)
+
+
+def routing(h, layer, args):
+    """Router logits [S, E], chosen experts [S, K], and how much each expert counts [S, E]."""
+    router = h @ layer["feed_forward.gate.weight"].T
+    p = router.softmax(-1)
+    top = (p + layer.get("feed_forward.gate.score_bias", 0.0)).topk(args.moe.num_experts_per_tok, -1).indices
+    share = torch.zeros_like(p).scatter(1, top, p.gather(1, top))
+    return router, top, share / share.sum(-1, keepdim=True)
+
+
+def experts(h, share, layer):
+    """The experts' outputs, each as much as it counts."""
+    y, biased = torch.zeros_like(h), "feed_forward.experts.w1_bias" in layer
+    for e in range(share.shape[1]):
+        w1, w2, w3 = (layer[f"feed_forward.experts.{m}"][e] for m in ("w1", "w2", "w3"))
+        b1, b2, b3 = (layer[f"feed_forward.experts.{m}_bias"][e] if biased else 0.0 for m in ("w1", "w2", "w3"))
+        y = y + share[:, e : e + 1] * ((F.silu(h @ w1.T + b1) * (h @ w3.T + b3)) @ w2.T + b2)
+    return y
 
 
 def with_adapters(w, scaling):
@@ -101,10 +121,9 @@ def loss_parts(w, args, samples, balance, scaling=1.0):
     margin, top_k = math.inf, args.moe.num_experts_per_tok
     for tokens, trained in samples:
         logits, routers, chosen = forward(w, args, torch.tensor(tokens), scaling)
-        for position in range(len(tokens) - 1):
-            if trained[position + 1]:
-                total = total - logits[position].log_softmax(-1)[tokens[position + 1]]
-                targets += 1
+        places = torch.tensor([place for place in range(1, len(tokens)) if trained[place]], dtype=torch.int64)
+        total = total - logits.log_softmax(-1)[places - 1, torch.tensor(tokens)[places]].sum()
+        targets += len(places)
         documents.append((routers, F.one_hot(chosen, args.moe.num_experts).sum(2)))
         if top_k < args.moe.num_experts:
             ranked = routers.detach().sort(-1, descending=True).values
@@ -132,15 +151,37 @@ def loss(w, args, samples, balance, scaling=1.0, z_weight=0.01):
     return weighted(loss_parts(w, args, samples, balance, scaling), args, z_weight)
 
 
-def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
-    """AdamW by its definition (Loshchilov & Hutter 2019) over global batches; yields a Step for each.
+def schedule(counts, lr, min_lr, warmup):
+    """The rate of each step, of ``counts`` rows: it rises over the first ``warmup`` rows, then falls on half a cosine."""
+    rates, seen = [], 0
+    for count in counts:
+        if seen < warmup:
+            rates.append(lr * min(1.0, (seen + count) / warmup))
+        else:
+            rates.append(min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (seen - warmup) / (sum(counts) - warmup))) / 2)
+        seen += count
+    return rates
 
-    ``trains``: names of the tensors that do; None: all.
+
+def adamw(tensor, g, moments, step, *, rate, weight_decay, betas, eps):
+    """One step of AdamW by its definition (Loshchilov & Hutter 2019), in place; ``step`` counts from 1."""
+    m, v = moments
+    m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
+    tensor.mul_(1 - rate * weight_decay)
+    tensor.sub_(rate * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps))
+
+
+def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
+    """AdamW over global batches; yields a Step for each.
+
+    ``lr``: the rate, or one for each step. ``trains``: names of the tensors that do; None: all.
     """
+    rates = lr if isinstance(lr, list) else [lr] * len(batches)
     frozen = {name: tensor for name, tensor in w.items() if trains is not None and name not in trains}
     w = {name: tensor.clone().requires_grad_() for name, tensor in w.items() if name not in frozen}
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
-    for step, samples in enumerate(batches, 1):
+    for step, (samples, rate) in enumerate(zip(batches, rates, strict=True), 1):
         for tensor in w.values():
             tensor.grad = None
         parts = loss_parts(w | frozen, args, samples, balance, scaling)
@@ -149,13 +190,9 @@ def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps
         scale = min(1.0, clip / (size + 1e-6))
         with torch.no_grad():
             for name, tensor in w.items():
-                g = tensor.grad.mul_(scale)
-                m, v = moments[name]
-                m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
-                v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
-                if tensor.dim() > 1 and not name.endswith("bias"):
-                    tensor.mul_(1 - lr * weight_decay)
-                tensor.sub_(lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps))
+                decays = tensor.dim() > 1 and not name.endswith("bias")
+                options = {"rate": rate, "weight_decay": weight_decay if decays else 0.0, "betas": betas, "eps": eps}
+                adamw(tensor, tensor.grad.mul_(scale), moments[name], step, **options)
         gradients = {name: t.grad.clone() for name, t in w.items()}
         yield Step(parts, size, scale, gradients, {name: t.detach().clone() for name, t in w.items()})
 

@@ -11,18 +11,20 @@ from torch.distributed.tensor import DTensor
 
 from accessory.certify import formats
 from accessory.certify.matrix import Cell, FileCell
-from accessory.certify.problem import OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
+from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
+from accessory.dtypes import at_least
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder
 from accessory.model.documents import Documents
 from accessory.model.logical import Region, Source, logical_cuts
 from accessory.parallel.fsdp import DataParallel, wrap
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
-from accessory.train.optim import make_optimizer
+from accessory.train.optim import learning_rate, make_optimizer
+from accessory.train.plan import Plan
 from accessory.train.save import gathered, save_model
 from accessory.train.step import StepResult, train_step
 from accessory.tuning.spec import Tuning
@@ -65,10 +67,13 @@ def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
     rows = [_rows([len(sample.tokens) for sample in batch], cell.packing) for batch in batches]
     ranks = dist.get_world_size(group)
     most = max(len(some) for some in rows)
-    plan = BatchPlan(-(-most // (cell.accumulation * ranks)), cell.accumulation, dist.get_rank(group), ranks)
+    cut_to = BatchPlan(-(-most // (cell.accumulation * ranks)), cell.accumulation, dist.get_rank(group), ranks)
+    plan = Plan(BATCHES, max(BATCHES))
     steps = []
-    for samples, some in zip(batches, rows, strict=True):
-        (micro_batches,) = plan.epoch(samples, some)
+    for step, samples, some in zip(plan.steps(), batches, rows, strict=True):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, plan, OPTIM)
+        (micro_batches,) = cut_to.epoch(samples, some)
         result = train_step(
             model,
             optimizer,
@@ -160,10 +165,11 @@ def build(
         problem.args,
         layout,
         source,
-        dtype=problem.dtype,
+        dtype=at_least(problem.dtype),
         device=device,
         recompute=recompute,
         adapters=tuning.adapters,
         trains=tuning.trains,
+        frozen_dtype=problem.dtype,
         shard=lambda model: wrap(model, mode, problem.dtype, device.type),
     )

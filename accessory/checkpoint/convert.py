@@ -23,10 +23,10 @@ from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile
 from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.dtypes import all_finite
+from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, Source, divided_sizes, logical_cuts, stored_dtype
+from accessory.model.logical import Adapters, Source, divided_sizes, is_buffer, logical_cuts
 from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.adapter import Adapter, adapter_name
 from accessory.parallel.tensor import check_divides
@@ -82,7 +82,10 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
     names = logical_cuts(checkpoint.args, get_layout("mixtral"), biased)
-    dtypes = {name: stored_dtype(name, target.dtype or checkpoint.dtype(name)) for name in names}
+    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in names}
+    dtypes |= {
+        name: at_least(dtype) for name, dtype in dtypes.items() if is_buffer(name)
+    }  # its steps are too small for bf16
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
     files = _planned_files(checkpoint.args, target, dtypes, biased)

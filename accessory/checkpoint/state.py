@@ -4,11 +4,14 @@ DIR/part-RRR.safetensors   what rank RRR held, each box of a logical tensor unde
 DIR/part-RRR.json          the box and the CRC-32 of each
 DIR/config.json            the model's shape
 DIR/state.json             how many parts there are, and what the run has to know to go on
+DIR/SHA256SUMS             the digests of all these .json, as sha256sum -c reads them
 
 KIND is weight, exp_avg or exp_avg_sq. Every value is stored once, by the first rank that holds it. Any layout and any
-parallel size reads what another has written.
+parallel size reads what another has written, and none of a file that is not as its checksums say.
 """
 
+import hashlib
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -27,7 +30,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.logical import Region
 from accessory.parallel.watchdog import progressed
 
-MANIFEST, CONFIG = "state.json", "config.json"
+MANIFEST, CONFIG, SUMS = "state.json", "config.json", "SHA256SUMS"
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -40,6 +43,7 @@ class StateNotes:
         steps: optimiser steps done. rows: of the data, through all epochs. of_steps: how many the run was to have.
         global_batch: rows of a step.
         data: a digest of the samples and their order. base: the fingerprint of the model below, if not all is in here.
+        settings: what its numbers depend on, by name (plain data); None: it does not say.
     """
 
     parts: int
@@ -49,6 +53,7 @@ class StateNotes:
     global_batch: int
     data: str
     base: str | None = None
+    settings: dict | None = None
 
 
 class TrainingState:
@@ -58,20 +63,21 @@ class TrainingState:
         args: the model's shape. names: the tensors that it holds, with their shapes.
 
     Raises:
-        UserError: it is incomplete or damaged.
+        UserError: it is incomplete or damaged, as far as that is seen without reading the tensors.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.notes = from_mapping(StateNotes, read_mapping(directory / MANIFEST), str(directory / MANIFEST))
-        self.args = ModelArgs.load(directory / CONFIG)
+        sums = _read_sums(directory)
+        self.notes = from_mapping(StateNotes, read_mapping(_sound(directory / MANIFEST, sums)), str(directory / MANIFEST))
+        self.args = ModelArgs.load(_sound(directory / CONFIG, sums))
         self.stored: dict[str, dict[str, Stored]] = {}
         self._checksums: dict[str, dict[str, int]] = {}
         tiles: list[Tile] = []
         for rank in range(self.notes.parts):
             file = f"part-{rank:03d}.safetensors"
             self.stored[file] = index_file(directory / file).tensors
-            table = read_mapping((directory / file).with_suffix(".json"))
+            table = read_mapping(_sound((directory / file).with_suffix(".json"), sums))
             self._checksums[file] = {key: entry["crc32"] for key, entry in table.items()}
             for key, entry in table.items():
                 kind_and_name, _, _ = key.rpartition("/")
@@ -103,6 +109,33 @@ class TrainingState:
         return self._reader.read(f"{kind}/{name}", region)
 
 
+def _read_sums(directory: Path) -> dict[str, str]:
+    """Digests by file name. What does not read as one is none, so that its file is refused."""
+    path = directory / SUMS
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{directory / MANIFEST}: no such file; this is no training state, or not a whole one")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file: it is lost, or an earlier version saved this training state, and nothing tells whether "
+            f"its files are whole. If you trust them: (cd {directory} && sha256sum *.json > {SUMS}), and resume again"
+        )
+    lines = (line.split() for line in path.read_text(errors="replace").splitlines())
+    return {words[1].removeprefix("*"): words[0] for words in lines if len(words) == 2}
+
+
+def _sound(path: Path, sums: Mapping[str, str]) -> Path:
+    """The path of a file that is as its digest says."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the training state is incomplete: resume from another one")
+    if _digest(path) != sums.get(path.name):
+        raise UserError(f"{path} is not what was saved, or {SUMS} beside it is not; resume from another training state")
+    return path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def states_in(directory: Path) -> list[Path]:
     """The training states in ``directory``, that of the most steps last; one whose writing was interrupted is none."""
     found = {int(match[1]): path for path in directory.glob("step*") if (match := re.fullmatch(r"step(\d+)", path.name))}
@@ -117,8 +150,12 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> None:
-    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there."""
+def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> dict[str, str]:
+    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there.
+
+    Returns:
+        The digests that ``write_notes`` needs, by file name.
+    """
     path = directory / f"part-{rank:03d}.safetensors"
     shapes = {key: Tile(key, box, path.name, key).stored_shape() for key, (box, _) in pieces.items()}
     table: dict[str, Any] = {}
@@ -129,8 +166,15 @@ def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Te
             progressed()
             table[key] = {"box": [(s.start, s.stop) for s in box], "crc32": checksum(stored)}
     write_json(path.with_suffix(".json"), table)
+    return {path.with_suffix(".json").name: _digest(path.with_suffix(".json"))}
 
 
-def write_notes(directory: Path, args: ModelArgs, notes: StateNotes) -> None:
+def write_notes(directory: Path, args: ModelArgs, notes: StateNotes, sums: Mapping[str, str]) -> None:
+    """Write what makes a whole of the parts. ``sums``: what ``write_part`` returned on all ranks, together."""
     write_json(directory / CONFIG, args.to_dict())
     write_json(directory / MANIFEST, asdict(notes))
+    sums = {**sums, **{name: _digest(directory / name) for name in (CONFIG, MANIFEST)}}
+    with open(directory / SUMS, "w") as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
+        file.flush()
+        os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from accessory.dtypes import all_finite
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, logical_cuts, region_shape
+from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, held_dtype, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import check_divides, get_model_parallel_rank, get_model_parallel_world_size
 from accessory.parallel.watchdog import progressed
@@ -36,7 +36,8 @@ def build_model(
     Args:
         layout: "mixtral" (expert) or "mixtral_sparse".
         source: where logical tensors are read from; each rank reads only its own regions.
-        dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype).
+        dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype); the router's are in fp32
+            at least.
         adapters: what is added to which matrix; ``source`` must have their tensors too.
         trains: names of the parameters that train; None: all.
         frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
@@ -52,7 +53,8 @@ def build_model(
         model.adapt(adapters or {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trains is None or name in trains
-        parameter.data = parameter.data.to(dtype if parameter.requires_grad else frozen_dtype or dtype)
+        kept = dtype if parameter.requires_grad else frozen_dtype or dtype
+        parameter.data = parameter.data.to(held_dtype(name, kept))
     if shard is not None:
         shard(model)
     model.to_empty(device=device)

@@ -68,7 +68,7 @@ class MetaModel:
                 "with_visual and quant are not supported yet: this model reads text, in bf16, fp16, fp32 or fp64"
             )
         if not dist.is_initialized():
-            join(Launch(0, 1, 0, 1))
+            join(Launch(0, 1, 0, 1), dist.HashStore())
         use_model_parallel_group(mp_group)
         checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
         tokenizer_path = tokenizer_path or checkpoint.tokenizer

@@ -1,5 +1,6 @@
 """FSDP2 over the data-parallel ranks, and the gradient norm of a model cut both ways."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,8 +22,9 @@ def wrap(model: nn.Module, mode: DataParallel, compute: torch.dtype, device_type
     Args:
         mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" keeps them
             gathered in between; "ddp" keeps parameters, gradients and optimiser state whole on every rank.
-        compute: dtype of parameters and activations in forward and backward. Parameters, their reduced gradients and
-            the optimiser state keep the parameters' own dtype, or at least fp32. Frozen parameters are sharded too.
+        compute: dtype of parameters and activations in forward and backward; modules that say ``needs_fp32`` get theirs in
+            at least fp32. Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or
+            at least fp32. Frozen parameters are sharded too.
     """
     group = get_data_parallel_group()
     size = dist.get_world_size(group)
@@ -35,6 +37,10 @@ def wrap(model: nn.Module, mode: DataParallel, compute: torch.dtype, device_type
     else:
         mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=at_least(compute), cast_forward_inputs=False)
+    wide = [module for module in model.modules() if getattr(module, "needs_fp32", False)]
+    fully_shard(  # small, so gathered together and once
+        wide, mesh=mesh, mp_policy=replace(policy, param_dtype=at_least(compute)), reshard_after_forward=False
+    )
     blocks = [module for child in model.children() if isinstance(child, nn.ModuleList) for module in child]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=mode == "fsdp")

@@ -1,9 +1,11 @@
 """Join the processes of one job, however they were started: torchrun, srun, or one plain process."""
 
+import math
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +17,13 @@ import torch
 import torch.distributed as dist
 
 from accessory.errors import UserError
-from accessory.parallel.watchdog import LONGEST_COLLECTIVE_S, Watchdog
+from accessory.parallel.watchdog import (
+    LONGEST_COLLECTIVE_S,
+    Watchdog,
+    end_stalls_after,
+    store_holder,
+    torchrun_holds_store,
+)
 
 T = TypeVar("T")
 
@@ -58,7 +66,62 @@ def _first_host(nodelist: str) -> str:
     return hosts.stdout.split()[0]
 
 
-def join(launch: Launch) -> None:
+def reach_store(launch: Launch, patience_s: float) -> dist.Store:
+    """The job's key-value store, which is in rank 0's process, or in torchrun's.
+
+    Where it cannot be reached for ``patience_s`` seconds, this process ends: torch's own call may wait for ever, as when
+    something else listens on the port, and says with pages of C++ frames that it has given up.
+
+    Raises:
+        UserError: rank 0 cannot open it, or nothing says where it is.
+    """
+    if launch.world == 1:
+        return dist.HashStore()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        place = f"this is rank {launch.rank} of {launch.world}"
+        raise UserError(f"{place}, but {missing[0]} is not set: start it with torchrun or srun, or set it")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    opens = launch.rank == 0 and not torchrun_holds_store()
+    longer = timedelta(seconds=2 * LONGEST_COLLECTIVE_S)
+    give_up = threading.Timer(patience_s, _end_unreachable, [launch, patience_s])
+    give_up.daemon = True
+    give_up.start()
+    try:
+        store = dist.TCPStore(host, port, launch.world, opens, longer, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        if not opens:
+            raise UserError(_unreachable(launch)) from error
+        raise UserError(
+            f"rank 0 cannot listen on port {port} of {socket.gethostname()}, which another program may use: set another "
+            "MASTER_PORT"
+        ) from error
+    finally:
+        give_up.cancel()
+    # torchrun's store outlives the processes that it starts anew
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _unreachable(launch: Launch) -> str:
+    return (
+        f"rank {launch.rank} of {launch.world} cannot reach {store_holder()}, port {os.environ['MASTER_PORT']}: it died at "
+        "start-up, or was never started; its own log may say why"
+    )
+
+
+def _end_unreachable(launch: Launch, patience_s: float) -> NoReturn:
+    print(f"accessory: error: waited for {patience_s:g} s: {_unreachable(launch)}", file=sys.stderr)
+    leave(1)
+
+
+def watch(launch: Launch, store: dist.Store) -> Watchdog:
+    """Raises UserError: the store was lost meanwhile."""
+    try:
+        return Watchdog(store, launch.rank, launch.world)
+    except (RuntimeError, OSError) as error:
+        raise UserError(_unreachable(launch)) from error
+
+
+def join(launch: Launch, store: dist.Store) -> None:
     """Initialise the default process group (NCCL on GPUs, gloo on CPU) and share the cores between local ranks."""
     device = launch.device
     if "OMP_NUM_THREADS" not in os.environ or device.type == "cpu":
@@ -67,11 +130,9 @@ def join(launch: Launch) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launch.world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        wait = timedelta(seconds=LONGEST_COLLECTIVE_S)
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=wait)
+    wait = timedelta(seconds=LONGEST_COLLECTIVE_S)
+    store.set_timeout(wait)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait)
 
 
 def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
@@ -102,18 +163,25 @@ def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
     return result
 
 
-def run_job(body: Callable[[Launch], Any]) -> NoReturn:
+def run_job(body: Callable[[Launch], Any], start_timeout_s: float) -> NoReturn:
     """Run ``body`` as one rank of a job and end the process.
 
     A UserError is one sentence, anything else a traceback; of all ranks that fail, only the first to do so speaks. The
     watchdog ends those that do not notice, and speaks where a rank can not: it is gone, or waits for ever.
+
+    Args:
+        start_timeout_s: seconds until all ranks must have come, and then until they must have made their group.
     """
     launch = read_environment()
-    code, watchdog = 0, None
+    code, store, watchdog = 0, None, None
     try:
-        join(launch)
+        end_stalls_after(start_timeout_s)
+        store = reach_store(launch, start_timeout_s)
         if launch.world > 1:
-            watchdog = Watchdog()
+            watchdog = watch(launch, store)
+            watchdog.meet()
+        join(launch, store)
+        end_stalls_after(math.inf)  # until the body says otherwise
         body(launch)
     except KeyboardInterrupt:
         code = 130
@@ -121,7 +189,7 @@ def run_job(body: Callable[[Launch], Any]) -> NoReturn:
         code = 1
         if watchdog:
             watchdog.failing(error)
-        if _first_to_fail():
+        if _first_to_fail(store):
             if isinstance(error, UserError):
                 print(f"accessory: error: {error}", file=sys.stderr)
             else:
@@ -132,11 +200,11 @@ def run_job(body: Callable[[Launch], Any]) -> NoReturn:
     leave(code)
 
 
-def _first_to_fail() -> bool:
+def _first_to_fail(store: dist.Store | None) -> bool:
     """Count failures in the job's own key-value store; if it cannot be reached, rather speak twice than not at all."""
     try:
-        return dist.distributed_c10d._get_default_store().add("accessory/failures", 1) == 1
-    except (RuntimeError, ValueError):
+        return store is None or store.add("accessory/failures", 1) == 1
+    except RuntimeError:
         return True
 
 

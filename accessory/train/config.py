@@ -40,7 +40,8 @@ class ParallelSection:
     data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
     recompute: bool = True  # drop activations inside blocks, compute them again in backward
-    # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends
+    # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends;
+    # at the start, seconds until all ranks must have come
     stall_timeout_s: float = 600
 
 

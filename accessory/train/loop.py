@@ -30,7 +30,7 @@ from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
-from accessory.train.state import find_state, save_state
+from accessory.train.state import changed_settings, find_state, number_settings, save_state
 from accessory.train.step import StepResult, train_step
 from accessory.train.validate import Validation
 
@@ -54,6 +54,7 @@ class Trainer:
         self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, launch)
         self.batches = BatchPlan(train.batch_size, train.accumulation, dist.get_rank(group), dist.get_world_size(group))
+        self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
         # from random weights all of the routing is to change
@@ -180,6 +181,7 @@ class Trainer:
             global_batch=self.batches.global_batch,
             data=self.data.digest,
             base=self.built.base,
+            settings=self.settings,
         )
         directory = self.out / "states" / f"step{done.steps}"
         save_state(self.built.model, self.built.optimizer, directory, notes, self.config.save.keep_states)
@@ -198,6 +200,10 @@ class Trainer:
                 f"; a step had {notes.global_batch} rows, now {self.batches.global_batch}: set train.batch_size or "
                 "train.accumulation to keep it. The rows that are left are the same"
             )
+        if notes.settings is None:
+            text += "; it does not say with which settings it was saved"
+        elif changed := changed_settings(notes.settings, self.settings):
+            text += f"; changed since: {', '.join(changed)}"
         return text
 
     def _report(self) -> None:

@@ -19,7 +19,7 @@ from accessory.checkpoint.storage import FileFormat, TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
 from accessory.model.decoder import Decoder
-from accessory.model.logical import logical_cuts, region_shape, stored_dtype
+from accessory.model.logical import held_dtype, logical_cuts, region_shape
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.tensor import (
     get_data_parallel_group,
@@ -50,14 +50,14 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     for tile in rank_tiles(model.args, model.layout, rank, size, path.name):
         tiles[tile.name].append(tile)
     own = {name: cut.region(rank, size) for name, cut in logical_cuts(model.args, model.layout).items()}
-    announced = {t.key: (stored_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
+    announced = {t.key: (held_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
     with TensorWriter(path, announced, rank_notes(rank, size)) if writes else nullcontext() as file:
         for name, whole in gathered(model):
             if file is None:
                 continue
             for tile in tiles[name]:
                 box = whole.view(region_shape(own[name]))[within(tile.region, own[name])]
-                file.write(tile.key, tile.encode(box.to("cpu", stored_dtype(name, dtype))))
+                file.write(tile.key, tile.encode(box.to("cpu", held_dtype(name, dtype))))
     dist.barrier()
     if is_main():
         write_description(temporary_name(directory), model.args, model.layout.name)

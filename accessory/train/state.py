@@ -3,8 +3,11 @@
 Nothing else is random in a step: the order of the samples and the adapters' dropout are functions of the seed.
 """
 
+import dataclasses
 import hashlib
+import json
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from accessory.model.logical import Cut, Region, Source, logical_cuts
 from accessory.parallel.fsdp import local_part, show_masters
 from accessory.parallel.tensor import get_data_parallel_group, get_model_parallel_rank
 from accessory.parallel.watchdog import progressed
+from accessory.train.config import RunConfig
 
 
 def find_state(states: Path, resume: str | None) -> TrainingState | None:
@@ -96,6 +100,35 @@ def check_state(state: TrainingState, args: ModelArgs, held: dict[str, Cut], dat
         raise UserError(f"{where}: belongs to a base with fingerprint {notes.base}, model.checkpoint's is {base}")
 
 
+def number_settings(config: RunConfig, args: ModelArgs, data_parallel: int) -> dict[str, Any]:
+    """What the numbers of a run depend on, by name, of all that ``check_state`` lets change: plain data.
+
+    Args:
+        args: the model's, as it trains. data_parallel: how many ranks are.
+    """
+    train, lora = config.train, config.tuning.lora
+    settings = {f"optim.{name}": value for name, value in dataclasses.asdict(config.optim).items()}
+    named = ("epochs", "max_steps", "balance", "bias_rate", "z_loss_weight", "reference_loss")
+    settings |= {f"train.{name}": getattr(train, name) for name in named}
+    settings |= {"load_balancing_weight": args.load_balancing_weight, "parallel.precision": config.parallel.precision}
+    if lora:
+        alpha = float(lora.rank) if lora.alpha is None else lora.alpha
+        settings |= {"tuning.lora.alpha": alpha, "tuning.lora.rslora": lora.rslora, "tuning.lora.dropout": lora.dropout}
+    if train.balance in ("microstep", "microbatch", "hf"):  # taken over what depends on how a batch is cut
+        settings |= {"train.batch_size": train.batch_size, "train.accumulation": train.accumulation}
+        settings |= {"data-parallel ranks": data_parallel}
+    return json.loads(json.dumps(settings))
+
+
+def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A clause for each setting that both have, with other values."""
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return [f"{k} {shown(was[k])} -> {shown(now[k])}" for k in now if k in was and was[k] != now[k]]
+
+
 class Resumed:
     """The tensors of a training state, and all others from below."""
 
@@ -113,13 +146,14 @@ def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: Sta
         prepare_directory(directory)
     dist.barrier()
     try:
-        write_part(temporary_name(directory), dist.get_rank(), _own_pieces(model, optimizer))
+        own_sums = write_part(temporary_name(directory), dist.get_rank(), _own_pieces(model, optimizer))
     except OSError as error:
         shutil.rmtree(temporary_name(directory), ignore_errors=True)  # a disk that is full needs the room
         raise UserError(f"{directory}: cannot be written ({error.strerror}); what was saved before is whole") from error
-    dist.barrier()
+    sums: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(sums, own_sums)
     if is_main():
-        write_notes(temporary_name(directory), model.args, notes)
+        write_notes(temporary_name(directory), model.args, notes, dict(ChainMap(*sums)))
         publish_directory(directory)
         for old in states_in(directory.parent)[:-keep]:
             shutil.rmtree(old)

@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "an expert without rows is skipped, and its gradient is left as it was found",
         KERNELS,
-        "        if blocks and (joined",
-        "        if start == stop and int(ends[-1]):\n            continue\n        if blocks and (joined",
+        "if start == stop and not weights_train:",
+        "if start == stop:",
         KERNEL,
         (
             (

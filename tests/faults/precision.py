@@ -69,7 +69,7 @@ FAULTS = (
         "accessory/train/model.py",
         "dtype=at_least(compute),",
         "dtype=compute,",
-        "tests/test_state.py::test_masters_and_moments_are_not_rounded",
+        "tests/test_run_state.py::test_masters_and_moments_are_not_rounded",
     ),
     Fault(
         "the score bias is in bf16",

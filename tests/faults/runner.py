@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from faults.fault import Fault
 
@@ -144,20 +143,16 @@ def _red_rows(report: Path) -> str:
     """Of a certificate: the first red cell's quantities and settings, and how many there are."""
     if not report.is_file():
         return ""
-    certificate = json.loads(report.read_text())
-    rows = [row for row in certificate["rows"] if not row["passed"]]
-    if not rows:
+    rows = json.loads(report.read_text())["rows"]
+    red = [row for row in rows if not row["passed"]]
+    if not red:
         return ""
-    red = [f"{name} {'inf' if error is None else format(error, '.1e')}" for name, error in _too_large(certificate, rows[0])]
-    reason = [rows[0]["reason"]] if rows[0].get("reason") else []
-    cell = ", ".join(str(value) for value in rows[0]["cell"].values())
-    return f"{'; '.join(red + reason)} ({cell}); {len(rows)} of {len(certificate['rows'])} cells are red"
-
-
-def _too_large(certificate: dict[str, Any], row: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    for name, error in row["errors"].items():
-        if error is None or error > (0 if name in certificate["exact"] else certificate["tolerance"]):
-            yield name, error
+    errors, bounds = red[0]["errors"], red[0]["bounds"]
+    pieces = [f"{name} {error:.1e}" for name, error in errors.items() if error is not None and error > bounds[name]]
+    pieces += [f"{name} is no number" for name, error in errors.items() if error is None]
+    pieces += [red[0]["reason"]] if red[0]["reason"] else []
+    settings = ", ".join(f"{name}={value}" for name, value in red[0]["cell"].items())
+    return f"{len(red)} of {len(rows)} cells: {'; '.join(pieces)} ({settings})"
 
 
 def _last_line(output: str) -> str:

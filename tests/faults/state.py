@@ -28,7 +28,7 @@ FAULTS = (
         LOOP,
         "rows=done.rows,",
         "rows=done.steps * self.batches.global_batch,",
-        "tests/test_state.py::test_the_rows_that_were_seen",
+        "tests/test_run_state.py::test_the_rows_that_were_seen",
     ),
     Fault(
         "what is saved is rounded to bf16",

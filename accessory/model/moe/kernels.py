@@ -133,14 +133,18 @@ class _Block:
         return len(self.counts) * self.height == self.rows.stop - self.rows.start
 
 
-def _blocks(ends: Tensor, most: int) -> list[_Block]:
+def _blocks(ends: Tensor, most: int, weights_train: bool) -> list[_Block]:
     """All experts in blocks of up to ``most`` padded rows, where those of one expert are not more already.
 
-    An expert without rows is in a block too: a product over no rows gives it the zero gradient that it has.
+    An expert without rows is in a block only if its weights train: a product over no rows gives it the zero gradient that it
+    has. Otherwise its weights are not touched: reading them is what one token costs.
     """
     blocks: list[_Block] = []
     for e, (start, stop) in enumerate(_spans(ends)):
-        if blocks and (joined := _join(blocks[-1], start, stop, most)):
+        if start == stop and not weights_train:
+            continue
+        neighbour = blocks and blocks[-1].experts.stop == e
+        if neighbour and (joined := _join(blocks[-1], start, stop, most)):
             blocks[-1] = joined
         else:
             kept = blocks[-1].kept.stop if blocks else 0
@@ -167,8 +171,9 @@ class _Looped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.blocks = _blocks(ends, _cached_rows(x, w1.shape[1]))
-        gate, up = (x.new_empty(ctx.blocks[-1].kept.stop, w1.shape[1]) for _ in range(2))
+        ctx.blocks = _blocks(ends, _cached_rows(x, w1.shape[1]), any(ctx.needs_input_grad[1:4]))
+        padded = ctx.blocks[-1].kept.stop if ctx.blocks else 0
+        gate, up = (x.new_empty(padded, w1.shape[1]) for _ in range(2))
         y = torch.empty_like(x)
         for block in ctx.blocks:
             x_b, e = block.batch(x), block.experts
@@ -210,10 +215,10 @@ class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         y = x.new_empty(len(x), w.shape[1])
-        ctx.blocks = _blocks(ends, _cached_rows(x, max(w.shape[1:])))
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        ctx.blocks = _blocks(ends, _cached_rows(x, max(w.shape[1:])), needs_w)
         for block in ctx.blocks:
             block.unpad(torch.bmm(block.batch(x), w[block.experts].mT), out=y)
-        needs_x, needs_w, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         ctx.shape = w.shape
         return y

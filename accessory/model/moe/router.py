@@ -70,6 +70,7 @@ class Router(Adaptable):
             al. 2024, Auxiliary-Loss-Free Load Balancing). A buffer: FSDP would shard a parameter, and cast it to bf16.
     """
 
+    needs_fp32 = True
     score_bias: Tensor | None
 
     def __init__(self, dim: int, num_experts: int, top_k: int, score_bias: bool = False):

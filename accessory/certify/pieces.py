@@ -1,0 +1,176 @@
+"""What goes on inside a step in bf16, held against fp64 on the very same numbers."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from accessory.certify import reference
+from accessory.certify.formats import largest
+from accessory.certify.run import gradients
+from accessory.checkpoint.state import KINDS, TrainingState
+from accessory.model.decoder import Decoder
+from accessory.model.documents import Documents
+from accessory.model.logical import logical_cuts
+from accessory.model.moe.router import Routing
+from accessory.model.rope import rotate
+from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_rank
+from accessory.train.config import OptimSection
+from accessory.tuning.spec import Tuning
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.detach().double().cpu()
+
+
+class Pieces:
+    """Holds what every module of a model makes of its input against fp64, as the model runs, until it is removed.
+
+    The model's weights are as at the start, rounded to bf16 but for the router's; nothing is recomputed.
+
+    Attributes:
+        most: the largest errors so far, by piece.
+        sums: by piece, two sums whose ratio says how large its error is: of squares of the error and of what is right; of
+            choices that are others and of all; or of what the model has and what is right.
+    """
+
+    def __init__(self, model: Decoder, weights: dict[str, Tensor], tuning: Tuning):
+        self.args = model.args
+        held = {name: t if ".gate." in name else wide(t.bfloat16()) for name, t in weights.items()}
+        scaling = next((adapter.scaling for adapter in tuning.adapters.values()), 1.0)
+        self.weights = reference.with_adapters(held, scaling)
+        self.most: dict[str, float] = defaultdict(float)
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self._routing: Routing
+        self._hidden: Tensor
+        self._hooks: list[Any] = []
+        for n, block in enumerate(model.layers):
+            layer = reference.layer_of(self.weights, n)
+            for name in ("attention_norm", "ffn_norm"):
+                self._watch(block.get_submodule(name), self._norm, layer[f"{name}.weight"])
+            self._watch(block.get_submodule("attention"), self._attention, layer)
+            self._watch(block.get_submodule("feed_forward.gate"), self._router, layer)
+            self._watch(block.get_submodule("feed_forward"), self._experts, layer)
+        self._watch(model.norm, self._norm, self.weights["norm.weight"])
+        self._watch(model, self._head)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def errors(self) -> dict[str, float]:
+        """Of all that has run."""
+        ratios = {name: (error / right).item() for name, (error, right) in self.sums.items()}
+        roots = {name: math.sqrt(ratios[name]) for name in ("norms", "rotation", "attention", "experts")}
+        return {**self.most, **roots, "choices": ratios["choices"], "head": abs(ratios["head"] - 1)}
+
+    def _watch(self, module: torch.nn.Module, look: Callable[..., None], *more: Any) -> None:
+        self._hooks.append(module.register_forward_hook(lambda _, inputs, output: look(inputs, output, *more)))
+
+    def _add(self, piece: str, ours: Tensor, right: Tensor) -> None:
+        self.sums[piece] += torch.stack([(wide(ours) - right).square().sum(), right.square().sum()])
+
+    def _no_more(self, piece: str, ours: Tensor, right: Tensor) -> None:
+        error = (wide(ours) - right).abs().max() / right.abs().max()
+        self.most[piece] = largest((self.most[piece], error.item()))
+
+    def _norm(self, inputs: Any, y: Tensor, weight: Tensor) -> None:
+        """The factor that a row is divided by: over its many values their rounding evens out."""
+        right = reference.norm(wide(inputs[0]), weight, self.args.norm_eps)
+        factor = (wide(y) * right).sum(-1) / right.square().sum(-1)
+        self._add("norms", factor, torch.ones_like(factor))
+        self._hidden = y
+
+    def _attention(self, inputs: Any, y: Tensor, layer: dict[str, Tensor]) -> None:
+        x, rotation, documents = inputs[:3]
+        args = self.args
+        head = x.detach()[..., : args.head_dim]
+        turned = rotate(head.unsqueeze(-2), rotation).squeeze(-2)
+        for rows in _rows(documents):
+            pairs = torch.ones(1, len(rows), args.head_dim, dtype=torch.float64)  # each (1, 1)
+            of_ones = torch.view_as_real(rotation.flatten(0, 1)[rows] * (1 + 1j)).flatten(1)
+            self._no_more("angles", of_ones, reference.rotate(pairs, args)[0])
+            right = reference.rotate(wide(head.flatten(0, 1)[rows]).unsqueeze(0), args)[0]
+            self._add("rotation", turned.flatten(0, 1)[rows], right)
+            self._add("attention", y.flatten(0, 1)[rows], reference.attention(wide(x.flatten(0, 1)[rows]), layer, args))
+
+    def _router(self, inputs: Any, routing: Routing, layer: dict[str, Tensor]) -> None:
+        logits, top, share = reference.routing(wide(inputs[0]), layer, self.args)
+        self._no_more("router", routing.logits, logits)
+        self._no_more("router", routing.probs, logits.softmax(-1))
+        chosen = routing.experts.cpu()
+        same = (chosen.sort(-1).values == top.sort(-1).values).all(-1)
+        self._no_more("router", routing.weights.cpu()[same], share.gather(1, chosen)[same])
+        self.sums["choices"] += torch.tensor([len(same) - int(same.sum()), len(same)])
+        self._routing = routing
+
+    def _experts(self, inputs: Any, output: Any, layer: dict[str, Tensor]) -> None:
+        x, documents = inputs[0].flatten(0, 1), inputs[1]
+        for rows in _rows(documents):
+            _, _, share = reference.routing(wide(x[rows]), layer, self.args)
+            self._add("experts", output[0].flatten(0, 1)[rows], reference.experts(wide(x[rows]), share, layer))
+            logits, moe = wide(self._routing.logits[rows]), self.args.moe
+            counts = self._routing.experts[rows].flatten().bincount(minlength=moe.num_experts).cpu()
+            uneven = moe.num_experts / moe.num_experts_per_tok * (counts * logits.softmax(-1).mean(0)).sum()
+            self.sums["router losses"] += torch.stack([uneven, logits.logsumexp(-1).square().sum()])
+
+    def _head(self, inputs: Any, output: Any) -> None:
+        logits = wide(self._hidden) @ self.weights["output.weight"].T
+        right = torch.nn.functional.cross_entropy(logits, inputs[2].ids.cpu(), reduction="sum")
+        self.sums["head"] += torch.stack([wide(output[0]), right])
+
+
+def _rows(documents: Documents) -> Iterator[Tensor]:
+    """The places of each document's tokens in the batch."""
+    number = documents.number.flatten().cpu()
+    return ((number == document).nonzero().squeeze(1) for document in range(1, documents.count + 1))
+
+
+class Masters:
+    """AdamW in fp64 on the gradients that a model's optimiser is given: what its training state must hold.
+
+    Attributes:
+        gradients: of the last step, this model-parallel rank's parts.
+    """
+
+    def __init__(self, model: Decoder, optimizer: Optimizer, weights: dict[str, Tensor], settings: OptimSection):
+        rank, size = get_model_parallel_rank(), dist.get_world_size(get_model_parallel_group())
+        self._cuts = logical_cuts(model.args, model.layout, model.adapters)
+        self._settings, self._steps = settings, 0
+        self._boxes = {n: self._cuts[n].region(rank, size) for n, p in model.named_parameters() if p.requires_grad}
+        start = {name: weights[name][box].clone() for name, box in self._boxes.items()}
+        zeros = ({name: torch.zeros_like(t) for name, t in start.items()} for _ in KINDS[1:])
+        self._kept = dict(zip(KINDS, (start, *zeros), strict=True))
+        self.gradients: dict[str, Tensor] = {}
+        optimizer.register_step_pre_hook(lambda *_: self._step(gradients(model)))
+
+    def _step(self, parts: dict[str, Tensor]) -> None:
+        self._steps, self.gradients, settings = self._steps + 1, parts, self._settings
+        for name, part in parts.items():
+            weight, *moments = (self._kept[kind][name] for kind in KINDS)
+            decay = settings.weight_decay if weight.dim() > 1 and not name.endswith("bias") else 0.0
+            options = {"rate": settings.lr, "weight_decay": decay, "betas": settings.betas, "eps": settings.eps}
+            reference.adamw(weight, wide(part).view(weight.shape), moments, self._steps, **options)
+
+    def norm(self) -> float:
+        """The 2-norm of the whole gradient (a collective)."""
+        squares = torch.zeros(2, dtype=torch.float64)  # of what is whole on every rank, and of what is cut
+        for name, part in self.gradients.items():
+            squares[int(self._cuts[name].dim is not None)] += wide(part).square().sum()
+        dist.all_reduce(squares[1:], group=get_model_parallel_group())
+        return math.sqrt(squares.sum())
+
+    def error(self, state: TrainingState) -> float:
+        """The largest of a tensor that ``state`` holds, relative to its largest value."""
+        errors = []
+        for kind, name in itertools.product(KINDS, self._boxes):
+            right = self._kept[kind][name]
+            error = wide(state.read_kind(kind, name, self._boxes[name])).view(right.shape) - right
+            errors.append(error.abs().max().item() / (right.abs().max().item() or 1.0))
+        return largest(errors)

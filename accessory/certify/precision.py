@@ -1,0 +1,202 @@
+"""The certificate in bf16. Rounding hides in the result of a step what goes wrong inside it, so each piece is by itself.
+
+The bounds leave room for rounding to bf16 where that is meant, and none where fp32 is.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.certify import reference
+from accessory.certify.formats import largest
+from accessory.certify.judge import Row, relative
+from accessory.certify.matrix import MODES, model_parallel_sizes
+from accessory.certify.pieces import Masters, Pieces, wide
+from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
+from accessory.certify.processes import Failure
+from accessory.certify.run import Tensors, build, gradients
+from accessory.checkpoint.state import StateNotes, TrainingState
+from accessory.data.loader import Batch, BatchPlan
+from accessory.data.packing import Rows
+from accessory.data.store import Sample
+from accessory.model.build import build_model
+from accessory.model.logical import logical_cuts
+from accessory.model.moe.layouts import LAYOUTS
+from accessory.parallel.fsdp import DataParallel
+from accessory.parallel.tensor import get_data_parallel_group, initialize_groups, use_model_parallel_group
+from accessory.train.balance import document_balance, z_loss
+from accessory.train.optim import make_optimizer
+from accessory.train.state import save_state
+from accessory.train.step import train_step
+
+BOUNDS = {
+    "router": 1e-5,
+    "choices": 1e-3,
+    "norms": 5e-4,
+    "angles": 1e-6,
+    "rotation": 2e-3,
+    "attention": 1e-2,
+    "experts": 1e-2,
+    "head": 3e-4,
+    "balance": 1e-5,
+    "z-loss": 1e-5,
+    "reduced": 1e-4,
+    "norm": 1e-5,
+    "masters": 1e-5,
+    "curve": 2e-2,
+}
+SETTINGS = replace(OPTIM, lr=1e-3, clip_grad=math.inf)  # the rate is not changed
+
+
+@dataclass(frozen=True)
+class PrecisionCell:
+    """One way to cut and run the steps."""
+
+    world: int
+    model_parallel: int
+    data_parallel: DataParallel
+    layout: str
+    accumulation: int
+    tuning: str  # of problem.TUNINGS
+
+    def settings(self) -> dict[str, str]:
+        return {
+            "world": str(self.world),
+            "mp": str(self.model_parallel),
+            "dp": self.data_parallel if self.model_parallel < self.world else "-",
+            "layout": self.layout,
+            "accum": str(self.accumulation),
+            "tuning": self.tuning,
+        }
+
+
+def precision_cells(worlds: Sequence[int]) -> list[PrecisionCell]:
+    """Every mesh with every mode, and layout where it is one; tuning and accumulation take turns."""
+    turns = itertools.cycle([("full", 1), ("full", 3), ("lora", 1), ("lora", 3)])
+    return [
+        PrecisionCell(world, size, mode, layout, accumulation, tuning)
+        for world in worlds
+        for size in model_parallel_sizes(world)
+        for mode in (MODES if size < world else MODES[:1])
+        for layout in list(LAYOUTS)[: None if size > 1 else 1]
+        for tuning, accumulation in [next(turns)]
+    ]
+
+
+def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Train as one of the cell's ranks.
+
+    Returns:
+        errors: of the pieces. losses: of every step.
+    """
+    ranks, rank = cell.world // cell.model_parallel, dist.get_rank() // cell.model_parallel
+    batches = problem.long_then_short()
+    first = [_micro_batches(batches[0], cell.accumulation, r, ranks, device) for r in range(ranks)]
+    summed = _summed_gradients(problem, cell, [*itertools.chain(*first)], device) if cell.model_parallel == 1 else {}
+
+    initialize_groups(cell.model_parallel)
+    tuning = problem.tuning(cell.tuning)
+    weights = problem.weights(tuning.adapters)
+    model = build(problem, cell.layout, Tensors(weights), device, tuning, cell.data_parallel)
+    optimizer = make_optimizer(model, SETTINGS)
+    masters, pieces = Masters(model, optimizer, weights, SETTINGS), Pieces(model, weights, tuning)
+    cut = {name for name, c in logical_cuts(model.args, model.layout, model.adapters).items() if c.dim is not None}
+    errors: dict[str, float] = {}
+    losses = []
+    for batch in batches:
+        result = train_step(
+            model,
+            optimizer,
+            _micro_batches(batch, cell.accumulation, rank, ranks, device),
+            clip_grad=SETTINGS.clip_grad,
+            balance="document",
+            z_weight=Z_WEIGHT,
+            data_parallel=cell.data_parallel,
+            cut=cut,
+        )
+        if not errors:  # after the first step
+            pieces.remove()
+            errors = pieces.errors()
+            uneven, large = (pieces.sums["router losses"] / (model.args.n_layers * int(result.tokens))).tolist()
+            errors |= {"balance": relative(result.balance.item(), uneven), "z-loss": relative(result.z.item(), large)}
+            errors["norm"] = relative(result.grad_norm.item(), masters.norm())
+            if summed:
+                errors["reduced"] = largest(_rms(masters.gradients[name], tensor) for name, tensor in summed.items())
+        loss_sum = result.loss_sum.double()
+        dist.all_reduce(loss_sum, group=get_data_parallel_group())
+        losses.append(loss_sum.item() / int(result.targets))
+    notes = StateNotes(cell.world, len(batches), 0, len(batches), 0, "")
+    save_state(model, optimizer, scratch / "state", notes, keep=1)
+    return {"errors": errors | {"masters": masters.error(TrainingState(scratch / "state"))}, "losses": losses}
+
+
+def _micro_batches(samples: list[Sample], accumulation: int, rank: int, ranks: int, device: torch.device) -> list[Batch]:
+    plan = BatchPlan(-(-len(samples) // (accumulation * ranks)), accumulation, rank, ranks)
+    (micro_batches,) = plan.epoch(samples, Rows.alone(np.arange(len(samples))))
+    return [batch.to(device) for batch in micro_batches]
+
+
+def _summed_gradients(
+    problem: Problem, cell: PrecisionCell, micro_batches: list[Batch], device: torch.device
+) -> dict[str, Tensor]:
+    """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
+    use_model_parallel_group(None)
+    tuning = problem.tuning(cell.tuning)
+    source, adapters = Tensors(problem.weights(tuning.adapters)), tuning.adapters
+    model = build_model(
+        problem.args, cell.layout, source, dtype=problem.dtype, device=device, adapters=adapters, trains=tuning.trains
+    )
+    targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in micro_batches], device=device).sum(0)
+    total: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        loss, stats = model(*batch.inputs())
+        share = document_balance(stats, tokens, model.args.moe.num_experts_per_tok)
+        (loss / targets + model.args.load_balancing_weight * share + Z_WEIGHT * z_loss(stats, tokens)).backward()
+        total = {name: wide(gradient) + total.get(name, 0.0) for name, gradient in gradients(model).items()}
+        model.zero_grad()
+    return total
+
+
+def _rms(ours: Tensor, right: Tensor) -> float:
+    return ((wide(ours) - right).square().sum() / right.square().sum()).sqrt().item()
+
+
+class PrecisionJudge:
+    """Compares cells with their bounds, and their losses with the reference's."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self.bounds = problem, BOUNDS
+        self._losses = functools.cache(self._compute)
+
+    def row(self, cell: PrecisionCell, outcome: list[Any] | Failure) -> Row:
+        if isinstance(outcome, Failure):
+            return Row(cell, {}, BOUNDS, outcome.reason)
+        errors = {name: largest(rank["errors"][name] for rank in outcome) for name in outcome[0]["errors"]}
+        pairs = [pair for rank in outcome for pair in zip(rank["losses"], self._losses(cell.tuning), strict=True)]
+        return Row(cell, errors | {"curve": largest(abs(ours - right) / pairs[0][1] for ours, right in pairs)}, BOUNDS)
+
+    def _compute(self, tuning_name: str) -> list[float]:
+        tuning = self.problem.tuning(tuning_name)
+        steps = reference.train_steps(
+            self.problem.weights(tuning.adapters),
+            self.problem.args,
+            [[(s.tokens, s.trained) for s in batch] for batch in self.problem.long_then_short()],
+            balance="document",
+            clip=SETTINGS.clip_grad,
+            lr=SETTINGS.lr,
+            weight_decay=SETTINGS.weight_decay,
+            betas=SETTINGS.betas,
+            eps=SETTINGS.eps,
+            trains=tuning.trains,
+            scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
+        )
+        return [step.parts.ce.item() for step in steps]
