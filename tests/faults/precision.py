@@ -4,6 +4,7 @@ from faults.checks import LOW, LOW_FSDP
 from faults.fault import Fault
 
 ROUTER = "accessory/model/moe/router.py"
+LOSS = "tests/test_kernels.py::test_cross_entropy_of_bf16_is_summed_in_fp32"
 
 FAULTS = (
     Fault(
@@ -20,6 +21,20 @@ FAULTS = (
         "        given, x = x.dtype, at_least_fp32(x)\n",
         LOW,
         ((ROUTER, "probs = logits.softmax(-1)", "probs = logits.to(given).softmax(-1).to(logits.dtype)"),),
+    ),
+    Fault(
+        "the router's weights are gathered in bf16",
+        "accessory/parallel/fsdp.py",
+        "replace(policy, param_dtype=at_least(compute))",
+        "policy",
+        LOW,
+    ),
+    Fault(
+        "the router is saved in bf16",
+        "accessory/model/logical.py",
+        "return at_least(dtype) if is_router(name) else dtype",
+        "return at_least(dtype) if is_buffer(name) else dtype",
+        "tests/test_checkpoint.py::test_saved_directories_are_those_of_the_format",
     ),
     Fault(
         "gradients are reduced in bf16",
@@ -83,14 +98,14 @@ FAULTS = (
         "accessory/parallel/cross_entropy.py",
         "loss += (exp_sum.log() + largest - target_logit).sum()",
         "loss += (exp_sum.log() + largest - target_logit).to(hidden.dtype).sum()",
-        LOW,
+        LOSS,
     ),
     Fault(
         "the output layer's gradient is summed over chunks in bf16",
         "accessory/parallel/cross_entropy.py",
         "torch.zeros_like(w, dtype=wide) if need",
         "torch.zeros_like(w) if need",
-        LOW,
+        LOSS,
     ),
     Fault(
         "an adapter is merged in its base's precision",
