@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test
+.PHONY: setup quickstart test faults
 
 setup: .venv/ready
 
@@ -19,3 +19,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# every planted fault of tests/faults, and the check that must catch it: a quarter of an hour on two cores
+faults: setup
+	PYTHONPATH=tests $(BIN)/python -m faults

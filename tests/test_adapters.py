@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import MixtralForCausalLM
 
 from accessory.certify import reference
 from accessory.checkpoint.adapter import digest
+from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
 from accessory.model.logical import logical_cuts
@@ -172,6 +174,21 @@ def test_a_merge_that_changes_nothing_is_told(base, saved, tmp_path, capsys):
     (adapter / "adapter.json").write_text(json.dumps(manifest))
     assert cli("merge", base, adapter, tmp_path / "out") == 0
     assert "nothing changed in layers.1.feed_forward.experts.w2:" in capsys.readouterr().out
+
+
+def test_a_merge_rounds_once():
+    """A base in bf16 is not added to in bf16: the sum is in the adapter's precision, and nothing of it is rounded here."""
+    args, generator = replace(ARGS, n_layers=1), torch.Generator().manual_seed(0)
+    cuts = logical_cuts(args, get_layout("mixtral"), resolve(LORA, args, get_layout("mixtral")).adapters)
+    drawn = {name: torch.randn(cut.shape, generator=generator) for name, cut in cuts.items()}
+    tensors = {name: t if "lora" in name else t.bfloat16() for name, t in drawn.items()}
+    adapters = resolve(LORA, args, get_layout("mixtral")).adapters
+    read = SimpleNamespace(adapters=adapters, changed=[], read=lambda name, region: tensors[name][region])
+    exact = reference.with_adapters({name: tensor.double() for name, tensor in tensors.items()}, 2 / 3)
+    for name in adapters:
+        merged = Merged(read).read(name, cuts[name].region(0, 1))
+        largest = exact[name].abs().max().item()
+        torch.testing.assert_close(merged.double(), exact[name], rtol=0, atol=1e-6 * largest, msg=name)
 
 
 def save_manifest(adapter, manifest, base):

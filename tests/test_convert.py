@@ -371,7 +371,11 @@ def test_settings_survive_a_way_through_every_format(home, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     converts(source, tmp_path / "mistral", "--to", "mistral")
     converts(tmp_path / "mistral", tmp_path / "hf", "--to", "hf")
-    assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == ARGS.max_seq_len
+    converts(tmp_path / "hf", tmp_path / "sparse", "--to", "mixtral_sparse")
+    for directory in (home / "hf", source, *(tmp_path / name for name in ("mistral", "hf", "sparse"))):
+        assert Checkpoint(directory).args == ARGS, directory.name
+    theirs = MixtralConfig.from_pretrained(tmp_path / "hf")
+    assert (theirs.sliding_window, theirs.rope_parameters["factor"]) == (ARGS.sliding_window, 1 / ARGS.rope_scaling)
     converts(source, tmp_path / "again", "--to", "hf")
     again = json.loads((tmp_path / "again/config.json").read_text())
     assert again["eos_token_id"] == 299 and again["router_aux_loss_coef"] == 0.5

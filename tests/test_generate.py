@@ -14,7 +14,7 @@ from accessory.certify import formats, reference
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
-from accessory.infer.generate import generate_ids
+from accessory.infer.generate import _choose, generate_ids
 from accessory.model.build import build_model
 from accessory.model.meta import MetaModel
 from accessory.parallel.tensor import initialize_groups
@@ -291,6 +291,30 @@ def test_draws_are_those_of_the_nucleus(models):
         assert counts[nucleus].sum() == counts.sum() == 500
         expected = probs[nucleus] / share * 500
         assert ((counts[nucleus] - expected).abs() <= 5 * expected.sqrt() + 1).all()
+
+
+def choose_often(cases):
+    """How often each token is chosen."""
+    initialize_groups(1)
+    logits = torch.tensor(SHARES).log().expand(20_000, -1)
+    return [_choose(logits, *case).bincount(minlength=len(SHARES)) for case in cases]
+
+
+SHARES = (0.5, 0.25, 0.125, 0.125)
+CHOICES = {  # temperature, top_p: probabilities
+    (1.0, 1.0): SHARES,
+    (0.5, 1.0): (16 / 22, 4 / 22, 1 / 22, 1 / 22),  # squares
+    (2.0, 1.0): (0.369398, 0.261204, 0.184699, 0.184699),  # roots
+    (2.0, 0.6): (0.585786, 0.414214, 0.0, 0.0),  # the third begins at 0.631; at temperature 1 it would at 0.75
+    (0.5, 0.8): (0.8, 0.2, 0.0, 0.0),  # the second at 0.727, the third at 0.909
+}
+
+
+def test_temperature_and_nucleus():
+    for case, counts in zip(CHOICES, run_ranks(1, choose_often, list(CHOICES))[0], strict=True):
+        for count, share in zip(counts.tolist(), CHOICES[case], strict=True):
+            expected = 20_000 * share
+            assert abs(count - expected) <= 5 * math.sqrt(expected * (1 - share)), case
 
 
 def use_wrongly(home, tokenizer):

@@ -82,7 +82,7 @@ def run_partition(layout, mp, mode, packed):
     probe.record(model)
     still = probe.change(model)
     change = probe.change(build(TINY, layout, Tensors(moved()), mode=mode))
-    return {"loss": values["loss"], "metrics": health.metrics(), "still": still, "change": change, "base": probe.base}
+    return {"values": values, "metrics": health.metrics(), "still": still, "change": change, "base": probe.base}
 
 
 def run_partitions(world):
@@ -114,7 +114,13 @@ def expected():
             )
     entropy = [x / tokens for x in entropy]
     base = torch.cat(base, 1)
-    return {"loads": loads, "entropy": entropy, "change": [x / choices for x in changed], "base": base}
+    steps = [[(sample.tokens, sample.trained) for sample in batch] for batch in STEPS]
+    together = [pair for pairs in steps for pair in pairs]
+    parts = [reference.loss_parts(w, TINY, pairs, "global") for pairs in (*steps, together)]
+    values = {"loss": parts.pop().ce.item()}  # over the targets of all steps together; the others: mean over steps
+    values |= {"balance": sum(p.balance.item() for p in parts) / 3, "z_loss": sum(p.z.item() for p in parts) / 3}
+    changed = [x / choices for x in changed]
+    return {"values": values, "loads": loads, "entropy": entropy, "change": changed, "base": base}
 
 
 @pytest.mark.parametrize("world", PARTITIONS)
@@ -127,6 +133,8 @@ def test_figures_equal_one_plain_process(world, expected):
     ):
         metrics = got["metrics"]
         assert metrics["loads"] == expected["loads"], key
+        for name, value in expected["values"].items():
+            assert got["values"][name] == pytest.approx(value, rel=1e-10), (key, name)
         figures = {
             "layer_load_max": [max(layer) for layer in shares],
             "layer_starved": [sum(share < 0.01 for share in layer) for layer in shares],

@@ -261,6 +261,24 @@ def test_cross_entropy_in_many_chunks(world, chunk, rows=23):
     assert_close(torch.cat([two[2] for _, two in ranks]), wanted[3], 1e-13)
 
 
+def run_bf16_in_small_chunks(chunk, rows):
+    cross_entropy.CHUNK["cpu"] = chunk
+    return run_cross_entropy(1, torch.bfloat16, (), 1.0, [rows])[rows]
+
+
+def test_cross_entropy_of_bf16_is_summed_in_fp32(chunk=4, rows=1200):
+    """Given the logits, which are rounded to bf16, the loss is not; nor is the weight's gradient between two chunks."""
+    hidden, weight, targets = cross_entropy_inputs(rows, 1.0)
+    low, w = hidden.bfloat16(), weight.bfloat16()
+    logits = torch.cat([part @ w.T for part in low.split(chunk)]).double()
+    loss = -logits.log_softmax(-1)[range(rows), targets].sum()
+    d_logits = logits.softmax(-1).index_put((torch.arange(rows), targets), torch.tensor(-1.0).double(), accumulate=True)
+    d_weight = 3 * d_logits.T @ low.double()
+    ((ours, _, d_ours),) = run_ranks(1, run_bf16_in_small_chunks, chunk, rows)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert (d_ours.double() - d_weight).norm() < 5e-3 * d_weight.norm()
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_cross_entropy_of_two_factors(world, rows=2 * CHUNK["cpu"] + 3):
     hidden, weight, targets = cross_entropy_inputs(rows, 1.0)

@@ -1,0 +1,50 @@
+"""Planted faults: slips that a person could make, by room of the house, each with the check that must catch it.
+
+``make faults`` plants them one by one (``python -m faults --help``); ``tests/test_faults.py`` sees that they still apply.
+"""
+
+from faults import (
+    adapters,
+    attention,
+    balance,
+    data,
+    experts,
+    formats,
+    generation,
+    loss,
+    optimiser,
+    parallel,
+    precision,
+    router,
+    state,
+)
+from faults.fault import Fault
+
+_MODULES = (
+    router,
+    experts,
+    attention,
+    adapters,
+    parallel,
+    loss,
+    balance,
+    optimiser,
+    data,
+    state,
+    formats,
+    generation,
+    precision,
+)
+ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
+EVERY = [fault for faults in ROOMS.values() for fault in faults]
+EIGHT = (
+    "the gradients of all but the last micro-batch are not reduced over fsdp's ranks",
+    "the partial gradients of the experts' adapters are not summed",
+    "there is no warm-up",
+    "the third choice is dropped from a token's sum",
+    "the third and later micro-batches count half",
+    "blocks beyond the third see only themselves",
+    "every chunk of rows has the first one's targets",
+    "the router's product is in bf16",
+)
+"""Names of those that are caught though all of them are planted together (``--together``)."""

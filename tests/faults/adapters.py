@@ -1,0 +1,118 @@
+"""LoRA and biases beside the matrices: their scale, their dropout, and gradients that are partial on each rank."""
+
+from faults.checks import LORA, LORA_EXPERT, LORA_SPARSE
+from faults.fault import Fault
+
+FILE, TENSOR, EXPERTS = "accessory/parallel/adapter.py", "accessory/parallel/tensor.py", "accessory/model/moe/experts.py"
+PARTITION = "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition"
+SHARE = "tests/test_tuning.py::test_dropout_keeps_its_share_and_the_mean"
+
+FAULTS = (
+    Fault(
+        "rank-stabilised LoRA is scaled like the plain one, and the other way round",
+        "accessory/tuning/spec.py",
+        "(math.sqrt(lora.rank) if lora.rslora else lora.rank)",
+        "(lora.rank if lora.rslora else math.sqrt(lora.rank))",
+        "tests/test_tuning.py::test_what_an_adapter_is",
+    ),
+    Fault(
+        "the router's adapter is not scaled",
+        "accessory/model/moe/router.py",
+        "at_least_fp32(self.lora_a)) * self.adapter.scaling",
+        "at_least_fp32(self.lora_a))",
+        LORA,
+    ),
+    Fault(
+        "the experts' adapters are not scaled",
+        EXPERTS,
+        'self._stack(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling',
+        'self._stack(f"{matrix}_lora_a"), rows.ends_e)',
+        LORA,
+    ),
+    Fault(
+        "the output layer's adapter is left out of the loss",
+        "accessory/model/decoder.py",
+        "low = self.output.low_rank(hidden, draw)",
+        "low = None",
+        LORA,
+    ),
+    Fault(
+        "the partial gradient of A is not summed where a matrix is cut by its outputs",
+        TENSOR,
+        "lora_a = copy_to_model_parallel_region(self.lora_a)",
+        "lora_a = self.lora_a",
+        LORA_EXPERT,
+    ),
+    Fault(
+        "the partial gradient of B is not summed where a matrix is cut by its inputs",
+        TENSOR,
+        "F.linear(low, copy_to_model_parallel_region(self.lora_b))",
+        "F.linear(low, self.lora_b)",
+        LORA_EXPERT,
+    ),
+    Fault(
+        "the partial gradient of the embedding's A is not summed",
+        TENSOR,
+        "copy_to_model_parallel_region(self.lora_a).T",
+        "self.lora_a.T",
+        LORA_EXPERT,
+    ),
+    Fault(
+        "the partial gradients of the experts' adapters are not summed",
+        EXPERTS,
+        "            parameter = copy_to_model_parallel_region(parameter)\n",
+        "            pass\n",
+        LORA_SPARSE,
+    ),
+    Fault(
+        "a bias that every rank adds is not divided among them",
+        EXPERTS,
+        "bias = bias / get_model_parallel_world_size()",
+        "pass",
+        LORA_SPARSE,
+    ),
+    Fault(
+        "the bias of wo is added on every rank before their sum",
+        TENSOR,
+        "        y = reduce_from_model_parallel_region(y)\n        return y if self.bias is None else y + self.bias",
+        "        return reduce_from_model_parallel_region(y if self.bias is None else y + self.bias)",
+        LORA_EXPERT,
+    ),
+    Fault(
+        "dropout of wo's input begins at the first column on every rank",
+        TENSOR,
+        "first_column=get_model_parallel_rank() * x.shape[-1]",
+        "first_column=0",
+        PARTITION,
+    ),
+    Fault(
+        "dropout of w2's input begins at the first column on every rank",
+        EXPERTS,
+        "get_model_parallel_rank() * x.shape[1] if self.cut_dims[matrix] == 2 else 0",
+        "0",
+        PARTITION,
+    ),
+    Fault(
+        "a row's dropout is that of another token",
+        "accessory/model/moe/__init__.py",
+        "draw_T[plan.token_n]",
+        "draw_T[plan.token_n.flip(0)]",
+        PARTITION,
+    ),
+    Fault("what is kept is not scaled up", FILE, "return x * keep / (1 - adapter.dropout)", "return x * keep", SHARE),
+    Fault("what should be kept is dropped", FILE, ">= adapter.dropout * 2**32", "< adapter.dropout * 2**32", SHARE),
+    Fault(
+        "every matrix drops the same entries",
+        FILE,
+        "_scramble(_scramble(columns) ^ (adapter.seed & _BITS))",
+        "_scramble(_scramble(columns))",
+        SHARE,
+    ),
+    Fault(
+        "every document drops the same entries",
+        FILE,
+        "return _scramble(_scramble(keys & _BITS) ^ _scramble(positions))",
+        "return _scramble(0 * keys + _scramble(positions))",
+        SHARE,
+    ),
+)

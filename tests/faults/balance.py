@@ -1,0 +1,110 @@
+"""The balance loss in each of its modes, and the z-loss."""
+
+from faults.checks import FSDP, GLOBAL
+from faults.fault import Fault
+
+FILE = "accessory/train/balance.py"
+FORMULAS = "tests/test_balance.py::test_formulas_are_those_of_the_papers"
+EVERY = "tests/test_balance.py::test_every_partition_equals_the_plain_process"
+
+FAULTS = (
+    Fault(
+        "tokens are counted once for each choice",
+        FILE,
+        "tokens = counts.sum(-1).to(probs.dtype) / top_k\n",
+        "tokens = counts.sum(-1).to(probs.dtype)\n",
+        FORMULAS,
+    ),
+    Fault(
+        "the number of experts is left out",
+        FILE,
+        "products * counts.shape[-1] / (top_k",
+        "products / (top_k",
+        FORMULAS,
+    ),
+    Fault(
+        "global: the sum over layers, not their mean",
+        FILE,
+        "(unevenness(counts, stats.probs.sum(1), top_k) * part).mean()",
+        "(unevenness(counts, stats.probs.sum(1), top_k) * part).sum()",
+        FORMULAS,
+    ),
+    Fault(
+        "global: each rank has its own counts, with accumulation",
+        FILE,
+        "    return summed(torch.stack(counts).sum(0))\n",
+        "    return torch.stack(counts).sum(0)\n",
+        GLOBAL,
+    ),
+    Fault(
+        "global: the counts are those of the first micro-batch",
+        FILE,
+        "summed(torch.stack(counts).sum(0))",
+        "summed(counts[0] * len(counts))",
+        GLOBAL,
+    ),
+    Fault(
+        "global: the counts are those without dropout",
+        FILE,
+        "Targets(nothing, nothing), keys=b.keys)",
+        "Targets(nothing, nothing))",
+        "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition",
+    ),
+    Fault(
+        "document: a plain mean over documents, whatever their lengths",
+        FILE,
+        "(unevenness(stats.counts, stats.probs, top_k) * lengths).sum(1).mean() / tokens.clamp(min=1)",
+        "(unevenness(stats.counts, stats.probs, top_k) * (lengths.sum(1, keepdim=True) / lengths.shape[1])).sum(1).mean()"
+        " / tokens.clamp(min=1)",
+        FORMULAS,
+    ),
+    Fault(
+        "microstep: each rank has its own counts",
+        FILE,
+        "counted_balance(stats, summed(stats.counts.sum(1)), tokens, top_k)",
+        "counted_balance(stats, stats.counts.sum(1), tokens, top_k)",
+        f"{EVERY}[microstep]",
+    ),
+    Fault(
+        "microbatch: added up, not averaged",
+        FILE,
+        "microbatch_balance(stats, top_k) / parts",
+        "microbatch_balance(stats, top_k) / len(micro_batches)",
+        f"{EVERY}[microbatch]",
+    ),
+    Fault(
+        "hf: not times K",
+        FILE,
+        "return top_k * unevenness(stats.counts.sum((0, 1))",
+        "return unevenness(stats.counts.sum((0, 1))",
+        "tests/test_balance.py::test_hf_is_transformers_own_function",
+    ),
+    Fault(
+        "hf: layer by layer",
+        FILE,
+        "unevenness(stats.counts.sum((0, 1)), stats.probs.sum((0, 1)), top_k)",
+        "unevenness(stats.counts.sum(1), stats.probs.sum(1), top_k).mean()",
+        FORMULAS,
+    ),
+    Fault(
+        "bias: the balance loss trains as well",
+        "accessory/train/step.py",
+        'weight = 0.0 if balance == "bias" else model.args.load_balancing_weight',
+        "weight = model.args.load_balancing_weight",
+        f"{EVERY}[bias]",
+    ),
+    Fault(
+        "the weight is applied twice",
+        "accessory/train/step.py",
+        "+ weight * share +",
+        "+ weight * weight * share +",
+        FSDP,
+    ),
+    Fault(
+        "the z-loss is a sum over layers",
+        FILE,
+        "stats.z.sum() / (len(stats.z) * tokens.clamp(min=1))",
+        "stats.z.sum() / tokens.clamp(min=1)",
+        FORMULAS,
+    ),
+)

@@ -1,0 +1,13 @@
+"""Checks that many faults share: one partition of the certificate each."""
+
+ONE = "certify --only world=1 layout=mixtral tuning=full"
+EXPERT = "certify --only world=2 mp=2 layout=mixtral tuning=full"
+SPARSE = "certify --only world=2 mp=2 layout=mixtral_sparse tuning=full"
+LORA = "certify --only world=1 layout=mixtral tuning=lora"
+LORA_EXPERT = "certify --only world=2 mp=2 layout=mixtral tuning=lora"
+LORA_SPARSE = "certify --only world=2 mp=2 layout=mixtral_sparse tuning=lora"
+FSDP = "certify --only world=2 dp=fsdp accum=3"
+GLOBAL = "certify --only world=2 mp=1 accum=3 'balance over=global'"
+DDP = "certify --only world=2 dp=ddp accum=3"
+LOW = "certify --precision bf16 --only world=1"
+LOW_FSDP = "certify --precision bf16 --only world=2 dp=fsdp"

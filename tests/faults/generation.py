@@ -1,0 +1,90 @@
+"""What a model says, with its cache and its choice of tokens."""
+
+from faults.fault import Fault
+
+FILE, META, ATTENTION = "accessory/infer/generate.py", "accessory/model/meta.py", "accessory/model/attention.py"
+GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
+CHOSEN = "tests/test_generate.py::test_temperature_and_nucleus"
+DRAWN = "'tests/test_generate.py::test_draws_are_those_of_the_nucleus[1]'"
+
+FAULTS = (
+    Fault(
+        "the token that reaches top-p is cut off too",
+        FILE,
+        "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
+        "probs[(probs.cumsum(-1) > top_p) & (probs.cumsum(-1) > probs)] = 0.0",
+        CHOSEN,
+    ),
+    Fault(
+        "the nucleus is taken before the temperature",
+        FILE,
+        "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
+        "cold = logits.softmax(-1).gather(1, order)\n        probs[cold.cumsum(-1) - cold > top_p] = 0.0",
+        CHOSEN,
+    ),
+    Fault("the temperature is ignored", FILE, "(logits / temperature).softmax(-1)", "logits.softmax(-1)", CHOSEN),
+    Fault(
+        "a drawn place is taken for a token",
+        FILE,
+        "chosen = order.gather(1, probs.multinomial(1)).squeeze(1)",
+        "chosen = probs.multinomial(1).squeeze(1)",
+        DRAWN,
+    ),
+    Fault(
+        "each rank draws for itself",
+        FILE,
+        "        dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)\n",
+        "        assert group\n",
+        "'tests/test_generate.py::test_sampling_is_the_same_on_all_ranks_and_another_each_time[2]'",
+    ),
+    Fault(
+        "a new token leaves a place free in the cache",
+        FILE,
+        "position = (position + 1).clamp(",
+        "position = (position + 2).clamp(",
+        GREEDY,
+    ),
+    Fault(
+        "shorter prompts go on from their padding",
+        FILE,
+        "* max(lengths) + position",
+        "* max(lengths) + max(lengths) - 1",
+        GREEDY,
+    ),
+    Fault(
+        "values are cached one place late",
+        ATTENTION,
+        "cache.values[rows, positions] = v",
+        "cache.values[rows, (positions + 1).clamp(max=cache.values.shape[1] - 1)] = v",
+        GREEDY,
+    ),
+    Fault(
+        "the cached window has one key more",
+        ATTENTION,
+        "seen &= keys > positions - self.window",
+        "seen &= keys >= positions - self.window",
+        GREEDY,
+    ),
+    Fault("a new token does not see itself", ATTENTION, "seen = keys <= positions", "seen = keys < positions", GREEDY),
+    Fault(
+        "a stop symbol stays in the text",
+        META,
+        "return (text[: min(found)], True) if found",
+        "return (text, True) if found",
+        "'tests/test_generate.py::test_stop_symbols_are_cut_off[1]'",
+    ),
+    Fault(
+        "an answer may be a token that stands for nothing",
+        FILE,
+        "_choose(last[:, :vocab_size], temperature, top_p)",
+        "_choose(last, temperature, top_p)",
+        "tests/test_generate.py::test_tokens_beyond_the_tokenizer_do_not_stop_generation",
+    ),
+    Fault(
+        "a text is scored by the logits behind each token",
+        META,
+        "scored = logits[start - 1 : -1]",
+        "scored = logits[start:]",
+        "'tests/test_generate.py::test_evaluate_examples' -k scores",
+    ),
+)

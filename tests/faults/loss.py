@@ -1,0 +1,138 @@
+"""What is predicted, by which rows, and what the losses of a global batch are divided by."""
+
+from faults.checks import EXPERT, FSDP, ONE
+from faults.fault import Fault
+
+FILE, STEP, LOADER = "accessory/parallel/cross_entropy.py", "accessory/train/step.py", "accessory/data/loader.py"
+DEFINITION = "tests/test_kernels.py::test_cross_entropy_equals_the_definition"
+LIES = "tests/test_packing.py::test_a_batch_says_where_its_documents_lie"
+MASKED = "certify --only world=1 masks=yes accum=3"
+
+FAULTS = (
+    Fault(
+        "every chunk of rows has the first one's targets",
+        FILE,
+        "local = targets[rows] - start",
+        "local = targets[: rows.stop - rows.start] - start",
+        DEFINITION,
+    ),
+    Fault(
+        "the output layer's gradient is that of the last chunk",
+        FILE,
+        "d_w.addmm_(d_logits.T, x[rows])",
+        "torch.mm(d_logits.T, x[rows], out=d_w)",
+        DEFINITION,
+    ),
+    Fault(
+        "every rank's part of the vocabulary begins at 0",
+        FILE,
+        "start = get_model_parallel_rank() * len(weight)",
+        "start = 0",
+        EXPERT,
+    ),
+    Fault(
+        "each rank takes its own largest logit",
+        FILE,
+        "largest = _all_reduce(logits.amax(1), dist.ReduceOp.MAX)",
+        "largest = logits.amax(1)",
+        EXPERT,
+    ),
+    Fault(
+        "a target of another rank's is subtracted here too",
+        FILE,
+        "scatter_add_(1, local, -mine.unsqueeze(1))",
+        "scatter_add_(1, local, -torch.ones_like(mine).unsqueeze(1))",
+        EXPERT,
+    ),
+    Fault(
+        "the gradient does not see what the loss was multiplied by",
+        FILE,
+        "None if g is None else g.mul_(grad)",
+        "None if g is None else g",
+        DEFINITION,
+    ),
+    Fault(
+        "a token is predicted from itself",
+        LOADER,
+        "torch.from_numpy(places[trained] - 1)",
+        "torch.from_numpy(places[trained])",
+        LIES,
+    ),
+    Fault(
+        "a document's first token is predicted from the document before",
+        LOADER,
+        "trained &= documents.positions.flatten().numpy()[places] > 0",
+        "trained &= places > 0",
+        LIES,
+    ),
+    Fault(
+        "prompts are trained on",
+        LOADER,
+        "np.asarray(sample.trained, bool)",
+        "np.ones(len(sample.tokens), bool)",
+        MASKED,
+    ),
+    Fault(
+        "padding counts among the tokens",
+        LOADER,
+        "numbers, len(ids), len(targets.ids))",
+        "numbers, grid.numel(), len(targets.ids))",
+        ONE,
+    ),
+    Fault(
+        "the loss is a mean of the micro-batches' means",
+        STEP,
+        "(loss / targets.clamp(min=1) + weight",
+        "(loss / max(1, batch.target_tokens) / len(micro_batches) / ranks + weight",
+        MASKED,
+    ),
+    Fault(
+        "each rank divides by its own targets",
+        STEP,
+        "    dist.all_reduce(totals, group=group)\n",
+        "    totals = totals * ranks\n",
+        FSDP,
+    ),
+    Fault(
+        "the third and later micro-batches count half",
+        STEP,
+        "z_weight * z) * ranks).backward()",
+        "z_weight * z) * ranks / (2 if number > 1 else 1)).backward()",
+        "certify --only world=1 accum=3 tuning=full",
+    ),
+    Fault(
+        "the loss that is told is the last micro-batch's",
+        STEP,
+        "loss_sum, balance_sum, z_sum = loss_sum + loss.detach(),",
+        "loss_sum, balance_sum, z_sum = loss.detach(),",
+        "certify --only world=1 accum=3 tuning=full",
+    ),
+    Fault(
+        "the validation loss is a mean of the batches' means",
+        "accessory/train/validate.py",
+        "total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])",
+        "total += torch.stack([loss.double() / max(1, batch.target_tokens), torch.tensor(1, device=self.device)])",
+        "tests/test_validate.py::test_the_validation_loss",
+    ),
+    Fault(
+        "the logged balance loss is a sum over steps",
+        "accessory/train/metrics.py",
+        '"balance": float(sums[1]) / len(self.steps),',
+        '"balance": float(sums[1]),',
+        "tests/test_health.py::test_figures_equal_one_plain_process[1]",
+    ),
+    Fault(
+        "LLaMA2-Accessory's mean of means forgets the ranks",
+        STEP,
+        "(max(1, batch.target_tokens) * len(micro_batches) * ranks)",
+        "(max(1, batch.target_tokens) * len(micro_batches))",
+        "tests/test_balance.py::test_the_references_numbers_on_request",
+    ),
+    Fault(
+        "the logged loss is divided by the last step's targets",
+        "accessory/train/metrics.py",
+        "targets = int(sum(s.targets for s in self.steps))",
+        "targets = int(self.steps[-1].targets) * len(self.steps)",
+        "tests/test_health.py::test_figures_equal_one_plain_process[1]",
+    ),
+)

@@ -1,0 +1,51 @@
+"""Going on where a run was stopped."""
+
+from faults.fault import Fault
+
+FILE, LOOP, MODEL = "accessory/train/state.py", "accessory/train/loop.py", "accessory/train/model.py"
+RESUMED = "'tests/test_resume.py::test_a_killed_run_goes_on_in_another_partition[before0-after0]'"
+
+FAULTS = (
+    Fault(
+        "the second moment is read from the first",
+        FILE,
+        "state.read_kind(kind, name, box)",
+        'state.read_kind("exp_avg", name, box)',
+        RESUMED,
+    ),
+    Fault("moments begin at zero", FILE, "local[rows] = state.read_kind(", "_ = state.read_kind(", RESUMED),
+    Fault("AdamW counts its steps anew", FILE, "torch.tensor(float(state.notes.steps)", "torch.tensor(float(0)", RESUMED),
+    Fault(
+        "AdamW's steps are counted in rows",
+        FILE,
+        "torch.tensor(float(state.notes.steps)",
+        "torch.tensor(float(state.notes.rows)",
+        RESUMED,
+    ),
+    Fault("weights are the start's, not the state's", MODEL, "source = Resumed(state, source)", "pass", RESUMED),
+    Fault(
+        "the rows seen are steps times the batch",
+        LOOP,
+        "rows=done.rows,",
+        "rows=done.steps * self.batches.global_batch,",
+        "tests/test_run_state.py::test_the_rows_that_were_seen",
+    ),
+    Fault(
+        "what is saved is rounded to bf16",
+        FILE,
+        "(box, local[rows])",
+        "(box, local[rows].bfloat16())",
+        RESUMED,
+    ),
+    Fault(
+        "the score biases are not restored",
+        FILE,
+        "    def read(self, name: str, region: Region) -> Tensor:\n"
+        "        return (self.state if name in self.state.names else self.below).read(name, region)",
+        "    def read(self, name: str, region: Region) -> Tensor:\n"
+        '        held = name in self.state.names and not name.endswith("score_bias")\n'
+        "        return (self.state if held else self.below).read(name, region)",
+        "tests/test_balance.py::test_a_run_resumes_with_its_bias",
+    ),
+    Fault("the oldest states are kept", FILE, "[:-keep]", "[keep:]", RESUMED),
+)
