@@ -31,8 +31,8 @@ FAULTS = (
     ),
     Fault(
         "the output layer's adapter is left out of the loss",
-        "accessory/model/decoder.py",
-        "low = self.output.low_rank(hidden, draw)",
+        "accessory/model/head.py",
+        "low = output.low_rank(hidden, draw)",
         "low = None",
         LORA,
     ),

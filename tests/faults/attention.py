@@ -41,10 +41,10 @@ FAULTS = (
     ),
     Fault(
         "neighbours of one length are one document",
-        FILE,
-        "runs = [(length, len(list(same))) for length, same in groupby(documents.stretches)]",
-        "runs = [(length * len(list(same)), 1) for length, same in groupby(documents.stretches)]",
-        MASK,
+        "accessory/model/attention.py",
+        "runs = [(length, len(list(same))) for length, same in groupby(documents.lengths)]",
+        "runs = [(length * len(list(same)), 1) for length, same in groupby(documents.lengths)]",
+        "tests/test_packing.py::test_attention_equals_one_under_a_mask",
     ),
     Fault(
         "the kernel on GPUs is asked for one key more",
@@ -64,9 +64,9 @@ FAULTS = (
     Fault(
         "positions go on through a row",
         "accessory/model/documents.py",
-        "(torch.arange(len(start)) - start).view(len(rows), width)",
-        "torch.arange(width).repeat(len(rows), 1)",
-        LIES,
+        "torch.arange(int(length.sum())) - start.repeat_interleave(length)",
+        "torch.arange(int(length.sum()))",
+        "tests/test_packing.py::test_a_batch_says_where_its_documents_lie",
     ),
     Fault(
         "positions are divided by the scaling",

@@ -1,8 +1,9 @@
 """What a model says, with its cache and its choice of tokens."""
 
+from faults.checks import CACHED
 from faults.fault import Fault
 
-FILE, META, ATTENTION = "accessory/infer/generate.py", "accessory/model/meta.py", "accessory/model/attention.py"
+FILE, META, CACHE = "accessory/infer/generate.py", "accessory/model/meta.py", "accessory/model/cache.py"
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
 CHOSEN = "tests/test_generate.py::test_temperature_and_nucleus"
 DRAWN = "'tests/test_generate.py::test_draws_are_those_of_the_nucleus[1]'"
@@ -39,39 +40,38 @@ FAULTS = (
     ),
     Fault(
         "a new token leaves a place free in the cache",
-        FILE,
-        "position = (position + 1).clamp(",
-        "position = (position + 2).clamp(",
+        CACHE,
+        "self.keys[slots, positions], self.values[slots, positions] = k, v",
+        "self.keys[slots, positions] = k; self.values[slots, (positions + 1) % self.values.shape[1]] = v",
         GREEDY,
     ),
     Fault(
-        "shorter prompts go on from their padding",
+        "a prompt goes on from its last token but one",
         FILE,
-        "* max(lengths) + position",
-        "* max(lengths) + max(lengths) - 1",
+        "Logits(documents.borders[1:] - 1)",
+        "Logits((documents.borders[1:] - 2).clamp(min=0))",
         GREEDY,
     ),
     Fault(
-        "values are cached one place late",
-        ATTENTION,
-        "cache.values[rows, positions] = v",
-        "cache.values[rows, (positions + 1).clamp(max=cache.values.shape[1] - 1)] = v",
-        GREEDY,
+        "a chunk is behind one token less than it is",
+        CACHE,
+        "steps[past - first :, None] - steps",
+        "steps[past - first :, None] - steps - 1",
+        CACHED,
     ),
     Fault(
         "the cached window has one key more",
-        ATTENTION,
-        "seen &= keys > positions - self.window",
-        "seen &= keys >= positions - self.window",
+        CACHE,
+        "(behind >= 0) & (behind < window) if window",
+        "(behind >= 0) & (behind <= window) if window",
         GREEDY,
     ),
-    Fault("a new token does not see itself", ATTENTION, "seen = keys <= positions", "seen = keys < positions", GREEDY),
     Fault(
-        "a stop symbol stays in the text",
-        META,
-        "return (text[: min(found)], True) if found",
-        "return (text, True) if found",
-        "'tests/test_generate.py::test_stop_symbols_are_cut_off[1]'",
+        "documents of a cache change places",
+        "accessory/model/documents.py",
+        "tuple(slots or range(len(lengths)))",
+        "tuple(sorted(slots or range(len(lengths))))",
+        CACHED,
     ),
     Fault(
         "an answer may be a token that stands for nothing",

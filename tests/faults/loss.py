@@ -1,6 +1,6 @@
 """What is predicted, by which rows, and what the losses of a global batch are divided by."""
 
-from faults.checks import EXPERT, FSDP, ONE
+from faults.checks import EXPERT, FSDP
 from faults.fault import Fault
 
 FILE, STEP, LOADER = "accessory/parallel/cross_entropy.py", "accessory/train/step.py", "accessory/data/loader.py"
@@ -54,15 +54,15 @@ FAULTS = (
     Fault(
         "a token is predicted from itself",
         LOADER,
-        "torch.from_numpy(places[trained] - 1)",
-        "torch.from_numpy(places[trained])",
+        "torch.from_numpy(places - 1)",
+        "torch.from_numpy(places)",
         LIES,
     ),
     Fault(
         "a document's first token is predicted from the document before",
         LOADER,
-        "trained &= documents.positions.flatten().numpy()[places] > 0",
-        "trained &= places > 0",
+        "(documents.positions.numpy() > 0)).nonzero()",
+        "(np.arange(len(ids)) > 0)).nonzero()",
         LIES,
     ),
     Fault(
@@ -73,11 +73,11 @@ FAULTS = (
         MASKED,
     ),
     Fault(
-        "padding counts among the tokens",
+        "the token of a rank without documents counts among the tokens",
         LOADER,
-        "numbers, len(ids), len(targets.ids))",
-        "numbers, grid.numel(), len(targets.ids))",
-        ONE,
+        "len(ids) if samples else 0",
+        "len(ids)",
+        "tests/test_data.py::test_a_batch_holds_what_its_samples_say",
     ),
     Fault(
         "the loss is a mean of the micro-batches' means",

@@ -55,15 +55,15 @@ FAULTS = (
     Fault(
         "the partial gradient of the routing weights is not summed",
         MOE,
-        "copy_to_model_parallel_region(routing.weights.to(x.dtype))",
-        "routing.weights.to(x.dtype)",
+        "copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))",
+        "routing.weights.to(x_TD.dtype)",
         EXPERT,
     ),
     Fault(
         "the partial gradient of the output layer's input is not summed",
-        "accessory/model/decoder.py",
-        "hidden = copy_to_model_parallel_region(self.norm(x))",
-        "hidden = self.norm(x)",
+        "accessory/model/head.py",
+        "hidden = copy_to_model_parallel_region(norm(x))\n        low",
+        "hidden = norm(x)\n        low",
         EXPERT,
     ),
     Fault(

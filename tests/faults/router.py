@@ -51,11 +51,11 @@ FAULTS = (
         BIAS,
     ),
     Fault(
-        "padding is counted, as tokens of the first document",
-        FILE,
-        "index_add(0, documents.number.flatten(), values)",
-        "index_add(0, documents.number.flatten().clamp(min=min(1, documents.count)), values)",
-        FORMULAS,
+        "the documents' statistics are pooled",
+        "accessory/model/moe/router.py",
+        "index_add(0, documents.document_of, values)",
+        "index_add(0, documents.document_of.clamp(max=1), values)",
+        "tests/test_balance.py::test_formulas_are_those_of_the_papers",
     ),
     Fault(
         "only the first choice is counted",
