@@ -84,7 +84,7 @@ class TrainSection:
     max_steps: int | None = None  # stop (and end the schedule) after so many optimiser steps
     batch_size: int = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
     accumulation: int = 1  # micro-steps per optimiser step
-    # what the load-balancing loss is taken over; padding never counts (docs/balance.md has the formulas)
+    # what the load-balancing loss is taken over (docs/balance.md has the formulas)
     #   global      the global batch; with accumulation > 1 that costs one more forward
     #   document    each sample on its own, weighed by its length: free
     #   microstep   each micro-step of all ranks: free, but depends on accumulation
