@@ -21,7 +21,7 @@ from accessory.model import attention, moe
 from accessory.model.args import ModelArgs
 from accessory.model.head import Nothing
 from accessory.model.logical import logical_cuts
-from accessory.model.moe import experts, layouts
+from accessory.model.moe import dispatch, experts, layouts
 from accessory.parallel import fsdp, tensor
 from accessory.parallel.fsdp import local_part
 from accessory.train import balance, step
@@ -167,7 +167,7 @@ def converted_with_another_eps(patch):
 FAULTS = {  # name: (how to plant it, cells to run, (cell, quantity) that must be red)
     "none": (lambda patch: None, CELLS, ()),
     "experts' gradient not summed": (
-        not_entered(moe),
+        not_entered(dispatch),
         (FULL, EXPERTS),
         ((FULL, "gradients"), (FULL, "reason"), (EXPERTS, "norm")),
     ),

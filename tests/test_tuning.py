@@ -14,6 +14,7 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.logical import logical_cuts
+from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.adapter import Adapter, draws, dropped
@@ -359,7 +360,8 @@ def run_no_rows(layout):
     for name in ("w1", "w2", "w3"):
         experts.adapt(name, Adapter(rank=2, bias=True))
     x, weight = torch.zeros(0, 16, requires_grad=True), torch.zeros(0, 1, requires_grad=True)
-    experts(x, weight, torch.zeros(4, dtype=torch.int32)).sum().backward()
+    nowhere = make_plan(torch.zeros(0, 2, dtype=torch.int64), range(4), 4)
+    experts(SortedRows(x, weight, nowhere.ends_e, None, nowhere)).sum().backward()
     return {name: p.grad for name, p in experts.named_parameters()}
 
 

@@ -94,7 +94,7 @@ FAULTS = (
     ),
     Fault(
         "a row's dropout is that of another token",
-        "accessory/model/moe/__init__.py",
+        "accessory/model/moe/dispatch.py",
         "draw_T[plan.token_n]",
         "draw_T[plan.token_n.flip(0)]",
         PARTITION,

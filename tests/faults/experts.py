@@ -3,7 +3,8 @@
 from faults.checks import EXPERT, LORA, ONE, SPARSE
 from faults.fault import Fault
 
-FILE, KERNELS = "accessory/model/moe/experts.py", "accessory/model/moe/kernels.py"
+FILE, DISPATCH = "accessory/model/moe/experts.py", "accessory/model/moe/dispatch.py"
+LAYOUTS, KERNELS = "accessory/model/moe/layouts.py", "accessory/model/moe/kernels.py"
 KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
 ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
@@ -11,44 +12,44 @@ MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
 FAULTS = (
     Fault(
         "the third choice is dropped from a token's sum",
-        FILE,
+        DISPATCH,
         "for place_T in places[1:]:",
         "for place_T in places[1:2]:",
         ROWS,
     ),
     Fault(
         "a row takes another token",
-        FILE,
-        "return Plan(order // top_k, order,",
-        "return Plan(order % len(experts_TK), order,",
+        DISPATCH,
+        "return DispatchPlan(order // top_k, order,",
+        "return DispatchPlan(order % len(experts_TK), order,",
         ROWS,
     ),
     Fault(
         "the place of a choice is the choice at that place",
-        FILE,
+        DISPATCH,
         "place[order] = torch.arange(len(order), device=order.device)",
         "place = order.clone()",
         ROWS,
     ),
     Fault(
         "a choice of another rank's is looked for in this rank's last row",
-        FILE,
+        DISPATCH,
         "place = torch.where((place >= 0) & (place < stop - start), place, stop - start)",
         "place = place.clamp(0, max(0, stop - start - 1))",
         ROWS,
     ),
     Fault(
         "a row takes the weight of another choice",
-        "accessory/model/moe/__init__.py",
+        DISPATCH,
         "weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)",
         "weight_n1 = weight_TK.T.flatten()[plan.choice_n].unsqueeze(1)",
         ONE,
     ),
     Fault(
         "the expert layout computes another rank's experts",
-        "accessory/model/moe/layouts.py",
-        "return range(rank * each, (rank + 1) * each)",
-        "return range((size - 1 - rank) * each, (size - rank) * each)",
+        LAYOUTS,
+        "return Replicated(range(rank * each, (rank + 1) * each), num_experts)",
+        "return Replicated(range(num_experts - (rank + 1) * each, num_experts - rank * each), num_experts)",
         EXPERT,
     ),
     Fault(
@@ -133,8 +134,8 @@ FAULTS = (
     Fault(
         "an expert's bias is added whatever the routing weight",
         FILE,
-        "replace(rows, bias_ne=rows.bias_ne * weight_n1)",
-        "rows",
+        "replace(products, bias_ne=products.bias_ne * weight_n1)",
+        "products",
         LORA,
     ),
 )

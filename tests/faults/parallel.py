@@ -4,7 +4,7 @@ from faults.checks import DDP, EXPERT, FSDP
 from faults.fault import Fault
 
 TENSOR, FSDP_FILE = "accessory/parallel/tensor.py", "accessory/parallel/fsdp.py"
-MOE, STEP = "accessory/model/moe/__init__.py", "accessory/train/step.py"
+DISPATCH, STEP = "accessory/model/moe/dispatch.py", "accessory/train/step.py"
 
 UNREDUCED = '''
 class _OwnPart(DefaultReduceScatter):
@@ -47,14 +47,14 @@ FAULTS = (
     ),
     Fault(
         "the partial gradient of the experts' input is not summed",
-        MOE,
-        "dispatch(copy_to_model_parallel_region(x_TD), plan)",
-        "dispatch(x_TD, plan)",
+        DISPATCH,
+        "rows_of_tokens(copy_to_model_parallel_region(x_TD), plan)",
+        "rows_of_tokens(x_TD, plan)",
         EXPERT,
     ),
     Fault(
         "the partial gradient of the routing weights is not summed",
-        MOE,
+        DISPATCH,
         "copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))",
         "routing.weights.to(x_TD.dtype)",
         EXPERT,
@@ -68,10 +68,18 @@ FAULTS = (
     ),
     Fault(
         "the router's gradient, whole on every rank, is summed",
-        MOE,
+        "accessory/model/moe/__init__.py",
         "routing = self.gate(x_TD, draw_T)",
         "routing = self.gate(copy_to_model_parallel_region(x_TD), draw_T)",
         EXPERT,
+        (
+            (
+                "accessory/model/moe/__init__.py",
+                "from accessory.model.args import ModelArgs\n",
+                "from accessory.model.args import ModelArgs\n"
+                "from accessory.parallel.tensor import copy_to_model_parallel_region\n",
+            ),
+        ),
     ),
     Fault(
         "a gradient that others still read is summed in place",

@@ -24,10 +24,12 @@ from typing import Protocol
 from accessory.config import nearest
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
+from accessory.model.moe.dispatch import Dispatcher, Replicated
+from accessory.parallel.tensor import get_model_parallel_rank, get_model_parallel_world_size
 
 
 class Layout(Protocol):
-    """Which slice of each expert tensor a rank holds, and which experts' rows it computes."""
+    """Which slice of each expert tensor this rank holds, and how tokens come to it."""
 
     name: str
     cut_dims: dict[str, int]
@@ -37,8 +39,12 @@ class Layout(Protocol):
         """What the model-parallel size must divide: a name for error messages, and the size."""
         ...
 
-    def local_experts(self, num_experts: int, rank: int, size: int) -> range:
-        """The experts whose rows rank ``rank`` of ``size`` computes."""
+    def local_hidden_dim(self, hidden_dim: int) -> int:
+        """How much of the experts' width this rank has."""
+        ...
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        """What brings tokens to this rank's experts, and back."""
         ...
 
 
@@ -51,9 +57,12 @@ class ExpertLayout:
     def cut_size(self, args: ModelArgs) -> dict[str, int]:
         return {"moe.num_experts": args.moe.num_experts}
 
-    def local_experts(self, num_experts: int, rank: int, size: int) -> range:
-        each = num_experts // size
-        return range(rank * each, (rank + 1) * each)
+    def local_hidden_dim(self, hidden_dim: int) -> int:
+        return hidden_dim
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        rank, each = get_model_parallel_rank(), num_experts // get_model_parallel_world_size()
+        return Replicated(range(rank * each, (rank + 1) * each), num_experts)
 
 
 class SparseLayout:
@@ -65,8 +74,11 @@ class SparseLayout:
     def cut_size(self, args: ModelArgs) -> dict[str, int]:
         return {"hidden_dim": args.hidden_dim}
 
-    def local_experts(self, num_experts: int, rank: int, size: int) -> range:
-        return range(num_experts)
+    def local_hidden_dim(self, hidden_dim: int) -> int:
+        return hidden_dim // get_model_parallel_world_size()
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        return Replicated(range(num_experts), num_experts)
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ExpertLayout(), SparseLayout())}

@@ -1,0 +1,128 @@
+"""Who goes where: from tokens to the rows of this rank's experts, and back. Shape suffixes as in ``accessory.model.moe``."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.model.moe.router import Routing
+from accessory.parallel.tensor import copy_to_model_parallel_region, reduce_from_model_parallel_region
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The rows of this rank's experts: those of the first, then those of the second, and so on."""
+
+    x_nD: Tensor  # what each row's token brings
+    weight_n1: Tensor  # how much its expert counts for it
+    ends_e: Tensor  # [e] int32: where each expert's rows end
+    draw_n: Tensor | None  # of the row's token, for the adapters' dropout
+    plan: "DispatchPlan"
+
+
+class Dispatcher(Protocol):
+    local_experts: range
+    """The experts whose rows this rank computes."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None) -> SortedRows:
+        """Bring every token to its experts."""
+        ...
+
+    def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
+        """Bring the experts' outputs back, and sum each token's: [T, D]."""
+        ...
+
+
+class Replicated:
+    """Every rank has every token: it computes the rows of its experts, and one all-reduce sums what the ranks have.
+
+    Each rank's gradient of the activations and of the routing weights is partial: both enter the region. The router's own
+    use of the activations is whole on every rank, and stays outside.
+    """
+
+    def __init__(self, local_experts: range, num_experts: int):
+        self.local_experts, self.num_experts = local_experts, num_experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None) -> SortedRows:
+        plan = make_plan(routing.experts, self.local_experts, self.num_experts)
+        x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD), plan)
+        weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))
+        weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
+        return SortedRows(x_nD, weight_n1, plan.ends_e, None if draw_T is None else draw_T[plan.token_n], plan)
+
+    def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
+        return reduce_from_model_parallel_region(tokens_of_rows(y_nD, rows.plan))
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where every routed row goes: the rows of the local experts, sorted by expert."""
+
+    token_n: Tensor  # [n] the token of each local row
+    choice_n: Tensor  # [n] the same row's place among the N = T * K choices
+    place_TK: Tensor  # [T, K] where each choice stands among the local rows; n if it is another rank's
+    ends_e: Tensor  # [e] int32: where each local expert's rows end
+
+
+def make_plan(experts_TK: Tensor, local: range, num_experts: int) -> DispatchPlan:
+    """Sort the N choices by expert and keep those of the ``local`` experts."""
+    top_k = experts_TK.shape[1]
+    expert_N = experts_TK.flatten()
+    order = expert_N.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    ends = (expert_N.unsqueeze(1) == torch.arange(num_experts, device=order.device)).sum(0).cumsum(0)
+    if len(local) < num_experts:
+        # the number of local rows depends on the routing, so its shape must come to the host
+        start, stop = F.pad(ends, (1, 0))[[local.start, local.stop]].tolist()
+        order, place, ends = order[start:stop], place - start, ends[local.start : local.stop] - start
+        place = torch.where((place >= 0) & (place < stop - start), place, stop - start)
+    return DispatchPlan(order // top_k, order, place.view_as(experts_TK), ends.int())
+
+
+class _RowsOfTokens(torch.autograd.Function):
+    """``x_TD[token_n]``; the backward is ``tokens_of_rows``, a fixed order of additions on every device."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_n)
+
+    @staticmethod
+    def backward(ctx, grad_nD: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grad_nD, ctx.plan), None
+
+
+class _TokensOfRows(torch.autograd.Function):
+    """Each token's sum over its local rows; the backward is ``rows_of_tokens``."""
+
+    @staticmethod
+    def forward(ctx, y_nD: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return _sum_choices(y_nD, plan)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return grad_TD.index_select(0, ctx.plan.token_n), None
+
+
+def _sum_choices(y_nD: Tensor, plan: DispatchPlan) -> Tensor:
+    if len(y_nD) < plan.place_TK.numel():
+        y_nD = F.pad(y_nD, (0, 0, 0, 1))  # a zero row for choices that are another rank's
+    places = plan.place_TK.unbind(1)
+    out_TD = y_nD.index_select(0, places[0])
+    for place_T in places[1:]:
+        out_TD += y_nD.index_select(0, place_T)
+    return out_TD
+
+
+def rows_of_tokens(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Copy each token's activation to its local rows: [T, D] -> [n, D]."""
+    return _RowsOfTokens.apply(x_TD, plan)
+
+
+def tokens_of_rows(y_nD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Sum the (already weighted) outputs of a token's local rows: [n, D] -> [T, D]."""
+    return _TokensOfRows.apply(y_nD, plan)
