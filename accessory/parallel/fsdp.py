@@ -45,6 +45,10 @@ def wrap(model: nn.Module, mode: DataParallel, compute: torch.dtype, device_type
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=mode == "fsdp")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():  # gradients are summed: a loss is already divided by what there is on all ranks
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:

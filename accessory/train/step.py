@@ -60,7 +60,6 @@ def train_step(
     """
     device = micro_batches[0].tokens.device
     group = get_data_parallel_group()
-    ranks = dist.get_world_size(group)
     weight = 0.0 if balance == "bias" else model.args.load_balancing_weight
 
     # 1. How much there is in the whole global batch: a mean of means would depend on how it is cut.
@@ -71,7 +70,7 @@ def train_step(
     # 2. Its experts' loads, where the balance loss needs them before the first backward.
     balance_share = step_balance(balance, model, micro_batches, tokens)
 
-    # 3. Forward and backward. FSDP averages gradients over data-parallel ranks; here they must be summed.
+    # 3. Forward and backward.
     loss_sum = torch.zeros((), device=device)
     balance_sum, z_sum = torch.zeros(2, device=device)
     counts = torch.zeros(model.args.n_layers, model.args.moe.num_experts, dtype=torch.int64, device=device)
@@ -83,10 +82,10 @@ def train_step(
         loss, stats = model(batch.inputs(dropout=True), LossSum(batch.targets))
         losses.append(loss.detach())
         if reference_loss:  # each micro-batch weighs the same, however many targets it has
-            loss = loss * targets / (max(1, batch.target_tokens) * len(micro_batches) * ranks)
+            loss = loss * targets / (max(1, batch.target_tokens) * len(micro_batches) * dist.get_world_size(group))
         share = balance_share(stats)
         z = z_loss(stats, tokens)
-        ((loss / targets.clamp(min=1) + weight * share + z_weight * z) * ranks).backward()
+        (loss / targets.clamp(min=1) + weight * share + z_weight * z).backward()
         loss_sum, balance_sum, z_sum = loss_sum + loss.detach(), balance_sum + share.detach(), z_sum + z.detach()
         counts, entropy = counts + stats.counts.sum(1), entropy + stats.entropy.sum(1)
 

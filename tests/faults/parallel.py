@@ -103,11 +103,12 @@ FAULTS = (
         EXPERT,
     ),
     Fault(
-        "FSDP's mean over ranks is not made a sum again",
-        STEP,
-        "z_weight * z) * ranks).backward()",
-        "z_weight * z)).backward()",
+        "FSDP takes the mean over ranks, not the sum",
+        FSDP_FILE,
+        "module.set_gradient_divide_factor(1.0)",
+        "pass",
         FSDP,
+        ((FSDP_FILE, "            module.set_force_sum_reduction_for_comms(True)\n", ""),),
     ),
     Fault(
         "what model-parallel ranks hold whole is counted by each of them in the norm",
