@@ -215,7 +215,7 @@ SPOIL = {  # how the run is cut; what is spoilt on rank 1; what is said; which (
     "loss": (
         "parallel.model_parallel=1",
         "model.register_forward_hook(lambda _, args, out: "
-        "(out[0] * (float('inf') if args[0] is micro_batches[1].tokens else 1.0), out[1]))",
+        "(out[0] * (float('inf') if args[0].tokens is micro_batches[1].tokens else 1.0), out[1]))",
         "the loss of 1 of 4 micro-batches is not finite; no weight was changed. Look at their records ({shown} and 1 more;",
         [([1], 1)],
     ),
