@@ -1,14 +1,23 @@
-"""What a training state holds, of a run in bf16 whose epochs end with a step of fewer rows."""
+"""What a training state holds, of a bf16 run whose epochs end with a step of fewer rows; and steps that go on from one."""
 
 import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from jobs import command
-from models import WORDS, make_tokenizer
+from models import OPTIM, TINY, WORDS, Tensors, assemble, build, local_parts, make_tokenizer, samples, weights
+from ranks import run_ranks
 from test_commands import MODEL
 
-from accessory.checkpoint.state import KINDS, TrainingState
+from accessory.checkpoint.state import KINDS, StateNotes, TrainingState
+from accessory.data.loader import BatchPlan
+from accessory.data.packing import Rows
+from accessory.model.logical import logical_cuts
+from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.train.optim import make_optimizer
+from accessory.train.state import Resumed, load_moments, save_state
+from accessory.train.step import train_step
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +55,43 @@ def test_masters_and_moments_are_not_rounded(kind, state):
         assert tensor.dtype == torch.float32
         rounded = (tensor == tensor.bfloat16()).float().mean().item()  # of random numbers, one in 65536
         assert rounded < 0.9, f"{rounded:.1%} of {name} could be bf16"
+
+
+BATCHES = [samples(4, seed) for seed in range(4)]
+WAYS = [("mixtral", 2, "fsdp"), ("mixtral_sparse", 1, "fsdp"), ("mixtral_sparse", 2, "fsdp"), ("mixtral", 1, "ddp")]
+
+
+def train(layout, mp, mode, batches, state=None):
+    """A model and its optimiser after a step of each batch."""
+    initialize_groups(mp)
+    group = get_data_parallel_group()
+    source = Tensors(weights())
+    model = build(TINY, layout, Resumed(state, source) if state else source, mode=mode)
+    optimizer = make_optimizer(model, OPTIM)
+    if state:
+        load_moments(model, optimizer, state)
+    cut = {name for name, c in logical_cuts(TINY, model.layout).items() if c.dim is not None}
+    plan = BatchPlan(4 // group.size(), 1, group.rank(), group.size())
+    for batch in batches:
+        (micro_batches,) = plan.epoch(batch, Rows.alone(range(4)))
+        train_step(model, optimizer, micro_batches, clip_grad=0.5, balance="global", data_parallel=mode, cut=cut)
+    return model, optimizer
+
+
+def train_on(home):
+    """The weights after all steps at a stretch, and with a change from one way to the next in the middle."""
+    results = [local_parts(train("mixtral", 1, "fsdp", BATCHES)[0])]
+    for number, (before, after) in enumerate(zip(WAYS, WAYS[1:] + WAYS[:1], strict=True)):
+        directory = home / f"{number}/step2"
+        notes = StateNotes(dist.get_world_size(), steps=2, rows=8, of_steps=4, global_batch=4, data="")
+        save_state(*train(*before, BATCHES[:2]), directory, notes, keep=1)
+        results.append(local_parts(train(*after, BATCHES[2:], TrainingState(directory))[0]))
+    return results
+
+
+def test_steps_go_on_as_if_there_had_been_no_state(tmp_path):
+    ranks = run_ranks(2, train_on, tmp_path)
+    whole, *others = (assemble(list(parts)) for parts in zip(*ranks, strict=True))
+    for full in others:
+        for name, tensor in whole.items():
+            assert (full[name] - tensor).abs().max() <= 1e-10 * tensor.abs().max(), name

@@ -97,7 +97,7 @@ def _each(items: Sequence[Item], body: Callable[[Item], Outcome], jobs: int) -> 
 
 
 def _say(outcome: Outcome, what: str, check: str = "") -> None:
-    words = {"red": "caught", "hang": "caught", "green": "UNCAUGHT", "broken": "BROKEN"}
+    words = {"red": "caught", "hang": "hangs", "green": "UNCAUGHT", "broken": "BROKEN"}
     word = words[outcome.verdict] if check else outcome.verdict
     tqdm.write(f"{word:8s} {outcome.seconds:5.1f} s  {what}")
     for line in filter(None, (check, outcome.piece)):

@@ -21,6 +21,7 @@ from faults.fault import Fault
 ROOT = Path(__file__).parents[2]
 NEEDED = ("accessory", "tests", "configs", "data", "pyproject.toml")
 LIMIT_S = 300.0
+OUT_OF_TIME = re.compile(r"not end within|Timeout|no result of rank")
 TRIVIAL = re.compile(r"\b(Syntax|Indentation|Import|ModuleNotFound|Name|UnboundLocal|Attribute|Type)Error: .*")
 
 
@@ -73,7 +74,9 @@ class Checks:
             if found := TRIVIAL.search(output):
                 return Outcome("broken", found[0], seconds)
             said = code == 1 and (_red_rows(report) if words[0] == "certify" else _failed_assertion(output))
-            return Outcome("red", said, seconds) if said else Outcome("broken", _last_line(output), seconds)
+            if not said:
+                return Outcome("broken", _last_line(output), seconds)
+            return Outcome("hang" if OUT_OF_TIME.search(said) else "red", said, seconds)
 
     def _execute(self, arguments: list[str], home: Path, limit_s: float) -> tuple[int | None, str]:
         """Exit code, None if the time ran out, and what Python said; no process is left behind."""

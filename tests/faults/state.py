@@ -3,6 +3,7 @@
 from faults.fault import Fault
 
 FILE, LOOP, MODEL = "accessory/train/state.py", "accessory/train/loop.py", "accessory/train/model.py"
+STEPS = "tests/test_run_state.py::test_steps_go_on_as_if_there_had_been_no_state"
 RESUMED = "'tests/test_resume.py::test_a_killed_run_goes_on_in_another_partition[before0-after0]'"
 
 FAULTS = (
@@ -11,16 +12,16 @@ FAULTS = (
         FILE,
         "state.read_kind(kind, name, box)",
         'state.read_kind("exp_avg", name, box)',
-        RESUMED,
+        STEPS,
     ),
-    Fault("moments begin at zero", FILE, "local[rows] = state.read_kind(", "_ = state.read_kind(", RESUMED),
-    Fault("AdamW counts its steps anew", FILE, "torch.tensor(float(state.notes.steps)", "torch.tensor(float(0)", RESUMED),
+    Fault("moments begin at zero", FILE, "local[rows] = state.read_kind(", "_ = state.read_kind(", STEPS),
+    Fault("AdamW counts its steps anew", FILE, "torch.tensor(float(state.notes.steps)", "torch.tensor(float(0)", STEPS),
     Fault(
         "AdamW's steps are counted in rows",
         FILE,
         "torch.tensor(float(state.notes.steps)",
         "torch.tensor(float(state.notes.rows)",
-        RESUMED,
+        STEPS,
     ),
     Fault("weights are the start's, not the state's", MODEL, "source = Resumed(state, source)", "pass", RESUMED),
     Fault(
@@ -35,7 +36,7 @@ FAULTS = (
         FILE,
         "(box, local[rows])",
         "(box, local[rows].bfloat16())",
-        RESUMED,
+        STEPS,
     ),
     Fault(
         "the score biases are not restored",
