@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from accessory.certify.formats import largest
 from accessory.certify.matrix import CacheCell, Cell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
+from accessory.data.store import Sample
 from accessory.model.logical import Cut, logical_cuts
 from accessory.model.moe.layouts import get_layout
+from accessory.train.config import OptimSection
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -71,22 +73,8 @@ class Judge:
         return self._training(cell, outcome)
 
     def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.Step]:
-        tuning = self.problem.tuning(tuning_name)
         rates = reference.schedule(BATCHES, OPTIM.lr, OPTIM.min_lr, OPTIM.warmup_epochs * BATCHES[0])
-        steps = reference.train_steps(
-            self.problem.weights(tuning.adapters),
-            self.problem.args,
-            [[(s.tokens, s.trained) for s in batch] for batch in self.problem.batches(masks)],
-            balance=balance,
-            clip=OPTIM.clip_grad,
-            lr=rates,
-            weight_decay=OPTIM.weight_decay,
-            betas=OPTIM.betas,
-            eps=OPTIM.eps,
-            trains=tuning.trains,
-            scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
-        )
-        return list(steps)
+        return list(reference_steps(self.problem, tuning_name, self.problem.batches(masks), balance, OPTIM, rates))
 
     def _training(self, cell: Cell, ranks: list[Any]) -> Row:
         expected = self._expected(cell.masks, cell.tuning, cell.balance)
@@ -134,6 +122,26 @@ class Judge:
         right = {str(n): reference.forward(weights, self.problem.args, t)[0] for n, t in enumerate(tokens)}
         errors = (distance({str(n): t for n, t in enumerate(rank["logits"])}, right) for rank in ranks)
         return Row(cell, {"logits": largest(errors)}, self.bounds)
+
+
+def reference_steps(
+    problem: Problem, tuning_name: str, batches: list[list[Sample]], balance: str, optim: OptimSection, rates: list[float]
+) -> Iterator[reference.Step]:
+    """What the plain reference makes of a problem's weights on global batches, at a rate for each."""
+    tuning = problem.tuning(tuning_name)
+    return reference.train_steps(
+        problem.weights(tuning.adapters),
+        problem.args,
+        [[(sample.tokens, sample.trained) for sample in batch] for batch in batches],
+        balance=balance,
+        clip=optim.clip_grad,
+        lr=rates,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        trains=tuning.trains,
+        scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
+    )
 
 
 def assemble(parts: list[dict[str, Tensor]], cuts: Mapping[str, Cut], size: int) -> tuple[dict[str, Tensor], set[str]]:

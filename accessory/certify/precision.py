@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.certify import reference
 from accessory.certify.formats import largest
-from accessory.certify.judge import Row, relative
+from accessory.certify.judge import Row, reference_steps, relative
 from accessory.certify.matrix import MODES, model_parallel_sizes
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
@@ -186,18 +185,7 @@ class PrecisionJudge:
         return Row(cell, errors | {"curve": largest(abs(ours - right) / pairs[0][1] for ours, right in pairs)}, BOUNDS)
 
     def _compute(self, tuning_name: str) -> list[float]:
-        tuning = self.problem.tuning(tuning_name)
-        steps = reference.train_steps(
-            self.problem.weights(tuning.adapters),
-            self.problem.args,
-            [[(s.tokens, s.trained) for s in batch] for batch in self.problem.long_then_short()],
-            balance="document",
-            clip=SETTINGS.clip_grad,
-            lr=SETTINGS.lr,
-            weight_decay=SETTINGS.weight_decay,
-            betas=SETTINGS.betas,
-            eps=SETTINGS.eps,
-            trains=tuning.trains,
-            scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
-        )
+        batches = self.problem.long_then_short()
+        rates = [SETTINGS.lr] * len(batches)
+        steps = reference_steps(self.problem, tuning_name, batches, "document", SETTINGS, rates)
         return [step.parts.ce.item() for step in steps]
