@@ -11,7 +11,7 @@ from jobs import Job
 from test_watchdog import HOST, STALL, errors, home, run  # noqa: F401
 
 END = STALL + 90
-"""Seconds from the start of the processes, which a busy machine forks late, to their end; without a verdict they never end."""
+"""Seconds from the start of the processes, which a busy machine forks late, to their end."""
 
 DIES = "import os\nif rank in {ranks}: os._exit(9)\n"
 SAYS_SOON = "from accessory.parallel import watchdog\nwatchdog.AWAITED_S = 0.2\n"
