@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("certify", help="prove on this machine that no layout or parallel size changes the numbers")
     verb.add_argument("--model", type=Path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
-    verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4")
+    verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
     verb.add_argument("--quick", action="store_true", help="fewer cells: under a minute on two cores")
     verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     verb.add_argument(

@@ -79,7 +79,7 @@ def _check_memory(args: ModelArgs, world: int, where: str) -> None:
 
 def _worlds(arguments: argparse.Namespace) -> list[int]:
     """Raise UserError if this machine cannot run them."""
-    text = arguments.world or ("1,2" if arguments.quick and arguments.precision == "bf16" else "1,2,4")
+    text = arguments.world or ("1,2" if arguments.quick else "1,2,4")
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--world {text}: expected numbers of processes, such as 1,2,4")
     worlds = sorted({int(part) for part in text.split(",")})
