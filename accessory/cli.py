@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accessory import __version__
 from accessory.errors import UserError
@@ -32,7 +33,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="accessory", description=__doc__.split(".")[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for add_verbs in (_training_verbs, _using_verbs, _checkpoint_verbs, _certify_verb, _data_verbs):
+        add_verbs(verbs)
+    return parser
 
+
+Verbs = Any  # what argparse's add_subparsers returns
+
+
+def _training_verbs(verbs: Verbs) -> None:
     verb = verbs.add_parser("finetune", help="train a model as a run's YAML file says (with torchrun, srun, or plain)")
     verb.add_argument("config", type=Path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
     verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
@@ -43,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
     verb.set_defaults(run=_pretrain)
 
+
+def _using_verbs(verbs: Verbs) -> None:
     verb = verbs.add_parser("generate", help="continue prompts with a trained model (with torchrun, srun, or plain)")
     verb.add_argument("checkpoint", type=Path, help="directory")
     verb.add_argument("--adapter", type=Path, action="append", default=[], help="directory laid over it; can be repeated")
@@ -61,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--png", type=Path, default=Path("compare.png"), help="picture; default: %(default)s")
     verb.set_defaults(run=_compare)
 
+
+def _checkpoint_verbs(verbs: Verbs) -> None:
     verb = verbs.add_parser("convert", help="write a checkpoint of any format in another one")
     verb.add_argument("sources", nargs="+", type=Path, help="directory, or several in order: a base, then what changes it")
     verb.add_argument("destination", type=Path, help="directory to write")
@@ -89,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
     verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_verify"))
 
+
+def _certify_verb(verbs: Verbs) -> None:
     verb = verbs.add_parser("certify", help="prove on this machine that no layout or parallel size changes the numbers")
     verb.add_argument("--model", type=Path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
     verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
@@ -105,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page")
     verb.set_defaults(run=_in("accessory.certify.command", "run_certify"))
 
+
+def _data_verbs(verbs: Verbs) -> None:
     data = verbs.add_parser("data", help="make, check and show training data").add_subparsers(required=True, metavar="WHAT")
     for name, text in (
         ("check", "validate every record of a mix: a table of sources, a picture of lengths, the bad records"),
@@ -133,7 +150,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("out", type=Path, help="tokenizer.model to write")
     verb.add_argument("--vocab-size", type=int, default=4096, help="pieces; default: %(default)s")
     verb.set_defaults(run=_tokenizer)
-    return parser
 
 
 def _conversion_options(verb: argparse.ArgumentParser) -> None:

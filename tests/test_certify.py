@@ -11,7 +11,7 @@ import torch
 from test_convert import cli
 
 from accessory.certify import command, formats
-from accessory.certify.judge import Judge, Row
+from accessory.certify.judge import Judge, Verdict
 from accessory.certify.matrix import training_cells
 from accessory.certify.precision import BOUNDS
 from accessory.certify.problem import OPTIM, SMALL, Problem
@@ -171,7 +171,7 @@ def test_a_failing_cell(tmp_path, monkeypatch, capsys):
     def verdict(self, cell, outcome):
         number = next(verdicts)
         errors = {"loss": 1e-12, "counts": 1.0 if number == 0 else 0.0, "gradients": float("nan") if number == 2 else 0.0}
-        return Row(cell, errors, self.bounds, outcome.reason if number == 1 else None)
+        return Verdict(cell, errors, self.bounds, outcome.reason if number == 1 else None)
 
     verdicts = iter(range(1000))
     monkeypatch.setattr(command, "run_jobs", fake)

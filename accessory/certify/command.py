@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from accessory.certify.judge import TOLERANCES, Judge, Row
+from accessory.certify.judge import TOLERANCES, Judge, Verdict
 from accessory.certify.matrix import cache_cells, check_fits, file_cells, training_cells
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
 from accessory.certify.precision import PrecisionJudge, precision_cells, run_precision
@@ -159,13 +159,13 @@ def _fill(certificate: Certificate, judge: Any, body: Body, cells: Sequence[Any]
                 bar.update()
 
 
-def _verdict(judge: Any, cell: Any, outcome: Any) -> Row:
+def _verdict(judge: Any, cell: Any, outcome: Any) -> Verdict:
     """What cannot be judged fails, and the other cells go on: a rank's results can be wrong in ways not foreseen."""
     try:
-        row: Row = judge.row(cell, outcome)
+        row: Verdict = judge.row(cell, outcome)
         return row
     except Exception as error:
-        return Row(cell, {}, judge.bounds, f"cannot be judged: {type(error).__name__}: {error}")
+        return Verdict(cell, {}, judge.bounds, f"cannot be judged: {type(error).__name__}: {error}")
 
 
 def _text(certificate: Certificate) -> str:

@@ -30,7 +30,7 @@ def bounds(tolerance: float) -> Mapping[str, float]:
 
 
 @dataclass(frozen=True)
-class Row:
+class Verdict:
     """A cell and how far it is from the reference.
 
     ``errors``: by quantity, over all steps and ranks; a number's is relative to it, a tensor's largest difference is
@@ -54,7 +54,7 @@ class Judge:
     """Compares cells with the reference, which is computed once for each problem that they pose.
 
     Attributes:
-        margin: of all routing decisions compared so far, the closest (see ``reference.Parts``).
+        margin: of all routing decisions compared so far, the closest (see ``reference.LossParts``).
     """
 
     def __init__(self, problem: Problem):
@@ -62,21 +62,21 @@ class Judge:
         self.margin = math.inf
         self._expected = functools.cache(self._compute)
 
-    def row(self, cell: Cell | FileCell | CacheCell, outcome: list[Any] | Failure) -> Row:
+    def row(self, cell: Cell | FileCell | CacheCell, outcome: list[Any] | Failure) -> Verdict:
         """The verdict on what ``run_jobs`` yields for a cell."""
         if isinstance(outcome, Failure):
-            return Row(cell, {}, self.bounds, outcome.reason)
+            return Verdict(cell, {}, self.bounds, outcome.reason)
         if isinstance(cell, FileCell):
             return self._files(cell, outcome)
         if isinstance(cell, CacheCell):
             return self._cached(cell, outcome)
         return self._training(cell, outcome)
 
-    def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.Step]:
+    def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.ReferenceStep]:
         rates = reference.schedule(BATCHES, OPTIM.lr, OPTIM.min_lr, OPTIM.warmup_epochs * BATCHES[0])
         return list(reference_steps(self.problem, tuning_name, self.problem.batches(masks), balance, OPTIM, rates))
 
-    def _training(self, cell: Cell, ranks: list[Any]) -> Row:
+    def _training(self, cell: Cell, ranks: list[Any]) -> Verdict:
         expected = self._expected(cell.masks, cell.tuning, cell.balance)
         self.margin = min(self.margin, *(step.parts.margin for step in expected))
         errors = dict.fromkeys(("loss", "balance", "z-loss", "counts", "norm"), 0.0)
@@ -107,26 +107,26 @@ class Judge:
             reason = disagreement(differ | also)
         elif changed:
             reason = f"{min(changed)} is frozen, but has changed"
-        return Row(cell, errors, self.bounds, reason)
+        return Verdict(cell, errors, self.bounds, reason)
 
-    def _files(self, cell: FileCell, ranks: list[Any]) -> Row:
+    def _files(self, cell: FileCell, ranks: list[Any]) -> Verdict:
         tokens = torch.tensor(self.problem.batches(False)[0][0].tokens)
         logits = reference.forward(self.problem.weights(), self.problem.args, tokens)[0]
         error = largest(distance({"": rank["logits"]}, {"": logits}) for rank in ranks)
         main = ranks[0]
-        return Row(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.bounds, main["wrong"])
+        return Verdict(cell, {"logits": error, "saved": main["saved"], "hf": main["hf"]}, self.bounds, main["wrong"])
 
-    def _cached(self, cell: CacheCell, ranks: list[Any]) -> Row:
+    def _cached(self, cell: CacheCell, ranks: list[Any]) -> Verdict:
         weights = self.problem.weights()
         tokens = [torch.tensor(sample.tokens) for sample in self.problem.batches(False)[0]]
         right = {str(n): reference.forward(weights, self.problem.args, t)[0] for n, t in enumerate(tokens)}
         errors = (distance({str(n): t for n, t in enumerate(rank["logits"])}, right) for rank in ranks)
-        return Row(cell, {"logits": largest(errors)}, self.bounds)
+        return Verdict(cell, {"logits": largest(errors)}, self.bounds)
 
 
 def reference_steps(
     problem: Problem, tuning_name: str, batches: list[list[Sample]], balance: str, optim: OptimSection, rates: list[float]
-) -> Iterator[reference.Step]:
+) -> Iterator[reference.ReferenceStep]:
     """What the plain reference makes of a problem's weights on global batches, at a rate for each."""
     tuning = problem.tuning(tuning_name)
     return reference.train_steps(

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
-from accessory.certify.judge import Row, assemble, bounds, disagreement, distance, relative
+from accessory.certify.judge import Verdict, assemble, bounds, disagreement, distance, relative
 from accessory.certify.problem import Problem
 from accessory.certify.processes import Failure
 from accessory.certify.run import Tensors, build, gradients
@@ -83,15 +83,15 @@ class TransformersJudge:
         self.logits, self.loss = out.logits.detach()[real].double(), out.loss.item()
         self.gradients = self._by_logical_name({name: p.grad for name, p in model.named_parameters()})
 
-    def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Row:
+    def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
-            return Row(cell, {}, self.bounds, outcome.reason)
+            return Verdict(cell, {}, self.bounds, outcome.reason)
         cuts = logical_cuts(self.args, get_layout(cell.layout))
         ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
         logits = (distance({"": rank["logits"]}, {"": self.logits}) for rank in outcome)
         losses = (relative(rank["loss"], self.loss) for rank in outcome)
         errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}
-        return Row(cell, errors, self.bounds, disagreement(differ))
+        return Verdict(cell, errors, self.bounds, disagreement(differ))
 
     def _by_logical_name(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """transformers holds the experts fused, and halves for rotary pairs: the tiles of its files say where."""

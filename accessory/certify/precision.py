@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.certify.formats import largest
-from accessory.certify.judge import Row, reference_steps, relative
+from accessory.certify.judge import Verdict, reference_steps, relative
 from accessory.certify.matrix import MODES, model_parallel_sizes
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
@@ -177,12 +177,12 @@ class PrecisionJudge:
         self.problem, self.bounds = problem, BOUNDS
         self._losses = functools.cache(self._compute)
 
-    def row(self, cell: PrecisionCell, outcome: list[Any] | Failure) -> Row:
+    def row(self, cell: PrecisionCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
-            return Row(cell, {}, BOUNDS, outcome.reason)
+            return Verdict(cell, {}, BOUNDS, outcome.reason)
         errors = {name: largest(rank["errors"][name] for rank in outcome) for name in outcome[0]["errors"]}
         pairs = [pair for rank in outcome for pair in zip(rank["losses"], self._losses(cell.tuning), strict=True)]
-        return Row(cell, errors | {"curve": largest(abs(ours - right) / pairs[0][1] for ours, right in pairs)}, BOUNDS)
+        return Verdict(cell, errors | {"curve": largest(abs(ours - right) / pairs[0][1] for ours, right in pairs)}, BOUNDS)
 
     def _compute(self, tuning_name: str) -> list[float]:
         batches = self.problem.long_then_short()

@@ -95,7 +95,7 @@ def rotate(x, args):
     return out
 
 
-class Parts(NamedTuple):
+class LossParts(NamedTuple):
     """What a training loss is made of, over a whole global batch, and how close the router's decisions were."""
 
     ce: torch.Tensor  # mean cross-entropy over the targets
@@ -105,10 +105,10 @@ class Parts(NamedTuple):
     margin: float  # smallest distance between the router logits of the last expert chosen and the first that is not
 
 
-class Step(NamedTuple):
+class ReferenceStep(NamedTuple):
     """One optimiser step."""
 
-    parts: Parts
+    parts: LossParts
     norm: float  # of the whole gradient, before it is clipped
     scale: float  # what clipping multiplies it by
     gradients: dict  # clipped
@@ -138,7 +138,7 @@ def loss_parts(w, args, samples, balance, scaling=1.0):
         large = large + routers.logsumexp(-1).pow(2).sum() / (len(routers) * tokens)
         per_layer = args.moe.num_experts / (length * top_k) * (counts.sum(1) * probs.mean(1)).sum(-1)
         uneven = uneven + per_layer.mean() * length / tokens
-    return Parts(total / targets, uneven, large, loads, margin)
+    return LossParts(total / targets, uneven, large, loads, margin)
 
 
 def weighted(parts, args, z_weight=0.01):
@@ -173,7 +173,7 @@ def adamw(tensor, g, moments, step, *, rate, weight_decay, betas, eps):
 
 
 def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
-    """AdamW over global batches; yields a Step for each.
+    """AdamW over global batches; yields a ReferenceStep for each.
 
     ``lr``: the rate, or one for each step. ``trains``: names of the tensors that do; None: all.
     """
@@ -194,7 +194,7 @@ def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps
                 options = {"rate": rate, "weight_decay": weight_decay if decays else 0.0, "betas": betas, "eps": eps}
                 adamw(tensor, tensor.grad.mul_(scale), moments[name], step, **options)
         gradients = {name: t.grad.clone() for name, t in w.items()}
-        yield Step(parts, size, scale, gradients, {name: t.detach().clone() for name, t in w.items()})
+        yield ReferenceStep(parts, size, scale, gradients, {name: t.detach().clone() for name, t in w.items()})
 
 
 def train(w, args, batches, **options):

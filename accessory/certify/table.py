@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accessory import __version__
-from accessory.certify.judge import Row
+from accessory.certify.judge import Verdict
 
 QUANTITIES = {
     "loss": "cross-entropy per target token, each step",
@@ -47,15 +47,15 @@ class Certificate:
 
     title: str
     about: dict[str, str]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Verdict] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return bool(self.rows) and all(row.passed for row in self.rows)
 
-    def sections(self) -> list[list[Row]]:
+    def sections(self) -> list[list[Verdict]]:
         """The rows by kind of cell."""
-        kinds: dict[type, list[Row]] = {}
+        kinds: dict[type, list[Verdict]] = {}
         for row in self.rows:
             kinds.setdefault(type(row.cell), []).append(row)
         return list(kinds.values())
@@ -84,7 +84,7 @@ class Certificate:
         return head | {"rows": rows}
 
 
-def quantities(rows: Sequence[Row]) -> list[str]:
+def quantities(rows: Sequence[Verdict]) -> list[str]:
     """What is compared in some row; a cell that failed early lacks some."""
     return list(dict.fromkeys(name for row in rows for name in row.errors))
 
@@ -102,12 +102,12 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def text_header(rows: Sequence[Row]) -> str:
+def text_header(rows: Sequence[Verdict]) -> str:
     settings = (f"{name:<{_width(name)}}" for name in rows[0].cell.settings())
     return "  ".join([*settings, *(f"{name:>{_width(name)}}" for name in quantities(rows))])
 
 
-def text_line(row: Row, names: Sequence[str]) -> str:
+def text_line(row: Verdict, names: Sequence[str]) -> str:
     """A row, under its section's header: ``names`` are the quantities of that."""
     settings = (f"{value:<{_width(name)}}" for name, value in row.cell.settings().items())
     errors = (f"{_number(row.errors[name]) if name in row.errors else '':>{_width(name)}}" for name in names)
@@ -155,7 +155,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } 
 """
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Verdict]) -> str:
     names = quantities(rows)
     head = "".join(f"<th>{name}</th>" for name in [*rows[0].cell.settings(), *names, ""])
     lines = []
@@ -167,7 +167,7 @@ def _table(rows: list[Row]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _cell(row: Row, quantity: str) -> str:
+def _cell(row: Verdict, quantity: str) -> str:
     if quantity not in row.errors:
         return "<td></td>"
     error = row.errors[quantity]

@@ -31,7 +31,7 @@ SYNC_BYTES = 2**30  # written between two waits for the disk: one wait for all o
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
 
-class Parts(io.RawIOBase):
+class JoinedFiles(io.RawIOBase):
     """One or several files, read as if they were concatenated."""
 
     def __init__(self, paths: Sequence[Path]):
@@ -85,7 +85,7 @@ class Parts(io.RawIOBase):
 class Stored:
     """A tensor in a file: where its bytes are."""
 
-    parts: Parts
+    parts: JoinedFiles
     offset: int  # of its first element
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -128,7 +128,7 @@ def index_file(*paths: Path) -> TensorFile:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the checkpoint is incomplete")
-    parts = Parts(paths)
+    parts = JoinedFiles(paths)
     try:
         return _index_safetensors(parts) if paths[0].suffix == ".safetensors" else _index_archive(parts)
     except UserError:
@@ -137,7 +137,7 @@ def index_file(*paths: Path) -> TensorFile:
         raise UserError(f"{paths[0]}: damaged or not a checkpoint file ({_short(error)})") from error
 
 
-def _index_safetensors(parts: Parts) -> TensorFile:
+def _index_safetensors(parts: JoinedFiles) -> TensorFile:
     """8 bytes that say how long the header is, the header in JSON, then the tensors' bytes."""
     (length,) = struct.unpack("<Q", parts.read_exactly(0, 8))
     if length > _MAX_HEADER:
@@ -160,11 +160,11 @@ def _index_safetensors(parts: Parts) -> TensorFile:
     return TensorFile(tensors, {key: str(value) for key, value in notes.items()})
 
 
-def _not_a_weight(parts: Parts, key: str, dtype: object) -> UserError:
+def _not_a_weight(parts: JoinedFiles, key: str, dtype: object) -> UserError:
     return UserError(f"{parts}: {key} is of type {dtype}; weights are fp64, fp32, fp16 or bf16 here, not quantised")
 
 
-def _index_archive(parts: Parts) -> TensorFile:
+def _index_archive(parts: JoinedFiles) -> TensorFile:
     """torch.load without the data: in fake mode a storage knows where in the archive its bytes are."""
     try:
         with FakeTensorMode():

@@ -19,7 +19,7 @@ from accessory.console import progress, say
 from accessory.data.held_out import hold_out
 from accessory.data.order import Part, Shuffled
 from accessory.data.records import recognise, shortened
-from accessory.data.sources import MixEntry, Source, content_digest, place_name, read_rows, read_sources
+from accessory.data.sources import MixEntry, MixSource, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
 from accessory.data.templates import get_template, render
 from accessory.data.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class Samples(Sequence[Sample]):
 class Tokenised:
     """A source and its samples."""
 
-    source: Source
+    source: MixSource
     stores: list[Store]
     max_seq_len: int
 

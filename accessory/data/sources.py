@@ -74,7 +74,7 @@ class MixEntry:
 
 
 @dataclass(frozen=True)
-class Source:
+class MixSource:
     """An entry with the files that it names."""
 
     entry: MixEntry
@@ -90,7 +90,7 @@ class Source:
         return (self.root or file.parent) / path
 
 
-def read_sources(mix: str | Path) -> list[Source]:
+def read_sources(mix: str | Path) -> list[MixSource]:
     """The sources of a YAML mix.
 
     Raises:
@@ -101,7 +101,7 @@ def read_sources(mix: str | Path) -> list[Source]:
     entries = values.get("META")
     if set(values) != {"META"} or not isinstance(entries, list) or not entries:
         raise UserError(f"{mix}: a data mix is one key META with a list of sources")
-    sources: list[Source] = []
+    sources: list[MixSource] = []
     seen: dict[Path, int] = {}
     for number, value in enumerate(entries, 1):
         where = f"{mix}: META entry {number}"
@@ -111,7 +111,7 @@ def read_sources(mix: str | Path) -> list[Source]:
         root = entry.root and _expand(entry.root, mix.parent, where)
         if root and not root.is_dir():
             raise UserError(f"{where}: root {root}: no such directory")
-        source = Source(entry, tuple(_find(entry.path, mix.parent, where)), root or None)
+        source = MixSource(entry, tuple(_find(entry.path, mix.parent, where)), root or None)
         for file in source.files:
             if (real := file.resolve()) in seen:
                 raise UserError(f"{where}: {file} is in entry {seen[real]} already; set epochs to repeat it")
@@ -184,7 +184,7 @@ def file_kind(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One record as it stands in its file: a parsed value, or bytes still to be parsed (``parse``), at a place."""
 
     place: int  # a line, from 1; where the file has none, -1 - the number of the record
@@ -224,11 +224,11 @@ def place_name(file: Path, place: int) -> str:
     return f"{file}:{place}" if place > 0 else f"{file}[{-1 - place}]"
 
 
-def read_rows(file: Path) -> Iterator[Row]:
+def read_rows(file: Path) -> Iterator[SourceRow]:
     """Every record of a file, one after the other.
 
     Raises:
-        UserError: the file as a whole is not what its name says; a single bad line is told by ``Row.parse``.
+        UserError: the file as a whole is not what its name says; a single bad line is told by ``SourceRow.parse``.
     """
     kind = file_kind(file)
     try:
@@ -253,7 +253,7 @@ def _open(file: Path) -> BinaryIO:
     return open(file, "rb")
 
 
-def _json(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _json(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
     """A list of records; or, as many files with this name really are, one record a line."""
     beginning = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     stream.seek(0)
@@ -270,17 +270,17 @@ def _json(file: Path, stream: BinaryIO) -> Iterator[Row]:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from error
     except RecursionError as error:
         raise UserError(f"{file}: not valid JSON: nested too deeply") from error
-    yield from (Row(-1 - number, record) for number, record in enumerate(records))
+    yield from (SourceRow(-1 - number, record) for number, record in enumerate(records))
 
 
-def _jsonl(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _jsonl(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
     for number, line in enumerate(stream, 1):
         if record := (line if number > 1 else line.removeprefix(codecs.BOM_UTF8)).strip():
-            yield Row(number, record)
+            yield SourceRow(number, record)
 
 
 def _table(delimiter: str) -> Any:
-    def read(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    def read(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         csv.field_size_limit(MAX_RECORD)
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
@@ -290,16 +290,16 @@ def _table(delimiter: str) -> Any:
                     raise UserError(
                         f"{file}:{reader.line_num}: a row with another number of columns than the first line has"
                     )
-                yield Row(reader.line_num, dict(record))
+                yield SourceRow(reader.line_num, dict(record))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file}: damaged after line {reader.line_num}: {' '.join(str(error).split())}") from error
 
     return read
 
 
-def _text(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _text(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
     try:
-        yield Row(1, {"text": stream.read().decode("utf-8")})
+        yield SourceRow(1, {"text": stream.read().decode("utf-8")})
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid UTF-8: {error.reason}") from error
 
@@ -307,13 +307,13 @@ def _text(file: Path, stream: BinaryIO) -> Iterator[Row]:
 _READERS: dict[str, Any] = {".jsonl": _jsonl, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"), ".txt": _text}
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[SourceRow]:
     import pyarrow.parquet
 
     yield from _batches(pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256))
 
 
-def _arrow(file: Path) -> Iterator[Row]:
+def _arrow(file: Path) -> Iterator[SourceRow]:
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as stream:
@@ -325,11 +325,11 @@ def _arrow(file: Path) -> Iterator[Row]:
         yield from _batches(reader)
 
 
-def _batches(batches: Any) -> Iterator[Row]:
+def _batches(batches: Any) -> Iterator[SourceRow]:
     number = 0
     for batch in batches:
         for record in batch.to_pylist():
-            yield Row(-1 - number, _without_nulls(record))
+            yield SourceRow(-1 - number, _without_nulls(record))
             number += 1
 
 

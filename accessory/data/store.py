@@ -26,7 +26,7 @@ import numpy as np
 
 from accessory.config import read_mapping, write_json
 from accessory.data.records import ImageError
-from accessory.data.sources import Row, content_digest, file_kind, place_name, read_rows
+from accessory.data.sources import SourceRow, content_digest, file_kind, place_name, read_rows
 from accessory.errors import UserError
 from accessory.parallel.forkserver import Killed, fork_server, map_in_processes
 
@@ -82,7 +82,7 @@ class Encoded(NamedTuple):
     report: Report
 
 
-def encode_rows(rows: list[Row], encode: Encoder, max_seq_len: int) -> Encoded:
+def encode_rows(rows: list[SourceRow], encode: Encoder, max_seq_len: int) -> Encoded:
     """Samples of some rows, cut to ``max_seq_len``."""
     report, parts, places = Report(records=len(rows)), [np.zeros(0, np.int32)], []
     digests, dropped, bad = [], [], []
@@ -235,12 +235,12 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
         raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
 
 
-def _make_encode(make_encoder: Callable[[], Encoder], max_seq_len: int) -> Callable[[list[Row]], Encoded]:
+def _make_encode(make_encoder: Callable[[], Encoder], max_seq_len: int) -> Callable[[list[SourceRow]], Encoded]:
     return partial(encode_rows, encode=make_encoder(), max_seq_len=max_seq_len)
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
+def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
+    chunk: list[SourceRow] = []
     size = 0
     for row in rows:
         chunk.append(row)

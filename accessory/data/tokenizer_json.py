@@ -32,9 +32,20 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
     if not plain or not is_bpe or min(ids) < 0:
         return False
     bos, eos, unknown = (pieces[number] for number in ids)
-    special = [number for number, kind in enumerate(kinds) if kind in (Piece.CONTROL, Piece.UNKNOWN)]
+    write_json(directory / "tokenizer.json", _tokenizer(model, bos, unknown))
+    names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown, "clean_up_tokenization_spaces": False}
+    path = directory / "tokenizer_config.json"
+    before = read_mapping(path) if path.exists() else {}  # a chat template may be in it
+    write_json(path, before | {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+    return True
+
+
+def _tokenizer(model: Any, bos: str, unknown: str) -> dict[str, Any]:
+    """What tokenizer.json says."""
+    pieces = [piece.piece for piece in model.pieces]
+    special = [n for n, piece in enumerate(model.pieces) if piece.type in (Piece.CONTROL, Piece.UNKNOWN)]
     beginning = {"SpecialToken": {"id": bos, "type_id": 0}}
-    content: dict[str, Any] = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -67,7 +78,7 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
                 {"SpecialToken": {"id": bos, "type_id": 1}},
                 {"Sequence": {"id": "B", "type_id": 1}},
             ],
-            "special_tokens": {bos: {"id": bos, "ids": [ids[0]], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [model.trainer_spec.bos_id], "tokens": [bos]}},
         },
         "decoder": {
             "type": "Sequence",
@@ -91,12 +102,6 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
             "merges": _merges(model),
         },
     }
-    write_json(directory / "tokenizer.json", content)
-    names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown, "clean_up_tokenization_spaces": False}
-    path = directory / "tokenizer_config.json"
-    before = read_mapping(path) if path.exists() else {}  # a chat template may be in it
-    write_json(path, before | {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
-    return True
 
 
 def _merges(model: Any) -> list[list[str]]:
