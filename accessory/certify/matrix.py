@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from accessory.certify.problem import TUNINGS
 from accessory.model.args import ModelArgs
@@ -34,11 +34,7 @@ class Cell:
     def settings(self) -> dict[str, str]:
         """By the names that a table gives them."""
         return {
-            "world": str(self.world),
-            "mp": str(self.model_parallel),
-            "dp": self.data_parallel if self.model_parallel < self.world else "-",
-            "layout": self.layout,
-            "accum": str(self.accumulation),
+            **partition(self),
             "packing": _tick(self.packing),
             "masks": _tick(self.masks),
             "recompute": _tick(self.recompute),
@@ -76,6 +72,17 @@ class CacheCell:
 
     def settings(self) -> dict[str, str]:
         return {"cached on mp": str(self.world), "layout": self.layout}
+
+
+def partition(cell: Any) -> dict[str, str]:
+    """How a training cell is cut, by the names that a table gives it."""
+    return {
+        "world": str(cell.world),
+        "mp": str(cell.model_parallel),
+        "dp": cell.data_parallel if cell.model_parallel < cell.world else "-",
+        "layout": cell.layout,
+        "accum": str(cell.accumulation),
+    }
 
 
 def _tick(value: bool) -> str:

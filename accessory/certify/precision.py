@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accessory.certify.formats import largest
 from accessory.certify.judge import Verdict, reference_steps, relative
-from accessory.certify.matrix import MODES, model_parallel_sizes
+from accessory.certify.matrix import MODES, model_parallel_sizes, partition
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
 from accessory.certify.processes import Failure
@@ -69,14 +69,7 @@ class PrecisionCell:
     tuning: str  # of problem.TUNINGS
 
     def settings(self) -> dict[str, str]:
-        return {
-            "world": str(self.world),
-            "mp": str(self.model_parallel),
-            "dp": self.data_parallel if self.model_parallel < self.world else "-",
-            "layout": self.layout,
-            "accum": str(self.accumulation),
-            "tuning": self.tuning,
-        }
+        return partition(self) | {"tuning": self.tuning}
 
 
 def precision_cells(worlds: Sequence[int]) -> list[PrecisionCell]:

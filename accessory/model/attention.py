@@ -41,8 +41,13 @@ class Attention(nn.Module):
         x = copy_to_model_parallel_region(x)
         q, k, v = (w(x, draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
-        attention = attend if cache is None else cache.attend
-        return self.wo(attention(q, k, v, documents, self.window).flatten(1), draw)
+        if cache is not None:
+            cache.keep(k, v, documents)
+        if cache is None or not any(documents.past):
+            out = attend(q, k, v, documents, self.window)
+        else:
+            out = cache.attend(q, documents, self.window)
+        return self.wo(out.flatten(1), draw)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

@@ -16,23 +16,22 @@ class LayerCache:
     keys: Tensor
     values: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-        """Keep ``k``, ``v`` [T, H_kv, head_dim], and attend ``q`` [T, H, head_dim] over them and what came before."""
+    def keep(self, k: Tensor, v: Tensor, documents: Documents) -> None:
+        """Add ``k``, ``v`` [T, H_kv, head_dim]."""
         slots, positions = documents.slot_of, documents.positions
         self.keys[slots, positions], self.values[slots, positions] = k, v
-        out = torch.empty_like(q)
-        chunks = zip(documents.lengths, documents.past, documents.slots, strict=True)
-        start, singles, longest = 0, [], 0
-        for n, past, slot in chunks:
-            if n == 1:
-                singles.append(start)
-                longest = max(longest, past + 1)
-            else:
+
+    def attend(self, q: Tensor, documents: Documents, window: int | None) -> Tensor:
+        """Attend ``q`` [T, H, head_dim], whose keys are kept already, over them and what came before."""
+        out, start = torch.empty_like(q), 0
+        for n, past, slot in zip(documents.lengths, documents.past, documents.slots, strict=True):
+            if n > 1:
                 out[start : start + n] = self._attend_chunk(q[start : start + n], slot, past, window)
             start += n
-        if singles:
-            rows = torch.tensor(singles, device=q.device)
-            out[rows] = self._attend_singles(q[rows], slots[rows], positions[rows], longest, window)
+        rows = documents.singles
+        if len(rows):
+            longest = 1 + max(past for n, past in zip(documents.lengths, documents.past, strict=True) if n == 1)
+            out[rows] = self._attend_singles(q[rows], documents.slot_of[rows], documents.positions[rows], longest, window)
         return out
 
     def _attend_singles(self, q: Tensor, slots: Tensor, positions: Tensor, length: int, window: int | None) -> Tensor:

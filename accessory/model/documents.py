@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,13 @@ class Documents:
         borders = F.pad(length.cumsum(0), (1, 0)).int()
         slot_of = torch.tensor(slots).repeat_interleave(length)
         return cls(number.repeat_interleave(length), positions, borders, slot_of, lengths, past, slots, count)
+
+    @cached_property
+    def singles(self) -> Tensor:
+        """The places of tokens that are their document's only one here; made once, for all layers."""
+        starts = accumulate(self.lengths[:-1], initial=0)
+        places = [start for start, n in zip(starts, self.lengths, strict=True) if n == 1]
+        return torch.tensor(places, dtype=torch.int64, device=self.document_of.device)
 
     def to(self, device: torch.device) -> "Documents":
         names = ("document_of", "positions", "borders", "slot_of")
