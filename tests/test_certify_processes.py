@@ -65,6 +65,8 @@ def test_interrupted_it_leaves_no_process_behind(how, tmp_path):
         text=True,
         start_new_session=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
+        # what a shell starts in the background inherits that SIGINT is ignored, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     group = process.pid
     wait_until(lambda: len(processes_of(group)) >= 5)  # two ranks, and Python's fork server and resource tracker

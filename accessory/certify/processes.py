@@ -67,7 +67,7 @@ def run_jobs(
                 for process in ranks:
                     if process.pid is not None:
                         process.kill()
-                        process.join(10)  # it is gone; its fork server may be late to say so
+                        process.join()
 
 
 def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> list[Any] | Failure:
