@@ -83,9 +83,8 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
     names = logical_cuts(checkpoint.args, get_layout("mixtral"), biased)
     dtypes = {name: target.dtype or checkpoint.dtype(name) for name in names}
-    dtypes |= {
-        name: at_least(dtype) for name, dtype in dtypes.items() if is_buffer(name)
-    }  # its steps are too small for bf16
+    buffers = filter(is_buffer, names)  # whose steps are too small for bf16
+    dtypes |= {name: at_least(dtypes[name]) for name in buffers}
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
     files = _planned_files(checkpoint.args, target, dtypes, biased)
