@@ -133,7 +133,7 @@ def _data_verbs(verbs: Verbs) -> None:
         verb.add_argument("--max-seq-len", type=int, help="tokens; default: the run's, or 4096")
         if name == "show":
             verb.add_argument("-n", type=int, default=3, help="samples of each source; default: %(default)s")
-            verb.set_defaults(run=_in("accessory.train.check", "show"))
+            verb.set_defaults(run=_in("accessory.train.data_check", "show"))
         else:
             verb.add_argument("-n", type=int, default=10, help="bad and dropped records to list; default: %(default)s")
             verb.add_argument("--png", type=Path, default=Path("lengths.png"), help="picture; default: %(default)s")
@@ -141,7 +141,7 @@ def _data_verbs(verbs: Verbs) -> None:
                 "--world", type=int, default=1, help="processes of the run, for its steps; default: %(default)s"
             )
             verb.add_argument("--tokens-per-s", type=float, help="for the run's duration; default: as its last run's")
-            verb.set_defaults(run=_in("accessory.train.check", "check"))
+            verb.set_defaults(run=_in("accessory.train.data_check", "check"))
     verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
     verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
     verb.set_defaults(run=_stdlib)
@@ -162,7 +162,7 @@ def _conversion_options(verb: argparse.ArgumentParser) -> None:
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from accessory.parallel.launch import run_job
-    from accessory.train.config import ParallelSection, RunConfig
+    from accessory.settings import ParallelSection, RunConfig
     from accessory.train.loop import finetune
 
     def config() -> RunConfig:
@@ -183,7 +183,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from accessory.infer.chat import answer
     from accessory.parallel.launch import run_job
-    from accessory.train.config import ParallelSection
+    from accessory.settings import ParallelSection
 
     run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
 

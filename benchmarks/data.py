@@ -33,7 +33,7 @@ from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 

@@ -23,7 +23,7 @@ from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.model.moe.router import RouterStats, Routing, router_stats
-from accessory.train.config import AlarmSection
+from accessory.settings import AlarmSection
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe
 from accessory.train.metrics import Window
 from accessory.train.optim import make_optimizer

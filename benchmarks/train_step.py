@@ -28,7 +28,7 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.fsdp import wrap
-from accessory.train.config import LoraSection, OptimSection, TuningSection
+from accessory.settings import LoraSection, OptimSection, TuningSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 from accessory.tuning.spec import resolve

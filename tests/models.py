@@ -26,7 +26,7 @@ from accessory.parallel.tensor import (
     get_model_parallel_world_size,
     initialize_groups,
 )
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 from accessory.train.optim import make_optimizer
 from accessory.train.save import gathered
 from accessory.train.step import train_step

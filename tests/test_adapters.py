@@ -25,7 +25,7 @@ from accessory.model.build import build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 from accessory.train.save import save_trainable
 from accessory.tuning.spec import resolve
 

@@ -36,7 +36,7 @@ from accessory.train.balance import (
     summed,
     z_loss,
 )
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 from accessory.train.step import train_step
 
 K, E, L = 2, 8, 2

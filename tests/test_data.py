@@ -28,7 +28,7 @@ from accessory.data.store import CHUNK, Sample, cache, make_store
 from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
-from accessory.train.config import DataSection, ModelSection, RunConfig
+from accessory.settings import DataSection, ModelSection, RunConfig
 
 WORDS = [
     "the",

@@ -32,7 +32,7 @@ from accessory.model.logical import logical_cuts
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.launch import Launch
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 from accessory.train.loop import finetune
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step

@@ -22,7 +22,7 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.logical import logical_cuts
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
-from accessory.train.config import AlarmSection, RunConfig
+from accessory.settings import AlarmSection, RunConfig
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe, probe_documents
 from accessory.train.metrics import Window
 from accessory.train.optim import make_optimizer

@@ -29,7 +29,7 @@ from accessory.checkpoint.adapter import AdapterWriter
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.moe.layouts import get_layout
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
 ARGS = ModelArgs(

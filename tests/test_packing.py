@@ -22,7 +22,7 @@ from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
 from accessory.train.balance import counted_balance, document_balance
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
 

@@ -17,7 +17,7 @@ from accessory.data.loader import collate
 from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.tensor import initialize_groups
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
 RANK, ALPHA, EXPERTS = 3, 2.0, ARGS.moe.num_experts

@@ -16,7 +16,7 @@ from models import WORDS, make_tokenizer
 from test_commands import MODEL, rows
 
 from accessory.data.loader import BatchPlan
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position
 

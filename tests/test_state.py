@@ -18,7 +18,7 @@ from test_resume import home, refused  # noqa: F401 (home is a fixture)
 from accessory.checkpoint.state import KINDS, TrainingState
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.train.config import DataSection, LoraSection, RunConfig, TrainSection, TuningSection
+from accessory.settings import DataSection, LoraSection, RunConfig, TrainSection, TuningSection
 from accessory.train.state import number_settings
 
 # ruff: noqa: F811 (home)

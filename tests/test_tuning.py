@@ -17,10 +17,10 @@ from accessory.model.logical import logical_cuts
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.adapter import Adapter, draws, dropped
+from accessory.model.adapter import Adapter, draws, dropped
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 from accessory.tuning.spec import resolve

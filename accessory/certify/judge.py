@@ -19,7 +19,7 @@ from accessory.certify.processes import Failure
 from accessory.data.store import Sample
 from accessory.model.logical import Cut, logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -9,10 +9,10 @@ from accessory.certify.problem import TUNINGS
 from accessory.model.args import ModelArgs
 from accessory.model.logical import divided_sizes
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.fsdp import DataParallel
-from accessory.parallel.tensor import check_divides
+from accessory.parallel.mesh import check_divides
+from accessory.settings import ParallelSection
 
-MODES: tuple[DataParallel, ...] = ("fsdp", "sdp", "ddp")
+Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
 BALANCES: tuple[Literal["global", "document"], ...] = ("global", "document")
 
 
@@ -22,7 +22,7 @@ class Cell:
 
     world: int
     model_parallel: int
-    data_parallel: DataParallel
+    data_parallel: Mode
     layout: str
     accumulation: int
     packing: bool
@@ -100,7 +100,7 @@ def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
         Cell(world, size, mode, layout, accumulation, packing, masks, recompute, tuning, balance)
         for world in worlds
         for size in model_parallel_sizes(world)
-        for mode in (MODES if size < world else MODES[:1])
+        for mode in modes(world // size)
         for layout in LAYOUTS
         for accumulation, packing, masks, recompute in itertools.product((3, 1), flags, flags, flags)
         for tuning in TUNINGS
@@ -141,6 +141,18 @@ def file_cells(worlds: Sequence[int]) -> list[FileCell]:
 
 def cache_cells(worlds: Sequence[int]) -> list[CacheCell]:
     return [CacheCell(world, layout) for world in worlds for layout in LAYOUTS]
+
+
+def modes(data_parallel: int) -> tuple[Mode, ...]:
+    """What so many data-parallel ranks can do; "hsdp" is fsdp over every other of them, with copies over the rest."""
+    if data_parallel == 1:
+        return ("fsdp",)
+    return ("fsdp", "sdp", "ddp", "hsdp") if data_parallel >= 4 else ("fsdp", "sdp", "ddp")
+
+
+def mode_settings(mode: Mode) -> ParallelSection:
+    """A mode as a run's settings say it."""
+    return ParallelSection(data_parallel="fsdp", shard_size=2) if mode == "hsdp" else ParallelSection(data_parallel=mode)
 
 
 def model_parallel_sizes(world: int) -> list[int]:

@@ -24,7 +24,7 @@ from accessory.errors import UserError
 from accessory.model.head import Logits, LossSum
 from accessory.model.logical import logical_cuts, region_shape
 from accessory.model.moe.layouts import LAYOUTS, get_layout
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
 
 def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
     """Logits, loss and gradients of a batch, as one of the cell's ranks."""
-    initialize_groups(cell.world)
-    model = build(problem, cell.layout, Tensors(problem.weights()), device, problem.tuning("full"))
+    mesh = make_mesh(cell.world)
+    model = build(problem, cell.layout, Tensors(problem.weights()), device, mesh, problem.tuning("full"))
     batch = _batch(problem).to(device)
     with torch.no_grad():
         logits, _ = model(batch.inputs(), Logits())

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,8 +19,7 @@ from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.router import Routing
 from accessory.model.rope import rotate
-from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_rank
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 from accessory.tuning.spec import Tuning
 
 
@@ -140,10 +138,11 @@ class Masters:
     """
 
     def __init__(self, model: Decoder, optimizer: Optimizer, weights: dict[str, Tensor], settings: OptimSection):
-        rank, size = get_model_parallel_rank(), dist.get_world_size(get_model_parallel_group())
+        self._mp = model.mesh.mp
         self._cuts = logical_cuts(model.args, model.layout, model.adapters)
         self._settings, self._steps = settings, 0
-        self._boxes = {n: self._cuts[n].region(rank, size) for n, p in model.named_parameters() if p.requires_grad}
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self._boxes = {name: self._cuts[name].region(self._mp.rank, self._mp.size) for name in trained}
         start = {name: weights[name][box].clone() for name, box in self._boxes.items()}
         zeros = ({name: torch.zeros_like(t) for name, t in start.items()} for _ in KINDS[1:])
         self._kept = dict(zip(KINDS, (start, *zeros), strict=True))
@@ -163,7 +162,7 @@ class Masters:
         squares = torch.zeros(2, dtype=torch.float64)  # of what is whole on every rank, and of what is cut
         for name, part in self.gradients.items():
             squares[int(self._cuts[name].dim is not None)] += wide(part).square().sum()
-        dist.all_reduce(squares[1:], group=get_model_parallel_group())
+        self._mp.all_reduce(squares[1:])
         return math.sqrt(squares.sum())
 
     def error(self, state: TrainingState) -> float:

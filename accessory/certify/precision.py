@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accessory.certify.formats import largest
 from accessory.certify.judge import Verdict, reference_steps, relative
-from accessory.certify.matrix import MODES, model_parallel_sizes, partition
+from accessory.certify.matrix import Mode, mode_settings, model_parallel_sizes, modes, partition
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
 from accessory.certify.processes import Failure
@@ -29,10 +29,8 @@ from accessory.data.packing import Rows
 from accessory.data.store import Sample
 from accessory.model.build import build_model
 from accessory.model.head import LossSum
-from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.fsdp import DataParallel
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups, use_model_parallel_group
+from accessory.parallel.mesh import make_mesh
 from accessory.train.balance import document_balance, z_loss
 from accessory.train.optim import make_optimizer
 from accessory.train.state import save_state
@@ -63,7 +61,7 @@ class PrecisionCell:
 
     world: int
     model_parallel: int
-    data_parallel: DataParallel
+    data_parallel: Mode
     layout: str
     accumulation: int
     tuning: str  # of problem.TUNINGS
@@ -79,7 +77,7 @@ def precision_cells(worlds: Sequence[int]) -> list[PrecisionCell]:
         PrecisionCell(world, size, mode, layout, accumulation, tuning)
         for world in worlds
         for size in model_parallel_sizes(world)
-        for mode in (MODES if size < world else MODES[:1])
+        for mode in modes(world // size)
         for layout in list(LAYOUTS)[: None if size > 1 else 1]
         for tuning, accumulation in [next(turns)]
     ]
@@ -96,13 +94,13 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     first = [_micro_batches(batches[0], cell.accumulation, r, ranks, device) for r in range(ranks)]
     summed = _summed_gradients(problem, cell, [*itertools.chain(*first)], device) if cell.model_parallel == 1 else {}
 
-    initialize_groups(cell.model_parallel)
+    parallel = mode_settings(cell.data_parallel)
+    mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
     weights = problem.weights(tuning.adapters)
-    model = build(problem, cell.layout, Tensors(weights), device, tuning, cell.data_parallel)
+    model = build(problem, cell.layout, Tensors(weights), device, mesh, tuning, parallel.data_parallel)
     optimizer = make_optimizer(model, SETTINGS)
     masters, pieces = Masters(model, optimizer, weights, SETTINGS), Pieces(model, weights, tuning)
-    cut = {name for name, c in logical_cuts(model.args, model.layout, model.adapters).items() if c.dim is not None}
     errors: dict[str, float] = {}
     losses = []
     for batch in batches:
@@ -113,8 +111,6 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
             clip_grad=SETTINGS.clip_grad,
             balance="document",
             z_weight=Z_WEIGHT,
-            data_parallel=cell.data_parallel,
-            cut=cut,
         )
         if not errors:  # after the first step
             pieces.remove()
@@ -124,8 +120,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
             errors["norm"] = relative(result.grad_norm.item(), masters.norm())
             if summed:
                 errors["reduced"] = largest(_rms(masters.gradients[name], tensor) for name, tensor in summed.items())
-        loss_sum = result.loss_sum.double()
-        dist.all_reduce(loss_sum, group=get_data_parallel_group())
+        loss_sum = mesh.dp.all_reduce(result.loss_sum.double())
         losses.append(loss_sum.item() / int(result.targets))
     notes = StateNotes(cell.world, len(batches), 0, len(batches), 0, "")
     save_state(model, optimizer, scratch / "state", notes, keep=1)
@@ -142,7 +137,6 @@ def _summed_gradients(
     problem: Problem, cell: PrecisionCell, micro_batches: list[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
-    use_model_parallel_group(None)
     tuning = problem.tuning(cell.tuning)
     source, adapters = Tensors(problem.weights(tuning.adapters)), tuning.adapters
     model = build_model(

@@ -14,7 +14,7 @@ from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights
 from accessory.model.logical import Adapters, logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.train.config import LoraSection, OptimSection, TuningSection
+from accessory.settings import LoraSection, OptimSection, TuningSection
 from accessory.tuning.spec import Tuning, resolve
 
 # No two sizes are equal that a mistake could exchange, and there is more of everything than two: experts of a token,

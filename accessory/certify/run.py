@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.certify import formats
-from accessory.certify.matrix import CacheCell, Cell, FileCell
+from accessory.certify.matrix import CacheCell, Cell, FileCell, mode_settings
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
@@ -23,9 +23,10 @@ from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.logical import Region, Source, logical_cuts
-from accessory.parallel.fsdp import DataParallel, wrap
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.model.logical import Region, Source
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.mesh import Axis, Mesh, make_mesh
+from accessory.settings import DataParallel
 from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.plan import Plan
 from accessory.train.save import gathered, save_model
@@ -59,20 +60,18 @@ def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
         steps: of each what ``_numbers`` says. gradients: of the first step, clipped; weights: after the last; both this
         model-parallel rank's parts of logical tensors, whole over data-parallel ranks.
     """
-    initialize_groups(cell.model_parallel)
-    group = get_data_parallel_group()
+    parallel = mode_settings(cell.data_parallel)
+    mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
     source = Tensors(problem.weights(tuning.adapters))
-    model = build(problem, cell.layout, source, device, tuning, cell.data_parallel, cell.recompute)
+    model = build(problem, cell.layout, source, device, mesh, tuning, parallel.data_parallel, cell.recompute)
     optimizer = make_optimizer(model, OPTIM)
-    cut = {name for name, c in logical_cuts(model.args, model.layout, model.adapters).items() if c.dim is not None}
     first: dict[str, Tensor] = {}
     optimizer.register_step_pre_hook(lambda *_: None if first else first.update(gradients(model)))
     batches = problem.batches(cell.masks)
     rows = [_rows([len(sample.tokens) for sample in batch], cell.packing) for batch in batches]
-    ranks = dist.get_world_size(group)
     most = max(len(some) for some in rows)
-    cut_to = BatchPlan(-(-most // (cell.accumulation * ranks)), cell.accumulation, dist.get_rank(group), ranks)
+    cut_to = BatchPlan(-(-most // (cell.accumulation * mesh.dp.size)), cell.accumulation, mesh.dp.rank, mesh.dp.size)
     plan = Plan(BATCHES, max(BATCHES))
     steps = []
     for step, samples, some in zip(plan.steps(), batches, rows, strict=True):
@@ -86,10 +85,8 @@ def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
             clip_grad=OPTIM.clip_grad,
             balance=cell.balance,
             z_weight=Z_WEIGHT,
-            data_parallel=cell.data_parallel,
-            cut=cut,
         )
-        steps.append(_numbers(result))
+        steps.append(_numbers(result, mesh.dp))
     weights = {name: tensor.detach().cpu() for name, tensor in gathered(model)}
     return {"steps": steps, "gradients": first, "weights": weights}
 
@@ -99,18 +96,15 @@ def _rows(lengths: list[int], packing: bool) -> Rows:
     return Rows.packed(order, np.array(lengths), PACKED_WIDTH) if packing else Rows.alone(order)
 
 
-def _numbers(result: StepResult) -> dict[str, Any]:
+def _numbers(result: StepResult, dp: Axis) -> dict[str, Any]:
     """A step's losses and counts over all ranks, reduced as the log reduces them, and its gradient norm."""
     sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
-    counts = result.counts.clone()
-    for x in (sums, counts):
-        dist.all_reduce(x, group=get_data_parallel_group())
-    loss, balance, z = sums.tolist()
+    loss, balance, z = dp.all_reduce(sums).tolist()
     return {
         "loss": loss / int(result.targets),
         "balance": balance,
         "z-loss": z,
-        "counts": counts.cpu(),
+        "counts": dp.all_reduce(result.counts.clone()).cpu(),
         "norm": result.grad_norm.item(),
     }
 
@@ -138,8 +132,8 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
     if main:
         formats.write(scratch / "given", weights, problem.args, cell.given, cell.size)
     dist.barrier()
-    initialize_groups(cell.model_parallel)
-    model = build(problem, cell.layout, Checkpoint(scratch / "given"), device, problem.tuning("full"))
+    mesh = make_mesh(cell.model_parallel)
+    model = build(problem, cell.layout, Checkpoint(scratch / "given"), device, mesh, problem.tuning("full"))
     tokens = problem.batches(False)[0][0].tokens
     with torch.no_grad():
         inputs = Inputs(torch.tensor(tokens, device=device), Documents.of([len(tokens)]).to(device))
@@ -160,8 +154,8 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
 @torch.inference_mode()
 def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> list[Tensor]:
     """Logits [S, V] of the first step's sequences, each from chunks of one token or several; not all go on in each round."""
-    initialize_groups(cell.world)
-    model = build(problem, cell.layout, Tensors(problem.weights()), device, problem.tuning("full"))
+    mesh = make_mesh(cell.world)
+    model = build(problem, cell.layout, Tensors(problem.weights()), device, mesh, problem.tuning("full"))
     sequences = [sample.tokens.tolist() for sample in problem.batches(False)[0]]
     cache = make_cache(model, len(sequences), problem.args.max_seq_len)
     rng, done = random.Random(problem.seed), [0] * len(sequences)
@@ -183,6 +177,7 @@ def build(
     layout: str,
     source: Source,
     device: torch.device,
+    mesh: Mesh,
     tuning: Tuning,
     mode: DataParallel = "fsdp",
     recompute: bool = False,
@@ -191,11 +186,12 @@ def build(
         problem.args,
         layout,
         source,
+        mesh=mesh,
         dtype=at_least(problem.dtype),
         device=device,
         recompute=recompute,
         adapters=tuning.adapters,
         trains=tuning.trains,
         frozen_dtype=problem.dtype,
-        shard=lambda model: wrap(model, mode, problem.dtype, device.type),
+        shard=lambda model: wrap(model, mesh, mode, problem.dtype, device.type),
     )

@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from accessory.checkpoint.storage import FileFormat, Stored, TensorFile, index_file
+from accessory.checkpoint.storage import Stored, TensorFile, index_file
 from accessory.checkpoint.tiles import Tile
 from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, logical_cuts
 from accessory.model.moe.layouts import Layout, get_layout
-from accessory.parallel.adapter import Adapter
+from accessory.settings import FileFormat
 
 PREFIX = "llma."
 _ADAPTED = re.compile(

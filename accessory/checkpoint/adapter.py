@@ -19,10 +19,10 @@ from accessory.checkpoint.storage import Stored, TensorWriter, index_file
 from accessory.checkpoint.tiles import Tile
 from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.adapter import Adapter
 
 MANIFEST = "adapter.json"
 TENSORS = "adapter.safetensors"

@@ -19,17 +19,18 @@ from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.peft import write_peft
 from accessory.checkpoint.publish import prepare_directory, publish_directory
-from accessory.checkpoint.storage import FileFormat, TensorWriter
+from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Tile
 from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, Source, divided_sizes, is_buffer, logical_cuts
 from accessory.model.moe.layouts import LAYOUTS, get_layout
-from accessory.parallel.adapter import Adapter, adapter_name
-from accessory.parallel.tensor import check_divides
+from accessory.parallel.mesh import check_divides
+from accessory.settings import FileFormat
 
 TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse", "peft"]
 

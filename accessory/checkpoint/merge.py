@@ -5,8 +5,8 @@ from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.dtypes import at_least
+from accessory.model.adapter import adapter_name
 from accessory.model.logical import Region
-from accessory.parallel.adapter import adapter_name
 
 
 class Merged:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accessory.checkpoint.accessory import PREFIX, rank_tiles
-from accessory.checkpoint.storage import FileFormat, Stored, index_file
+from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Tile
 from accessory.config import write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters
 from accessory.model.moe.layouts import get_layout
+from accessory.settings import FileFormat
 
 _PATTERN = re.compile(
     r"(consolidated(?:[.-]\d+(?:-of-\d+)?)?\.(?:safetensors|pth|pt))"  # a file

@@ -21,11 +21,11 @@ from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping
 from accessory.console import say
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
 from accessory.model.logical import Adapters, Region, logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.adapter import Adapter
 
 PathLike = str | Path
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there counts

@@ -21,10 +21,10 @@ from accessory.checkpoint.tiles import Tile
 from accessory.config import read_mapping, write_json
 from accessory.console import progress
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, Cut, Source, adapter_cuts, logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.adapter import Adapter, adapter_name
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

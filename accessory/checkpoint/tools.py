@@ -17,7 +17,7 @@ from accessory.dtypes import DTYPES, get_dtype
 from accessory.errors import UserError
 from accessory.model.logical import divided_sizes, logical_cuts
 from accessory.model.moe.layouts import LAYOUTS, get_layout
-from accessory.parallel.tensor import allowed_sizes
+from accessory.parallel.mesh import allowed_sizes
 
 TITLES = {
     "hf": "Hugging Face (MixtralForCausalLM)",

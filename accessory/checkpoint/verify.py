@@ -10,9 +10,9 @@ from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.console import progress
 from accessory.dtypes import at_least_fp32
+from accessory.model.adapter import Adapter
 from accessory.model.logical import Region, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.adapter import Adapter
 
 # they say nothing about the function that the model computes
 _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")

@@ -8,7 +8,7 @@ from accessory.console import say
 from accessory.data.records import Conversation, Turn
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
-from accessory.model.meta import MetaModel
+from accessory.infer.meta import MetaModel
 from accessory.parallel.launch import Launch
 
 

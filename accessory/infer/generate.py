@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import UserError
@@ -11,13 +10,13 @@ from accessory.model.cache import KVCache
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.parallel.tensor import get_model_parallel_group, get_model_parallel_world_size
+from accessory.parallel.mesh import Axis
 
 
 def make_cache(model: Decoder, slots: int, length: int) -> KVCache:
     """An empty cache for ``slots`` sequences of at most ``length`` tokens."""
     args = model.args
-    kv_heads = args.n_kv_heads // get_model_parallel_world_size()
+    kv_heads = args.n_kv_heads // model.mesh.mp.size
     return KVCache(args.n_layers, slots, length, kv_heads, args.head_dim, like=model.norm.weight)
 
 
@@ -58,21 +57,18 @@ def generate_ids(
     documents = Documents.of(lengths).to(device)
     for _ in range(steps):
         last, _ = model(Inputs(tokens, documents, cache), Logits(documents.borders[1:] - 1))
-        tokens = _choose(last[:, :vocab_size], temperature, top_p)
+        tokens = _choose(last[:, :vocab_size], temperature, top_p, model.mesh.mp)
         yield tokens.cpu()
         past = [min(behind + n, cache.length - 1) for behind, n in zip(documents.past, documents.lengths, strict=True)]
         documents = Documents.of([1] * len(prompts), past).to(device)
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The next token of each sequence [B] from logits [B, V]; rank 0 of the group decides for all."""
+def _choose(logits: Tensor, temperature: float, top_p: float, mp: Axis) -> Tensor:
+    """The next token of each sequence [B] from logits [B, V]; rank 0 of ``mp`` decides for all."""
     if temperature > 0:
         probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
         probs[probs.cumsum(-1) - probs > top_p] = 0.0  # keep every token that starts below top_p, so at least one
         chosen = order.gather(1, probs.multinomial(1)).squeeze(1)
     else:
         chosen = logits.argmax(-1)
-    if get_model_parallel_world_size() > 1:
-        group = get_model_parallel_group()
-        dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)
-    return chosen
+    return mp.broadcast(chosen)

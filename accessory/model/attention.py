@@ -14,20 +14,22 @@ from accessory.console import say
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.documents import Documents
+from accessory.model.linear import ColumnParallelLinear, RowParallelLinear
 from accessory.model.rope import rotate
-from accessory.parallel.tensor import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region
+from accessory.parallel.mesh import Axis
+from accessory.parallel.regions import copy_to_model_parallel_region
 
 
 class Attention(nn.Module):
     """``wo(softmax(q k^T / sqrt(head_dim)) v)`` with n_kv_heads shared by n_heads (GQA)."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, mp: Axis):
         super().__init__()
-        self.head_dim, self.window = args.head_dim, args.sliding_window
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
+        self.mp, self.head_dim, self.window = mp, args.head_dim, args.sliding_window
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim, mp)
+        self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp)
+        self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp)
+        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, mp)
 
     def forward(
         self,
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         draw: Tensor | None = None,
     ) -> Tensor:
         """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'; ``draw`` [T] the adapters', for dropout."""
-        x = copy_to_model_parallel_region(x)
+        x = copy_to_model_parallel_region(x, self.mp)
         q, k, v = (w(x, draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:

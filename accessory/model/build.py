@@ -2,18 +2,19 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from accessory.dtypes import all_finite
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.model.holdings import holding_of
 from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, held_dtype, logical_cuts, region_shape
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.tensor import check_divides, get_model_parallel_rank, get_model_parallel_world_size
+from accessory.parallel.mesh import ONE_RANK, Mesh, check_divides
 from accessory.parallel.watchdog import progressed
 
 
@@ -22,6 +23,7 @@ def build_model(
     layout: str,
     source: Source,
     *,
+    mesh: Mesh = ONE_RANK,
     dtype: torch.dtype,
     device: torch.device,
     kernel: str = "auto",
@@ -31,11 +33,12 @@ def build_model(
     frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
-    """Build a decoder cut over the current model-parallel group and fill it from ``source``.
+    """Build a decoder cut over ``mesh`` and fill it from ``source``.
 
     Args:
         layout: "mixtral" (expert) or "mixtral_sparse".
-        source: where logical tensors are read from; each rank reads only its own regions.
+        source: where logical tensors are read from; each rank reads only its own boxes.
+        mesh: by default this rank is alone.
         dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype); the router's are in fp32
             at least.
         adapters: what is added to which matrix; ``source`` must have their tensors too.
@@ -47,9 +50,9 @@ def build_model(
         UserError: the model-parallel size does not divide what the layout cuts.
     """
     cut_by = get_layout(layout)
-    check_divides(f"layout '{layout}'", get_model_parallel_world_size(), divided_sizes(args, cut_by))
+    check_divides(f"layout '{layout}'", mesh.mp.size, divided_sizes(args, cut_by))
     with torch.device("meta"):
-        model = Decoder(args, cut_by, kernel, recompute)
+        model = Decoder(args, cut_by, mesh, kernel, recompute)
         model.adapt(adapters or {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trains is None or name in trains
@@ -57,6 +60,8 @@ def build_model(
         parameter.data = parameter.data.to(held_dtype(name, kept))
     if shard is not None:
         shard(model)
+    cuts = logical_cuts(args, cut_by, model.adapters)
+    model.holdings = {name: holding_of(tensor, cuts[name], mesh) for name, tensor in model.named_tensors()}
     model.to_empty(device=device)
     fill(model, source)
     return model
@@ -68,52 +73,13 @@ def fill(model: Decoder, source: Source) -> None:
 
     Values that are no numbers are told, not refused: what to do about them is the user's to decide.
     """
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
     for name, parameter in model.named_tensors():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        for rows, piece in own_regions(cuts[name], parameter):
-            local[rows] = source.read(name, piece).reshape(local[rows].shape).to(local)
+        for rows, box in model.holdings[name].boxes:
+            local[rows] = source.read(name, box).reshape(local[rows].shape).to(local)
             progressed()
         if not all_finite(local):
             print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
-
-
-def own_regions(cut: Cut, parameter: Tensor) -> Iterator[tuple[slice, Region]]:
-    """What this rank holds of a parameter: rows of its local part, and the logical box that stands there."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    first = _first_row(parameter)
-    region = cut.region(get_model_parallel_rank(), get_model_parallel_world_size())
-    yield from split_rows(region, first, first + len(local), merged=parameter.dim() < len(region))
-
-
-def _first_row(parameter: Tensor) -> int:
-    """Where this rank's rows of an FSDP-sharded parameter begin (FSDP cuts dim 0 as torch.chunk does)."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            each = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
-            return min(each * parameter.device_mesh.get_local_rank(axis), parameter.shape[0])
-    return 0
-
-
-def split_rows(region: Region, first: int, last: int, merged: bool) -> Iterator[tuple[slice, Region]]:
-    """Rows ``first`` to ``last`` of the tensor that ``region`` is stored as, as boxes of the logical tensor.
-
-    ``merged``: the region [e, R, ...] is stored with its first two dimensions as one, [e * R, ...]. Yields (the rows
-    counted from ``first``, the logical box that belongs there).
-    """
-    if not merged:
-        if last > first:
-            yield slice(0, last - first), (slice(region[0].start + first, region[0].start + last), *region[1:])
-        return
-    experts, rows, *columns = region
-    height = rows.stop - rows.start
-    for index in range(first // height, -(-last // height)):
-        low, high = max(first, index * height), min(last, (index + 1) * height)
-        expert = experts.start + index
-        box = slice(rows.start + low - index * height, rows.start + high - index * height)
-        yield slice(low - first, high - first), (slice(expert, expert + 1), box, *columns)
 
 
 class RandomWeights:

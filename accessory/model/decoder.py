@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from accessory.model.adapter import Adaptable, Adapter, draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import KVCache, LayerCache
 from accessory.model.documents import Documents
 from accessory.model.head import Head
+from accessory.model.holdings import Holding
+from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding
 from accessory.model.logical import Adapters
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
@@ -20,8 +23,7 @@ from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import RouterStats
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import rotations
-from accessory.parallel.adapter import Adaptable, Adapter, draws
-from accessory.parallel.tensor import ColumnParallelLinear, ParallelEmbedding
+from accessory.parallel.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class Inputs:
 class Block(nn.Module):
     """Pre-norm transformer block; the names are those of the reference's checkpoints."""
 
-    def __init__(self, args: ModelArgs, layout: Layout, kernel: str):
+    def __init__(self, args: ModelArgs, layout: Layout, mp: Axis, kernel: str):
         super().__init__()
-        self.attention = Attention(args)
-        self.feed_forward = MoE(args, layout, kernel)
+        self.attention = Attention(args, mp)
+        self.feed_forward = MoE(args, layout, mp, kernel)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -61,22 +63,25 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Mixtral-class language model, cut over the model-parallel group as ``layout`` says.
+    """A Mixtral-class language model, cut over the model-parallel ranks of ``mesh`` as ``layout`` says.
 
     ``recompute`` drops the activations inside each block and computes them again in backward.
 
     Attributes:
         adapters: by the logical name of their matrix; ``adapt`` puts them there.
+        holdings: what this rank has of each logical tensor; ``build_model`` finds out, once the model is sharded.
     """
 
-    def __init__(self, args: ModelArgs, layout: Layout, kernel: str = "auto", recompute: bool = False):
+    def __init__(self, args: ModelArgs, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: bool = False):
         super().__init__()
-        self.args, self.layout, self.recompute = args, layout, recompute
+        self.args, self.layout, self.mesh, self.recompute = args, layout, mesh, recompute
+        self.holdings: dict[str, Holding] = {}
+        mp = mesh.mp
         self.adapters: dict[str, Adapter] = {}
-        self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args, layout, kernel) for _ in range(args.n_layers))
+        self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim, mp)
+        self.layers = nn.ModuleList(Block(args, layout, mp, kernel) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = ColumnParallelLinear(args.dim, args.vocab_size)
+        self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
 
     def adapt(self, adapters: Adapters) -> None:
         """Put an adapter on each matrix named; its parameters are made empty, like the others."""

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from accessory.dtypes import at_least_fp32
+from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
 from accessory.parallel.cross_entropy import linear_cross_entropy
-from accessory.parallel.tensor import (
-    ColumnParallelLinear,
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-)
+from accessory.parallel.regions import copy_to_model_parallel_region, gather_from_model_parallel_region
 
 
 class Head(Protocol):
@@ -42,10 +39,10 @@ class LossSum:
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
         x, draw = _rows(x, draw, self.targets.rows)
-        hidden = copy_to_model_parallel_region(norm(x))
+        hidden = copy_to_model_parallel_region(norm(x), output.mp)
         low = output.low_rank(hidden, draw)
         factors = [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
-        return linear_cross_entropy(factors, self.targets.ids)
+        return linear_cross_entropy(factors, self.targets.ids, output.mp)
 
 
 class Logits:
@@ -56,8 +53,8 @@ class Logits:
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
         x, draw = _rows(x, draw, self.rows)
-        hidden = copy_to_model_parallel_region(norm(x))
-        return at_least_fp32(gather_from_model_parallel_region(output(hidden, draw)))
+        hidden = copy_to_model_parallel_region(norm(x), output.mp)
+        return at_least_fp32(gather_from_model_parallel_region(output(hidden, draw), output.mp))
 
 
 class Nothing:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from accessory.dtypes import at_least
+from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import Layout
-from accessory.parallel.adapter import Adapter, adapter_cut_dims, adapter_name
 
 Region = tuple[slice, ...]
 """A box of a logical tensor: one slice with explicit start and stop per dimension."""

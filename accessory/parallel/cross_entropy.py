@@ -4,21 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from accessory.dtypes import at_least, at_least_fp32
-from accessory.parallel.tensor import (
-    get_model_parallel_group,
-    get_model_parallel_rank,
-    get_model_parallel_world_size,
-)
+from accessory.parallel.mesh import Axis
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Rows of logits alive at a time: on CPU few enough to stay in cache, on GPU enough to fill it."""
 
 
-def linear_cross_entropy(factors: Sequence[tuple[Tensor, Tensor]], targets: Tensor) -> Tensor:
+def linear_cross_entropy(factors: Sequence[tuple[Tensor, Tensor]], targets: Tensor, mp: Axis) -> Tensor:
     """Sum over rows of ``-log softmax(logits)[target]``, with logits ``x @ W.T`` cut by columns over model-parallel ranks.
 
     Args:
@@ -26,11 +22,12 @@ def linear_cross_entropy(factors: Sequence[tuple[Tensor, Tensor]], targets: Tens
             The products of several pairs (the output layer's and its adapter's) are summed. The caller has let each
             ``x`` enter the region.
         targets: [n] token ids in the whole vocabulary.
+        mp: the ranks that hold the vocabulary's columns.
 
     Returns:
         A scalar in at least fp32. Gradients are computed chunk by chunk in the forward, so nothing of size n x V is kept.
     """
-    return _LinearCrossEntropy.apply(targets, *(tensor for pair in factors for tensor in pair))
+    return _LinearCrossEntropy.apply(targets, mp, *(tensor for pair in factors for tensor in pair))
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,14 +37,14 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, targets: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, targets: Tensor, mp: Axis, *tensors: Tensor) -> Tensor:
         inputs, weights = tensors[::2], tensors[1::2]
         hidden, weight = inputs[0], weights[0]
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         wide = at_least(hidden.dtype)
         d_inputs = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs[::2], strict=True)]
         d_weights = [torch.zeros_like(w, dtype=wide) if need else None for w, need in zip(weights, needs[1::2], strict=True)]
-        start = get_model_parallel_rank() * len(weight)
+        start = mp.rank * len(weight)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         chunk = CHUNK[hidden.device.type]
         # one buffer for all chunks, and one in the model's dtype if that is narrower; everything happens in place
@@ -65,9 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             mine = ((local >= 0) & (local < len(weight))).to(wide)
             local = local.clamp(0, len(weight) - 1).unsqueeze(1)
             target_logit = logits.gather(1, local).squeeze(1) * mine
-            largest = _all_reduce(logits.amax(1), dist.ReduceOp.MAX)
+            largest = mp.all_reduce(logits.amax(1), ReduceOp.MAX)
             exp_sum = logits.sub_(largest.unsqueeze(1)).exp_().sum(1)
-            exp_sum, target_logit = _all_reduce(torch.stack([exp_sum, target_logit]), dist.ReduceOp.SUM)
+            exp_sum, target_logit = mp.all_reduce(torch.stack([exp_sum, target_logit]))
             loss += (exp_sum.log() + largest - target_logit).sum()
             if not any(needs):
                 continue
@@ -89,11 +86,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(grad) for g in ctx.gradients]
         del ctx.gradients  # scaled in place: good for one backward
-        return None, *gradients
-
-
-def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    """Over the ranks that hold the other columns of the vocabulary."""
-    if get_model_parallel_world_size() > 1:
-        dist.all_reduce(x, operation, group=get_model_parallel_group())
-    return x
+        return None, None, *gradients

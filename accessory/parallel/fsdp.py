@@ -1,60 +1,71 @@
 """FSDP2 over the data-parallel ranks, and the gradient norm of a model cut both ways."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from accessory.dtypes import at_least
-from accessory.parallel.tensor import get_data_parallel_group, get_model_parallel_rank
+from accessory.parallel.mesh import Axis, Mesh
+from accessory.settings import DataParallel
 
-DataParallel = Literal["fsdp", "sdp", "ddp"]
 
-
-def wrap(model: nn.Module, mode: DataParallel, compute: torch.dtype, device_type: str) -> None:
-    """Shard ``model`` (on the meta device) over the data-parallel group, block by block.
+def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype, device_type: str) -> None:
+    """Shard ``model`` (on the meta device) over ``mesh.dp_shard``, block by block, with copies over ``mesh.dp_replicate``.
 
     Args:
-        mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" keeps them
-            gathered in between; "ddp" keeps parameters, gradients and optimiser state whole on every rank.
+        mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" and "ddp"
+            keep them gathered in between. ("ddp" is a matter of the mesh: shards over one rank.)
         compute: dtype of parameters and activations in forward and backward; modules that say ``needs_fp32`` get theirs in
             at least fp32. Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or
             at least fp32. Frozen parameters are sharded too.
     """
-    group = get_data_parallel_group()
-    size = dist.get_world_size(group)
-    if size == 1 and all(parameter.dtype == compute for parameter in model.parameters()):
+    if mesh.dp.size == 1 and all(parameter.dtype == compute for parameter in model.parameters()):
         return
-    if mode == "ddp":  # replicate over the group, shard over one rank
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        ranks = torch.tensor(dist.get_process_group_ranks(group)).unsqueeze(1)
-        mesh = DeviceMesh.from_group([group, alone], device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
+    devices = _device_mesh(mesh, device_type)
+    model.data_parallel = mode  # type: ignore[assignment]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=at_least(compute), cast_forward_inputs=False)
     wide = [module for module in model.modules() if getattr(module, "needs_fp32", False)]
     fully_shard(  # small, so gathered together and once
-        wide, mesh=mesh, mp_policy=replace(policy, param_dtype=at_least(compute)), reshard_after_forward=False
+        wide, mesh=devices, mp_policy=replace(policy, param_dtype=at_least(compute)), reshard_after_forward=False
     )
     blocks = [module for child in model.children() if isinstance(child, nn.ModuleList) for module in child]
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=mode == "fsdp")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=devices, mp_policy=policy, reshard_after_forward=mode == "fsdp")
+    fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():  # gradients are summed: a loss is already divided by what there is on all ranks
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward reduces gradients over the data-parallel ranks, or only adds them up locally."""
+def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """The data-parallel axes as FSDP takes them; a rank alone on one needs a group of its own there."""
+    shard, replicate = (axis.group or _group_of_one() for axis in (mesh.dp_shard, mesh.dp_replicate))
+    if mesh.dp_replicate.size == 1:
+        return DeviceMesh.from_group(shard, device_type, mesh_dim_names=("shard",))
+    ranks = torch.tensor(dist.get_process_group_ranks(mesh.dp.group)).view(-1, mesh.dp_shard.size)
+    return DeviceMesh.from_group([replicate, shard], device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def _group_of_one() -> dist.ProcessGroup:
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Say whether the next backward, the ``last`` of a step or not, reduces gradients, or only adds them up.
+
+    "fsdp" reduces them over the shards each time, for it never holds whole gradients, and over the copies in the last; the
+    others hold them, and communicate once a step.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(last or model.data_parallel == "fsdp")
+        model.set_requires_all_reduce(last)
 
 
 def show_masters(model: nn.Module) -> None:
@@ -69,33 +80,25 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_grad_norm(parameters: dict[str, nn.Parameter], cut: set[str]) -> Tensor:
-    """The 2-norm of the whole model's gradient, bitwise the same on every rank.
-
-    Each logical parameter enters once: this rank adds its data-parallel shard; of what is whole on several ranks (a
-    tensor that is not in ``cut`` over model-parallel ranks, or is replicated over data-parallel ones) only the first
-    rank's copy counts. One all-reduce over the world.
+def global_grad_norm(model: nn.Module, is_owner: Mapping[str, bool], world: Axis) -> Tensor:
+    """The 2-norm of the whole model's gradient, bitwise the same on every rank. One all-reduce over the world.
 
     Args:
-        parameters: by name; those without a gradient are left out.
-        cut: names of the parameters that are cut over model-parallel ranks.
+        is_owner: whether this rank's part of a parameter's gradient counts, by name: each logical value must enter once.
 
     Returns:
         A scalar in at least fp32.
     """
-    first_mp, first_dp = get_model_parallel_rank() == 0, dist.get_rank(get_data_parallel_group()) == 0
     owned, total = [], None
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if gradient is None:
             continue
-        replicated = isinstance(gradient, DTensor) and isinstance(gradient.placements[0], Replicate)
-        if (name in cut or first_mp) and (first_dp or not replicated):
+        if is_owner[name]:
             owned.append(local_part(gradient))
         total = total if total is not None else local_part(gradient).new_zeros((), dtype=at_least(gradient.dtype))
     assert total is not None, "no parameter has a gradient"
     if owned:
         norms = torch.stack(torch._foreach_norm(owned, 2, dtype=total.dtype))
         total = norms.square().sum()
-    dist.all_reduce(total)
-    return total.sqrt()
+    return world.all_reduce(total).sqrt()

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from accessory.errors import UserError
 from accessory.parallel.watchdog import (
-    LONGEST_COLLECTIVE_S,
     Watchdog,
     end_stalls_after,
     store_holder,
     torchrun_holds_store,
 )
+from accessory.settings import LONGEST_COLLECTIVE_S
 
 T = TypeVar("T")
 

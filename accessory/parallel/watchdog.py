@@ -35,7 +35,6 @@ BEAT_S = 1.0
 SILENT_S = 60.0  # a live rank's thread can starve behind a call that keeps Python's lock: wait long before it counts as dead
 GONE_S = 5.0  # the same, once some rank has lost a connection
 AWAITED_S = 10.0  # rank 0 says who has not come yet after so long, and each time that it has waited twice as long again
-LONGEST_COLLECTIVE_S = 1800  # then it fails, if the watchdog has not ended the job before
 FAREWELL_S = 5.0  # how long rank 0, which may hold the store, stays for the others to read its verdict
 
 PACKAGE = Path(__file__).parents[1]

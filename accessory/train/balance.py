@@ -19,19 +19,15 @@ depends on nothing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
 from accessory.model.head import Nothing
 from accessory.model.moe.router import Router, RouterStats
-from accessory.parallel.tensor import get_data_parallel_group
-
-BalanceMode = Literal["global", "document", "microstep", "microbatch", "hf", "bias"]
+from accessory.settings import BalanceMode
 
 
 def step_balance(
@@ -46,12 +42,13 @@ def step_balance(
         tokens: real tokens of the whole global batch.
     """
     top_k = model.args.moe.num_experts_per_tok
-    parts = len(micro_batches) * dist.get_world_size(get_data_parallel_group())
+    dp = model.mesh.dp
+    parts = len(micro_batches) * dp.size
     if mode == "global" and len(micro_batches) > 1 and model.args.load_balancing_weight:
         counts = count_loads(model, micro_batches)
         return lambda stats: counted_balance(stats, counts, tokens, top_k)
     if mode in ("global", "microstep"):
-        return lambda stats: counted_balance(stats, summed(stats.counts.sum(1)), tokens, top_k)
+        return lambda stats: counted_balance(stats, dp.all_reduce(stats.counts.sum(1)), tokens, top_k)
     if mode == "microbatch":
         return lambda stats: microbatch_balance(stats, top_k) / parts
     if mode == "hf":
@@ -105,7 +102,7 @@ def z_loss(stats: RouterStats, tokens: Tensor) -> Tensor:
 def count_loads(model: Decoder, micro_batches: Sequence[Batch]) -> Tensor:
     """Rows routed to each expert [L, E] in the whole global batch: a forward of every micro-batch without the output."""
     counts = [model(batch.inputs(dropout=True), Nothing())[1].counts.sum(1) for batch in micro_batches]
-    return summed(torch.stack(counts).sum(0))
+    return model.mesh.dp.all_reduce(torch.stack(counts).sum(0))
 
 
 def shift_score_biases(model: Decoder, counts: Tensor, rate: float) -> None:
@@ -114,13 +111,6 @@ def shift_score_biases(model: Decoder, counts: Tensor, rate: float) -> None:
         router = block.get_submodule("feed_forward.gate")
         assert isinstance(router, Router)
         router.shift_score_bias(of_layer, rate)
-
-
-def summed(x: Tensor) -> Tensor:
-    """The sum over data-parallel ranks."""
-    x = x.clone()
-    dist.all_reduce(x, group=get_data_parallel_group())
-    return x
 
 
 def balance_note(mode: BalanceMode, accumulation: int, weight: float) -> str | None:

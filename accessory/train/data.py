@@ -12,7 +12,7 @@ from accessory.data.packing import Rows
 from accessory.data.tokenizer import Tokenizer
 from accessory.parallel.launch import Launch, first_on_each_node
 from accessory.parallel.watchdog import progressed
-from accessory.train.config import DataSection
+from accessory.settings import DataSection
 from accessory.train.state import data_digest
 
 

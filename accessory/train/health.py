@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
 from accessory.model.head import Nothing
 from accessory.model.moe.router import Router, Routing
-from accessory.parallel.tensor import get_data_parallel_group
-from accessory.train.config import AlarmSection
+from accessory.settings import AlarmSection
 
 PROBE_FILE = "routing_probe.safetensors"  # in the run directory
 STARVED = 0.01  # of its fair share: an expert that gets less hardly learns
@@ -112,16 +110,14 @@ class RoutingProbe:
         mine = self._choices(model)
         base = mine.new_zeros(len(mine), self.tokens, mine.shape[2])
         base[:, self.places] = mine
-        dist.all_reduce(base, group=get_data_parallel_group())
-        self.base = base
+        self.base = model.mesh.dp.all_reduce(base)
 
     def change(self, model: Decoder) -> Tensor:
         """[L] share of the (token, choice) pairs of the base model that ``model`` chooses no more (a collective)."""
         assert self.base is not None, "record comes first"
         before = self.base[:, self.places]
         kept = (before.unsqueeze(-1) == self._choices(model).unsqueeze(-2)).any(-1).sum((1, 2))
-        dist.all_reduce(kept, group=get_data_parallel_group())
-        return 1 - kept.cpu().double() / (self.tokens * before.shape[2])
+        return 1 - model.mesh.dp.all_reduce(kept).cpu().double() / (self.tokens * before.shape[2])
 
     def save(self, path: Path) -> None:
         """Keep the base model's choices, for a run that is resumed with other weights. Only one rank calls this."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.console import say
-from accessory.train.config import LogSection
+from accessory.settings import LogSection
 
 METRICS = "metrics.jsonl"
 

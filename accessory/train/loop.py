@@ -16,10 +16,10 @@ from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.parallel.launch import Launch
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.parallel.mesh import make_mesh
 from accessory.parallel.watchdog import end_stalls_after, progressed
+from accessory.settings import RunConfig
 from accessory.train.balance import balance_note
-from accessory.train.config import RunConfig
 from accessory.train.data import RunData
 from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers
@@ -42,8 +42,7 @@ class Trainer:
         self.config, self.device, self.out = config, launch.device, Path(config.out)
         train, log = config.train, config.log
         end_stalls_after(config.parallel.stall_timeout_s)
-        initialize_groups(config.parallel.model_parallel)
-        group = get_data_parallel_group()
+        mesh = make_mesh(config.parallel.model_parallel, config.parallel.dp_shard())
         if is_main():
             self.lock = claim(self.out)
             for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
@@ -52,9 +51,9 @@ class Trainer:
         self.start = start = Start(config)
         width = config.data.max_seq_len or start.args.max_seq_len
         self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
-        self.built = RunModel(config, start, self.state, self.data.digest, launch)
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.batches = BatchPlan(train.batch_size, train.accumulation, rank, ranks, pads=train.reference_loss)
+        self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
+        dp = mesh.dp
+        self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
@@ -123,14 +122,12 @@ class Trainer:
                 z_weight=train.z_loss_weight,
                 bias_rate=train.bias_rate,
                 reference_loss=train.reference_loss,
-                data_parallel=self.config.parallel.data_parallel,
-                cut=self.built.cut,
             )
         except UserError as error:
             text: object = error
             if isinstance(error, NotFinite):
                 path = self.out / "non_finite.json"
-                text = blame(error.finite, micro_batches, self.data.training, path, step.after.steps)
+                text = blame(error.finite, micro_batches, self.data.training, path, step.after.steps, self.batches.rank)
             raise UserError(f"step {step.after.steps} of epoch {step.epoch}: {text}") from error
 
     def _validate(self, step: int) -> None:
@@ -139,7 +136,7 @@ class Trainer:
             self.loggers.log(step, values)
 
     def _log(self, step: int, window: Window, rate: float) -> None:
-        values, health = window.reduce()
+        values, health = window.reduce(self.built.model.mesh.dp)
         built, mean_length = self.built, float(self.data.lengths.mean())
         values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained, built.peak)}
         say(

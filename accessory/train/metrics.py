@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from accessory.model.args import ModelArgs
-from accessory.parallel.tensor import get_data_parallel_group
+from accessory.parallel.mesh import Axis
 from accessory.train.health import RouterHealth
 from accessory.train.step import StepResult
 
@@ -33,19 +33,16 @@ class Window:
         yield
         self.started += time.perf_counter() - start
 
-    def reduce(self) -> tuple[dict[str, float], RouterHealth]:
-        """Sum over steps and data-parallel ranks (a collective), and start anew.
+    def reduce(self, dp: Axis) -> tuple[dict[str, float], RouterHealth]:
+        """Sum over steps and the data-parallel ranks of ``dp`` (a collective), and start anew.
 
         Returns:
             loss (mean over targets), balance and z_loss (means over steps), grad_norm (of the last step), targets,
             tokens, seconds; and what the routers did, on the CPU.
         """
-        group = get_data_parallel_group()
         sums = torch.stack([torch.cat([torch.stack([s.loss_sum, s.balance, s.z]), s.entropy]) for s in self.steps])
-        sums = sums.double().sum(0)
-        counts = torch.stack([s.counts for s in self.steps]).sum(0)
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(counts, group=group)
+        sums = dp.all_reduce(sums.double().sum(0))
+        counts = dp.all_reduce(torch.stack([s.counts for s in self.steps]).sum(0))
         targets = int(sum(s.targets for s in self.steps))
         tokens = int(sum(s.tokens for s in self.steps))
         now = time.perf_counter()

@@ -16,9 +16,9 @@ from accessory.model.logical import Adapters, Source, is_buffer, logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
-from accessory.parallel.tensor import get_model_parallel_world_size
+from accessory.parallel.mesh import Mesh
 from accessory.parallel.watchdog import progressed
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 from accessory.train.metrics import peak_flops
 from accessory.train.optim import make_optimizer
 from accessory.train.state import Resumed, check_state, load_moments
@@ -72,12 +72,12 @@ class RunModel:
     """The model that trains, with its optimiser.
 
     Attributes:
-        model: the decoder, sharded over data-parallel ranks. cut: names of what is cut over model-parallel ranks.
+        model: the decoder, sharded over data-parallel ranks.
         only_trainable: whether only what trains is saved. base: the fingerprint of what a training state leaves out.
         trained: the share of the parameters that trains.
     """
 
-    def __init__(self, config: RunConfig, start: Start, state: TrainingState | None, data: str, launch: Launch):
+    def __init__(self, config: RunConfig, start: Start, state: TrainingState | None, data: str, mesh: Mesh, launch: Launch):
         """``state``: what the run goes on from; ``data``: the digest that it must have."""
         progressed("making the model")
         parallel, seed, args, checkpoint = config.parallel, config.train.seed, start.args, start.checkpoint
@@ -99,6 +99,7 @@ class RunModel:
             args,
             start.layout,
             source,
+            mesh=mesh,
             dtype=at_least(compute),
             device=launch.device,
             kernel=config.model.kernel,
@@ -106,22 +107,21 @@ class RunModel:
             adapters=tuning.adapters,
             trains=tuning.trains,
             frozen_dtype=compute,
-            shard=lambda model: wrap(model, parallel.data_parallel, compute, launch.device.type),
+            shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
         )
         self.model.register_forward_pre_hook(lambda *_: progressed())
         self.optimizer = make_optimizer(self.model, config.optim)
         if state:
             load_moments(self.model, self.optimizer, state)
         watch_adapters(self.model, self.optimizer, cuts.keys() - logical_cuts(args, layout).keys())
-        self.cut = {name for name, cut in cuts.items() if cut.dim is not None}
         total = sum(math.prod(cut.shape) for cut in cuts.values())
         self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
         self.peak, origin = peak_flops(launch.device, compute)
-        size = get_model_parallel_world_size()
+        copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
         say(
             f"model: {total / 1e6:,.1f} M parameters, {args.active_parameters() / 1e6:,.1f} M active per token; layout "
-            f"{start.layout}, model parallel {size} x data parallel {launch.world // size} "
-            f"({parallel.data_parallel}), {parallel.precision}\n"
+            f"{start.layout}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
+            f"({parallel.data_parallel}{copies}), {parallel.precision}\n"
             f"MFU is taken of {self.peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
             f"{tuning_table(self.model)}"
         )

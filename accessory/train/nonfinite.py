@@ -11,7 +11,6 @@ from accessory.console import is_main
 from accessory.data.loader import Batch
 from accessory.data.mix import Samples
 from accessory.errors import UserError
-from accessory.parallel.tensor import get_data_parallel_group
 
 SHOWN = 4  # records in the sentence; all are in the file
 
@@ -30,15 +29,16 @@ class NotFinite(UserError):
         self.finite = finite
 
 
-def blame(finite: list[bool], micro_batches: Sequence[Batch], samples: Samples, path: Path, step: int) -> str:
+def blame(
+    finite: list[bool], micro_batches: Sequence[Batch], samples: Samples, path: Path, step: int, data_rank: int
+) -> str:
     """What can be said of the records of a step that is not finite; rank 0 writes them all to ``path``. A collective.
 
     A micro-batch is the smallest unit with a loss of its own, so its records stand or fall together.
 
     Args:
-        finite: of ``NotFinite``, this rank's.
+        finite: of ``NotFinite``, this rank's. data_rank: its place among the data-parallel ranks.
     """
-    data_rank = dist.get_rank(get_data_parallel_group())
     own = [
         (data_rank, number, fine, [samples.where(key % len(samples)) for key in batch.keys.tolist()])
         for number, (fine, batch) in enumerate(zip(finite, micro_batches, strict=True))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from accessory.parallel.fsdp import show_masters
-from accessory.train.config import OptimSection
+from accessory.settings import OptimSection
 from accessory.train.plan import Plan, Step
 
 

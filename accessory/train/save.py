@@ -15,19 +15,14 @@ from torch.distributed.tensor import DTensor
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
 from accessory.checkpoint.adapter import AdapterWriter
 from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
-from accessory.checkpoint.storage import FileFormat, TensorWriter
+from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
 from accessory.model.decoder import Decoder
 from accessory.model.logical import held_dtype, logical_cuts, region_shape
 from accessory.parallel.fsdp import show_masters
-from accessory.parallel.tensor import (
-    get_data_parallel_group,
-    get_model_parallel_group,
-    get_model_parallel_rank,
-    get_model_parallel_world_size,
-)
 from accessory.parallel.watchdog import progressed
+from accessory.settings import FileFormat
 
 
 @torch.no_grad()
@@ -40,8 +35,7 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     Args:
         carried: files to be copied into the directory, by the names that they get: the tokenizer.
     """
-    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
-    writes = dist.get_rank(get_data_parallel_group()) == 0
+    rank, size, writes = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp.rank == 0
     if is_main():
         prepare_directory(directory)
     dist.barrier()
@@ -93,14 +87,14 @@ def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], ba
 
 def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives), on the CPU."""
-    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    mp = model.mesh.mp
     cuts = logical_cuts(model.args, model.layout, model.adapters)
     for name, part in gathered(model, names):
-        own = part.view(region_shape(cuts[name].region(rank, size))).contiguous()
+        own = part.view(region_shape(cuts[name].region(mp.rank, mp.size))).contiguous()
         dim = cuts[name].dim
-        if dim is not None and size > 1:
-            parts = [torch.empty_like(own) for _ in range(size)]
-            dist.all_gather(parts, own, group=get_model_parallel_group())
+        if dim is not None and mp.size > 1:
+            parts = [torch.empty_like(own) for _ in range(mp.size)]
+            dist.all_gather(parts, own, group=mp.group)
             own = torch.cat(parts, dim)
         yield name, own.cpu()
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
-from accessory.checkpoint.state import KINDS, StateNotes, TrainingState, newest_state, states_in, write_notes, write_part
+from accessory.checkpoint.state import (
+    KINDS,
+    Kind,
+    StateNotes,
+    TrainingState,
+    newest_state,
+    states_in,
+    write_notes,
+    write_part,
+)
 from accessory.console import is_main, say
 from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.build import own_regions
 from accessory.model.decoder import Decoder
-from accessory.model.logical import Cut, Region, Source, logical_cuts
+from accessory.model.holdings import Holding
+from accessory.model.logical import Cut, Region, Source
 from accessory.parallel.fsdp import local_part, show_masters
-from accessory.parallel.tensor import get_data_parallel_group, get_model_parallel_rank
 from accessory.parallel.watchdog import progressed
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 
 
 def find_state(states: Path, resume: str | None) -> TrainingState | None:
@@ -163,11 +170,11 @@ def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: Sta
 @torch.no_grad()
 def load_moments(model: Decoder, optimizer: Optimizer, state: TrainingState) -> None:
     """Give AdamW the moments and the step count of a training state; each rank reads its own slices."""
-    for name, parameter, cut in _trained(model):
+    for name, parameter in _trained(model):
         moments = {kind: torch.zeros_like(parameter) for kind in KINDS if kind != "weight"}
         for kind, moment in moments.items():
             local = local_part(moment)
-            for rows, box in own_regions(cut, parameter):
+            for rows, box in model.holdings[name].boxes:
                 local[rows] = state.read_kind(kind, name, box).reshape(local[rows].shape).to(local)
                 progressed()
         step = torch.tensor(float(state.notes.steps), device=parameter.device)
@@ -175,26 +182,26 @@ def load_moments(model: Decoder, optimizer: Optimizer, state: TrainingState) -> 
 
 
 def _own_pieces(model: Decoder, optimizer: Optimizer) -> dict[str, tuple[Region, Tensor]]:
-    """What this rank has to write: of what several hold, the first of them writes it."""
-    first_mp, first_dp = get_model_parallel_rank() == 0, dist.get_rank(get_data_parallel_group()) == 0
+    """What this rank has to write: what it owns."""
     pieces: dict[str, tuple[Region, Tensor]] = {}
-    for name, parameter, cut in _trained(model):
-        replicated = not isinstance(parameter, DTensor) or isinstance(parameter.placements[0], Replicate)
-        if (cut.dim is None and not first_mp) or (replicated and not first_dp):
-            continue
-        for kind in KINDS:
-            local = local_part(parameter if kind == "weight" else optimizer.state[parameter][kind])
-            for number, (rows, box) in enumerate(own_regions(cut, parameter)):
-                pieces[f"{kind}/{name}/{number}"] = (box, local[rows])
-    if first_mp and first_dp:  # buffers are whole on every rank
-        cuts = logical_cuts(model.args, model.layout)
-        pieces |= {f"weight/{name}/0": (cuts[name].region(0, 1), buffer) for name, buffer in model.named_buffers()}
+    for name, parameter in _trained(model):
+        values: dict[Kind, Tensor] = {
+            kind: parameter if kind == "weight" else optimizer.state[parameter][kind] for kind in KINDS
+        }
+        pieces |= _owned(model.holdings[name], name, values)
+    for name, buffer in model.named_buffers():
+        pieces |= _owned(model.holdings[name], name, {"weight": buffer})
     return pieces
 
 
-def _trained(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Cut]]:
+def _owned(held: Holding, name: str, values: Mapping[Kind, Tensor]) -> dict[str, tuple[Region, Tensor]]:
+    return {
+        f"{kind}/{name}/{number}": (box, local_part(value)[rows])
+        for kind, value in values.items()
+        for number, (rows, box) in enumerate(held.boxes if held.is_owner else ())
+    }
+
+
+def _trained(model: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
     show_masters(model)
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter, cuts[name]
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

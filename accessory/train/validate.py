@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from accessory.console import is_main, progress, say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.order import permute
 from accessory.model.decoder import Decoder
 from accessory.model.head import LossSum
-from accessory.parallel.tensor import get_data_parallel_group
 from accessory.parallel.watchdog import progressed
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 from accessory.train.data import RunData
 from accessory.train.health import PROBE_FILE, Alarms, RoutingProbe, probe_documents
 
@@ -87,6 +85,5 @@ class Validation:
             batch = batch.to(self.device)
             loss, _ = self.model(batch.inputs(), LossSum(batch.targets))
             total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
-        dist.all_reduce(total, group=get_data_parallel_group())
-        loss_sum, targets = total.tolist()
+        loss_sum, targets = self.model.mesh.dp.all_reduce(total).tolist()
         return loss_sum / max(1.0, targets)

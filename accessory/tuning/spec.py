@@ -10,11 +10,11 @@ from torch import Tensor
 
 from accessory.config import nearest
 from accessory.errors import UserError
+from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, Region, Source, adapter_cuts, is_buffer, logical_cuts
 from accessory.model.moe.layouts import Layout
-from accessory.parallel.adapter import Adapter
-from accessory.train.config import LoraSection, TuningSection
+from accessory.settings import LoraSection, TuningSection
 
 PRESETS = {
     "experts": r"\.experts\.",

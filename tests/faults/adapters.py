@@ -3,7 +3,7 @@
 from faults.checks import LORA, LORA_EXPERT, LORA_SPARSE
 from faults.fault import Fault
 
-FILE, TENSOR, EXPERTS = "accessory/parallel/adapter.py", "accessory/parallel/tensor.py", "accessory/model/moe/experts.py"
+FILE, TENSOR, EXPERTS = "accessory/model/adapter.py", "accessory/parallel/tensor.py", "accessory/model/moe/experts.py"
 PARTITION = "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition"
 SHARE = "tests/test_tuning.py::test_dropout_keeps_its_share_and_the_mean"
 

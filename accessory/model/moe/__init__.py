@@ -13,18 +13,19 @@ from accessory.model.documents import Documents
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import Router, RouterStats, router_stats
+from accessory.parallel.mesh import Axis
 
 
 class MoE(nn.Module):
     """Sparse feed-forward layer: each token is the weighted sum of its top-K experts."""
 
-    def __init__(self, args: ModelArgs, layout: Layout, kernel: str):
+    def __init__(self, args: ModelArgs, layout: Layout, mp: Axis, kernel: str):
         super().__init__()
         moe = args.moe
         self.gate = Router(args.dim, moe.num_experts, moe.num_experts_per_tok, moe.score_bias)
-        self.dispatcher = layout.dispatcher(moe.num_experts)
-        hidden_dim, experts = layout.local_hidden_dim(args.hidden_dim), len(self.dispatcher.local_experts)
-        self.experts = GroupedExperts(experts, args.dim, hidden_dim, kernel, layout.cut_dims)
+        self.dispatcher = layout.dispatcher(moe.num_experts, mp)
+        hidden_dim, experts = layout.local_hidden_dim(args.hidden_dim, mp), len(self.dispatcher.local_experts)
+        self.experts = GroupedExperts(experts, args.dim, hidden_dim, kernel, layout.cut_dims, mp)
 
     def forward(self, x_TD: Tensor, documents: Documents, draw_T: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         """``x_TD`` -> output [T, D], and statistics of each document. ``draw_T`` is the adapters', for dropout."""

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.model.moe.router import Routing
-from accessory.parallel.tensor import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from accessory.parallel.mesh import Axis
+from accessory.parallel.regions import copy_to_model_parallel_region, reduce_from_model_parallel_region
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class Replicated:
     use of the activations is whole on every rank, and stays outside.
     """
 
-    def __init__(self, local_experts: range, num_experts: int):
-        self.local_experts, self.num_experts = local_experts, num_experts
+    def __init__(self, local_experts: range, num_experts: int, mp: Axis):
+        self.local_experts, self.num_experts, self.mp = local_experts, num_experts, mp
 
     def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None) -> SortedRows:
         plan = make_plan(routing.experts, self.local_experts, self.num_experts)
-        x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD), plan)
-        weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))
+        x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD, self.mp), plan)
+        weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype), self.mp)
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
         return SortedRows(x_nD, weight_n1, plan.ends_e, None if draw_T is None else draw_T[plan.token_n], plan)
 
     def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
-        return reduce_from_model_parallel_region(tokens_of_rows(y_nD, rows.plan))
+        return reduce_from_model_parallel_region(tokens_of_rows(y_nD, rows.plan), self.mp)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import KERNELS, MATMULS, GroupedMatmul, pick_kernel, weighted_swiglu
-from accessory.parallel.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped
-from accessory.parallel.tensor import (
-    copy_to_model_parallel_region,
-    get_model_parallel_rank,
-    get_model_parallel_world_size,
-)
+from accessory.parallel.mesh import Axis
+from accessory.parallel.regions import copy_to_model_parallel_region
 
 
 class GroupedExperts(nn.Module):
@@ -27,9 +24,9 @@ class GroupedExperts(nn.Module):
         cut_dims: the dimension of each logical tensor that is cut over model-parallel ranks.
     """
 
-    def __init__(self, num_local: int, dim: int, hidden_dim: int, kernel: str, cut_dims: dict[str, int]):
+    def __init__(self, num_local: int, dim: int, hidden_dim: int, kernel: str, cut_dims: dict[str, int], mp: Axis):
         super().__init__()
-        self.num_local, self.kernel, self.cut_dims = num_local, kernel, cut_dims
+        self.num_local, self.kernel, self.cut_dims, self.mp = num_local, kernel, cut_dims, mp
         self.adapters: dict[str, Adapter] = {}
         self.whole: set[str] = set()  # adapter tensors that are whole on every rank
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
@@ -59,14 +56,14 @@ class GroupedExperts(nn.Module):
         y = rows.matmul(x, self._stack(matrix), rows.ends_e)
         adapter = self.adapters.get(matrix, Adapter())
         if adapter.rank:
-            first_column = get_model_parallel_rank() * x.shape[1] if self.cut_dims[matrix] == 2 else 0
+            first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
             x = dropped(x, adapter, rows.draw_n, first_column)
             low_nR = rows.matmul(x, self._stack(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling
             y += rows.matmul(low_nR, self._stack(f"{matrix}_lora_b"), rows.ends_e)
         if adapter.bias:
             bias = self._stack(f"{matrix}_bias")
             if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
-                bias = bias / get_model_parallel_world_size()
+                bias = bias / self.mp.size
             y.addmm_(rows.bias_ne, bias)
         return y
 
@@ -74,7 +71,7 @@ class GroupedExperts(nn.Module):
         """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""
         parameter = getattr(self, name)
         if name in self.whole:
-            parameter = copy_to_model_parallel_region(parameter)
+            parameter = copy_to_model_parallel_region(parameter, self.mp)
         return parameter.unflatten(0, (self.num_local, -1))
 
 

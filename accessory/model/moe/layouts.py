@@ -25,7 +25,7 @@ from accessory.config import nearest
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.moe.dispatch import Dispatcher, Replicated
-from accessory.parallel.tensor import get_model_parallel_rank, get_model_parallel_world_size
+from accessory.parallel.mesh import Axis
 
 
 class Layout(Protocol):
@@ -39,11 +39,11 @@ class Layout(Protocol):
         """What the model-parallel size must divide: a name for error messages, and the size."""
         ...
 
-    def local_hidden_dim(self, hidden_dim: int) -> int:
+    def local_hidden_dim(self, hidden_dim: int, mp: Axis) -> int:
         """How much of the experts' width this rank has."""
         ...
 
-    def dispatcher(self, num_experts: int) -> Dispatcher:
+    def dispatcher(self, num_experts: int, mp: Axis) -> Dispatcher:
         """What brings tokens to this rank's experts, and back."""
         ...
 
@@ -57,12 +57,12 @@ class ExpertLayout:
     def cut_size(self, args: ModelArgs) -> dict[str, int]:
         return {"moe.num_experts": args.moe.num_experts}
 
-    def local_hidden_dim(self, hidden_dim: int) -> int:
+    def local_hidden_dim(self, hidden_dim: int, mp: Axis) -> int:
         return hidden_dim
 
-    def dispatcher(self, num_experts: int) -> Dispatcher:
-        rank, each = get_model_parallel_rank(), num_experts // get_model_parallel_world_size()
-        return Replicated(range(rank * each, (rank + 1) * each), num_experts)
+    def dispatcher(self, num_experts: int, mp: Axis) -> Dispatcher:
+        each = num_experts // mp.size
+        return Replicated(range(mp.rank * each, (mp.rank + 1) * each), num_experts, mp)
 
 
 class SparseLayout:
@@ -74,11 +74,11 @@ class SparseLayout:
     def cut_size(self, args: ModelArgs) -> dict[str, int]:
         return {"hidden_dim": args.hidden_dim}
 
-    def local_hidden_dim(self, hidden_dim: int) -> int:
-        return hidden_dim // get_model_parallel_world_size()
+    def local_hidden_dim(self, hidden_dim: int, mp: Axis) -> int:
+        return hidden_dim // mp.size
 
-    def dispatcher(self, num_experts: int) -> Dispatcher:
-        return Replicated(range(num_experts), num_experts)
+    def dispatcher(self, num_experts: int, mp: Axis) -> Dispatcher:
+        return Replicated(range(num_experts), num_experts, mp)
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ExpertLayout(), SparseLayout())}

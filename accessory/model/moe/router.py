@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
+from accessory.model.adapter import Adaptable, dropped
 from accessory.model.documents import Documents
-from accessory.parallel.adapter import Adaptable, dropped
 
 
 class Routing(NamedTuple):

@@ -5,18 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accessory.checkpoint.storage import FileFormat
 from accessory.config import apply_overrides, from_mapping, read_mapping
 from accessory.errors import UserError
-from accessory.parallel.fsdp import DataParallel
-from accessory.parallel.watchdog import LONGEST_COLLECTIVE_S
-from accessory.train.balance import BalanceMode
+
+LayoutName = Literal["mixtral", "mixtral_sparse", "mixtral_peft"]
+BalanceMode = Literal["global", "document", "microstep", "microbatch", "hf", "bias"]
+DataParallel = Literal["fsdp", "sdp", "ddp"]
+FileFormat = Literal["safetensors", "pth"]
+LONGEST_COLLECTIVE_S = 1800
+"""After so long a collective fails, if the watchdog has not ended the job before."""
 
 
 @dataclass(frozen=True)
 class ModelSection:
     # null: the checkpoint's own; expert or sparse (mixtral_peft is the expert layout)
-    layout: Literal["mixtral", "mixtral_sparse", "mixtral_peft"] | None = None
+    layout: LayoutName | None = None
     # directory to start from, of any format, or several in order; null: random weights from the seed
     checkpoint: str | tuple[str, ...] | None = None
     config: str | None = None  # config.json; null: the checkpoint's own
@@ -38,11 +41,18 @@ class DataSection:
 class ParallelSection:
     model_parallel: int = 1  # ranks that hold one copy of the model
     data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
+    # fsdp and sdp: so many neighbouring data-parallel ranks share out one copy of what a rank has, and others have copies
+    # (HSDP: a node's GPUs, say, so that parameters are gathered inside the node); null: all of them, one copy
+    shard_size: int | None = None
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
     recompute: bool = True  # drop activations inside blocks, compute them again in backward
     # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends;
     # at the start, seconds until all ranks must have come
     stall_timeout_s: float = 600
+
+    def dp_shard(self) -> int | None:
+        """How many data-parallel ranks share out one copy; None: all."""
+        return 1 if self.data_parallel == "ddp" else self.shard_size
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least_one = {
             "parallel.model_parallel": self.parallel.model_parallel,
+            "parallel.shard_size": self.parallel.shard_size,
             "train.epochs": self.train.epochs,
             "train.max_steps": self.train.max_steps,
             "train.batch_size": self.train.batch_size,
@@ -197,6 +208,8 @@ class RunConfig:
                 "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "
                 "choose another train.balance, or train and save the whole model"
             )
+        if self.parallel.data_parallel == "ddp" and self.parallel.shard_size is not None:
+            raise UserError("parallel.data_parallel=ddp shards nothing: leave parallel.shard_size out, or choose fsdp")
         if not 1 <= self.parallel.stall_timeout_s <= LONGEST_COLLECTIVE_S:
             raise UserError(
                 f"parallel.stall_timeout_s must be from 1 to {LONGEST_COLLECTIVE_S}, after which a collective gives up: "

@@ -17,7 +17,7 @@ from accessory.data.packing import Rows
 from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
-from accessory.train.config import RunConfig
+from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
 
 DEFAULT_MAX_SEQ_LEN = 4096

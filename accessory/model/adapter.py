@@ -55,6 +55,10 @@ class Adaptable(nn.Module):
     lora_a: Tensor
     lora_b: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+
     def adapt(self, matrix: str, adapter: Adapter) -> None:
         self.adapter = adapter
         out, inner = self.weight.shape

@@ -1,0 +1,245 @@
+"""MetaModel: a model with its tokenizer, loaded and used in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.checkpoint.open import Checkpoint
+from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.errors import UserError
+from accessory.infer.generate import generate_ids
+from accessory.model.build import build_model
+from accessory.model.decoder import Decoder, Inputs
+from accessory.model.documents import Documents
+from accessory.model.head import Logits
+from accessory.parallel.launch import Launch, join
+from accessory.parallel.mesh import mesh_of
+
+
+class MetaModel:
+    """A decoder and its tokenizer.
+
+    Attributes:
+        llma: the decoder. tokenizer: its tokenizer. max_seq_len: longest sequence, prompt and answer together.
+    """
+
+    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int):
+        self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_path: str | Path | Sequence[str | Path],
+        llama_type: str | None = None,
+        llama_config: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        with_visual: bool = False,
+        max_seq_len: int = 4096,
+        mp_group: dist.ProcessGroup | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        quant: bool = False,
+        strict: bool = True,
+    ) -> MetaModel:
+        """Load a checkpoint of any format into any layout at any model-parallel size; each rank reads only its slices.
+
+        Args:
+            pretrained_path: a directory, or several in order: a base, then what changes it (see ``Checkpoint``).
+            llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
+            llama_config: another config.json than the directory's.
+            tokenizer_path: another tokenizer.model or tokenizer.json than the directory's.
+            max_seq_len: tokens of prompt and answer together.
+            mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
+            device: None: this process's GPU if there is one, else the CPU.
+            strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts.
+        """
+        if with_visual or quant:
+            raise UserError(
+                "with_visual and quant are not supported yet: this model reads text, in bf16, fp16, fp32 or fp64"
+            )
+        if not dist.is_initialized():
+            join(Launch(0, 1, 0, 1), dist.HashStore())
+        checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
+        tokenizer_path = tokenizer_path or checkpoint.tokenizer
+        if tokenizer_path is None:
+            raise UserError(f"{pretrained_path}: no tokenizer.model or tokenizer.json in it; give tokenizer_path")
+        tokenizer = Tokenizer(tokenizer_path)
+        check_vocabulary(tokenizer, checkpoint.args.vocab_size)
+        default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        layout = llama_type or checkpoint.layout
+        where = torch.device(device) if device is not None else default
+        llma = build_model(
+            checkpoint.args,
+            layout,
+            checkpoint,
+            mesh=mesh_of(mp_group),
+            dtype=dtype,
+            device=where,
+            adapters=checkpoint.adapters,
+            trains=frozenset(),
+        )
+        return cls(llma, tokenizer, max_seq_len)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        images: None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Sequence[str] = (),
+    ) -> list[str]:
+        """Continue each prompt until ``</s>``, a stop symbol (which is cut off), or ``max_gen_len`` tokens.
+
+        Args:
+            prompts: texts, or token ids (which are taken as they are, as templates make them).
+            additional_stop_symbols: texts, or names of special tokens.
+
+        Raises:
+            UserError: ``prompts`` is one text rather than a list, or a prompt is too long.
+        """
+        if isinstance(prompts, str):
+            raise UserError("generate takes a list of prompts, not one text: write [prompt]")
+        texts = [""] * len(prompts)
+        for step in self._stream(prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols):
+            texts = [text for text, _ in step]
+        return texts
+
+    def stream_generate(
+        self,
+        prompt: str,
+        image: None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Sequence[str] = (),
+    ) -> Iterator[dict[str, Any]]:
+        """Yield {"text": the answer so far, "end_of_content": whether it is whole} after each token."""
+        text = ""
+        for ((text, ended),) in self._stream([prompt], image, max_gen_len, temperature, top_p, additional_stop_symbols):
+            if ended:
+                break
+            yield {"text": text, "end_of_content": False}
+        yield {"text": text, "end_of_content": True}
+
+    def _stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        images: None,
+        max_gen_len: int,
+        temperature: float,
+        top_p: float,
+        stops: Sequence[str],
+    ) -> Iterator[list[tuple[str, bool]]]:
+        """Yield, after each token, every prompt's answer so far and whether it has ended; stops when all have."""
+        _refuse_images(images)
+        encoded = self._encode(prompts, bos=True, eos=False)
+        answers: list[list[int]] = [[] for _ in prompts]
+        state = [("", False)] * len(prompts)
+        steps = generate_ids(
+            self.llma,
+            encoded,
+            max_gen_len=max_gen_len,
+            max_seq_len=self.max_seq_len,
+            vocab_size=self.tokenizer.n_words,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        for tokens in steps:
+            for index, token in enumerate(tokens.tolist()):
+                if not state[index][1]:
+                    room = len(encoded[index]) + len(answers[index]) < self.max_seq_len
+                    state[index] = self._extend(answers[index], token, stops) if room else (state[index][0], True)
+            yield state
+            if all(ended for _, ended in state):
+                return
+
+    def _extend(self, answer: list[int], token: int, stops: Sequence[str]) -> tuple[str, bool]:
+        """Add a token to an answer; return its text, and whether it ends here."""
+        if token in (self.tokenizer.eos_id, *(self.tokenizer.special.get(stop) for stop in stops)):
+            return self.tokenizer.decode(answer), True
+        answer.append(token)
+        text = self.tokenizer.decode(answer)
+        found = [text.index(stop) for stop in stops if stop in text]
+        return (text[: min(found)], True) if found else (text, False)
+
+    @torch.inference_mode()
+    def compute_logits(
+        self,
+        examples: Sequence[str] | Sequence[Sequence[int]],
+        images: None = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> list[Tensor]:
+        """Logits of each example, [its length, V], at least fp32.
+
+        Args:
+            examples: texts, or token ids (which are taken as they are; ``bos`` and ``eos`` are for texts).
+        """
+        _refuse_images(images)
+        ids = self._encode(examples, bos, eos)
+        lengths = [len(example) for example in ids]
+        device = self.llma.norm.weight.device
+        tokens = torch.tensor([token for example in ids for token in example], device=device)
+        logits, _ = self.llma(Inputs(tokens, Documents.of(lengths).to(device)), Logits())
+        return list(logits.split(lengths))
+
+    def evaluate_examples(
+        self,
+        examples: Sequence[str] | Sequence[Sequence[int]],
+        contexts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        images: None = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> dict[str, list[Any]]:
+        """Score examples; what belongs to an example's context (its beginning) is not scored.
+
+        Returns:
+            A list with one entry per example under each of "log_likelihood" (sum), "ppl" (exp of the mean negative
+            log-likelihood), "max_equal" (greedy decoding would have written it) and "non_context_logits".
+
+        Raises:
+            UserError: an example does not begin with its context, or has nothing to score.
+        """
+        ids = self._encode(examples, bos, eos)
+        starts = [1] * len(ids)
+        if contexts is not None:
+            context_ids = self._encode(contexts, bos, False)
+            if len(context_ids) != len(ids):
+                raise UserError(f"{len(ids)} examples but {len(context_ids)} contexts")
+            for number, (example, context) in enumerate(zip(ids, context_ids, strict=True)):
+                if list(example[: len(context)]) != list(context):
+                    raise UserError(f"example {number} does not begin with the tokens of its context")
+            starts = [max(1, len(context)) for context in context_ids]
+        result: dict[str, list[Any]] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
+        for number, (example, start, logits) in enumerate(zip(ids, starts, self.compute_logits(ids, images), strict=True)):
+            if len(example) <= start:
+                raise UserError(f"example {number} has no token to score after its context")
+            scored = logits[start - 1 : -1]
+            labels = torch.tensor(example[start:], device=logits.device)
+            losses = F.cross_entropy(scored, labels, reduction="none")
+            result["log_likelihood"].append(-losses.sum().item())
+            result["ppl"].append(losses.mean().exp().item())
+            result["max_equal"].append(bool((scored.argmax(-1) == labels).all()))
+            result["non_context_logits"].append(scored)
+        return result
+
+    def _encode(self, examples: Sequence[Any], bos: bool, eos: bool) -> list[list[int]]:
+        if isinstance(examples, str) or not examples:
+            raise UserError("expected a list of texts or of lists of token ids")
+        return [self.tokenizer.encode(e, bos, eos) if isinstance(e, str) else list(e) for e in examples]
+
+
+def _refuse_images(images: Any) -> None:
+    if images is not None:
+        raise UserError("images are not supported yet: this model reads text")

@@ -1,0 +1,78 @@
+"""Matrices cut over model-parallel ranks, and what an adapter adds to them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.model.adapter import Adaptable, Adapter, add_parameters, dropped
+from accessory.parallel.mesh import Axis
+from accessory.parallel.regions import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+
+
+class ColumnParallelLinear(Adaptable):
+    """``x @ weight.T`` with ``weight`` [out, in] cut on dim 0: the output stays cut.
+
+    The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
+    """
+
+    def __init__(self, in_features: int, out_features: int, mp: Axis):
+        super().__init__()
+        self.mp = mp
+        self.weight = nn.Parameter(torch.empty(out_features // mp.size, in_features))
+
+    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+        y, low = F.linear(x, self.weight, self.bias), self.low_rank(x, draw)
+        return y if low is None else y + F.linear(low, self.lora_b)
+
+    def low_rank(self, x: Tensor, draw: Tensor | None = None) -> Tensor | None:
+        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``draw`` is dropout's."""
+        if not self.adapter.rank:
+            return None
+        lora_a = copy_to_model_parallel_region(self.lora_a, self.mp)
+        return F.linear(dropped(x, self.adapter, draw), lora_a) * self.adapter.scaling
+
+
+class RowParallelLinear(Adaptable):
+    """``x @ weight.T`` with ``weight`` [out, in] cut on dim 1 and ``x`` cut likewise: partial products are summed."""
+
+    def __init__(self, in_features: int, out_features: int, mp: Axis):
+        super().__init__()
+        self.mp = mp
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
+
+    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        if self.adapter.rank:
+            x = dropped(x, self.adapter, draw, first_column=self.mp.rank * x.shape[-1])
+            low = F.linear(x, self.lora_a) * self.adapter.scaling  # this rank's part of A x
+            y = y + F.linear(low, copy_to_model_parallel_region(self.lora_b, self.mp))
+        y = reduce_from_model_parallel_region(y, self.mp)
+        return y if self.bias is None else y + self.bias
+
+
+class ParallelEmbedding(Adaptable):
+    """Token embedding with ``weight`` [V, D] cut on dim 1: each rank looks up its columns, which are gathered.
+
+    As a matrix it maps V to D, so its adapter has ``lora_a`` [R, V] (whole) and ``lora_b`` [D, R]; it has no dropout.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, mp: Axis):
+        super().__init__()
+        self.mp = mp
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim // mp.size))
+
+    def adapt(self, matrix: str, adapter: Adapter) -> None:
+        self.adapter = adapter
+        inner, out = self.weight.shape
+        add_parameters(self, matrix, adapter, out, inner)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.weight)
+        if self.adapter.rank:
+            low = F.embedding(tokens, copy_to_model_parallel_region(self.lora_a, self.mp).T) * self.adapter.scaling
+            x = x + F.linear(low, self.lora_b)
+        return gather_from_model_parallel_region(x, self.mp)

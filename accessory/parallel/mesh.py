@@ -1,0 +1,133 @@
+"""Who stands where: the ranks of a job along the axes that a model is cut over."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale
+from torch import Tensor
+
+from accessory.errors import UserError
+from accessory.settings import LONGEST_COLLECTIVE_S
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place among ``size`` ranks that share a task.
+
+    Attributes:
+        group: of these ranks; None: this one is alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "Axis":
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """``x``, reduced in place over the axis (a collective)."""
+        if self.size > 1:
+            dist.all_reduce(x, operation, group=self.group)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """``x``, as the first rank of the axis has it, in place (a collective)."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes of a model: world = dp_replicate x dp_shard x mp, mp innermost. By default one rank alone.
+
+    With 8 ranks, mp 2 and shards over 2, rank r is
+
+        dp_replicate r // 4    dp_shard r // 2 % 2    mp r % 2    dp r // 2, the two data-parallel axes as one
+
+    A model carries its mesh: models with different ones live in one process.
+
+    Attributes:
+        mp: ranks that hold one copy of the model between them, each with its slices, and see the same tokens.
+        dp_shard: ranks that share out, over data-parallel ranks, what one model-parallel rank has.
+        dp_replicate: ranks with the same shards.
+        dp: ranks that see different tokens. world: all.
+    """
+
+    mp: Axis = Axis()
+    dp_shard: Axis = Axis()
+    dp_replicate: Axis = Axis()
+    dp: Axis = Axis()
+    world: Axis = Axis()
+
+
+ONE_RANK = Mesh()
+
+
+def make_mesh(model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
+    """Cut all ranks into a mesh (a collective).
+
+    fairscale makes the groups, so code that asks it (``get_model_parallel_group``) finds those of the mesh made last.
+
+    Args:
+        model_parallel: size of ``mp``. shard_size: of ``dp_shard``; None: all data-parallel ranks.
+
+    Raises:
+        UserError: the sizes do not divide the number of ranks.
+    """
+    size = dist.get_world_size()
+    _check_size("parallel.model_parallel", model_parallel, f"{size} processes", size)
+    data_parallel = size // model_parallel
+    shard_size = shard_size or data_parallel
+    _check_size("parallel.shard_size", shard_size, f"{data_parallel} data-parallel ranks", data_parallel)
+    fairscale.destroy_model_parallel()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
+        fairscale.initialize_model_parallel(model_parallel)
+    mp, dp = (_axis(group) for group in (fairscale.get_model_parallel_group(), fairscale.get_data_parallel_group()))
+    world = Axis(dist.get_rank(), size, dist.group.WORLD)
+    if shard_size == dp.size:
+        return Mesh(mp, dp, Axis(), dp, world)
+    if shard_size == 1:
+        return Mesh(mp, Axis(), dp, dp, world)
+    ranks = dist.get_process_group_ranks(dp.group)
+    first, place = dp.rank // shard_size * shard_size, dp.rank % shard_size
+    neighbours, counterparts = ranks[first : first + shard_size], ranks[place::shard_size]
+    shard, replicate = (_axis(dist.new_group(some, use_local_synchronization=True)) for some in (neighbours, counterparts))
+    return Mesh(mp, shard, replicate, dp, world)
+
+
+def mesh_of(model_parallel_group: dist.ProcessGroup | None) -> Mesh:
+    """The mesh of a model that the ranks of a group hold together, without data parallelism; None: this rank alone."""
+    mp = Axis.of(model_parallel_group) if model_parallel_group else Axis()
+    return Mesh(mp=mp, world=mp)
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LONGEST_COLLECTIVE_S), group)  # it has taken torch's default
+    return Axis.of(group)
+
+
+def _check_size(setting: str, size: int, of: str, total: int) -> None:
+    if total % size:
+        allowed = [n for n in range(1, total + 1) if total % n == 0]
+        raise UserError(f"{setting} {size} does not divide the {of}: use one of {allowed}")
+
+
+def check_divides(what: str, model_parallel: int, sizes: dict[str, int]) -> None:
+    """Raise a UserError that lists the allowed sizes unless ``model_parallel`` divides every one of ``sizes``."""
+    failing = [f"{name} {size}" for name, size in sizes.items() if model_parallel < 1 or size % model_parallel]
+    if failing:
+        raise UserError(
+            f"{what}: model-parallel size {model_parallel} does not divide {', '.join(failing)}: "
+            f"use one of {allowed_sizes(sizes)}"
+        )
+
+
+def allowed_sizes(sizes: dict[str, int]) -> list[int]:
+    """The model-parallel sizes that divide every one of ``sizes``."""
+    return [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
