@@ -31,12 +31,12 @@ import accessory.model.meta
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
 from accessory.parallel.launch import join, leave, reach_store, read_environment
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 launch = read_environment()
 join(launch, reach_store(launch, 600))
-initialize_groups(launch.world)
+mesh = make_mesh(launch.world)
 source = Checkpoint(sys.argv[1])
-build_model(source.args, sys.argv[2], source, dtype=torch.bfloat16, device=torch.device("cpu"))
+build_model(source.args, sys.argv[2], source, mesh=mesh, dtype=torch.bfloat16, device=torch.device("cpu"))
 leave(0)
 """
 IMPORT_PEER = "import torch; from transformers import MixtralForCausalLM"

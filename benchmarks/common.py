@@ -10,13 +10,10 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from accessory.parallel.tensor import initialize_groups
-
 
 def start_one_process() -> None:
-    """Model-parallel groups of one rank."""
+    """A process group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    initialize_groups(1)
 
 
 def pick_device() -> torch.device:

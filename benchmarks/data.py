@@ -178,7 +178,7 @@ def step_rate(data, rows: Rows, plan: BatchPlan) -> float:
             start = time.perf_counter()
         if number == 5:
             break
-        train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global", data_parallel="fsdp", cut=set())
+        train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global")
         done += sum(batch.real_tokens for batch in micro_batches) if number else 0
     return done / (time.perf_counter() - start)
 

@@ -64,11 +64,7 @@ def main() -> None:
     window = Window()
 
     def with_health() -> None:
-        window.add(
-            train_step(
-                model, optimizer, [batch], clip_grad=OPTIM.clip_grad, balance="global", data_parallel="fsdp", cut=set()
-            )
-        )
+        window.add(train_step(model, optimizer, [batch], clip_grad=OPTIM.clip_grad, balance="global"))
 
     def without() -> None:
         with mock.patch.object(moe, "router_stats", without_entropy):

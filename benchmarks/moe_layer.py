@@ -21,6 +21,7 @@ from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.layouts import LAYOUTS
+from accessory.parallel.mesh import Axis
 
 SHAPE = ModelArgs(dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
 
@@ -41,7 +42,7 @@ class Dense(nn.Module):
 class Ours(nn.Module):
     def __init__(self, layout: str, kernel: str):
         super().__init__()
-        self.moe = MoE(SHAPE, LAYOUTS[layout], kernel)
+        self.moe = MoE(SHAPE, LAYOUTS[layout], Axis(), kernel)
         self.documents: Documents | None = None
 
     def forward(self, x: Tensor) -> Tensor:

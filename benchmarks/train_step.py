@@ -28,6 +28,7 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.fsdp import wrap
+from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import LoraSection, OptimSection, TuningSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
@@ -66,16 +67,14 @@ def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]
         adapters=tuning.adapters,
         trains=tuning.trains,
         frozen_dtype=compute,
-        shard=lambda m: wrap(m, "fsdp", compute, device.type),
+        shard=lambda m: wrap(m, ONE_RANK, "fsdp", compute, device.type),
     )
     optimizer = make_optimizer(model, OPTIM)
     trained = [False] * PROMPT + [True] * (LENGTH - PROMPT)
     micro_batch = collate([Sample(row.tolist(), trained) for row in batch()]).to(device)
 
     def step() -> float:
-        result = train_step(
-            model, optimizer, [micro_batch], clip_grad=OPTIM.clip_grad, balance="global", data_parallel="fsdp", cut=set()
-        )
+        result = train_step(model, optimizer, [micro_batch], clip_grad=OPTIM.clip_grad, balance="global")
         return float(result.loss_sum / result.targets)
 
     return step

@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from accessory.certify.problem import SMALL
 from accessory.certify.run import Tensors
@@ -20,13 +19,8 @@ from accessory.model.head import Logits
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
-from accessory.parallel.tensor import (
-    get_data_parallel_group,
-    get_model_parallel_rank,
-    get_model_parallel_world_size,
-    initialize_groups,
-)
-from accessory.settings import OptimSection
+from accessory.parallel.mesh import ONE_RANK, make_mesh
+from accessory.settings import OptimSection, ParallelSection
 from accessory.train.optim import make_optimizer
 from accessory.train.save import gathered
 from accessory.train.step import train_step
@@ -78,25 +72,43 @@ def samples(count, seed, args=TINY, longest=14):
     return result
 
 
-def build(args, layout, source, *, mode="fsdp", dtype=torch.float64, compute=None, recompute=False, kernel="auto", **tuning):
+def build(
+    args,
+    layout,
+    source,
+    *,
+    mesh=ONE_RANK,
+    mode="fsdp",
+    dtype=torch.float64,
+    compute=None,
+    recompute=False,
+    kernel="auto",
+    **tuning,
+):
     """``tuning``: adapters and trains, as build_model takes them."""
     return build_model(
         args,
         layout,
         source,
+        mesh=mesh,
         dtype=dtype,
         device=torch.device("cpu"),
         recompute=recompute,
         kernel=kernel,
         frozen_dtype=compute,
         **tuning,
-        shard=lambda model: wrap(model, mode, compute or dtype, "cpu"),
+        shard=lambda model: wrap(model, mesh, mode, compute or dtype, "cpu"),
     )
+
+
+def mesh_for(mp, mode="fsdp"):
+    """The mesh of a run with these settings (a collective)."""
+    return make_mesh(mp, ParallelSection(data_parallel=mode).dp_shard())
 
 
 def local_parts(model):
     """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
-    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    rank, size = model.mesh.mp.rank, model.mesh.mp.size
     cuts = logical_cuts(model.args, model.layout, model.adapters)
     return {name: (cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
 
@@ -136,21 +148,19 @@ def train(
 
     ``width``: pack them into rows of so many tokens.
     """
-    initialize_groups(mp)
-    dp = dist.get_world_size(get_data_parallel_group())
-    dp_rank = dist.get_rank(get_data_parallel_group())
+    mesh = mesh_for(mp, mode)
+    dp = mesh.dp
     source = Tensors(weights(args, adapters=tuning.get("adapters")))
-    model = build(args, layout, source, mode=mode, dtype=dtype, compute=compute, recompute=recompute, **tuning)
+    model = build(args, layout, source, mesh=mesh, mode=mode, dtype=dtype, compute=compute, recompute=recompute, **tuning)
     logits = [evaluate(model, sample.tokens) for sample in steps[0][:2]]
     optimizer = make_optimizer(model, OPTIM)
-    cut = {name for name, c in logical_cuts(args, model.layout, model.adapters).items() if c.dim is not None}
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)
     results = []
     for batch in steps:
         order = range(len(batch))
         rows = Rows.packed(order, sample_lengths(batch), width) if width else Rows.alone(order)
-        plan = BatchPlan(-(-len(rows) // (accumulation * dp)), accumulation, dp_rank, dp)
+        plan = BatchPlan(-(-len(rows) // (accumulation * dp.size)), accumulation, dp.rank, dp.size)
         (micro_batches,) = plan.epoch(batch, rows)
         result = train_step(
             model,
@@ -159,13 +169,9 @@ def train(
             clip_grad=OPTIM.clip_grad,
             balance=balance,
             z_weight=z_weight,
-            data_parallel=mode,
-            cut=cut,
         )
-        sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
-        counts = result.counts.clone()
-        dist.all_reduce(sums, group=get_data_parallel_group())
-        dist.all_reduce(counts, group=get_data_parallel_group())
+        sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
+        counts = dp.all_reduce(result.counts.clone())
         loss = sums[0] / result.targets + args.load_balancing_weight * sums[1] + z_weight * sums[2]
         results.append({"loss": loss.item(), "grad_norm": result.grad_norm.item(), "counts": counts})
     return {"logits": logits, "steps": results, "gradients": seen["gradients"], "weights": local_parts(model)}
@@ -180,7 +186,7 @@ def evaluate(model, tokens):
 def _gradients(model):
     parts = {}
     cuts = logical_cuts(model.args, model.layout, model.adapters)
-    rank, size = get_model_parallel_rank(), get_model_parallel_world_size()
+    rank, size = model.mesh.mp.rank, model.mesh.mp.size
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if not parameter.requires_grad:

@@ -24,7 +24,7 @@ from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 from accessory.settings import LoraSection, TuningSection
 from accessory.train.save import save_trainable
 from accessory.tuning.spec import resolve
@@ -60,7 +60,7 @@ def base(tmp_path_factory):
 def save_all(base, home):
     """Save each kind of tuning from a model cut over all ranks; returns its logits."""
     world = torch.distributed.get_world_size()
-    initialize_groups(world)
+    mesh = make_mesh(world)
     fingerprint = {"fingerprint": Checkpoint(base).fingerprint}
     logits = {}
     for name, section, layout in (
@@ -71,7 +71,7 @@ def save_all(base, home):
     ):
         spec = spec_of(section)
         tuning = {"adapters": spec.adapters, "trains": spec.trains}
-        model = build(ARGS, layout, Tensors(trained_tensors(section)), dtype=torch.float32, **tuning)
+        model = build(ARGS, layout, Tensors(trained_tensors(section)), mesh=mesh, dtype=torch.float32, **tuning)
         logits[name] = evaluate(model, TOKENS)
         save_trainable(model, home / name, {}, fingerprint)
     return logits
@@ -95,10 +95,10 @@ def assert_close(ours, theirs):
 
 
 def load_model(paths, layout, size):
-    initialize_groups(size)
+    mesh = make_mesh(size)
     source = Checkpoint(paths)
     options = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return build_model(source.args, layout, source, adapters=source.adapters, trains=frozenset(), **options)
+    return build_model(source.args, layout, source, mesh=mesh, adapters=source.adapters, trains=frozenset(), **options)
 
 
 def reload_all(bases, saved, size):

@@ -8,7 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jobs import command
-from models import OPTIM, TINY, Tensors, _gradients, assemble, build, evaluate, make_tokenizer, samples, train, weights
+from models import (
+    OPTIM,
+    TINY,
+    Tensors,
+    _gradients,
+    assemble,
+    build,
+    evaluate,
+    make_tokenizer,
+    mesh_for,
+    samples,
+    train,
+    weights,
+)
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +37,8 @@ from accessory.model.documents import Documents
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.model.moe.router import RouterStats, Routing, router_stats
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.parallel.mesh import make_mesh
+from accessory.settings import RunConfig
 from accessory.train.balance import (
     balance_note,
     count_loads,
@@ -33,10 +47,8 @@ from accessory.train.balance import (
     microbatch_balance,
     pooled_balance,
     shift_score_biases,
-    summed,
     z_loss,
 )
-from accessory.settings import RunConfig
 from accessory.train.step import train_step
 
 K, E, L = 2, 8, 2
@@ -276,19 +288,17 @@ def one_step(part, batch, balance, weight=0.0, z_weight=0.0, **losses):
     """The reported losses and the gradients, not clipped."""
     args = replace(TINY, load_balancing_weight=weight)
     layout, mp, mode, accumulation, _, recompute = part
-    initialize_groups(mp)
-    group = get_data_parallel_group()
-    model = build(args, layout, Tensors(weights()), mode=mode, recompute=recompute)
+    mesh = mesh_for(mp, mode)
+    model = build(args, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute=recompute)
     pads = "reference_loss" in losses
-    plan = BatchPlan(len(batch) // (accumulation * group.size()), accumulation, group.rank(), group.size(), pads)
+    plan = BatchPlan(len(batch) // (accumulation * mesh.dp.size), accumulation, mesh.dp.rank, mesh.dp.size, pads)
     (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
     optimizer = torch.optim.SGD(model.parameters())
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update(gradients=_gradients(model)))
-    cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
     losses |= {"balance": balance, "z_weight": z_weight}
-    result = train_step(model, optimizer, micro_batches, clip_grad=1e9, data_parallel=mode, cut=cut, **losses)
-    loss_sum, balance = summed(result.loss_sum), summed(result.balance)
+    result = train_step(model, optimizer, micro_batches, clip_grad=1e9, **losses)
+    loss_sum, balance = mesh.dp.all_reduce(result.loss_sum), mesh.dp.all_reduce(result.balance)
     return seen | {"loss": (loss_sum / result.targets).item(), "balance": balance.item()}
 
 
@@ -401,7 +411,6 @@ def test_the_references_numbers_on_request(worlds):
 
 def evening_out():
     """The largest load of a layer, as a multiple of the mean, before and after the bias moved 100 times."""
-    initialize_groups(1)
     start = {name: t * (0 if name.endswith("score_bias") else 1) for name, t in weights(BIASED).items()}
     model = build(BIASED, "mixtral", Tensors(start))
     rows = Rows.alone(range(16))
@@ -498,8 +507,8 @@ def reload(directories):
         source = Checkpoint(directory)
         for layout in ("mixtral", "mixtral_sparse"):
             for size in (1, 2):
-                initialize_groups(size)
-                results[directory, layout, size] = evaluate(build(source.args, layout, source), list(range(1, 30)))
+                model = build(source.args, layout, source, mesh=make_mesh(size))
+                results[directory, layout, size] = evaluate(model, list(range(1, 30)))
     return results
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from models import mesh_for
 from ranks import run_ranks
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -17,12 +18,12 @@ from accessory.certify.parity import ParityCell, TransformersJudge, run_parity
 from accessory.certify.problem import SMALL, Problem
 from accessory.checkpoint import huggingface
 from accessory.checkpoint.tiles import Tile
-from accessory.model import attention, moe
+from accessory.model import attention, linear, moe
 from accessory.model.args import ModelArgs
 from accessory.model.head import Nothing
 from accessory.model.logical import logical_cuts
 from accessory.model.moe import dispatch, experts, layouts
-from accessory.parallel import fsdp, tensor
+from accessory.parallel import fsdp
 from accessory.parallel.fsdp import local_part
 from accessory.train import balance, step
 
@@ -41,23 +42,23 @@ CELLS = (FULL, EXPERTS, LORA, SPREAD, RECOMPUTED, KEPT, SPARSE_FILES, HF_FILES)
 
 def not_entered(module):
     """A missed all-reduce of a partial gradient."""
-    return lambda patch: patch.setattr(module, "copy_to_model_parallel_region", lambda x: x)
+    return lambda patch: patch.setattr(module, "copy_to_model_parallel_region", lambda x, mp: x)
 
 
 def lora_not_entered(patch):
-    not_entered(tensor)(patch)
+    not_entered(linear)(patch)
     not_entered(experts)(patch)
 
 
 def counted_twice(patch):
     """What is whole on several ranks, by each of them."""
     norm = fsdp.global_grad_norm
-    patch.setattr(step, "global_grad_norm", lambda parameters, cut: norm(parameters, set(parameters)))
+    patch.setattr(step, "global_grad_norm", lambda model, is_owner, world: norm(model, dict.fromkeys(is_owner, True), world))
 
 
 def norm_of_each_rank(patch):
-    def norm(parameters, cut):
-        return torch.stack([local_part(p.grad).norm() for p in parameters.values() if p.grad is not None]).norm()
+    def norm(model, is_owner, world):
+        return torch.stack([local_part(p.grad).norm() for p in model.parameters() if p.grad is not None]).norm()
 
     patch.setattr(step, "global_grad_norm", norm)
 
@@ -315,27 +316,24 @@ def step_with_planted_gradients(partitions):
     """[(norm, this rank's parts of how far plain gradient descent at rate 1 moved each weight)]"""
     results = []
     for layout, mp, mode in partitions:
-        tensor.initialize_groups(mp)
+        mesh = mesh_for(mp, mode)
         tuning = Problem().tuning("full")
         zeros = run.Tensors({name: torch.zeros_like(t) for name, t in planted_gradients().items()})
         model, planted = (
-            run.build(Problem(), layout, source, CPU, tuning, mode) for source in (zeros, run.Tensors(planted_gradients()))
+            run.build(Problem(), layout, source, CPU, mesh, tuning, mode)
+            for source in (zeros, run.Tensors(planted_gradients()))
         )
         for p, g in zip(model.parameters(), planted.parameters(), strict=True):
             p.register_post_accumulate_grad_hook(lambda p, g=g: plant(p, g))
-        group = tensor.get_data_parallel_group()
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        ranks, rank = mesh.dp.size, mesh.dp.rank
         samples = Problem().batches(False)[0]
         (micro_batches,) = run.BatchPlan(8 // ranks, 1, rank, ranks).epoch(samples, run.Rows.alone(range(8)))
-        cuts = logical_cuts(SMALL, model.layout)
         result = step.train_step(
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
             micro_batches,
             clip_grad=4.0,
             balance="global",
-            data_parallel=mode,
-            cut={name for name, cut in cuts.items() if cut.dim is not None},
         )
         results.append((result.grad_norm.item(), {name: -t.detach() for name, t in run.gathered(model)}))
     return results

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, Tensors, build, evaluate, local_parts, weights
+from models import TINY, Tensors, build, evaluate, local_parts, mesh_for, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from accessory.errors import UserError
 from accessory.model.build import RandomWeights
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 from accessory.train.save import save_model
 
 LAYOUTS = ("mixtral", "mixtral_sparse")
@@ -66,11 +66,11 @@ def load_everywhere(home):
     """Load each directory of ``home`` into each layout and size that four ranks can form."""
     results = {}
     for size in SIZES:
-        initialize_groups(size)
+        mesh = make_mesh(size)
         for directory in sorted(home.iterdir()):
             for layout in LAYOUTS:
                 source = Checkpoint(directory)
-                model = build(source.args, layout, source, dtype=torch.float32)
+                model = build(source.args, layout, source, mesh=mesh, dtype=torch.float32)
                 results[directory.name, layout, size] = wrong(model, plain()), evaluate(model, TOKENS)
     return results
 
@@ -84,10 +84,10 @@ def fill_with_random_weights(seed):
     whole = {name: RandomWeights(cuts, seed).read(name, tuple(slice(0, n) for n in cut.shape)) for name, cut in cuts.items()}
     differences = []
     for size in SIZES:
-        initialize_groups(size)
+        mesh = make_mesh(size)
         for layout in LAYOUTS:
             source = RandomWeights(logical_cuts(BIG, get_layout(layout)), seed)
-            differences += wrong(build(BIG, layout, source, dtype=torch.float32), whole)
+            differences += wrong(build(BIG, layout, source, mesh=mesh, dtype=torch.float32), whole)
     return differences, whole
 
 
@@ -103,26 +103,26 @@ def save_and_load(home, sizes):
     results = {}
     for size, layout, mode in itertools.product(sizes, LAYOUTS, ("fsdp", "ddp")):
         dtype = torch.float32 if mode == "fsdp" else torch.bfloat16
-        initialize_groups(size)
-        model = build(TINY, layout, Tensors(plain()), mode=mode, dtype=torch.float32)
+        mesh = mesh_for(size, mode)
+        model = build(TINY, layout, Tensors(plain()), mesh=mesh, mode=mode, dtype=torch.float32)
         for suffix in SUFFIXES:
             directory = home / f"{layout}-{size}-{mode}-{suffix}"
             save_model(model, directory, {"tokenizer.model": home.parent / "tokenizer.model"}, dtype, suffix)
             for other in LAYOUTS:
                 source = Checkpoint(directory)
                 assert source.args == TINY and source.layout == layout
-                again = build(source.args, other, source, dtype=dtype)
+                again = build(source.args, other, source, mesh=mesh, dtype=dtype)
                 results[directory.name, other] = wrong(again, {name: held(name, t, dtype) for name, t in plain().items()})
     return results
 
 
 def save_loaded(home):
     """first (written by hand) -> second -> third"""
-    initialize_groups(2)
+    mesh = make_mesh(2)
     for before, after in (("first", "second"), ("second", "third")):
         for directory in sorted((home / before).iterdir()):
             source = Checkpoint(directory)
-            model = build(source.args, source.layout, source, dtype=torch.float32)
+            model = build(source.args, source.layout, source, mesh=mesh, dtype=torch.float32)
             for _ in range(2):  # the second time over what is there
                 save_model(model, home / after / directory.name, {}, torch.float32, directory.name.split("-")[1])
 
@@ -130,8 +130,8 @@ def save_loaded(home):
 def save_after_validation(home):
     """Save masters in fp32 from a model that computes in bf16 and has just run without gradient, as validation does."""
     for size, mode in ((1, "fsdp"), (1, "sdp"), (1, "ddp"), (2, "fsdp")):
-        initialize_groups(size)
-        model = build(TINY, "mixtral", Tensors(plain()), mode=mode, dtype=torch.float32, compute=torch.bfloat16)
+        mesh = mesh_for(size, mode)
+        model = build(TINY, "mixtral", Tensors(plain()), mesh=mesh, mode=mode, dtype=torch.float32, compute=torch.bfloat16)
         evaluate(model, TOKENS)
         save_model(model, home / f"{size}-{mode}", {}, torch.float32, "safetensors")
 

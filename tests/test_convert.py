@@ -27,7 +27,7 @@ from accessory.cli import main
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.model.meta import MetaModel
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 
 ARGS = replace(TINY, n_kv_heads=8, vocab_size=304)  # model-parallel size 8 divides it
 TOKENS = [1, 9, 300, 63, 17, 2, 8, 30, 5, 77, 41]
@@ -113,9 +113,9 @@ def expected_logits():
 
 def load(paths, layout, size, tokens, strict=True):
     """Logits of a checkpoint in ``layout`` at model-parallel size ``size``."""
-    initialize_groups(size)
+    mesh = make_mesh(size)
     source = Checkpoint(paths, strict=strict)
-    return evaluate(build(source.args, layout or source.layout, source, dtype=torch.float32), tokens)
+    return evaluate(build(source.args, layout or source.layout, source, mesh=mesh, dtype=torch.float32), tokens)
 
 
 def load_all(paths, layouts, size):

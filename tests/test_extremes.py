@@ -18,6 +18,7 @@ from models import (
     build,
     local_parts,
     make_tokenizer,
+    mesh_for,
     samples,
     weights,
 )
@@ -28,10 +29,8 @@ from accessory.data.loader import BatchPlan, collate
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
 from accessory.model.head import LossSum
-from accessory.model.logical import logical_cuts
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.launch import Launch
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
 from accessory.settings import RunConfig
 from accessory.train.loop import finetune
 from accessory.train.optim import make_optimizer
@@ -105,16 +104,14 @@ NO_TARGETS = [untrained(samples(4, 1)), samples(4, 2)]
 
 def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="global", lr=OPTIM.lr, **options):
     """Train from ``w``; returns per step loss, norm and counts, whether gradients were finite, and the last weights."""
-    initialize_groups(mp)
-    group = get_data_parallel_group()
-    model = build(args, layout, Tensors(w), mode=mode, **options)
+    mesh = mesh_for(mp, mode)
+    model = build(args, layout, Tensors(w), mesh=mesh, mode=mode, **options)
     optimizer = make_optimizer(model, replace(OPTIM, lr=lr))
-    cut = {name for name, c in logical_cuts(args, model.layout).items() if c.dim is not None}
     finite, steps = [], []
     optimizer.register_step_pre_hook(lambda *_: finite.extend(bool(g.isfinite().all()) for g in gradients(model).values()))
     for batch in batches:
-        dp = dist.get_world_size(group)
-        plan = BatchPlan(-(-len(batch) // (accumulation * dp)), accumulation, dist.get_rank(group), dp)
+        dp = mesh.dp
+        plan = BatchPlan(-(-len(batch) // (accumulation * dp.size)), accumulation, dp.rank, dp.size)
         (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
         result = train_step(
             model,
@@ -123,13 +120,9 @@ def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="g
             clip_grad=OPTIM.clip_grad,
             balance=balance,
             z_weight=args.load_balancing_weight / 10,
-            data_parallel=mode,
-            cut=cut,
         )
-        sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
-        counts = result.counts.clone()
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(counts, group=group)
+        sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
+        counts = dp.all_reduce(result.counts.clone())
         step = {
             "loss": (
                 sums[0] / result.targets.clamp(min=1)
@@ -182,8 +175,8 @@ def without_targets(world):
 
 
 def loss_and_gradients(layout, mp, mode, dtype, compute, recompute):
-    initialize_groups(mp)
-    model = build(TINY, layout, Tensors(plain()), mode=mode, dtype=dtype, compute=compute, recompute=recompute)
+    mesh = mesh_for(mp, mode)
+    model = build(TINY, layout, Tensors(plain()), mesh=mesh, mode=mode, dtype=dtype, compute=compute, recompute=recompute)
     batch = collate(samples(6, 4))
     loss, stats = model(batch.inputs(), LossSum(batch.targets))
     (loss + stats.probs.square().sum()).backward()

@@ -17,7 +17,7 @@ from accessory.errors import UserError
 from accessory.infer.generate import _choose, generate_ids
 from accessory.model.build import build_model
 from accessory.model.meta import MetaModel
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 from accessory.train.save import save_model
 
 LAYOUTS = ("mixtral", "mixtral_sparse")
@@ -57,11 +57,11 @@ LIMITS = (64, 16, 13)  # max_seq_len; below 64 some sequences end before others
 def generate_from_ids(sizes):
     results, source = {}, Tensors(weights())
     for size in sizes:
-        initialize_groups(size)
+        mesh = make_mesh(size)
         for layout in LAYOUTS:
             for window in WINDOWS:
                 args, device = replace(TINY, sliding_window=window), torch.device("cpu")
-                model = build_model(args, layout, source, dtype=torch.float64, device=device)
+                model = build_model(args, layout, source, mesh=mesh, dtype=torch.float64, device=device)
                 for limit in LIMITS:
                     steps = generate_ids(model, IDS, max_gen_len=STEPS, max_seq_len=limit)
                     results[size, layout, window, limit] = torch.stack(list(steps), 1).tolist()
@@ -90,9 +90,9 @@ def text_of(tokenizer, answer):
 def use_models(home, tokenizer, stop, examples, contexts):
     """Everything that MetaModel offers, for a model on all ranks in both layouts, and one on each rank alone."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    initialize_groups(world)
+    mesh = make_mesh(world)
     for layout in LAYOUTS:
-        model = build(ARGS, layout, Tensors(plain()))
+        model = build(ARGS, layout, Tensors(plain()), mesh=mesh)
         save_model(model, home / f"{layout}-{world}", {"tokenizer.model": tokenizer}, torch.float64, "safetensors")
     results = {}
     for saved, layout, group in (
@@ -122,7 +122,6 @@ def use_models(home, tokenizer, stop, examples, contexts):
 
 def use_tokenizer_json(home, tokenizer, stop):
     """Answers of a checkpoint that has only a tokenizer.json: to texts, to ids, and with token ``stop`` as a stop symbol."""
-    initialize_groups(1)
     write_tokenizer_json(tokenizer, home)
     files = {name: home / name for name in ("tokenizer.json", "tokenizer_config.json")}
     save_model(build(ARGS, "mixtral", Tensors(plain())), home / "model", files, torch.float64, "safetensors")
@@ -295,7 +294,6 @@ def test_draws_are_those_of_the_nucleus(models):
 
 def choose_often(cases):
     """How often each token is chosen."""
-    initialize_groups(1)
     logits = torch.tensor(SHARES).log().expand(20_000, -1)
     return [_choose(logits, *case).bincount(minlength=len(SHARES)) for case in cases]
 
@@ -319,7 +317,6 @@ def test_temperature_and_nucleus():
 
 def use_wrongly(home, tokenizer):
     """Messages of what is refused, and generation with a vocabulary that has more rows than the tokenizer pieces."""
-    initialize_groups(1)
     args = replace(TINY, vocab_size=PIECES + 20)
     w = weights(args)
     w["output.weight"][PIECES:] = 1.5 * w["output.weight"][:20]  # what stands for no piece is likely

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from jobs import command
-from models import OPTIM, TINY, WORDS, Tensors, build, make_tokenizer, samples, weights
+from models import OPTIM, TINY, WORDS, Tensors, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_commands import MODEL
@@ -20,8 +19,6 @@ from accessory.certify import reference
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.packing import Rows
 from accessory.errors import UserError
-from accessory.model.logical import logical_cuts
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
 from accessory.settings import AlarmSection, RunConfig
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe, probe_documents
 from accessory.train.metrics import Window
@@ -51,10 +48,8 @@ def moved():
     }
 
 
-def plan_of(count, accumulation):
-    group = get_data_parallel_group()
-    world = dist.get_world_size(group)
-    return BatchPlan(-(-count // (accumulation * world)), accumulation, dist.get_rank(group), world)
+def plan_of(count, accumulation, dp):
+    return BatchPlan(-(-count // (accumulation * dp.size)), accumulation, dp.rank, dp.size)
 
 
 def rows_of(some, packed):
@@ -64,24 +59,23 @@ def rows_of(some, packed):
 
 def run_partition(layout, mp, mode, packed):
     """A window's figures over STEPS without learning, and the probe's change from the base to ``moved``."""
-    initialize_groups(mp)
-    model = build(TINY, layout, Tensors(weights()), mode=mode, recompute=packed)
+    mesh = mesh_for(mp, mode)
+    model = build(TINY, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute=packed)
     optimizer = make_optimizer(model, dataclasses.replace(OPTIM, lr=0.0))
-    cut = {name for name, c in logical_cuts(TINY, model.layout).items() if c.dim is not None}
     window = Window()
     for batch in STEPS:
         rows = rows_of(batch, packed)
-        (micro_batches,) = plan_of(len(rows), 2).epoch(batch, rows)
-        options = {"clip_grad": 1.0, "balance": "global", "data_parallel": mode, "cut": cut}
+        (micro_batches,) = plan_of(len(rows), 2, mesh.dp).epoch(batch, rows)
+        options = {"clip_grad": 1.0, "balance": "global"}
         window.add(train_step(model, optimizer, micro_batches, **options))
-    values, health = window.reduce()
+    values, health = window.reduce(mesh.dp)
     rows = rows_of(PROBE, packed)
-    plan = dataclasses.replace(plan_of(len(rows), 1), batch_size=2)
+    plan = dataclasses.replace(plan_of(len(rows), 1, mesh.dp), batch_size=2)
     batches = [batch for (batch,) in plan.epoch(PROBE, rows)]
     probe = RoutingProbe(np.arange(len(PROBE))[::-1].copy(), sample_lengths(PROBE), batches, torch.device("cpu"))
     probe.record(model)
     still = probe.change(model)
-    change = probe.change(build(TINY, layout, Tensors(moved()), mode=mode))
+    change = probe.change(build(TINY, layout, Tensors(moved()), mesh=mesh, mode=mode))
     return {"values": values, "metrics": health.metrics(), "still": still, "change": change, "base": probe.base}
 
 

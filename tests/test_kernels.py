@@ -10,7 +10,8 @@ from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_ro
 from accessory.model.moe.kernels import KERNELS, MATMULS
 from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
-from accessory.parallel.tensor import copy_to_model_parallel_region, get_model_parallel_rank, initialize_groups
+from accessory.parallel.mesh import make_mesh
+from accessory.parallel.regions import copy_to_model_parallel_region
 
 DIM, HIDDEN = 16, 24
 ROWS = {  # rows of each expert
@@ -191,14 +192,14 @@ def cross_entropy_inputs(rows, scale):
 
 def run_cross_entropy(world, dtype, frozen, scale, lengths=LENGTHS):
     """{rows: (loss, gradient of hidden, gradient of this rank's part of weight)} of three times the loss."""
-    initialize_groups(world)
-    part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
+    mp = make_mesh(world).mp
+    part = slice(mp.rank * VOCABULARY // world, (mp.rank + 1) * VOCABULARY // world)
     results = {}
     for rows in lengths:
         hidden, weight, targets = cross_entropy_inputs(rows, scale)
         hidden = hidden.to(dtype).requires_grad_("hidden" not in frozen)
         weight = weight[part].to(dtype).requires_grad_("weight" not in frozen)
-        loss = linear_cross_entropy([(copy_to_model_parallel_region(hidden), weight)], targets)
+        loss = linear_cross_entropy([(copy_to_model_parallel_region(hidden, mp), weight)], targets, mp)
         (3 * loss).backward()
         results[rows] = loss.detach(), hidden.grad, weight.grad
     return results
@@ -225,11 +226,11 @@ CROSS_ENTROPY = [  # dtype, frozen, scale of the logits, tolerance
 
 def run_two_factors(world, rows):
     """Loss and gradients of an output layer with a low-rank factor beside it, which is cut like it."""
-    initialize_groups(world)
-    part = slice(get_model_parallel_rank() * VOCABULARY // world, (get_model_parallel_rank() + 1) * VOCABULARY // world)
+    mp = make_mesh(world).mp
+    part = slice(mp.rank * VOCABULARY // world, (mp.rank + 1) * VOCABULARY // world)
     hidden, weight, targets = cross_entropy_inputs(rows, 1.0)
     low, b = hidden[:, :2].clone().requires_grad_(), weight[part, :2].clone().requires_grad_()
-    loss = linear_cross_entropy([(hidden, weight[part]), (copy_to_model_parallel_region(low), b)], targets)
+    loss = linear_cross_entropy([(hidden, weight[part]), (copy_to_model_parallel_region(low, mp), b)], targets, mp)
     loss.backward()
     return loss.detach(), low.grad, b.grad
 

@@ -20,9 +20,8 @@ from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.tensor import initialize_groups
-from accessory.train.balance import counted_balance, document_balance
 from accessory.settings import LoraSection, TuningSection
+from accessory.train.balance import counted_balance, document_balance
 from accessory.tuning.spec import resolve
 
 
@@ -86,7 +85,6 @@ def packed_batch(documents):
 
 def statistics(layout, recompute):
     """Statistics of each document, and both balance losses, packed and alone."""
-    initialize_groups(1)
     options = tuning(layout)
     model = build(TINY, layout, Tensors(weights(adapters=options["adapters"])), recompute=recompute, **options)
     batch, order = packed_batch(STEPS[0])
@@ -115,7 +113,6 @@ def change_each(layout, gate):
     ``gate`` scales the router's weights. With 0 all tokens go to the same experts, whose products then keep their
     shape; else a product of other rows may round differently.
     """
-    initialize_groups(1)
     w = {name: tensor * gate if name.endswith("gate.weight") else tensor for name, tensor in weights().items()}
     model = build(TINY, layout, Tensors(w))
     batch, _ = packed_batch(STEPS[0])

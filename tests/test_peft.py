@@ -16,7 +16,6 @@ from accessory.certify.parity import grid
 from accessory.data.loader import collate
 from accessory.model.head import Logits, LossSum
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.tensor import initialize_groups
 from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
@@ -26,7 +25,6 @@ LINEARS = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
 
 
 def run_ours(layout, kernel, section, w, batch):
-    initialize_groups(1)
     spec = resolve(section, ARGS, get_layout(layout))
     tuning = {"adapters": spec.adapters, "trains": spec.trains}
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel, **tuning)

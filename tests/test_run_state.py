@@ -6,15 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import command
-from models import OPTIM, TINY, WORDS, Tensors, assemble, build, local_parts, make_tokenizer, samples, weights
+from models import OPTIM, TINY, WORDS, Tensors, assemble, build, local_parts, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from test_commands import MODEL
 
 from accessory.checkpoint.state import KINDS, StateNotes, TrainingState
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
-from accessory.model.logical import logical_cuts
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
 from accessory.train.optim import make_optimizer
 from accessory.train.state import Resumed, load_moments, save_state
 from accessory.train.step import train_step
@@ -63,18 +61,16 @@ WAYS = [("mixtral", 2, "fsdp"), ("mixtral_sparse", 1, "fsdp"), ("mixtral_sparse"
 
 def train(layout, mp, mode, batches, state=None):
     """A model and its optimiser after a step of each batch."""
-    initialize_groups(mp)
-    group = get_data_parallel_group()
+    mesh = mesh_for(mp, mode)
     source = Tensors(weights())
-    model = build(TINY, layout, Resumed(state, source) if state else source, mode=mode)
+    model = build(TINY, layout, Resumed(state, source) if state else source, mesh=mesh, mode=mode)
     optimizer = make_optimizer(model, OPTIM)
     if state:
         load_moments(model, optimizer, state)
-    cut = {name for name, c in logical_cuts(TINY, model.layout).items() if c.dim is not None}
-    plan = BatchPlan(4 // group.size(), 1, group.rank(), group.size())
+    plan = BatchPlan(4 // mesh.dp.size, 1, mesh.dp.rank, mesh.dp.size)
     for batch in batches:
         (micro_batches,) = plan.epoch(batch, Rows.alone(range(4)))
-        train_step(model, optimizer, micro_batches, clip_grad=0.5, balance="global", data_parallel=mode, cut=cut)
+        train_step(model, optimizer, micro_batches, clip_grad=0.5, balance="global")
     return model, optimizer
 
 

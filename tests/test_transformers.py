@@ -9,7 +9,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from accessory.certify.parity import grid
 from accessory.data.loader import collate
 from accessory.model.head import Logits, LossSum
-from accessory.parallel.tensor import initialize_groups
 
 ARGS = TINY.__class__(**{**TINY.__dict__, "rope_scaling": None, "sliding_window": None, "rope_theta": 1e6})
 
@@ -81,7 +80,6 @@ def by_logical_name(g, args=ARGS):
 
 
 def run_ours(layout, kernel, w, batch):
-    initialize_groups(1)
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel)
     logits, _ = model(batch.inputs(), Logits())
     loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from models import OPTIM, TINY, Tensors, assemble, build, local_parts, samples, train, weights
+from models import OPTIM, TINY, Tensors, assemble, build, local_parts, mesh_for, samples, train, weights
 from ranks import run_ranks
 
 from accessory.certify import reference
@@ -13,13 +13,13 @@ from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
+from accessory.model.adapter import Adapter, draws, dropped
 from accessory.model.logical import logical_cuts
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
-from accessory.model.adapter import Adapter, draws, dropped
 from accessory.parallel.fsdp import local_part
-from accessory.parallel.tensor import get_data_parallel_group, initialize_groups
+from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import LoraSection, TuningSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
@@ -149,9 +149,9 @@ def test_dropout_keeps_its_share_and_the_mean():
 
 
 def generate(layout, mp, prompts, steps):
-    initialize_groups(mp)
+    mesh = make_mesh(mp)
     spec = tuning(EVERYTHING)
-    model = build(TINY, layout, Tensors(weights(adapters=spec["adapters"])), **spec)
+    model = build(TINY, layout, Tensors(weights(adapters=spec["adapters"])), mesh=mesh, **spec)
     return torch.stack([*generate_ids(model, prompts, max_gen_len=steps, max_seq_len=32)], 1)
 
 
@@ -170,11 +170,12 @@ def test_generation_has_every_adapter(layout):
 
 def run_mixed(mode, section, layout):
     """One step in bf16 over fp32 masters; bytes of this rank, and dtypes."""
-    initialize_groups(1)
     dp, rank = dist.get_world_size(), dist.get_rank()
     spec = tuning(section, layout)
     source = Tensors(weights(adapters=spec["adapters"], dtype=torch.float32))
-    model = build(TINY, layout, source, mode=mode, dtype=torch.float32, compute=torch.bfloat16, **spec)
+    model = build(
+        TINY, layout, source, mesh=mesh_for(1, mode), mode=mode, dtype=torch.float32, compute=torch.bfloat16, **spec
+    )
     before = {name: tensor.detach().clone() for name, (_, tensor) in local_parts(model).items()}
     optimizer = make_optimizer(model, OPTIM)
     parameters = dict(model.named_parameters())
@@ -188,7 +189,7 @@ def run_mixed(mode, section, layout):
     (micro_batches,) = BatchPlan(-(-len(STEPS[0]) // (2 * dp)), 2, rank, dp).epoch(
         STEPS[0], Rows.alone(range(len(STEPS[0])))
     )
-    train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global", data_parallel=mode, cut=set())
+    train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global")
     state = [t for moments in optimizer.state.values() for name, t in moments.items() if name != "step"]
     seen["state"] = sum(local_part(t).nbytes for t in state)
     seen["dtypes"] = {name: p.dtype for name, p in parameters.items()}
@@ -252,13 +253,13 @@ def test_parts_of_the_model_train_as_in_one_process():
 
 def run_watched(fault, mp, layout, fresh):
     """Three steps under watch with a planted fault; the error, and whether the watch still runs."""
-    initialize_groups(mp)
-    dp, rank = dist.get_world_size(get_data_parallel_group()), dist.get_rank(get_data_parallel_group())
+    mesh = make_mesh(mp)
+    dp, rank = mesh.dp.size, mesh.dp.rank
     spec = tuning(EVERYTHING, layout)
     w = weights(adapters=spec["adapters"])
     if fresh:
         w |= {name: torch.zeros_like(t) for name, t in w.items() if name.endswith(("lora_b", "bias"))}
-    model = build(TINY, layout, Tensors(w), **spec)
+    model = build(TINY, layout, Tensors(w), mesh=mesh, **spec)
     fault(model)
     optimizer = make_optimizer(model, OPTIM)
     watch_adapters(model, optimizer, spec["trains"] - weights().keys())
@@ -355,8 +356,7 @@ def test_refused(section, words):
 
 
 def run_no_rows(layout):
-    initialize_groups(1)
-    experts = GroupedExperts(4, 16, 24, "auto", get_layout(layout).cut_dims)
+    experts = GroupedExperts(4, 16, 24, "auto", get_layout(layout).cut_dims, ONE_RANK.mp)
     for name in ("w1", "w2", "w3"):
         experts.adapt(name, Adapter(rank=2, bias=True))
     x, weight = torch.zeros(0, 16, requires_grad=True), torch.zeros(0, 1, requires_grad=True)
@@ -382,7 +382,6 @@ def test_weight_decay_leaves_vectors_alone():
 
 
 def run_decay():
-    initialize_groups(1)
     spec = tuning(EVERYTHING)
     model = build(TINY, "mixtral", Tensors(weights(adapters=spec["adapters"])), **spec)
     decaying = {id(p) for p in make_optimizer(model, OPTIM).param_groups[0]["params"]}

@@ -11,19 +11,21 @@ from ranks import run_ranks
 from accessory.certify import reference
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
-from accessory.parallel.tensor import initialize_groups
+from accessory.parallel.mesh import make_mesh
 from accessory.train.validate import Validation
 
 HELD_OUT = samples(7, seed=4)
 
 
 def validate(world, batch_size, width):
-    initialize_groups(1)
     data = SimpleNamespace(
         validation=HELD_OUT,
         make_rows=lambda order, lengths: Rows.packed(order, lengths, width) if width else Rows.alone(order),
     )
-    model, plan = build(TINY, "mixtral", Tensors(weights())), BatchPlan(batch_size, 3, dist.get_rank(), world)
+    model, plan = (
+        build(TINY, "mixtral", Tensors(weights()), mesh=make_mesh()),
+        BatchPlan(batch_size, 3, dist.get_rank(), world),
+    )
     config = SimpleNamespace(out="", log=SimpleNamespace(probe_tokens=0))
     return Validation(model, data, plan, config, None, torch.device("cpu"), None)(0)["val_loss"]
 

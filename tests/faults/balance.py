@@ -32,15 +32,15 @@ FAULTS = (
     Fault(
         "global: each rank has its own counts, with accumulation",
         FILE,
-        "    return summed(torch.stack(counts).sum(0))\n",
+        "    return model.mesh.dp.all_reduce(torch.stack(counts).sum(0))\n",
         "    return torch.stack(counts).sum(0)\n",
         GLOBAL,
     ),
     Fault(
         "global: the counts are those of the first micro-batch",
         FILE,
-        "summed(torch.stack(counts).sum(0))",
-        "summed(counts[0] * len(counts))",
+        "all_reduce(torch.stack(counts).sum(0))",
+        "all_reduce(counts[0] * len(counts))",
         GLOBAL,
     ),
     Fault(
@@ -61,7 +61,7 @@ FAULTS = (
     Fault(
         "microstep: each rank has its own counts",
         FILE,
-        "counted_balance(stats, summed(stats.counts.sum(1)), tokens, top_k)",
+        "counted_balance(stats, dp.all_reduce(stats.counts.sum(1)), tokens, top_k)",
         "counted_balance(stats, stats.counts.sum(1), tokens, top_k)",
         f"{EVERY}[microstep]",
     ),

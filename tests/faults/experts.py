@@ -48,8 +48,8 @@ FAULTS = (
     Fault(
         "the expert layout computes another rank's experts",
         LAYOUTS,
-        "return Replicated(range(rank * each, (rank + 1) * each), num_experts)",
-        "return Replicated(range(num_experts - (rank + 1) * each, num_experts - rank * each), num_experts)",
+        "return Replicated(range(mp.rank * each, (mp.rank + 1) * each), num_experts, mp)",
+        "return Replicated(range(num_experts - (mp.rank + 1) * each, num_experts - mp.rank * each), num_experts, mp)",
         EXPERT,
     ),
     Fault(

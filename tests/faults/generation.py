@@ -3,7 +3,7 @@
 from faults.checks import CACHED
 from faults.fault import Fault
 
-FILE, META, CACHE = "accessory/infer/generate.py", "accessory/model/meta.py", "accessory/model/cache.py"
+FILE, META, CACHE = "accessory/infer/generate.py", "accessory/infer/meta.py", "accessory/model/cache.py"
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
 CHOSEN = "tests/test_generate.py::test_temperature_and_nucleus"
 DRAWN = "'tests/test_generate.py::test_draws_are_those_of_the_nucleus[1]'"
@@ -34,8 +34,8 @@ FAULTS = (
     Fault(
         "each rank draws for itself",
         FILE,
-        "        dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)\n",
-        "        assert group\n",
+        "return mp.broadcast(chosen)",
+        "return chosen",
         "'tests/test_generate.py::test_sampling_is_the_same_on_all_ranks_and_another_each_time[2]'",
     ),
     Fault(
@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "an answer may be a token that stands for nothing",
         FILE,
-        "_choose(last[:, :vocab_size], temperature, top_p)",
-        "_choose(last, temperature, top_p)",
+        "_choose(last[:, :vocab_size], temperature, top_p, model.mesh.mp)",
+        "_choose(last, temperature, top_p, model.mesh.mp)",
         "tests/test_generate.py::test_tokens_beyond_the_tokenizer_do_not_stop_generation",
     ),
     Fault(

@@ -26,14 +26,14 @@ FAULTS = (
     Fault(
         "every rank's part of the vocabulary begins at 0",
         FILE,
-        "start = get_model_parallel_rank() * len(weight)",
+        "start = mp.rank * len(weight)",
         "start = 0",
         EXPERT,
     ),
     Fault(
         "each rank takes its own largest logit",
         FILE,
-        "largest = _all_reduce(logits.amax(1), dist.ReduceOp.MAX)",
+        "largest = mp.all_reduce(logits.amax(1), ReduceOp.MAX)",
         "largest = logits.amax(1)",
         EXPERT,
     ),
@@ -89,8 +89,8 @@ FAULTS = (
     Fault(
         "each rank divides by its own targets",
         STEP,
-        "    dist.all_reduce(totals, group=group)\n",
-        "    totals = totals * ranks\n",
+        "targets, tokens = dp.all_reduce(totals)",
+        "targets, tokens = totals * dp.size",
         FSDP,
     ),
     Fault(
@@ -124,7 +124,7 @@ FAULTS = (
     Fault(
         "LLaMA2-Accessory's mean of means forgets the ranks",
         STEP,
-        "len(micro_batches) * dist.get_world_size(group))",
+        "len(micro_batches) * dp.size)",
         "len(micro_batches))",
         "tests/test_balance.py::test_the_references_numbers_on_request",
     ),

@@ -24,8 +24,8 @@ FAULTS = (
     Fault(
         "gradients are clipped value by value",
         STEP,
-        "    torch._foreach_mul_([local_part(p.grad) for p in parameters.values() if p.grad is not None], scale)\n",
-        "    for gradient in [local_part(p.grad) for p in parameters.values() if p.grad is not None]:\n"
+        "    torch._foreach_mul_([local_part(p.grad) for p in model.parameters() if p.grad is not None], scale)\n",
+        "    for gradient in [local_part(p.grad) for p in model.parameters() if p.grad is not None]:\n"
         "        gradient.clamp_(-clip_grad, clip_grad)\n",
         ONE,
     ),

@@ -1,9 +1,10 @@
 """What crosses ranks: regions of partial gradients, FSDP, the norm of the whole gradient."""
 
-from faults.checks import DDP, EXPERT, FSDP
+from faults.checks import DDP, EXPERT, FSDP, HSDP
 from faults.fault import Fault
 
-TENSOR, FSDP_FILE = "accessory/parallel/tensor.py", "accessory/parallel/fsdp.py"
+REGIONS, FSDP_FILE = "accessory/parallel/regions.py", "accessory/parallel/fsdp.py"
+MESH, HOLDINGS = "accessory/parallel/mesh.py", "accessory/model/holdings.py"
 DISPATCH, STEP = "accessory/model/moe/dispatch.py", "accessory/train/step.py"
 
 UNREDUCED = '''
@@ -14,55 +15,54 @@ class _OwnPart(DefaultReduceScatter):
         output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()] / group.size())
 
 
-def sync_gradients(model: nn.Module, now: bool, reduced: bool = True) -> None:
+def sync_gradients(model: nn.Module, last: bool) -> None:
     """With the fault."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(DefaultReduceScatter() if reduced else _OwnPart())
+            module.set_custom_reduce_scatter(DefaultReduceScatter() if last else _OwnPart())
 '''
 
 FAULTS = (
     Fault(
         "the gradients of all but the last micro-batch are not reduced over fsdp's ranks",
-        STEP,
-        'sync_gradients(model, last or data_parallel == "fsdp")',
-        'sync_gradients(model, last or data_parallel == "fsdp", last or data_parallel != "fsdp")',
+        FSDP_FILE,
+        "\ndef sync_gradients(model: nn.Module, last: bool) -> None:\n",
+        UNREDUCED,
         FSDP,
         (
-            (FSDP_FILE, "\ndef sync_gradients(model: nn.Module, now: bool) -> None:\n", UNREDUCED),
             (
                 FSDP_FILE,
-                "from torch.distributed.tensor import DTensor, Replicate\n",
+                "from torch.distributed.tensor import DTensor\n",
                 "from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter\n"
-                "from torch.distributed.tensor import DTensor, Replicate\n",
+                "from torch.distributed.tensor import DTensor\n",
             ),
         ),
     ),
     Fault(
         "the partial gradient of attention's input is not summed",
         "accessory/model/attention.py",
-        "        x = copy_to_model_parallel_region(x)\n",
+        "        x = copy_to_model_parallel_region(x, self.mp)\n",
         "",
         EXPERT,
     ),
     Fault(
         "the partial gradient of the experts' input is not summed",
         DISPATCH,
-        "rows_of_tokens(copy_to_model_parallel_region(x_TD), plan)",
+        "rows_of_tokens(copy_to_model_parallel_region(x_TD, self.mp), plan)",
         "rows_of_tokens(x_TD, plan)",
         EXPERT,
     ),
     Fault(
         "the partial gradient of the routing weights is not summed",
         DISPATCH,
-        "copy_to_model_parallel_region(routing.weights.to(x_TD.dtype))",
+        "copy_to_model_parallel_region(routing.weights.to(x_TD.dtype), self.mp)",
         "routing.weights.to(x_TD.dtype)",
         EXPERT,
     ),
     Fault(
         "the partial gradient of the output layer's input is not summed",
         "accessory/model/head.py",
-        "hidden = copy_to_model_parallel_region(norm(x))\n        low",
+        "hidden = copy_to_model_parallel_region(norm(x), output.mp)\n        low",
         "hidden = norm(x)\n        low",
         EXPERT,
     ),
@@ -70,36 +70,36 @@ FAULTS = (
         "the router's gradient, whole on every rank, is summed",
         "accessory/model/moe/__init__.py",
         "routing = self.gate(x_TD, draw_T)",
-        "routing = self.gate(copy_to_model_parallel_region(x_TD), draw_T)",
+        "routing = self.gate(copy_to_model_parallel_region(x_TD, self.dispatcher.mp), draw_T)",
         EXPERT,
         (
             (
                 "accessory/model/moe/__init__.py",
                 "from accessory.model.args import ModelArgs\n",
                 "from accessory.model.args import ModelArgs\n"
-                "from accessory.parallel.tensor import copy_to_model_parallel_region\n",
+                "from accessory.parallel.regions import copy_to_model_parallel_region\n",
             ),
         ),
     ),
     Fault(
         "a gradient that others still read is summed in place",
-        TENSOR,
-        "out = x.clone(memory_format=torch.contiguous_format)",
-        "out = x",
+        REGIONS,
+        "mp.all_reduce(x.clone(memory_format=torch.contiguous_format))",
+        "mp.all_reduce(x)",
         "tests/test_tensor_parallel.py::test_copy_to_leaves_a_shared_gradient_alone",
     ),
     Fault(
         "what lies otherwise in another rank's memory is summed as it lies",
-        TENSOR,
-        "out = x.clone(memory_format=torch.contiguous_format)",
-        "out = x.clone()",
+        REGIONS,
+        "mp.all_reduce(x.clone(memory_format=torch.contiguous_format))",
+        "mp.all_reduce(x.clone())",
         "tests/test_tensor_parallel.py::test_tensors_that_are_not_contiguous",
     ),
     Fault(
         "gathered columns stand in the wrong order",
-        TENSOR,
-        "return torch.cat(parts, dim=-1)",
-        "return torch.cat(parts[::-1], dim=-1)",
+        REGIONS,
+        "return torch.cat(parts, -1)",
+        "return torch.cat(parts[::-1], -1)",
         EXPERT,
     ),
     Fault(
@@ -112,30 +112,58 @@ FAULTS = (
     ),
     Fault(
         "what model-parallel ranks hold whole is counted by each of them in the norm",
-        FSDP_FILE,
-        "if (name in cut or first_mp) and (first_dp or not replicated):",
-        "if first_dp or not replicated:",
+        HOLDINGS,
+        "is_first and (cut.dim is not None or mesh.mp.rank == 0)",
+        "is_first",
         EXPERT,
     ),
     Fault(
         "what data-parallel ranks hold whole is counted by each of them in the norm",
-        FSDP_FILE,
-        "if (name in cut or first_mp) and (first_dp or not replicated):",
-        "if name in cut or first_mp:",
+        HOLDINGS,
+        "is_first and (cut.dim is not None or mesh.mp.rank == 0)",
+        "cut.dim is not None or mesh.mp.rank == 0",
         DDP,
     ),
     Fault(
         "the norm is that of one model-parallel rank's part",
         FSDP_FILE,
-        "    dist.all_reduce(total)\n",
-        "    dist.all_reduce(total, group=get_data_parallel_group())\n",
+        "return world.all_reduce(total).sqrt()",
+        "return model.mesh.dp.all_reduce(total).sqrt()",
         EXPERT,
     ),
     Fault(
         "where FSDP's rows do not divide, a rank's first row is another",
-        "accessory/model/build.py",
-        "each = -(-parameter.shape[0] // parameter.device_mesh.size(axis))",
-        "each = max(1, parameter.shape[0] // parameter.device_mesh.size(axis))",
+        HOLDINGS,
+        "each, is_first = -(-rows // mesh.dp_shard.size)",
+        "each, is_first = max(1, rows // mesh.dp_shard.size)",
         "certify --only world=2 dp=fsdp tuning=lora",
+    ),
+    Fault(
+        "a shard's copies keep their own gradients",
+        FSDP_FILE,
+        "        model.set_requires_all_reduce(last)\n",
+        "        model.set_requires_all_reduce(False)\n",
+        HSDP,
+    ),
+    Fault(
+        "what each copy of a shard holds is counted in the norm",
+        HOLDINGS,
+        "mesh.dp_replicate.rank == 0",
+        "True",
+        HSDP,
+    ),
+    Fault(
+        "a copy's shards are numbered through all data-parallel ranks",
+        HOLDINGS,
+        "(mesh.dp_shard.rank, mesh.dp_shard.rank + 1)",
+        "(mesh.dp.rank, mesh.dp.rank + 1)",
+        HSDP,
+    ),
+    Fault(
+        "a copy is shared out among ranks that lie apart",
+        MESH,
+        "first, place = dp.rank // shard_size * shard_size, dp.rank % shard_size",
+        "first, place = 0, dp.rank % shard_size",
+        "tests/test_tensor_parallel.py::test_a_mesh_is_replicas_of_shards_of_model_parallel_ranks",
     ),
 )

@@ -46,7 +46,7 @@ FAULTS = (
     Fault(
         "the score bias is moved by its own rank's counts",
         "accessory/train/step.py",
-        "shift_score_biases(model, summed(counts), bias_rate)",
+        "shift_score_biases(model, dp.all_reduce(counts.clone()), bias_rate)",
         "shift_score_biases(model, counts, bias_rate)",
         BIAS,
     ),

@@ -34,8 +34,8 @@ FAULTS = (
     Fault(
         "what is saved is rounded to bf16",
         FILE,
-        "(box, local[rows])",
-        "(box, local[rows].bfloat16())",
+        "(box, local_part(value)[rows])",
+        "(box, local_part(value)[rows].bfloat16())",
         STEPS,
     ),
     Fault(
