@@ -3,7 +3,7 @@
 from faults.checks import LORA, LORA_EXPERT, LORA_SPARSE
 from faults.fault import Fault
 
-FILE, TENSOR, EXPERTS = "accessory/model/adapter.py", "accessory/model/linear.py", "accessory/model/moe/experts.py"
+FILE, LINEAR, EXPERTS = "accessory/model/adapter.py", "accessory/model/linear.py", "accessory/model/moe/experts.py"
 PARTITION = "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition"
 SHARE = "tests/test_tuning.py::test_dropout_keeps_its_share_and_the_mean"
 
@@ -38,21 +38,21 @@ FAULTS = (
     ),
     Fault(
         "the partial gradient of A is not summed where a matrix is cut by its outputs",
-        TENSOR,
+        LINEAR,
         "lora_a = copy_to_model_parallel_region(self.lora_a, self.mp)",
         "lora_a = self.lora_a",
         LORA_EXPERT,
     ),
     Fault(
         "the partial gradient of B is not summed where a matrix is cut by its inputs",
-        TENSOR,
+        LINEAR,
         "F.linear(low, copy_to_model_parallel_region(self.lora_b, self.mp))",
         "F.linear(low, self.lora_b)",
         LORA_EXPERT,
     ),
     Fault(
         "the partial gradient of the embedding's A is not summed",
-        TENSOR,
+        LINEAR,
         "copy_to_model_parallel_region(self.lora_a, self.mp).T",
         "self.lora_a.T",
         LORA_EXPERT,
@@ -73,14 +73,15 @@ FAULTS = (
     ),
     Fault(
         "the bias of wo is added on every rank before their sum",
-        TENSOR,
-        "        y = reduce_from_model_parallel_region(y, self.mp)\n        return y if self.bias is None else y + self.bias",
+        LINEAR,
+        "        y = reduce_from_model_parallel_region(y, self.mp)\n"
+        "        return y if self.bias is None else y + self.bias",
         "        return reduce_from_model_parallel_region(y if self.bias is None else y + self.bias)",
         LORA_EXPERT,
     ),
     Fault(
         "dropout of wo's input begins at the first column on every rank",
-        TENSOR,
+        LINEAR,
         "first_column=self.mp.rank * x.shape[-1]",
         "first_column=0",
         PARTITION,
