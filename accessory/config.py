@@ -6,19 +6,43 @@ An unknown key is an error that names the nearest known one: a setting that is s
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
 from accessory.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number of a configuration can be: finite, at least or above ``low``, and below ``high``."""
+
+    low: float
+    open: bool = False
+    high: float = math.inf
+
+    def check(self, value: float, where: str) -> None:
+        if not self.low <= value < self.high or (self.open and value == self.low):
+            least = f"above {self.low:g}" if self.open else f"at least {self.low:g}"
+            most = "" if self.high == math.inf else f" and below {self.high:g}"
+            raise UserError(f"{where} must be {least}{most}, found {value!r}")
+
+
+Count = Annotated[int, Bounds(1)]
+WholeNumber = Annotated[int, Bounds(0)]
+Positive = Annotated[float, Bounds(0, open=True)]
+NonNegative = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, high=1)]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -75,59 +99,66 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "") -> T:
     """Build the (nested) dataclass ``cls`` from plain data.
 
     Args:
-        where: what to call the source in an error, e.g. the file's path.
+        where: what to call the source in an error, e.g. the file's path. prefix: of the keys, in a nested one.
 
     Raises:
-        UserError: an unknown key, a missing one, or a value of the wrong type.
+        UserError: an unknown key, a missing one, a value of the wrong type or out of its ``Bounds``.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, list(fields))}")
+            raise UserError(
+                f"{where}: unknown key '{prefix}{key}'{nearest(prefix + key, [prefix + name for name in fields])}"
+            )
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
-            arguments[name] = _convert(hints[name], values[name], f"{where}: {name}")
+            arguments[name] = _convert(hints[name], values[name], where, prefix + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}: the key '{name}' is missing")
+            raise UserError(f"{where}: the key '{prefix}{name}' is missing")
     try:
         return cls(**arguments)
     except UserError as error:  # values that do not fit together
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {prefix}{error}") from error
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check ``value`` against a field's type; widen int to float and list to tuple."""
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+    """Check the ``value`` of key ``name`` against a field's type; widen int to float and list to tuple."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     for option in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-            return from_mapping(typing.cast(type, option), value, where)
+            return from_mapping(typing.cast(type, option), value, where, f"{name}.")
+        if origin is Annotated:
+            converted = _convert(arguments[0], value, where, name)
+            for bounds in arguments[1:]:
+                bounds.check(converted, f"{where}: {name}")
+            return converted
         if origin is typing.Literal:
             if value in arguments:
                 return value
             allowed = ", ".join(repr(a) for a in arguments)
-            raise UserError(f"{where}: {value!r} is not one of {allowed}")
+            raise UserError(f"{where}: {name}: {value!r} is not one of {allowed}")
         if origin is tuple and arguments == (str, Ellipsis) and isinstance(value, str):
             return (value,)
         if origin is tuple and isinstance(value, (list, tuple)):
             if arguments[-1] is not Ellipsis and len(arguments) != len(value):
-                raise UserError(f"{where}: expected {len(arguments)} values, found {len(value)}")
-            return tuple(_convert(arguments[0], item, where) for item in value)
+                raise UserError(f"{where}: {name}: expected {len(arguments)} values, found {len(value)}")
+            return tuple(_convert(arguments[0], item, where, name) for item in value)
         if origin is None and isinstance(option, type):
             if option is float and isinstance(value, int) and not isinstance(value, bool):
                 return float(value)
             if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
                 return value
     names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}: expected {names}, found {value!r}")
+    raise UserError(f"{where}: {name}: expected {names}, found {value!r}")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,11 +1,19 @@
 """A run's YAML file, typed. Every default stands here."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accessory.config import apply_overrides, from_mapping, read_mapping
+from accessory.config import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    WholeNumber,
+    apply_overrides,
+    from_mapping,
+    read_mapping,
+)
 from accessory.errors import UserError
 
 LayoutName = Literal["mixtral", "mixtral_sparse", "mixtral_peft"]
@@ -31,24 +39,37 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     mix: str  # YAML data mix
-    max_seq_len: int | None = None  # tokens; null: the model's max_seq_len
+    max_seq_len: Count | None = None  # tokens; null: the model's max_seq_len
     packing: bool = False  # put several samples into each row of max_seq_len tokens, where none sees another
-    validation: float = 0.02  # share of the samples held out, if the mix has no source marked split: validation
+    validation: Share = 0.02  # share of the samples held out, if the mix has no source marked split: validation
     bad_records: Literal["error", "skip"] = "error"  # skip: they are counted, and listed in the run directory
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len == 1:
+            raise UserError("max_seq_len must be at least 2, for a token is learnt from those before it; found 1")
 
 
 @dataclass(frozen=True)
 class ParallelSection:
-    model_parallel: int = 1  # ranks that hold one copy of the model
+    model_parallel: Count = 1  # ranks that hold one copy of the model
     data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
     # fsdp and sdp: so many neighbouring data-parallel ranks share out one copy of what a rank has, and others have copies
     # (HSDP: a node's GPUs, say, so that parameters are gathered inside the node); null: all of them, one copy
-    shard_size: int | None = None
+    shard_size: Count | None = None
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
     recompute: bool = True  # drop activations inside blocks, compute them again in backward
     # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends;
     # at the start, seconds until all ranks must have come
-    stall_timeout_s: float = 600
+    stall_timeout_s: Positive = 600
+
+    def __post_init__(self) -> None:
+        if self.data_parallel == "ddp" and self.shard_size is not None:
+            raise UserError("data_parallel=ddp shards nothing: leave shard_size out, or choose fsdp")
+        if not 1 <= self.stall_timeout_s <= LONGEST_COLLECTIVE_S:
+            raise UserError(
+                f"stall_timeout_s must be from 1 to {LONGEST_COLLECTIVE_S}, after which a collective gives up: "
+                f"found {self.stall_timeout_s:g}"
+            )
 
     def dp_shard(self) -> int | None:
         """How many data-parallel ranks share out one copy; None: all."""
@@ -57,10 +78,10 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class LoraSection:
-    rank: int = 16
-    alpha: float | None = None  # null: the rank, so that B A is added as it is
+    rank: Count = 16
+    alpha: Positive | None = None  # null: the rank, so that B A is added as it is
     rslora: bool = False  # scale B A by alpha / sqrt(rank) rather than alpha / rank
-    dropout: float = 0.0  # share of A's inputs dropped (the embedding's never are)
+    dropout: Share = 0.0  # share of A's inputs dropped (the embedding's never are)
     # attention | experts | router | embeddings | output, or regular expressions found in logical names of matrices
     targets: tuple[str, ...] = ("attention", "experts")
 
@@ -79,21 +100,25 @@ class TuningSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    lr: float = 2e-5
-    min_lr: float = 0.0  # where the cosine ends
-    warmup_epochs: float = 0.03  # linear warm-up, in epochs
-    weight_decay: float = 0.0  # never on norms and biases
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip_grad: float = 2.0  # largest 2-norm of the whole model's gradient
+    lr: Positive = 2e-5
+    min_lr: NonNegative = 0.0  # where the cosine ends
+    warmup_epochs: NonNegative = 0.03  # linear warm-up, in epochs
+    weight_decay: NonNegative = 0.0  # never on norms and biases
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    clip_grad: Positive = 2.0  # largest 2-norm of the whole model's gradient
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr {self.min_lr:g} lies above lr {self.lr:g}: the cosine falls from lr to min_lr")
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    epochs: int = 1
-    max_steps: int | None = None  # stop (and end the schedule) after so many optimiser steps
-    batch_size: int = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
-    accumulation: int = 1  # micro-steps per optimiser step
+    epochs: Count = 1
+    max_steps: Count | None = None  # stop (and end the schedule) after so many optimiser steps
+    batch_size: Count = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
+    accumulation: Count = 1  # micro-steps per optimiser step
     # what the load-balancing loss is taken over (docs/balance.md has the formulas)
     #   global      the global batch; with accumulation > 1 that costs one more forward
     #   document    each sample on its own, weighed by its length: free
@@ -103,48 +128,50 @@ class TrainSection:
     #   bias        no loss: a bias in the choice of experts, moved after each step by the counts of the global batch
     # global, document and bias depend on nothing of how the batch is cut
     balance: BalanceMode = "global"
-    balance_weight: float | None = None  # of that loss; null: load_balancing_weight of the model's config.json
-    bias_rate: float = 0.001  # how far an expert's bias moves in a step (Wang et al. 2024)
+    balance_weight: NonNegative | None = None  # of that loss; null: load_balancing_weight of the model's config.json
+    bias_rate: NonNegative = 0.001  # how far an expert's bias moves in a step (Wang et al. 2024)
     # LLaMA2-Accessory's numbers, to compare curves: the mean cross-entropy of each micro-batch, then over micro-batches
     # and ranks, and padding counts in the balance loss. Needs balance: microbatch. Its expert layout multiplied the
     # weight in twice: to compare with that, set balance_weight to the square, 0.01 for 0.1
     reference_loss: bool = False
-    z_loss_weight: float = 0.0  # of the mean of (log sum exp of the router's logits)^2; ST-MoE takes 0.001
-    seed: int = 0
+    z_loss_weight: NonNegative = 0.0  # of the mean of (log sum exp of the router's logits)^2; ST-MoE takes 0.001
+    seed: WholeNumber = 0
 
 
 @dataclass(frozen=True)
 class AlarmSection:
     """What of a layer's routing is said on the console as soon as it holds (docs/metrics.md); null: never."""
 
-    load_min: float | None = 0.01  # an expert gets less than so much of its fair share of the tokens
-    load_max: float | None = 3.0  # one gets more than so many fair shares
-    entropy_share: float | None = 0.1  # the router's entropy falls below so much of its greatest, log E
-    routing_change: float | None = 0.3  # more than so much of the choices of the checkpoint's probe tokens are others now
+    load_min: NonNegative | None = 0.01  # an expert gets less than so much of its fair share of the tokens
+    load_max: NonNegative | None = 3.0  # one gets more than so many fair shares
+    entropy_share: NonNegative | None = 0.1  # the router's entropy falls below so much of its greatest, log E
+    routing_change: NonNegative | None = (
+        0.3  # more than so much of the choices of the checkpoint's probe tokens are others now
+    )
 
 
 @dataclass(frozen=True)
 class LogSection:
-    every: int = 10  # steps
-    validate_every: int | None = None  # steps; null: before the first step and after every epoch
+    every: Count = 10  # steps
+    validate_every: Count | None = None  # steps; null: before the first step and after every epoch
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "accessory"  # of wandb
     # held-out tokens (else training ones) whose routing is compared with the starting model's at every validation; 0: none
-    probe_tokens: int = 4096
+    probe_tokens: WholeNumber = 4096
     alarms: AlarmSection = field(default_factory=AlarmSection)
 
 
 @dataclass(frozen=True)
 class SaveSection:
-    every_epochs: int = 1  # the last epoch is always saved
+    every_epochs: Count = 1  # the last epoch is always saved
     # only what trains, with the base's fingerprint, rather than a whole model; with LoRA or biases always so
     only_trainable: bool = False
     format: FileFormat = "safetensors"  # or pth; of a whole model
     # optimiser steps between training states, to resume from: what trains in at least fp32 and AdamW's two moments, 12
     # bytes a trained parameter in OUT/states. The last step has one too. null: none
-    state_every: int | None = 500
-    keep_states: int = 1  # the newest
+    state_every: Count | None = 500
+    keep_states: Count = 1  # the newest
 
 
 @dataclass(frozen=True)
@@ -164,40 +191,6 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        at_least_one = {
-            "parallel.model_parallel": self.parallel.model_parallel,
-            "parallel.shard_size": self.parallel.shard_size,
-            "train.epochs": self.train.epochs,
-            "train.max_steps": self.train.max_steps,
-            "train.batch_size": self.train.batch_size,
-            "train.accumulation": self.train.accumulation,
-            "tuning.lora.rank": self.tuning.lora.rank if self.tuning.lora else None,
-            "log.every": self.log.every,
-            "log.validate_every": self.log.validate_every,
-            "save.every_epochs": self.save.every_epochs,
-            "save.state_every": self.save.state_every,
-            "save.keep_states": self.save.keep_states,
-        }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, found {value}")
-        if self.data.max_seq_len is not None and self.data.max_seq_len < 2:
-            raise UserError(
-                f"data.max_seq_len must be at least 2, for a token is learnt from those before it; "
-                f"found {self.data.max_seq_len}"
-            )
-        if not 0 <= self.data.validation < 1:
-            raise UserError(f"data.validation is a share of the samples, at least 0 and below 1: {self.data.validation}")
-        if self.tuning.lora and self.tuning.lora.alpha is not None and not self.tuning.lora.alpha > 0:
-            raise UserError(f"tuning.lora.alpha must be above 0, or the adapter adds nothing: {self.tuning.lora.alpha}")
-        if self.tuning.lora and not 0 <= self.tuning.lora.dropout < 1:
-            raise UserError(f"tuning.lora.dropout must be at least 0 and below 1: {self.tuning.lora.dropout}")
-        if self.optim.lr <= 0 or self.optim.clip_grad <= 0:
-            raise UserError("optim.lr and optim.clip_grad must be above 0")
-        for name in ("balance_weight", "bias_rate", "z_loss_weight"):
-            value = getattr(self.train, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"train.{name} must be at least 0, found {value}")
         if self.train.reference_loss and (self.train.balance != "microbatch" or self.data.packing):
             raise UserError(
                 "train.reference_loss gives LLaMA2-Accessory's numbers: set train.balance=microbatch and "
@@ -208,17 +201,6 @@ class RunConfig:
                 "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "
                 "choose another train.balance, or train and save the whole model"
             )
-        if self.parallel.data_parallel == "ddp" and self.parallel.shard_size is not None:
-            raise UserError("parallel.data_parallel=ddp shards nothing: leave parallel.shard_size out, or choose fsdp")
-        if not 1 <= self.parallel.stall_timeout_s <= LONGEST_COLLECTIVE_S:
-            raise UserError(
-                f"parallel.stall_timeout_s must be from 1 to {LONGEST_COLLECTIVE_S}, after which a collective gives up: "
-                f"found {self.parallel.stall_timeout_s:g}"
-            )
-        thresholds = {f"alarms.{name}": value for name, value in vars(self.log.alarms).items()}
-        for name, value in ({"probe_tokens": self.log.probe_tokens} | thresholds).items():
-            if value is not None and value < 0:
-                raise UserError(f"log.{name} must be at least 0, found {value}")
         if self.model.checkpoint is None and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(
                 "adapters belong to a base: name one with model.checkpoint, or train all of a model from random weights"

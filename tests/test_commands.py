@@ -176,7 +176,7 @@ def test_packed_runs_are_the_same_however_they_are_cut(home):
 BAD = {
     "tuning": (["tuning.freeze=[routers]"], "tuning.freeze: 'routers' matches none"),
     "missing file": (["data.mix=nowhere.yaml"], "nowhere.yaml: no such file"),
-    "unknown key": (["optim.weight_deca=0.1"], "unknown key 'weight_deca'; did you mean 'weight_decay'?"),
+    "unknown key": (["optim.weight_deca=0.1"], "unknown key 'optim.weight_deca'; did you mean 'optim.weight_decay'?"),
     "wrong type": (["train.batch_size=many"], "batch_size: expected int, found 'many'"),
     "model parallel": (["model.layout=mixtral_sparse", "model.config={home}/odd.json"], "use one of [1]"),
     "world": (["parallel.model_parallel=3"], "does not divide the 2 processes: use one of [1, 2]"),
