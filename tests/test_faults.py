@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from faults import EIGHT, EVERY, ROOMS
@@ -17,6 +20,16 @@ def test_they_still_apply(room):
     assert ROOMS[room], "a room without faults"
     for fault in ROOMS[room]:
         assert fault.planted(ROOT)  # each old text stands once in its file, and what is made is Python
+
+
+def test_they_name_nothing_that_is_not_there(tmp_path):
+    """A fault with a name that is gone would only show that Python stumbles over it."""
+    for number, fault in enumerate(EVERY):
+        for path, text in fault.planted(ROOT).items():
+            (tmp_path / f"{number}-{path.stem}.py").write_text(f"# {fault.name}\n{text}")
+    words = ["ruff", "check", "--isolated", "--select=F821", "--output-format=concise", str(tmp_path)]
+    found = subprocess.run([Path(sys.executable).parent / words[0], *words[1:]], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 def test_they_are_many_and_their_names_are_their_own():

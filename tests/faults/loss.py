@@ -83,7 +83,7 @@ FAULTS = (
         "the loss is a mean of the micro-batches' means",
         STEP,
         "(loss / targets.clamp(min=1) + weight",
-        "(loss / max(1, batch.target_tokens) / len(micro_batches) / ranks + weight",
+        "(loss / max(1, batch.target_tokens) / len(micro_batches) / dp.size + weight",
         MASKED,
     ),
     Fault(
