@@ -45,8 +45,10 @@ class DataSection:
     bad_records: Literal["error", "skip"] = "error"  # skip: they are counted, and listed in the run directory
 
     def __post_init__(self) -> None:
-        if self.max_seq_len == 1:
-            raise UserError("max_seq_len must be at least 2, for a token is learnt from those before it; found 1")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise UserError(
+                f"max_seq_len must be at least 2, for a token is learnt from those before it; found {self.max_seq_len}"
+            )
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def main() -> None:
 
     def log() -> None:
         window.steps = list(steps)
-        found[:] = [window.reduce()[1]]
+        found[:] = [window.reduce(model.mesh.dp)[1]]
         found[0].metrics()
         found[0].line()
         alarms.check(0, found[0])

@@ -319,7 +319,7 @@ def test_a_config_with_more_layers(sound):
 
 def test_an_unknown_key_in_the_config(sound):
     directory, _ = sound
-    for change, near in (({"hiden_dim": 24}, "hidden_dim"), ({"moe": {"num_expert": 8}}, "num_experts")):
+    for change, near in (({"hiden_dim": 24}, "hidden_dim"), ({"moe": {"num_expert": 8}}, "moe.num_experts")):
         (directory / "config.json").write_text(json.dumps(asdict(TINY) | change))
         message = refusal(directory)
         assert str(directory / "config.json") in message and f"did you mean '{near}'" in message

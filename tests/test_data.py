@@ -28,7 +28,7 @@ from accessory.data.store import CHUNK, Sample, cache, make_store
 from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
-from accessory.settings import DataSection, ModelSection, RunConfig
+from accessory.settings import DataSection
 
 WORDS = [
     "the",
@@ -518,8 +518,8 @@ def test_a_sample_has_at_least_two_tokens(tmp_path, tokenizer, monkeypatch, caps
     for length in (0, 1):
         code, _ = check(monkeypatch, capsys, mix, tokenizer, "--max-seq-len", length)
         assert f"max_seq_len must be at least 2, for a token is learnt from those before it; found {length}" in code
-        with pytest.raises(UserError, match=r"data\.max_seq_len must be at least 2"):
-            RunConfig(data=DataSection(mix="a", max_seq_len=length), out="b", model=ModelSection(checkpoint="c"))
+        with pytest.raises(UserError, match=r"^max_seq_len must be at least 2"):
+            DataSection(mix="a", max_seq_len=length)
     assert len(load_mix(mix, tokenizer, 2, 0).training) > 2
 
 

@@ -17,7 +17,7 @@ from accessory.errors import UserError
 from accessory.infer.generate import _choose, generate_ids
 from accessory.model.build import build_model
 from accessory.model.meta import MetaModel
-from accessory.parallel.mesh import make_mesh
+from accessory.parallel.mesh import Axis, make_mesh
 from accessory.train.save import save_model
 
 LAYOUTS = ("mixtral", "mixtral_sparse")
@@ -295,7 +295,7 @@ def test_draws_are_those_of_the_nucleus(models):
 def choose_often(cases):
     """How often each token is chosen."""
     logits = torch.tensor(SHARES).log().expand(20_000, -1)
-    return [_choose(logits, *case).bincount(minlength=len(SHARES)) for case in cases]
+    return [_choose(logits, *case, Axis()).bincount(minlength=len(SHARES)) for case in cases]
 
 
 SHARES = (0.5, 0.25, 0.125, 0.125)

@@ -314,7 +314,7 @@ def test_old_metrics_are_compared_too(home, tmp_path):
 
 def test_a_bad_threshold_is_one_sentence(home):
     for word, sentence in (
-        ("log.alarms.load_mix=1", "did you mean 'load_min'?"),
+        ("log.alarms.load_mix=1", "did you mean 'log.alarms.load_min'?"),
         ("log.probe_tokens=-1", "at least 0, found -1"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):

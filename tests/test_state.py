@@ -264,7 +264,9 @@ REFUSED = {
     "tuning.freeze": "names",
 }
 SAME_NUMBERS = ["model.layout", "model.strict", "model.kernel", "out", "log", "save", "resume"]
-SAME_NUMBERS += [f"parallel.{name}" for name in ("model_parallel", "data_parallel", "recompute", "stall_timeout_s")]
+SAME_NUMBERS += [
+    f"parallel.{name}" for name in ("model_parallel", "data_parallel", "shard_size", "recompute", "stall_timeout_s")
+]
 
 
 def test_every_setting_is_said_refused_or_of_no_matter():

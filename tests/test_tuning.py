@@ -263,7 +263,7 @@ def run_watched(fault, mp, layout, fresh):
     fault(model)
     optimizer = make_optimizer(model, OPTIM)
     watch_adapters(model, optimizer, spec["trains"] - weights().keys())
-    settings = {"clip_grad": 1.0, "balance": "global", "data_parallel": "fsdp", "cut": set()}
+    settings = {"clip_grad": 1.0, "balance": "global"}
     watching = []
     try:
         for batch in [*STEPS, STEPS[0]]:
