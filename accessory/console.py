@@ -1,6 +1,7 @@
 """What a person sees: rank 0 speaks, and long steps show a bar on a terminal."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,12 @@ def say(text: str = "") -> None:
     if is_main():
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def listed(texts: Sequence[str], most: int | None = 4, separator: str = ", ") -> str:
+    """The first ``most`` of some texts (None: all), and how many more there are."""
+    more = len(texts) - len(texts[:most])
+    return separator.join(texts[:most]) + (f" and {more} more" if more else "")
 
 
 def progress(items: Any = None, **options: Any) -> tqdm:

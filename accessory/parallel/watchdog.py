@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from accessory.console import say
+from accessory.console import listed, say
 
 BEAT_S = 1.0
 SILENT_S = 60.0  # a live rank's thread can starve behind a call that keeps Python's lock: wait long before it counts as dead
@@ -296,8 +296,7 @@ class Watchdog:
         return f"rank {rank} on {host}" if host else f"rank {rank}"
 
     def _names(self, ranks: list[int]) -> str:
-        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-        return ", ".join(map(self._name, ranks[:4])) + more
+        return listed([*map(self._name, ranks)])
 
     def _holder(self) -> str:
         return store_holder(self._peers.get(0, self._own).host)

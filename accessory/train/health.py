@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accessory.console import say
+from accessory.console import listed, say
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
 from accessory.model.head import Nothing
@@ -202,17 +202,14 @@ class Alarms:
                 now[layer] = {"alarm": name, "layer": layer, **experts, "value": worst.item()}
         self._holding[name] = now
         if new := [event for layer, event in now.items() if layer not in before]:
-            texts = [_place(event) for event in new]
-            say(f"ALARM at step {step}: {name} {word} {limit:g} in {_few(texts)}: {advice}")
+            places = listed([_place(event) for event in new], separator="; ")
+            say(f"ALARM at step {step}: {name} {word} {limit:g} in {places}: {advice}")
         if over := [f"layer {layer}" for layer in before if layer not in now]:
-            say(f"alarm over at step {step}: {name} no longer {word} {limit:g} in {_few(over)}")
+            places = listed(over, separator="; ")
+            say(f"alarm over at step {step}: {name} no longer {word} {limit:g} in {places}")
 
 
 def _place(event: dict[str, Any]) -> str:
     experts = event.get("experts", [])
     words = f" expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}" if experts else ""
     return f"layer {event['layer']}{words} ({event['value']:.2f})"
-
-
-def _few(texts: list[str], most: int = 4) -> str:
-    return "; ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from accessory.config import write_json
-from accessory.console import is_main
+from accessory.console import is_main, listed
 from accessory.data.loader import Batch
 from accessory.data.mix import Samples
 from accessory.errors import UserError
@@ -68,8 +68,7 @@ def blame(
             f"the loss of all {len(full)} micro-batches is not finite; no weight was changed. Hardly a record is to blame: "
             f"lower optim.lr, or start from weights that are finite; the step's records are listed in {path}"
         )
-    some = ", ".join(records[:SHOWN]) + (f" and {len(records) - SHOWN} more" if len(records) > SHOWN else "")
     return (
         f"the loss of {len(bad)} of {len(full)} micro-batches is not finite; no weight was changed. Look at their records "
-        f"({some}; all are in {path}), or lower optim.lr"
+        f"({listed(records, SHOWN)}; all are in {path}), or lower optim.lr"
     )
