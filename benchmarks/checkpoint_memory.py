@@ -30,13 +30,15 @@ import torch, sys
 import accessory.model.meta
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
+from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import join, leave, reach_store, read_environment
 from accessory.parallel.mesh import make_mesh
 launch = read_environment()
 join(launch, reach_store(launch, 600))
 mesh = make_mesh(launch.world)
 source = Checkpoint(sys.argv[1])
-build_model(source.args, sys.argv[2], source, mesh=mesh, dtype=torch.bfloat16, device=torch.device("cpu"))
+layout = get_layout(sys.argv[2])
+build_model(source.logical, layout, source, mesh=mesh, dtype=torch.bfloat16, device=torch.device("cpu"))
 leave(0)
 """
 IMPORT_PEER = "import torch; from transformers import MixtralForCausalLM"

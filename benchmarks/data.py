@@ -31,8 +31,8 @@ from accessory.data.stdlib import write_corpus
 from accessory.data.tokenizer import Tokenizer, train_tokenizer
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import EXPERT
 from accessory.settings import OptimSection
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
@@ -169,8 +169,8 @@ def compare_trl(data, tokens: int) -> None:
 
 def step_rate(data, rows: Rows, plan: BatchPlan) -> float:
     """Tokens/s of the training step on the same batches."""
-    cuts = logical_cuts(ARGS, get_layout("mixtral"))
-    model = build_model(ARGS, "mixtral", RandomWeights(cuts, 0), dtype=torch.float32, device=torch.device("cpu"))
+    logical = LogicalModel(ARGS)
+    model = build_model(logical, EXPERT, RandomWeights(logical, 0), dtype=torch.float32, device=torch.device("cpu"))
     optimizer = make_optimizer(model, OptimSection())
     done, start = 0, 0.0
     for number, micro_batches in enumerate(plan.epoch(data.training, rows)):

@@ -20,8 +20,8 @@ from accessory.data.mix import Sample
 from accessory.model import moe
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.documents import Documents
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import EXPERT
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.settings import AlarmSection
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe
@@ -52,8 +52,8 @@ def main() -> None:
     shape = dataclasses.replace(SHAPE, n_layers=arguments.layers)
     start_one_process()
     device = pick_device()
-    source = RandomWeights(logical_cuts(shape, LAYOUTS["mixtral"]), seed=0)
-    model = build_model(shape, "mixtral", source, dtype=torch.float32, device=device)
+    logical = LogicalModel(shape)
+    model = build_model(logical, EXPERT, RandomWeights(logical, seed=0), dtype=torch.float32, device=device)
     optimizer = make_optimizer(model, OPTIM)
     tokens = torch.randint(3, shape.vocab_size, (arguments.rows, 512), generator=torch.Generator().manual_seed(0))
     samples = [Sample(row.numpy(), (row > 0).numpy()) for row in tokens]

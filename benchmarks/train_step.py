@@ -25,8 +25,7 @@ from accessory.data.loader import collate
 from accessory.data.mix import Sample
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.moe.layouts import EXPERT
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import LoraSection, OptimSection, TuningSection
@@ -57,14 +56,13 @@ def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]
     start_one_process()
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     section = TuningSection(lora=LoraSection(rank=lora) if lora else None)
-    tuning = resolve(section, SHAPE, LAYOUTS["mixtral"])
+    tuning = resolve(section, SHAPE)
     model = build_model(
-        SHAPE,
-        "mixtral",
-        RandomWeights(logical_cuts(SHAPE, LAYOUTS["mixtral"], tuning.adapters), seed=0),
+        tuning.logical,
+        EXPERT,
+        RandomWeights(tuning.logical, seed=0),
         dtype=torch.float32,
         device=device,
-        adapters=tuning.adapters,
         trains=tuning.trains,
         frozen_dtype=compute,
         shard=lambda m: wrap(m, ONE_RANK, "fsdp", compute, device.type),

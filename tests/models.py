@@ -16,7 +16,7 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.logical import logical_cuts
+from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK, make_mesh
@@ -49,10 +49,10 @@ def make_tokenizer(path, pieces=300):
 
 def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64, adapters=None):
     """Random logical tensors, large enough for routing and attention to be far from uniform; adapters are not zero."""
-    cuts = logical_cuts(args, get_layout("mixtral"), adapters)
-    source = RandomWeights(cuts, seed)
-    whole = {name: tuple(slice(0, n) for n in cut.shape) for name, cut in cuts.items()}
-    result = {name: (source.read(name, r).to(dtype) * (scale if len(r) > 1 else 1.0)) for name, r in whole.items()}
+    logical = LogicalModel(args, adapters or {})
+    source = RandomWeights(logical, seed)
+    whole = {name: source.read(name, logical.whole(name)).to(dtype) for name in logical.shapes}
+    result = {name: tensor * (scale if tensor.dim() > 1 else 1.0) for name, tensor in whole.items()}
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in result.items():
         if name.endswith(("lora_b", "bias")):
@@ -83,12 +83,13 @@ def build(
     compute=None,
     recompute=False,
     kernel="auto",
-    **tuning,
+    adapters=None,
+    trains=None,
 ):
-    """``tuning``: adapters and trains, as build_model takes them."""
+    """A decoder, sharded over data-parallel ranks as in a run."""
     return build_model(
-        args,
-        layout,
+        LogicalModel(args, adapters or {}),
+        get_layout(layout),
         source,
         mesh=mesh,
         dtype=dtype,
@@ -96,7 +97,7 @@ def build(
         recompute=recompute,
         kernel=kernel,
         frozen_dtype=compute,
-        **tuning,
+        trains=trains,
         shard=lambda model: wrap(model, mesh, mode, compute or dtype, "cpu"),
     )
 
@@ -109,14 +110,13 @@ def mesh_for(mp, mode="fsdp"):
 def local_parts(model):
     """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
     rank, size = model.mesh.mp.rank, model.mesh.mp.size
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
-    return {name: (cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
+    return {name: (model.cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
 
 
 def assemble(parts, args=TINY, adapters=None):
     """Full logical tensors from what the ranks returned; where several hold the same part they must agree bitwise."""
-    cuts = logical_cuts(args, get_layout("mixtral"), adapters)
-    full = {name: torch.full(cuts[name].shape, torch.nan) for name in parts[0]}
+    shapes = LogicalModel(args, adapters or {}).shapes
+    full = {name: torch.full(shapes[name], torch.nan) for name in parts[0]}
     for part in parts:
         for name, (region, tensor) in part.items():
             full[name] = full[name].to(tensor.dtype)
@@ -185,7 +185,6 @@ def evaluate(model, tokens):
 
 def _gradients(model):
     parts = {}
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
     rank, size = model.mesh.mp.rank, model.mesh.mp.size
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -193,5 +192,5 @@ def _gradients(model):
             assert gradient is None, f"{name} is frozen but has a gradient"
             continue
         full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        parts[name] = (cuts[name].region(rank, size), full.clone())
+        parts[name] = (model.cuts[name].region(rank, size), full.clone())
     return parts

@@ -22,7 +22,6 @@ from accessory.checkpoint.adapter import digest
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.build import build_model
-from accessory.model.logical import logical_cuts
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import LoraSection, TuningSection
@@ -37,14 +36,14 @@ UNION = replace(LORA_NORM, bias=True)
 
 
 def spec_of(section):
-    return resolve(section, ARGS, get_layout("mixtral"))
+    return resolve(section, ARGS)
 
 
 def trained_tensors(section):
     """A base, and what training made of it: adapters that are not zero, norms that are not one."""
     base = logical(transformers_model().state_dict())
     spec = spec_of(section)
-    tuned = weights(ARGS, seed=7, dtype=torch.float32, adapters=spec.adapters)
+    tuned = weights(ARGS, seed=7, dtype=torch.float32, adapters=spec.logical.adapters)
     return base | {name: 1 + 0.1 * tuned[name] if name.endswith("norm.weight") else tuned[name] for name in spec.trains}
 
 
@@ -70,7 +69,7 @@ def save_all(base, home):
         ("union", UNION, "mixtral"),
     ):
         spec = spec_of(section)
-        tuning = {"adapters": spec.adapters, "trains": spec.trains}
+        tuning = {"adapters": spec.logical.adapters, "trains": spec.trains}
         model = build(ARGS, layout, Tensors(trained_tensors(section)), mesh=mesh, dtype=torch.float32, **tuning)
         logits[name] = evaluate(model, TOKENS)
         save_trainable(model, home / name, {}, fingerprint)
@@ -98,7 +97,7 @@ def load_model(paths, layout, size):
     mesh = make_mesh(size)
     source = Checkpoint(paths)
     options = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return build_model(source.args, layout, source, mesh=mesh, adapters=source.adapters, trains=frozenset(), **options)
+    return build_model(source.logical, get_layout(layout), source, mesh=mesh, trains=frozenset(), **options)
 
 
 def reload_all(bases, saved, size):
@@ -126,8 +125,8 @@ def test_trained_equals_reloaded(size, base, saved, tmp_path):
 def test_both_layouts_save_the_same_file(saved):
     first, second = (load_file(saved[0] / name / "adapter.safetensors") for name in ("lora", "lora-sparse"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    cuts = logical_cuts(ARGS, get_layout("mixtral"), spec_of(LORA).adapters)
-    assert {key: tuple(t.shape) for key, t in first.items()} == {key: cuts[key].shape for key in spec_of(LORA).trains}
+    shapes = spec_of(LORA).logical.shapes
+    assert {key: tuple(t.shape) for key, t in first.items()} == {key: shapes[key] for key in spec_of(LORA).trains}
 
 
 @pytest.mark.parametrize("adapter", ["lora", "lora-norm"])
@@ -179,14 +178,13 @@ def test_a_merge_that_changes_nothing_is_told(base, saved, tmp_path, capsys):
 def test_a_merge_rounds_once():
     """A base in bf16 is not added to in bf16: the sum is in the adapter's precision, and nothing of it is rounded here."""
     args, generator = replace(ARGS, n_layers=1), torch.Generator().manual_seed(0)
-    cuts = logical_cuts(args, get_layout("mixtral"), resolve(LORA, args, get_layout("mixtral")).adapters)
-    drawn = {name: torch.randn(cut.shape, generator=generator) for name, cut in cuts.items()}
+    logical = resolve(LORA, args).logical
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in logical.shapes.items()}
     tensors = {name: t if "lora" in name else t.bfloat16() for name, t in drawn.items()}
-    adapters = resolve(LORA, args, get_layout("mixtral")).adapters
-    read = SimpleNamespace(adapters=adapters, changed=[], read=lambda name, region: tensors[name][region])
+    read = SimpleNamespace(logical=logical, changed=[], read=lambda name, region: tensors[name][region])
     exact = reference.with_adapters({name: tensor.double() for name, tensor in tensors.items()}, 2 / 3)
-    for name in adapters:
-        merged = Merged(read).read(name, cuts[name].region(0, 1))
+    for name in logical.adapters:
+        merged = Merged(read).read(name, logical.whole(name))
         largest = exact[name].abs().max().item()
         torch.testing.assert_close(merged.double(), exact[name], rtol=0, atol=1e-6 * largest, msg=name)
 

@@ -34,8 +34,6 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.args import MoEArgs
 from accessory.model.documents import Documents
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import get_layout
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import RunConfig
@@ -523,7 +521,7 @@ def test_the_bias_decides_in_every_layout_and_size(saved, tmp_path):
     logits = {}
     for directory in (saved, large):
         source = Checkpoint(directory)
-        whole = {name: cut.region(0, 1) for name, cut in logical_cuts(source.args, get_layout("mixtral")).items()}
+        whole = {name: source.logical.whole(name) for name in source.logical.shapes}
         w = {name: source.read(name, region).double() for name, region in whole.items()}
         logits[directory] = reference.forward(w, source.args, torch.arange(1, 30))[0]
     for rank in run_ranks(2, reload, [saved, large]):

@@ -21,7 +21,7 @@ from accessory.checkpoint.tiles import Tile
 from accessory.model import attention, linear, moe
 from accessory.model.args import ModelArgs
 from accessory.model.head import Nothing
-from accessory.model.logical import logical_cuts
+from accessory.model.logical import LogicalModel
 from accessory.model.moe import dispatch, experts, layouts
 from accessory.parallel import fsdp
 from accessory.parallel.fsdp import local_part
@@ -305,7 +305,7 @@ def planted_gradients():
     return gradients
 
 
-CUTS = logical_cuts(SMALL, layouts.get_layout("mixtral"))
+CUTS = LogicalModel(SMALL).cuts(layouts.EXPERT)
 
 
 def plant(parameter, gradient):
@@ -343,7 +343,7 @@ def test_norm_and_clipping_by_hand():
     partitions = [(layout, mp, "fsdp") for layout in layouts.LAYOUTS for mp in (4, 2)] + [("mixtral", 2, "ddp")]
     ranks = run_ranks(4, step_with_planted_gradients, partitions)
     for number, (layout, mp, _) in enumerate(partitions):
-        cuts = logical_cuts(SMALL, layouts.get_layout(layout))
+        cuts = LogicalModel(SMALL).cuts(layouts.get_layout(layout))
         for place, rank in enumerate(ranks):
             norm, moved = rank[number]
             assert norm == 16.0

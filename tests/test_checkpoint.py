@@ -17,8 +17,7 @@ from accessory.certify import formats, reference
 from accessory.checkpoint.open import Checkpoint
 from accessory.errors import UserError
 from accessory.model.build import RandomWeights
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel
 from accessory.parallel.mesh import make_mesh
 from accessory.train.save import save_model
 
@@ -80,13 +79,13 @@ BIG = replace(TINY, vocab_size=40000, n_layers=1)  # its embedding is drawn in m
 
 def fill_with_random_weights(seed):
     """What differs between partitions, and the whole tensors."""
-    cuts = logical_cuts(BIG, get_layout("mixtral"))
-    whole = {name: RandomWeights(cuts, seed).read(name, tuple(slice(0, n) for n in cut.shape)) for name, cut in cuts.items()}
+    logical = LogicalModel(BIG)
+    source = RandomWeights(logical, seed)
+    whole = {name: source.read(name, logical.whole(name)) for name in logical.shapes}
     differences = []
     for size in SIZES:
         mesh = make_mesh(size)
         for layout in LAYOUTS:
-            source = RandomWeights(logical_cuts(BIG, get_layout(layout)), seed)
             differences += wrong(build(BIG, layout, source, mesh=mesh, dtype=torch.float32), whole)
     return differences, whole
 
@@ -110,7 +109,7 @@ def save_and_load(home, sizes):
             save_model(model, directory, {"tokenizer.model": home.parent / "tokenizer.model"}, dtype, suffix)
             for other in LAYOUTS:
                 source = Checkpoint(directory)
-                assert source.args == TINY and source.layout == layout
+                assert source.args == TINY and source.layout.name == layout
                 again = build(source.args, other, source, mesh=mesh, dtype=dtype)
                 results[directory.name, other] = wrong(again, {name: held(name, t, dtype) for name, t in plain().items()})
     return results
@@ -122,7 +121,7 @@ def save_loaded(home):
     for before, after in (("first", "second"), ("second", "third")):
         for directory in sorted((home / before).iterdir()):
             source = Checkpoint(directory)
-            model = build(source.args, source.layout, source, mesh=mesh, dtype=torch.float32)
+            model = build(source.args, source.layout.name, source, mesh=mesh, dtype=torch.float32)
             for _ in range(2):  # the second time over what is there
                 save_model(model, home / after / directory.name, {}, torch.float32, directory.name.split("-")[1])
 
@@ -190,9 +189,8 @@ def test_random_weights_do_not_depend_on_the_partition(four):
     for block in blocks:
         noise = 1 / block.numel() ** 0.5
         assert abs(block.mean()) < 5 * 0.02 * noise and block.std().item() == pytest.approx(0.02, rel=5 * noise)
-    cuts = logical_cuts(BIG, get_layout("mixtral"))
     gate = "layers.0.feed_forward.gate.weight"
-    other = RandomWeights(cuts, 4).read(gate, tuple(slice(0, n) for n in cuts[gate].shape))
+    other = RandomWeights(LogicalModel(BIG), 4).read(gate, LogicalModel(BIG).whole(gate))
     assert not torch.equal(other, whole[gate])
 
 
@@ -339,7 +337,7 @@ def test_the_layout_is_recognised_if_no_file_names_it(sound, content):
     (directory / "meta.json").unlink()
     if content:
         (directory / "meta.json").write_text(content)
-    assert Checkpoint(directory).layout == layout
+    assert Checkpoint(directory).layout.name == layout
 
 
 def test_an_unknown_layout(sound):

@@ -115,7 +115,7 @@ def load(paths, layout, size, tokens, strict=True):
     """Logits of a checkpoint in ``layout`` at model-parallel size ``size``."""
     mesh = make_mesh(size)
     source = Checkpoint(paths, strict=strict)
-    return evaluate(build(source.args, layout or source.layout, source, mesh=mesh, dtype=torch.float32), tokens)
+    return evaluate(build(source.args, layout or source.layout.name, source, mesh=mesh, dtype=torch.float32), tokens)
 
 
 def load_all(paths, layouts, size):

@@ -16,7 +16,9 @@ from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.infer.generate import _choose, generate_ids
 from accessory.model.build import build_model
+from accessory.model.logical import LogicalModel
 from accessory.model.meta import MetaModel
+from accessory.model.moe.layouts import get_layout
 from accessory.parallel.mesh import Axis, make_mesh
 from accessory.train.save import save_model
 
@@ -61,7 +63,9 @@ def generate_from_ids(sizes):
         for layout in LAYOUTS:
             for window in WINDOWS:
                 args, device = replace(TINY, sliding_window=window), torch.device("cpu")
-                model = build_model(args, layout, source, mesh=mesh, dtype=torch.float64, device=device)
+                model = build_model(
+                    LogicalModel(args), get_layout(layout), source, mesh=mesh, dtype=torch.float64, device=device
+                )
                 for limit in LIMITS:
                     steps = generate_ids(model, IDS, max_gen_len=STEPS, max_seq_len=limit)
                     results[size, layout, window, limit] = torch.stack(list(steps), 1).tolist()

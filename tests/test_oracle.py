@@ -25,10 +25,9 @@ from test_resume import box
 from test_transformers import by_logical_name, transformers_model
 from transformers.models.mixtral import modeling_mixtral
 
-from accessory.checkpoint.adapter import AdapterWriter
+from accessory.checkpoint.adapter import write_adapter
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.args import ModelArgs, MoEArgs
-from accessory.model.moe.layouts import get_layout
 from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
@@ -107,12 +106,12 @@ def home(tmp_path_factory):
 
 def spec_of(case):
     section = TuningSection(lora=LoraSection(rank=RANK, alpha=ALPHA, targets=TARGETS))
-    return resolve(section, case.args, get_layout(case.layout))
+    return resolve(section, case.args)
 
 
 def start_of(case):
     """The tensors that the run starts from; no adapter is zero, no norm is one."""
-    w = weights(case.args, seed=11, adapters=spec_of(case).adapters if case.lora else None)
+    w = weights(case.args, seed=11, adapters=spec_of(case).logical.adapters if case.lora else None)
     generator = torch.Generator().manual_seed(5)
     noise = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in w.items() if "norm" in name}
     return w | {name: w[name] + 0.2 * some for name, some in noise.items()}
@@ -124,12 +123,10 @@ def finetune(case, w, home, folder):
     given, tuning = folder / "base", ""
     if case.lora:
         trained = {name: t for name, t in w.items() if "lora_" in name}
-        shapes = {name: tuple(t.shape) for name, t in trained.items()}
+        dtypes = {name: t.dtype for name, t in trained.items()}
         base = {"fingerprint": Checkpoint(folder / "base").fingerprint}
         (folder / "adapter").mkdir()
-        with AdapterWriter(folder / "adapter", shapes, torch.float64, spec_of(case).adapters, base) as writer:
-            for name, tensor in trained.items():
-                writer.write(name, tensor)
+        write_adapter(folder / "adapter", spec_of(case).logical, dtypes, trained.items(), base)
         given = f"[{folder}/base, {folder}/adapter]"
         tuning = f"tuning: {{lora: {{rank: {RANK}, alpha: {ALPHA}, targets: [{', '.join(TARGETS)}]}}}}"
     (folder / "run.yaml").write_text(

@@ -19,7 +19,6 @@ from accessory.model import attention
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits, LossSum
-from accessory.model.moe.layouts import get_layout
 from accessory.settings import LoraSection, TuningSection
 from accessory.train.balance import counted_balance, document_balance
 from accessory.tuning.spec import resolve
@@ -35,12 +34,12 @@ LAYOUTS = ("mixtral", "mixtral_sparse")
 PARTITIONS = {1: [(1, "fsdp")], 2: [(2, "fsdp"), (1, "fsdp")], 4: [(2, "fsdp")]}  # world: (model parallel, data parallel)
 
 
-def tuning(layout):
+def tuning():
     """LoRA with dropout on every matrix, biases, and the norms."""
     lora = LoraSection(rank=3, dropout=0.3, targets=("attention", "experts", "router", "output"))
     section = TuningSection(lora=lora, bias=True, norm=True)
-    spec = resolve(section, TINY, get_layout(layout), seed=5)
-    return {"adapters": spec.adapters, "trains": spec.trains}
+    spec = resolve(section, TINY, seed=5)
+    return {"adapters": spec.logical.adapters, "trains": spec.trains}
 
 
 def step_both_ways(world):
@@ -50,7 +49,7 @@ def step_both_ways(world):
         for layout in LAYOUTS:
             for tuned in (False, True):
                 options = {"balance": "document" if tuned else "global", "recompute": tuned == (layout == "mixtral")}
-                options |= tuning(layout) if tuned else {}
+                options |= tuning() if tuned else {}
                 results[layout, mp, tuned] = [
                     train(TINY, layout, mp, mode, STEPS, accumulation=2, width=width, **options) for width in (None, WIDTH)
                 ]
@@ -61,8 +60,8 @@ def step_both_ways(world):
 def test_a_packed_step_is_the_unpacked_one(world):
     ranks = run_ranks(world, step_both_ways, world, timeout=240)
     for key in ranks[0]:
-        layout, _, tuned = key
-        adapters = tuning(layout)["adapters"] if tuned else None
+        _, _, tuned = key
+        adapters = tuning()["adapters"] if tuned else None
         alone, packed = ([rank[key][way] for rank in ranks] for way in range(2))
         for ours, expected in zip(packed[0]["steps"], alone[0]["steps"], strict=True):
             assert torch.equal(ours["counts"], expected["counts"]), key
@@ -85,7 +84,7 @@ def packed_batch(documents):
 
 def statistics(layout, recompute):
     """Statistics of each document, and both balance losses, packed and alone."""
-    options = tuning(layout)
+    options = tuning()
     model = build(TINY, layout, Tensors(weights(adapters=options["adapters"])), recompute=recompute, **options)
     batch, order = packed_batch(STEPS[0])
     results = []

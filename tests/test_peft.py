@@ -15,7 +15,6 @@ from test_transformers import ARGS, close, half_split, transformers_model
 from accessory.certify.parity import grid
 from accessory.data.loader import collate
 from accessory.model.head import Logits, LossSum
-from accessory.model.moe.layouts import get_layout
 from accessory.settings import LoraSection, TuningSection
 from accessory.tuning.spec import resolve
 
@@ -25,8 +24,8 @@ LINEARS = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
 
 
 def run_ours(layout, kernel, section, w, batch):
-    spec = resolve(section, ARGS, get_layout(layout))
-    tuning = {"adapters": spec.adapters, "trains": spec.trains}
+    spec = resolve(section, ARGS)
+    tuning = {"adapters": spec.logical.adapters, "trains": spec.trains}
     model = build(ARGS, layout, Tensors(w), dtype=torch.float32, kernel=kernel, **tuning)
     logits, _ = model(batch.inputs(), Logits())
     loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
@@ -74,7 +73,7 @@ def as_peft(t, shared, args=ARGS):
 )
 def test_logits_loss_and_gradients(layout, kernel, shared):
     section = TuningSection(lora=LoraSection(rank=RANK, alpha=ALPHA, targets=TARGETS))
-    w = weights(ARGS, scale=5.0, dtype=torch.float32, adapters=resolve(section, ARGS, get_layout(layout)).adapters)
+    w = weights(ARGS, scale=5.0, dtype=torch.float32, adapters=resolve(section, ARGS).logical.adapters)
     if shared:
         w |= {name.replace("w1", "w3"): w[name] for name in w if name.endswith("w1_lora_a")}
     batch = collate(samples(4, seed=5, longest=40))

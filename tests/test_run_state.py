@@ -13,8 +13,9 @@ from test_commands import MODEL
 from accessory.checkpoint.state import KINDS, StateNotes, TrainingState
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
+from accessory.model.logical import Overlaid, whole_region
 from accessory.train.optim import make_optimizer
-from accessory.train.state import Resumed, load_moments, save_state
+from accessory.train.state import load_moments, save_state
 from accessory.train.step import train_step
 
 
@@ -49,7 +50,7 @@ def test_the_rows_that_were_seen(state):
 @pytest.mark.parametrize("kind", KINDS)
 def test_masters_and_moments_are_not_rounded(kind, state):
     for name, shape in state.names.items():
-        tensor = state.read_kind(kind, name, tuple(slice(0, n) for n in shape))
+        tensor = state.read_kind(kind, name, whole_region(shape))
         assert tensor.dtype == torch.float32
         rounded = (tensor == tensor.bfloat16()).float().mean().item()  # of random numbers, one in 65536
         assert rounded < 0.9, f"{rounded:.1%} of {name} could be bf16"
@@ -63,7 +64,7 @@ def train(layout, mp, mode, batches, state=None):
     """A model and its optimiser after a step of each batch."""
     mesh = mesh_for(mp, mode)
     source = Tensors(weights())
-    model = build(TINY, layout, Resumed(state, source) if state else source, mesh=mesh, mode=mode)
+    model = build(TINY, layout, Overlaid(source, state, state.names) if state else source, mesh=mesh, mode=mode)
     optimizer = make_optimizer(model, OPTIM)
     if state:
         load_moments(model, optimizer, state)

@@ -18,6 +18,7 @@ from test_resume import home, refused  # noqa: F401 (home is a fixture)
 from accessory.checkpoint.state import KINDS, TrainingState
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
+from accessory.model.logical import whole_region
 from accessory.settings import DataSection, LoraSection, RunConfig, TrainSection, TuningSection
 from accessory.train.state import number_settings
 
@@ -105,7 +106,7 @@ def load(state):
     damaged = [key for part in range(found.notes.parts) for key in found.damaged(part)]
     if damaged:
         raise UserError(damaged[0])
-    shapes = {name: tuple(slice(0, n) for n in shape) for name, shape in found.names.items()}
+    shapes = {name: whole_region(shape) for name, shape in found.names.items()}
     tensors = {
         (kind, name): found.read_kind(kind, name, box)
         for name, box in shapes.items()

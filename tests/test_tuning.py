@@ -14,7 +14,7 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
 from accessory.model.adapter import Adapter, draws, dropped
-from accessory.model.logical import logical_cuts
+from accessory.model.logical import LogicalModel
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
@@ -38,10 +38,10 @@ ALL_TARGETS = ("attention", "experts", "router", "embeddings", "output")
 EVERYTHING = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS), bias=True, norm=True)
 
 
-def tuning(section, layout="mixtral"):
+def tuning(section):
     """What ``section`` means for the tiny model, as arguments of build_model."""
-    spec = resolve(section, TINY, get_layout(layout))
-    return {"adapters": spec.adapters, "trains": spec.trains}
+    spec = resolve(section, TINY)
+    return {"adapters": spec.logical.adapters, "trains": spec.trains}
 
 
 def run_all(partitions, section):
@@ -171,7 +171,7 @@ def test_generation_has_every_adapter(layout):
 def run_mixed(mode, section, layout):
     """One step in bf16 over fp32 masters; bytes of this rank, and dtypes."""
     dp, rank = dist.get_world_size(), dist.get_rank()
-    spec = tuning(section, layout)
+    spec = tuning(section)
     source = Tensors(weights(adapters=spec["adapters"], dtype=torch.float32))
     model = build(
         TINY, layout, source, mesh=mesh_for(1, mode), mode=mode, dtype=torch.float32, compute=torch.bfloat16, **spec
@@ -204,7 +204,7 @@ def run_all_mixed(modes, section, layout):
 @pytest.mark.parametrize(("world", "modes"), [(1, ["fsdp"]), (2, ["fsdp", "sdp", "ddp"])])
 def test_frozen_in_bf16_and_only_adapters_have_gradients_and_state(world, modes, layout):
     spec = tuning(EVERYTHING)
-    cuts = logical_cuts(TINY, get_layout(layout), spec["adapters"])
+    cuts = LogicalModel(TINY, spec["adapters"]).cuts(get_layout(layout))
     numbers = sum(math.prod(cuts[name].shape) for name in spec["trains"])
     ranks = run_ranks(world, run_all_mixed, modes, EVERYTHING, layout)
     for index, mode in enumerate(modes):
@@ -255,7 +255,7 @@ def run_watched(fault, mp, layout, fresh):
     """Three steps under watch with a planted fault; the error, and whether the watch still runs."""
     mesh = make_mesh(mp)
     dp, rank = mesh.dp.size, mesh.dp.rank
-    spec = tuning(EVERYTHING, layout)
+    spec = tuning(EVERYTHING)
     w = weights(adapters=spec["adapters"])
     if fresh:
         w |= {name: torch.zeros_like(t) for name, t in w.items() if name.endswith(("lora_b", "bias"))}
@@ -352,7 +352,7 @@ def test_what_an_adapter_is():
 )
 def test_refused(section, words):
     with pytest.raises(UserError, match=words):
-        resolve(section, TINY, get_layout("mixtral"))
+        resolve(section, TINY)
 
 
 def run_no_rows(layout):

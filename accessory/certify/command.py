@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import os
 import signal
 import sys
@@ -26,8 +25,7 @@ from accessory.console import progress, say
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import logical_cuts
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel
 
 
 def run_certify(arguments: argparse.Namespace) -> None:
@@ -68,7 +66,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _check_memory(args: ModelArgs, world: int, where: str) -> None:
     """Raise UserError if the full fp64 weights, which each rank and the reference hold, exceed the machine's memory."""
-    numbers = sum(math.prod(cut.shape) for cut in logical_cuts(args, get_layout("mixtral")).values())
+    numbers = sum(LogicalModel(args).sizes.values())
     needed, there = (world + 1) * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(

@@ -17,7 +17,7 @@ from accessory.certify.matrix import CacheCell, Cell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.data.store import Sample
-from accessory.model.logical import Cut, logical_cuts
+from accessory.model.logical import Cut
 from accessory.model.moe.layouts import get_layout
 from accessory.settings import OptimSection
 
@@ -88,7 +88,7 @@ class Judge:
             errors = {name: largest((errors[name], step_errors[name])) for name in errors}
 
         tuning = self.problem.tuning(cell.tuning)
-        cuts = logical_cuts(self.problem.args, get_layout(cell.layout), tuning.adapters)
+        cuts = tuning.logical.cuts(get_layout(cell.layout))
         gradients, differ = assemble([rank["gradients"] for rank in ranks], cuts, cell.model_parallel)
         weights, also = assemble([rank["weights"] for rank in ranks], cuts, cell.model_parallel)
         first = expected[0]
@@ -96,7 +96,7 @@ class Judge:
         applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
         errors["clipping"] = relative(applied, first.scale)
         errors["gradients"] = distance(gradients, first.gradients)
-        start = self.problem.weights(tuning.adapters)
+        start = self.problem.weights(cell.tuning)
         errors["weights"] = distance(weights, {name: t for name, t in start.items()} | expected[-1].weights)
         frozen = weights.keys() & start.keys() - tuning.trains
         changed = [name for name in frozen if not torch.equal(weights[name].double(), start[name])]
@@ -130,7 +130,7 @@ def reference_steps(
     """What the plain reference makes of a problem's weights on global batches, at a rate for each."""
     tuning = problem.tuning(tuning_name)
     return reference.train_steps(
-        problem.weights(tuning.adapters),
+        problem.weights(tuning_name),
         problem.args,
         [[(sample.tokens, sample.trained) for sample in batch] for batch in batches],
         balance=balance,
@@ -140,7 +140,7 @@ def reference_steps(
         betas=optim.betas,
         eps=optim.eps,
         trains=tuning.trains,
-        scaling=next((adapter.scaling for adapter in tuning.adapters.values()), 1.0),
+        scaling=next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0),
     )
 
 

@@ -22,7 +22,7 @@ from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import Batch, collate
 from accessory.errors import UserError
 from accessory.model.head import Logits, LossSum
-from accessory.model.logical import logical_cuts, region_shape
+from accessory.model.logical import LogicalModel, region_shape, whole_region
 from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.mesh import make_mesh
 
@@ -75,7 +75,7 @@ class TransformersJudge:
     bounds = bounds(1e-5)
 
     def __init__(self, problem: Problem):
-        self.args = problem.args
+        self.logical = LogicalModel(problem.args)
         model, self.version = _load(problem)
         tokens, labels, real = grid(_batch(problem))
         out = model(input_ids=tokens, attention_mask=real.long(), labels=labels)
@@ -86,7 +86,7 @@ class TransformersJudge:
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
             return Verdict(cell, {}, self.bounds, outcome.reason)
-        cuts = logical_cuts(self.args, get_layout(cell.layout))
+        cuts = self.logical.cuts(get_layout(cell.layout))
         ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
         logits = (distance({"": rank["logits"]}, {"": self.logits}) for rank in outcome)
         losses = (relative(rank["loss"], self.loss) for rank in outcome)
@@ -96,9 +96,8 @@ class TransformersJudge:
     def _by_logical_name(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """transformers holds the experts fused, and halves for rotary pairs: the tiles of its files say where."""
         result = {}
-        for tile in model_tiles(self.args, fused=True):
-            whole = tuple(slice(0, n) for n in region_shape(tile.region))
-            result[tile.name] = tile.read(stored[tile.key], whole).double()
+        for tile in model_tiles(self.logical, fused=True):
+            result[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region))).double()
         return result
 
 

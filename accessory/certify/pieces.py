@@ -16,7 +16,6 @@ from accessory.certify.run import gradients
 from accessory.checkpoint.state import KINDS, TrainingState
 from accessory.model.decoder import Decoder
 from accessory.model.documents import Documents
-from accessory.model.logical import logical_cuts
 from accessory.model.moe.router import Routing
 from accessory.model.rope import rotate
 from accessory.settings import OptimSection
@@ -41,7 +40,7 @@ class Pieces:
     def __init__(self, model: Decoder, weights: dict[str, Tensor], tuning: Tuning):
         self.args = model.args
         held = {name: t if ".gate." in name else wide(t.bfloat16()) for name, t in weights.items()}
-        scaling = next((adapter.scaling for adapter in tuning.adapters.values()), 1.0)
+        scaling = next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0)
         self.weights = reference.with_adapters(held, scaling)
         self.most: dict[str, float] = defaultdict(float)
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
@@ -139,7 +138,7 @@ class Masters:
 
     def __init__(self, model: Decoder, optimizer: Optimizer, weights: dict[str, Tensor], settings: OptimSection):
         self._mp = model.mesh.mp
-        self._cuts = logical_cuts(model.args, model.layout, model.adapters)
+        self._cuts = model.cuts
         self._settings, self._steps = settings, 0
         trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._boxes = {name: self._cuts[name].region(self._mp.rank, self._mp.size) for name in trained}

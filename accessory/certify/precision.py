@@ -29,7 +29,7 @@ from accessory.data.packing import Rows
 from accessory.data.store import Sample
 from accessory.model.build import build_model
 from accessory.model.head import LossSum
-from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.mesh import make_mesh
 from accessory.train.balance import document_balance, z_loss
 from accessory.train.optim import make_optimizer
@@ -97,7 +97,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     parallel = mode_settings(cell.data_parallel)
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
-    weights = problem.weights(tuning.adapters)
+    weights = problem.weights(cell.tuning)
     model = build(problem, cell.layout, Tensors(weights), device, mesh, tuning, parallel.data_parallel)
     optimizer = make_optimizer(model, SETTINGS)
     masters, pieces = Masters(model, optimizer, weights, SETTINGS), Pieces(model, weights, tuning)
@@ -138,10 +138,8 @@ def _summed_gradients(
 ) -> dict[str, Tensor]:
     """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
     tuning = problem.tuning(cell.tuning)
-    source, adapters = Tensors(problem.weights(tuning.adapters)), tuning.adapters
-    model = build_model(
-        problem.args, cell.layout, source, dtype=problem.dtype, device=device, adapters=adapters, trains=tuning.trains
-    )
+    source, layout = Tensors(problem.weights(cell.tuning)), get_layout(cell.layout)
+    model = build_model(tuning.logical, layout, source, dtype=problem.dtype, device=device, trains=tuning.trains)
     targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in micro_batches], device=device).sum(0)
     total: dict[str, Tensor] = {}
     for batch in micro_batches:

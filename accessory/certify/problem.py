@@ -12,8 +12,6 @@ from torch import Tensor
 from accessory.data.store import Sample
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights
-from accessory.model.logical import Adapters, logical_cuts
-from accessory.model.moe.layouts import get_layout
 from accessory.settings import LoraSection, OptimSection, TuningSection
 from accessory.tuning.spec import Tuning, resolve
 
@@ -65,24 +63,24 @@ class Problem:
 
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
-        return resolve(TUNINGS[name], self.args, get_layout("mixtral"), self.seed)
+        return resolve(TUNINGS[name], self.args, self.seed)
 
-    def weights(self, adapters: Adapters | None = None) -> dict[str, Tensor]:
-        """Logical tensors in fp64 whose values fp32 holds exactly.
+    def weights(self, tuning: str = "full") -> dict[str, Tensor]:
+        """Logical tensors, a tuning's adapters among them, in fp64, whose values fp32 holds exactly.
 
         They are large enough for attention and routing to be far from uniform, and no adapter is zero: else a wrong
         term could hide.
         """
-        cuts = logical_cuts(self.args, get_layout("mixtral"), adapters)
-        source = RandomWeights(cuts, self.seed)
+        logical = self.tuning(tuning).logical
+        source = RandomWeights(logical, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         result = {}
-        for name, cut in cuts.items():
-            tensor = source.read(name, cut.region(0, 1))
+        for name, shape in logical.shapes.items():
+            tensor = source.read(name, logical.whole(name))
             if name.endswith(("lora_b", "bias")):
                 tensor.normal_(0.0, 0.1, generator=generator)
             elif tensor.dim() > 1:
-                tensor *= 1.1 / (RandomWeights.STD * math.sqrt(cut.shape[-1]))
+                tensor *= 1.1 / (RandomWeights.STD * math.sqrt(shape[-1]))
             result[name] = tensor.double()
         return result
 

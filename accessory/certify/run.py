@@ -24,6 +24,7 @@ from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 from accessory.model.logical import Region, Source
+from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import Axis, Mesh, make_mesh
 from accessory.settings import DataParallel
@@ -63,7 +64,7 @@ def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
     parallel = mode_settings(cell.data_parallel)
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
-    source = Tensors(problem.weights(tuning.adapters))
+    source = Tensors(problem.weights(cell.tuning))
     model = build(problem, cell.layout, source, device, mesh, tuning, parallel.data_parallel, cell.recompute)
     optimizer = make_optimizer(model, OPTIM)
     first: dict[str, Tensor] = {}
@@ -183,14 +184,13 @@ def build(
     recompute: bool = False,
 ) -> Decoder:
     return build_model(
-        problem.args,
-        layout,
+        tuning.logical,
+        get_layout(layout),
         source,
         mesh=mesh,
         dtype=at_least(problem.dtype),
         device=device,
         recompute=recompute,
-        adapters=tuning.adapters,
         trains=tuning.trains,
         frozen_dtype=problem.dtype,
         shard=lambda model: wrap(model, mesh, mode, problem.dtype, device.type),

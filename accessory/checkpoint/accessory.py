@@ -5,17 +5,18 @@ DIR/config.json   DIR/meta.json
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from accessory.checkpoint.storage import Stored, TensorFile, index_file
-from accessory.checkpoint.tiles import Tile
+from accessory.checkpoint.encoding import Encoding
+from accessory.checkpoint.storage import TensorFile, index_file
+from accessory.checkpoint.tiles import Directory, Tile
 from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, logical_cuts
-from accessory.model.moe.layouts import Layout, get_layout
+from accessory.model.logical import Adapters, LogicalModel
+from accessory.model.moe.layouts import EXPERT, SPARSE, Layout, SparseLayout, get_layout
 from accessory.settings import FileFormat
 
 PREFIX = "llma."
@@ -29,7 +30,7 @@ def file_name(rank: int, size: int, suffix: str) -> str:
 
 
 def rank_tiles(
-    args: ModelArgs, layout: Layout, rank: int, size: int, file: str, adapters: Adapters | None = None
+    logical: LogicalModel, layout: Layout, rank: int, size: int, file: str, prefix: str = PREFIX
 ) -> Iterator[Tile]:
     """The tiles in the file of model-parallel rank ``rank`` of ``size``.
 
@@ -37,47 +38,27 @@ def rank_tiles(
     beside: ``experts.{e}.w1.lora_a.weight``, ``.lora_b.weight``, ``.bias``. The sparse layout stores the slices of all
     experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape; it has no names for adapters.
     """
-    for name, cut in logical_cuts(args, layout, adapters).items():
+    for name, cut in logical.cuts(layout).items():
         region = cut.region(rank, size)
-        prefix, is_expert, tensor = name.partition(".experts.")
+        owner, is_expert, tensor = name.partition(".experts.")
         if not is_expert:
-            yield Tile(name, region, file, PREFIX + (f"{name}.weight" if name.endswith(("lora_a", "lora_b")) else name))
+            yield Tile(name, region, file, prefix + (f"{name}.weight" if name.endswith(("lora_a", "lora_b")) else name))
             continue
         weight, _, part = tensor.partition("_")  # w1, or w1_lora_a
-        if layout.name == "mixtral_sparse":
+        if isinstance(layout, SparseLayout):
             if part:
                 raise UserError(f"the files of the layout 'mixtral_sparse' have no place for {name}")
-            yield Tile(name, region, file, f"{PREFIX}{prefix}.{weight}", transposed=weight == "w2")
+            encoding = Encoding("e d f -> (e f) d" if weight == "w2" else "e f d -> (e f) d")
+            yield Tile(name, region, file, f"{prefix}{owner}.{weight}", encoding)
             continue
         stored = {"": "weight", "bias": "bias"}.get(part, f"{part}.weight")
         for e in range(region[0].start, region[0].stop):
-            key = f"{PREFIX}{prefix}.experts.{e}.{weight}.{stored}"
-            yield Tile(name, (slice(e, e + 1), *region[1:]), file, key, one_group=True)
+            key = f"{prefix}{owner}.experts.{e}.{weight}.{stored}"
+            yield Tile(name, (slice(e, e + 1), *region[1:]), file, key, Encoding("e ... -> ..."))
 
 
-def find_adapters(keys: Mapping[str, Stored]) -> dict[str, Adapter]:
-    """The adapters that stand in a file of the expert layout, by their matrix; they have no scaling."""
-    ranks: dict[str, int] = {}
-    biased: set[str] = set()
-    for key, stored in keys.items():
-        if match := _ADAPTED.fullmatch(key):
-            matrix = f"{match[1]}attention.{match[2]}.weight" if match[2] else f"{match[1]}feed_forward.experts.{match[3]}"
-            if match[4] == "bias":
-                biased.add(matrix)
-            elif len(stored.shape) == 2:
-                ranks[matrix] = stored.shape[0]
-    return {matrix: Adapter(rank=ranks.get(matrix, 0), bias=matrix in biased) for matrix in ranks.keys() | biased}
-
-
-class AccessoryDirectory:
-    """A directory of the files above.
-
-    Attributes:
-        adds: the files are ``model-diff``: what they hold is added to another checkpoint's weights.
-        adapters: what stands beside the weights (``mixtral_peft``), by matrix.
-    """
-
-    may_lack, fingerprint = True, None
+class AccessoryDirectory(Directory):
+    """A directory of the files above; what ``model-diff`` files hold is added to another checkpoint's weights."""
 
     def __init__(self, directory: Path, size: int, kind: str):
         self.directory, self.size, self.adds = directory, size, kind.startswith("model-diff")
@@ -86,8 +67,8 @@ class AccessoryDirectory:
         for rank, (file, content) in enumerate(indexed.items()):
             _check_rank(directory / file, content, rank, size)
         self.stored = {file: content.tensors for file, content in indexed.items()}
-        self.layout = self.format = self._own_layout()
-        self.adapters = {name: a for keys in self.stored.values() for name, a in find_adapters(keys).items()}
+        self.layout = self._own_layout()
+        self.format = self.layout.name
 
     @classmethod
     def find(cls, directory: Path) -> "AccessoryDirectory | None":
@@ -100,20 +81,34 @@ class AccessoryDirectory:
             raise UserError(f"{directory}: holds files of more than one checkpoint ({kinds}); keep one set")
         return cls(directory, *found.pop()) if found else None
 
-    def tiles(self, args: ModelArgs) -> Iterator[Tile]:
-        for rank, file in enumerate(self.stored):
-            yield from rank_tiles(args, get_layout(self.layout), rank, self.size, file, self.adapters)
+    def adapters(self, base: LogicalModel) -> Adapters:
+        """What stands beside the weights (``mixtral_peft``); nothing says its scaling."""
+        ranks: dict[str, int] = {}
+        biased: set[str] = set()
+        for key, stored in (item for tensors in self.stored.values() for item in tensors.items()):
+            if match := _ADAPTED.fullmatch(key):
+                layer, attention, expert, part = match.groups()
+                matrix = f"{layer}attention.{attention}.weight" if attention else f"{layer}feed_forward.experts.{expert}"
+                if part == "bias":
+                    biased.add(matrix)
+                elif len(stored.shape) == 2:
+                    ranks[matrix] = stored.shape[0]
+        return {matrix: Adapter(rank=ranks.get(matrix, 0), bias=matrix in biased) for matrix in ranks.keys() | biased}
 
-    def _own_layout(self) -> str:
+    def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
+        for rank, file in enumerate(self.stored):
+            yield from rank_tiles(logical, self.layout, rank, self.size, file)
+
+    def _own_layout(self) -> Layout:
         """What meta.json says; where there is none, what the names say."""
         meta = self.directory / "meta.json"
         named = read_mapping(meta).get("llama_type") if meta.is_file() else None
         if named is not None:
             if not isinstance(named, str):
                 raise UserError(f"{meta}: llama_type is {named!r}, expected a name")
-            return get_layout(named).name
+            return get_layout(named)
         fused = any(re.search(r"\.feed_forward\.w1$", key) for keys in self.stored.values() for key in keys)
-        return "mixtral_sparse" if fused else "mixtral"
+        return SPARSE if fused else EXPERT
 
 
 def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
@@ -126,12 +121,10 @@ def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
         )
 
 
-def planned_tiles(
-    args: ModelArgs, layout: str, size: int, suffix: FileFormat, adapters: Adapters | None = None
-) -> Iterator[Tile]:
+def planned_tiles(logical: LogicalModel, layout: Layout, size: int, suffix: FileFormat) -> Iterator[Tile]:
     """The tiles of a whole directory that is to be written."""
     for rank in range(size):
-        yield from rank_tiles(args, get_layout(layout), rank, size, file_name(rank, size, suffix), adapters)
+        yield from rank_tiles(logical, layout, rank, size, file_name(rank, size, suffix))
 
 
 def check_suffix(args: ModelArgs, suffix: FileFormat) -> None:
@@ -148,7 +141,7 @@ def rank_notes(rank: int, size: int) -> dict[str, str]:
     return {"rank": str(rank), "size": str(size)}
 
 
-def write_description(directory: Path, args: ModelArgs, layout: str, biased: bool = False) -> None:
+def write_description(directory: Path, args: ModelArgs, layout: Layout, biased: bool = False) -> None:
     """config.json and meta.json. ``biased``: the files hold biases, as ``mixtral_peft`` has them."""
     write_json(directory / "config.json", args.to_dict() | ({"bias_tuning": True} if biased else {}))
-    write_json(directory / "meta.json", {"llama_type": "mixtral_peft" if biased else layout})
+    write_json(directory / "meta.json", {"llama_type": "mixtral_peft" if biased else layout.name})

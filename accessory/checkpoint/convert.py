@@ -1,11 +1,9 @@
 """Write a checkpoint in any format: one tensor after the other, whatever the model's size."""
 
 import errno
-import math
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +11,21 @@ from typing import Literal
 
 import torch
 
-from accessory.checkpoint import accessory, huggingface, mistral
+from accessory.checkpoint import accessory, huggingface, mistral, peft
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
-from accessory.checkpoint.peft import write_peft
 from accessory.checkpoint.publish import prepare_directory, publish_directory
 from accessory.checkpoint.storage import TensorWriter
-from accessory.checkpoint.tiles import Tile
-from accessory.console import progress, say
+from accessory.checkpoint.tiles import Files, PlannedTensor, planned_tensors
+from accessory.console import listed, progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
-from accessory.model.adapter import Adapter, adapter_name
+from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, Source, divided_sizes, is_buffer, logical_cuts
-from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.model.logical import EMBEDDING, LogicalModel, Source, divided_sizes, is_buffer
+from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import check_divides
 from accessory.settings import FileFormat
 
@@ -48,7 +45,7 @@ class Target:
     def check(self, args: ModelArgs) -> None:
         """Raise UserError if a model of this shape cannot be written so."""
         if self.format in LAYOUTS:
-            check_divides(f"layout '{self.format}'", self.size, divided_sizes(args, get_layout(self.format)))
+            check_divides(f"layout '{self.format}'", self.size, divided_sizes(args, LAYOUTS[self.format]))
         elif self.size != 1:
             raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
         if self.format == "hf" and self.suffix != "safetensors":
@@ -73,55 +70,53 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
             or the tokenizer is not the model's.
     """
     target.check(checkpoint.args)
-    biased = {name: Adapter(bias=True) for name, adapter in checkpoint.adapters.items() if adapter.bias}
-    if biased and target.format in ("hf", "mistral"):
-        raise UserError(f"the format '{target.format}' has no place for biases; these have one: {_some([*biased])}")
     source = Merged(checkpoint)
+    logical, biased = source.logical, list(source.logical.adapters)
+    if biased and target.format in ("hf", "mistral"):
+        raise UserError(f"the format '{target.format}' has no place for biases; these have one: {listed(biased)}")
     destination = _free(destination)
     checkpoint.warn_of_differing_replicas()
     tokenizer = Tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
-    names = logical_cuts(checkpoint.args, get_layout("mixtral"), biased)
-    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in names}
-    buffers = filter(is_buffer, names)  # whose steps are too small for bf16
-    dtypes |= {name: at_least(dtypes[name]) for name in buffers}
+    dtypes = {name: target.dtype or checkpoint.dtype(name) for name in logical.shapes}
+    dtypes |= {name: at_least(dtypes[name]) for name in dtypes if is_buffer(name)}  # whose steps are too small for bf16
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
-    files = _planned_files(checkpoint.args, target, dtypes, biased)
-    nbytes = sum(_nbytes(tile, dtypes) for tiles in files.values() for tile in tiles)
-    with _written_whole(destination) as temporary:
-        _check_room(temporary, destination, nbytes)
-        damaged = _write_files(source, temporary, target, files, dtypes, nbytes)
+    files = _planned_files(logical, target, dtypes)
+    layout = LAYOUTS.get(target.format)
+    notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
+    with _written_whole(destination, _nbytes(files)) as temporary:
+        _write_files(source, temporary, files, notes)
         for name, path in checkpoint.carried.items():
             shutil.copyfile(path, temporary / name)
         if target.format == "hf":
-            keys = {file: [tile.key for tile in tiles] for file, tiles in files.items()}
             special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
             special = {key: number for key, number in special.items() if number >= 0}
-            dtype = dtypes["tok_embeddings.weight"]
-            huggingface.write_description(temporary, checkpoint.args, dtype, checkpoint.hf_config(), special, keys, nbytes)
-        elif target.format == "mistral":
-            mistral.write_description(temporary, checkpoint.args)
+            dtype = dtypes[EMBEDDING]
+            template, nbytes = checkpoint.hf_config(), _nbytes(files)
+            huggingface.write_description(temporary, checkpoint.args, dtype, template, special, files, nbytes)
+        elif layout:
+            accessory.write_description(temporary, checkpoint.args, layout, bool(biased))
         else:
-            accessory.write_description(temporary, checkpoint.args, target.format, bool(biased))
+            mistral.write_description(temporary, checkpoint.args)
     if source.unchanged:
-        say(f"warning: nothing changed in {_some(source.unchanged)}: what is added is lost in rounding, or is nothing")
-    if damaged:
-        say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {_some(damaged)}")
+        say(f"warning: nothing changed in {listed(source.unchanged)}: what is added is lost in rounding, or is nothing")
 
 
 def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
     """Write the adapters of ``checkpoint`` as the PEFT library saves them. Raises UserError for what it has no place for."""
-    if not checkpoint.adapters:
+    logical = checkpoint.logical
+    if not logical.adapters:
         raise UserError("there is no adapter to export; name the base, then the adapter's directory")
-    if more := [name for name in checkpoint.changed if name not in checkpoint.adapters]:
-        raise UserError(f"PEFT's LoRA has no place for trained weights of the base: {_some(more)}")
+    if more := [name for name in checkpoint.changed if name not in logical.adapters]:
+        raise UserError(f"PEFT's LoRA has no place for trained weights of the base: {listed(more)}")
     Target("peft").check(checkpoint.args)
+    files = planned_tensors(peft.planned_tiles(logical), {name: checkpoint.dtype(name) for name in logical.added})
     destination = _free(destination)
-    with _written_whole(destination) as temporary:
-        base = str(checkpoint.directories[0].directory.resolve())
-        write_peft(temporary, checkpoint, checkpoint.adapters, checkpoint.args, base)
+    with _written_whole(destination, _nbytes(files)) as temporary:
+        _write_files(checkpoint, temporary, files, {})
+        peft.write_description(temporary, logical.adapters, str(checkpoint.directories[0].directory.resolve()))
 
 
 def _free(destination: Path) -> Path:
@@ -135,10 +130,15 @@ def _free(destination: Path) -> Path:
 
 
 @contextmanager
-def _written_whole(destination: Path) -> Iterator[Path]:
-    """A temporary directory that becomes ``destination`` at the end, and goes if anything fails."""
+def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary directory that becomes ``destination`` at the end, and goes if anything fails; ``nbytes`` are needed."""
     temporary = prepare_directory(destination)
     try:
+        free = shutil.disk_usage(temporary).free
+        if free < nbytes:
+            raise UserError(
+                f"{destination}: the disk is too small: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            )
         yield temporary
         publish_directory(destination)
     except OSError as error:
@@ -150,74 +150,48 @@ def _written_whole(destination: Path) -> Iterator[Path]:
         raise
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-
-
-def _planned_files(
-    args: ModelArgs, target: Target, dtypes: dict[str, torch.dtype], biased: Adapters
-) -> dict[str, list[Tile]]:
+def _planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
     if target.format == "hf":
-        return _shards(huggingface.model_tiles(args), target, dtypes)
-    tiles = (
-        mistral.planned_tiles(args, target.suffix)
-        if target.format == "mistral"
-        else accessory.planned_tiles(args, target.format, target.size, target.suffix, biased)
-    )
-    files: dict[str, list[Tile]] = defaultdict(list)
-    for tile in tiles:
-        files[tile.file].append(tile)
-    return files
+        (tensors,) = planned_tensors(huggingface.model_tiles(logical), dtypes).values()
+        return _shards(tensors, target.shard_bytes)
+    if target.format == "mistral":
+        return planned_tensors(mistral.planned_tiles(logical, target.suffix), dtypes)
+    tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
+    return planned_tensors(tiles, dtypes)
 
 
-def _shards(tiles: Iterable[Tile], target: Target, dtypes: dict[str, torch.dtype]) -> dict[str, list[Tile]]:
-    """Deal tiles out to files of at most ``shard_bytes`` (but at least one tile)."""
-    shards: list[list[Tile]] = []
+def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:
+    """Deal tensors out to files of at most ``shard_bytes`` (but at least one tensor)."""
+    shards: list[dict[str, PlannedTensor]] = []
     room = 0.0
-    for tile in tiles:
-        size = _nbytes(tile, dtypes)
-        if size > room or not shards:
-            shards.append([])
-            room = target.shard_bytes
-        shards[-1].append(tile)
-        room -= size
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room or not shards:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards)}
 
 
-def _write_files(
-    source: Source,
-    directory: Path,
-    target: Target,
-    files: dict[str, list[Tile]],
-    dtypes: dict[str, torch.dtype],
-    nbytes: int,
-) -> list[str]:
-    """Write every file; returns the logical tensors that hold values which are no numbers."""
+def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[str, dict[str, str]]) -> None:
+    """Write every file, with its ``notes``. Values that are no numbers are told, not refused."""
     damaged: dict[str, None] = {}
-    with progress(total=nbytes, unit="B", unit_scale=True, desc="writing") as bar:
-        for rank, (file, tiles) in enumerate(files.items()):
-            announced = {tile.key: (dtypes[tile.name], tile.stored_shape()) for tile in tiles}
-            notes = accessory.rank_notes(rank, target.size) if target.format in LAYOUTS else {}
-            with TensorWriter(directory / file, announced, notes) as out:
-                for tile in tiles:
-                    tensor = tile.encode(source.read(tile.name, tile.region).to(dtypes[tile.name]))
-                    if not all_finite(tensor):
-                        damaged[tile.name] = None
-                    out.write(tile.key, tensor)
-                    bar.update(tensor.nbytes)
-                    del tensor  # before the next is read
-    return list(damaged)
+    with progress(total=_nbytes(files), unit="B", unit_scale=True, desc="writing") as bar:
+        for file, tensors in files.items():
+            announced = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+            with TensorWriter(directory / file, announced, notes.get(file, {})) as out:
+                for key, tensor in tensors.items():
+                    stored = tensor.filled(source)
+                    if not all_finite(stored):
+                        damaged |= {tile.name: None for tile in tensor.tiles}
+                    out.write(key, stored)
+                    bar.update(stored.nbytes)
+                    del stored  # before the next is read
+    if damaged:
+        say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {listed([*damaged])}")
 
 
-def _check_room(temporary: Path, destination: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(temporary).free
-    if free < nbytes:
-        raise UserError(
-            f"{destination}: the disk is too small: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        )
-
-
-def _nbytes(tile: Tile, dtypes: dict[str, torch.dtype]) -> int:
-    return math.prod(tile.stored_shape()) * dtypes[tile.name].itemsize
+def _nbytes(files: Files) -> int:
+    return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, index_file
-from accessory.checkpoint.tiles import Tile
+from accessory.checkpoint.tiles import Directory, Tile
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.console import say
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, logical_cuts
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,7 +35,8 @@ NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-_FUSED = {"w1": ("gate_up_proj", (0, 2)), "w3": ("gate_up_proj", (1, 2)), "w2": ("down_proj", (0, 1))}
+# a matrix of the experts -> the fused one that it is in, and which of how many parts of its rows it is
+FUSED = {"w1": ("gate_up_proj", (0, 2)), "w3": ("gate_up_proj", (1, 2)), "w2": ("down_proj", (0, 1))}
 # config.json key -> ModelArgs field, where the value is the same
 _CONFIG = {
     "hidden_size": "dim",
@@ -52,15 +53,13 @@ _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_
 DEFAULT_ROPE_THETA = 1e6
 
 
-class HuggingFaceDirectory:
+class HuggingFaceDirectory(Directory):
     """A directory of the files above."""
 
-    format, layout, size, adds = "hf", "mixtral", 1, False
-    may_lack, fingerprint = True, None
+    format = "hf"
 
     def __init__(self, directory: Path, tensors: dict[str, Stored]):
         self.directory = directory
-        self.adapters: Adapters = {}
         self.stored = {"": {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}}
         self.fused = any(".mlp." in key for key in tensors)
 
@@ -88,8 +87,8 @@ class HuggingFaceDirectory:
             tensors |= found
         return cls(directory, tensors)
 
-    def tiles(self, args: ModelArgs) -> Iterator[Tile]:
-        return model_tiles(args, self.fused)
+    def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
+        return model_tiles(logical, self.fused)
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:
@@ -104,27 +103,38 @@ def _indexed(directory: Path) -> dict[str, Stored]:
     return {key: files[file][key] for key, file in weight_map.items()}
 
 
-def model_tiles(args: ModelArgs, fused: bool = False) -> Iterator[Tile]:
+def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
     """The tiles of a whole model, not yet dealt out to files (an index says which file holds what)."""
-    if args.moe.score_bias:
+    if logical.args.moe.score_bias:
         raise UserError("Hugging Face's files have no place for the routers' score biases: take moe.score_bias out")
-    for name, cut in logical_cuts(args, get_layout("mixtral")).items():
-        region = cut.region(0, 1)
-        in_layer = re.fullmatch(r"(layers\.\d+\.)(.+)", name)
-        layer, rest = (f"model.{in_layer[1]}", in_layer[2]) if in_layer else ("", name)
+    for name in logical.base:
+        region, (layer, rest) = logical.whole(name), split_layer(name)
         _, is_expert, weight = rest.partition("experts.")
         if rest == "feed_forward.gate.weight":
             yield Tile(name, region, "", f"{layer}{'mlp' if fused else 'block_sparse_moe'}.gate.weight")
         elif not is_expert:
-            pairs = args.head_dim if rest in ("attention.wq.weight", "attention.wk.weight") else None
-            yield Tile(name, region, "", layer + NAMES[rest], head_dim=pairs)
+            yield Tile(name, region, "", layer + NAMES[rest], row_order(name, logical.args))
         elif fused:
-            key, slot = _FUSED[weight]
-            yield Tile(name, region, "", f"{layer}mlp.experts.{key}", slot=slot)
+            key, part = FUSED[weight]
+            yield Tile(name, region, "", f"{layer}mlp.experts.{key}", Encoding("e f d -> e (s f) d", s=part))
         else:
-            for e in range(args.moe.num_experts):
+            for e in range(logical.args.moe.num_experts):
                 key = f"{layer}block_sparse_moe.experts.{e}.{weight}.weight"
-                yield Tile(name, (slice(e, e + 1), *region[1:]), "", key)
+                yield Tile(name, (slice(e, e + 1), *region[1:]), "", key, Encoding("e f d -> f d"))
+
+
+def split_layer(name: str) -> tuple[str, str]:
+    """Hugging Face's name of a logical tensor's layer, "" outside of layers, and the rest of our name."""
+    in_layer = re.fullmatch(r"(layers\.\d+\.)(.+)", name)
+    return (f"model.{in_layer[1]}", in_layer[2]) if in_layer else ("", name)
+
+
+def row_order(matrix: str, args: ModelArgs) -> Encoding:
+    """How a matrix [rows, columns] is stored, and B of its adapter: of q and k the rotary pairs of each head as two halves,
+    rows 0 1 2 3 4 5 as 0 2 4 1 3 5."""
+    if matrix.endswith((".wq.weight", ".wk.weight")):
+        return Encoding("(head pair two) d -> (head two pair) d", pair=args.head_dim // 2, two=2)
+    return AS_IS
 
 
 def args_from(config: dict[str, Any], where: str) -> ModelArgs:

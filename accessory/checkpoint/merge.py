@@ -5,32 +5,33 @@ from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.dtypes import at_least
-from accessory.model.adapter import adapter_name
-from accessory.model.logical import Region
+from accessory.model.adapter import Adapter, adapter_name
+from accessory.model.logical import EMBEDDING, LogicalModel, Region, as_matrix
 
 
 class Merged:
     """``checkpoint`` as a source in which every matrix has its LoRA adapter folded in; biases stay tensors of their own.
 
     Attributes:
+        logical: its tensors.
         unchanged: trained tensors that were read, and in which no value changed once it was rounded to the base's precision.
     """
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
+        biased = {name: Adapter(bias=True) for name, adapter in checkpoint.logical.adapters.items() if adapter.bias}
+        self.logical = LogicalModel(checkpoint.logical.args, biased)
         self._replaced = set(checkpoint.changed)
         self._changed: dict[str, bool] = {}
 
     def read(self, name: str, region: Region) -> Tensor:
         value = self.checkpoint.read(name, region)
-        adapter = self.checkpoint.adapters.get(name)
+        adapter = self.checkpoint.logical.adapters.get(name)
         if name in self._replaced:
             self._note(name, value, self.checkpoint.read_base(name, region))
         if adapter is None or not adapter.rank:
             return value
-        *groups, rows, columns = region
-        if name == "tok_embeddings.weight":  # stored [V, D], maps V to D
-            rows, columns = columns, rows
+        *groups, rows, columns = as_matrix(name, region)
         ranks = slice(0, adapter.rank)
         name_a, name_b = adapter_name(name, "lora_a"), adapter_name(name, "lora_b")
         a = self.checkpoint.read(name_a, (*groups, ranks, columns))
@@ -38,7 +39,7 @@ class Merged:
         wide = value.to(torch.promote_types(at_least(value.dtype), a.dtype))
         a, b = a.to(wide.dtype), b.to(wide.dtype)
         delta = torch.matmul(b, a) * adapter.scaling
-        merged = wide + (delta.mT if name == "tok_embeddings.weight" else delta)
+        merged = wide + (delta.mT if name == EMBEDDING else delta)
         self._note(name, merged, value)
         return merged
 

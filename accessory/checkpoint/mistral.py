@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from accessory.checkpoint.accessory import PREFIX, rank_tiles
+from accessory.checkpoint.accessory import rank_tiles
 from accessory.checkpoint.storage import Stored, index_file
-from accessory.checkpoint.tiles import Tile
+from accessory.checkpoint.tiles import Directory, Tile
 from accessory.config import write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import EXPERT, SPARSE
 from accessory.settings import FileFormat
 
 _PATTERN = re.compile(
@@ -28,15 +28,13 @@ _PATTERN = re.compile(
 )
 
 
-class MistralDirectory:
+class MistralDirectory(Directory):
     """A directory of the files above."""
 
-    format, layout, size, adds = "mistral", "mixtral", 1, False
-    may_lack, fingerprint = True, None
+    format = "mistral"
 
     def __init__(self, directory: Path, files: dict[str, dict[int, Path]]):
         self.directory = directory
-        self.adapters: Adapters = {}
         tensors: dict[str, Stored] = {}
         for parts in files.values():
             for key, stored in index_file(*(parts[number] for number in sorted(parts))).tensors.items():
@@ -56,19 +54,17 @@ class MistralDirectory:
                 files[name] = {-1: parts[-1]}
         return cls(directory, files) if files else None
 
-    def tiles(self, args: ModelArgs) -> Iterator[Tile]:
+    def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
         merged = any(".block_sparse_moe." in key for key in self.stored[""])
-        layout = get_layout("mixtral_sparse" if merged else "mixtral")
-        for tile in rank_tiles(args, layout, 0, 1, ""):
-            key = tile.key.removeprefix(PREFIX)
-            yield dataclasses.replace(tile, key=key.replace(".feed_forward.", ".block_sparse_moe.") if merged else key)
+        for tile in rank_tiles(logical, SPARSE if merged else EXPERT, 0, 1, "", prefix=""):
+            key = tile.key.replace(".feed_forward.", ".block_sparse_moe.") if merged else tile.key
+            yield dataclasses.replace(tile, key=key)
 
 
-def planned_tiles(args: ModelArgs, suffix: FileFormat) -> Iterator[Tile]:
+def planned_tiles(logical: LogicalModel, suffix: FileFormat) -> Iterator[Tile]:
     """The tiles of a whole directory that is to be written."""
     file = "consolidated.safetensors" if suffix == "safetensors" else "consolidated.00.pth"
-    for tile in rank_tiles(args, get_layout("mixtral"), 0, 1, file):
-        yield dataclasses.replace(tile, key=tile.key.removeprefix(PREFIX))
+    return rank_tiles(logical, EXPERT, 0, 1, file, prefix="")
 
 
 def write_description(directory: Path, args: ModelArgs) -> None:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,48 +16,28 @@ from accessory.checkpoint.huggingface import HuggingFaceDirectory, args_from
 from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import carried_files
-from accessory.checkpoint.storage import Stored
-from accessory.checkpoint.tiles import Tile, TileReader
+from accessory.checkpoint.tiles import Directory, TileReader
 from accessory.config import from_mapping, read_mapping
-from accessory.console import say
+from accessory.console import listed, say
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
-from accessory.model.logical import Adapters, Region, logical_cuts
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel, Region
 
-PathLike = str | Path
+Paths = str | Path | Sequence[str | Path]
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
 # of the reference's config.json: what it adds to a model, which its files show as well
 _PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
 
-class Directory(Protocol):
-    """A checkpoint directory in one of the formats."""
-
-    directory: Path
-    format: str  # as ``accessory convert --to`` calls it
-    layout: str  # how its experts are cut: "mixtral" or "mixtral_sparse"
-    size: int  # into how many model-parallel parts
-    adds: bool  # its values are to be added to another checkpoint's
-    may_lack: bool  # behind a base, it need not hold all that the format has a place for
-    fingerprint: str | None  # of the base that it belongs to, if it says so
-    adapters: Adapters  # what it adds to matrices (known once it has been asked for its tiles)
-    stored: dict[str, dict[str, Stored]]
-
-    def tiles(self, args: ModelArgs) -> Iterator[Tile]: ...
-
-
-def recognise(path: PathLike) -> Directory:
+def recognise(path: str | Path) -> Directory:
     """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a checkpoint")
-    kinds: tuple[Any, ...] = (AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory)
-    for kind in kinds:
-        found: Directory | None = kind.find(directory)
-        if found is not None:
+    for format in (AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory):
+        if found := format.find(directory):
             return found
     if (directory / "state.json").is_file():
         raise UserError(f"{directory}: a training state, which resume={directory} goes on from, is no checkpoint")
@@ -67,7 +47,7 @@ def recognise(path: PathLike) -> Directory:
     )
 
 
-def load_args(paths: PathLike | Sequence[PathLike]) -> ModelArgs:
+def load_args(paths: Paths) -> ModelArgs:
     """Read the model's shape from a config.json of any format, or a params.json; of several, later keys win."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     config = {key: value for path in paths for key, value in read_mapping(path).items() if key not in _PEFT_KEYS}
@@ -92,8 +72,8 @@ class Checkpoint:
 
     Attributes:
         args: the model's shape.
+        logical: its tensors, those of all adapters among them.
         layout: the layout to run it in, if the user names none.
-        adapters: what is added to matrices, by matrix; their tensors are read by their own logical names.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
         carried: files to be copied along, by name.
         sound: whether everything fitted.
@@ -102,12 +82,7 @@ class Checkpoint:
         UserError: something is missing, damaged, unexpected or of the wrong shape.
     """
 
-    def __init__(
-        self,
-        paths: PathLike | Sequence[PathLike],
-        config: PathLike | Sequence[PathLike] | None = None,
-        strict: bool = True,
-    ):
+    def __init__(self, paths: Paths, config: Paths | None = None, strict: bool = True):
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         if not paths:
             raise UserError("expected a checkpoint directory, found an empty list")
@@ -122,47 +97,45 @@ class Checkpoint:
             self.carried |= carried_files(directory.directory)
         tokenizers = (d.directory / name for name in TOKENIZERS for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
-        self.readers = [TileReader(str(d.directory), d.tiles(self.args), d.stored) for d in self.directories]
-        self.sound = True
-        self.adapters: dict[str, Adapter] = {}
-        for number, directory in enumerate(self.directories):
-            both = self.adapters.keys() & directory.adapters.keys()
+        without = LogicalModel(self.args)
+        self._added = [directory.adapters(without) for directory in self.directories]
+        adapters: dict[str, Adapter] = {}
+        for number, (directory, added) in enumerate(zip(self.directories, self._added, strict=True)):
+            both = adapters.keys() & added.keys()
             # what the base itself holds beside its weights may have been trained further
-            again = number == 1 and all(self.adapters[name] == directory.adapters[name] for name in both)
+            again = number == 1 and all(adapters[name] == added[name] for name in both)
             if both and not again:
                 raise UserError(f"{directory.directory}: {min(both)} has an adapter already; merge the first adapter before")
-            self.adapters |= directory.adapters
-        self._random: RandomWeights | None = None
+            adapters |= added
+        self.logical = LogicalModel(self.args, adapters)
+        self.readers = [
+            TileReader(str(directory.directory), directory.tiles(LogicalModel(self.args, added)), directory.stored)
+            for directory, added in zip(self.directories, self._added, strict=True)
+        ]
+        self.sound = True
+        self._random = None if strict else RandomWeights(self.logical, seed=0)
         self._check(strict)
 
     def _check(self, strict: bool) -> None:
         for number, reader in enumerate(self.readers):
-            problems = list(
-                reader.problems(partial=number > 0 and self.directories[number].may_lack, most=2 if strict else None)
-            )
+            partial = number > 0 and self.directories[number].may_lack
+            problems = list(reader.problems(partial, most=2 if strict else None))
             if strict and problems:
-                more = f" (and {len(problems) - 2} more problems)" if len(problems) > 2 else ""
-                told = "; ".join(problems[:2]) + more
+                told = listed(problems, 2, separator="; ")
                 raise UserError(f"{told}: does config.json describe this checkpoint? accessory inspect lists all")
             for problem in problems:
                 say(f"warning: {problem}")
             self.sound &= not problems
-        for directory in self.directories:
-            theirs = directory.fingerprint
+        for path, theirs in ((d.directory, d.fingerprint) for d in self.directories):
             if theirs is not None and theirs != self.fingerprint:
-                message = (
-                    f"{directory.directory}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
-                )
+                message = f"{path}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
                 if strict:
                     raise UserError(f"{message}; name the base that it was trained on, or force it (--force, strict=False)")
                 say(f"warning: {message}")
                 self.sound = False
-        matrices = logical_cuts(self.args, get_layout(self.layout))
-        for name in logical_cuts(self.args, get_layout(self.layout), self.adapters).keys() - matrices.keys():
+        for name in self.logical.added:
             if not any(name in reader.complete for reader in self.readers):
                 raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
-        if not strict:
-            self._random = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), seed=0)
 
     def read(self, name: str, region: Region) -> Tensor:
         """The values of logical tensor ``name`` in ``region``."""
@@ -185,14 +158,13 @@ class Checkpoint:
     @functools.cached_property
     def base_layers(self) -> int:
         """How many of the directories are the base: those before the first that was trained on it."""
-        trained = (n for n, d in enumerate(self.directories) if n and (d.adapters or d.fingerprint is not None))
+        trained = (n for n, d in enumerate(self.directories) if n and (self._added[n] or d.fingerprint is not None))
         return next(trained, len(self.directories))
 
     @functools.cached_property
     def changed(self) -> list[str]:
         """The base's own tensors that were trained, and come from the directories behind it."""
-        matrices = logical_cuts(self.args, get_layout("mixtral"))
-        return sorted({n for reader in self.readers[self.base_layers :] for n in matrices if reader.tiles[n]})
+        return sorted({n for reader in self.readers[self.base_layers :] for n in self.logical.base if reader.tiles[n]})
 
     def read_base(self, name: str, region: Region) -> Tensor:
         """What the base holds of a tensor."""
@@ -201,7 +173,7 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the base."""
-        return fingerprint(_Base(self), self.args)
+        return fingerprint(self.read_base, self.logical)
 
     def hf_config(self) -> dict[str, Any]:
         """The first directory's config.json, if it is Hugging Face's."""
@@ -211,27 +183,16 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """A dtype that holds every value that the directories have for logical tensor ``name``."""
         holding = [n for n, reader in enumerate(self.readers) if reader.tiles[name]]
-        # an adapter's tensors are kept in the precision they were trained in: the base's decides where it has its own
-        dtypes = [self.readers[n].dtype(name) for n in holding if self.directories[n].format != "adapter" or n == holding[0]]
+        if name in self.logical.base:  # trained beside the base, it is in the precision of training: the base's own decides
+            holding = [n for n in holding if self.directories[n].format != "adapter" or n == holding[0]]
+        dtypes = [self.readers[n].dtype(name) for n in holding]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def warn_of_differing_replicas(self) -> None:
         """Say so if ranks' files do not agree about what each of them holds whole; the first file's values are used."""
         for reader in self.readers:
             if names := reader.differing_replicas():
-                say(
-                    f"warning: {reader.where}: the files do not agree about {', '.join(names[:4])}; do they belong together?"
-                )
-
-
-@dataclasses.dataclass
-class _Base:
-    """A checkpoint's base as a source."""
-
-    checkpoint: Checkpoint
-
-    def read(self, name: str, region: Region) -> Tensor:
-        return self.checkpoint.read_base(name, region)
+                say(f"warning: {reader.where}: the files do not agree about {listed(names)}; do they belong together?")
 
 
 def own_config(directory: Path) -> Path:

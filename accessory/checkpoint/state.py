@@ -22,12 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, TensorWriter, index_file
 from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Region
+from accessory.model.logical import Region, region_shape
 from accessory.parallel.watchdog import progressed
 
 MANIFEST, CONFIG, SUMS = "state.json", "config.json", "SHA256SUMS"
@@ -81,7 +82,8 @@ class TrainingState:
             self._checksums[file] = {key: entry["crc32"] for key, entry in table.items()}
             for key, entry in table.items():
                 kind_and_name, _, _ = key.rpartition("/")
-                tiles.append(Tile(kind_and_name, tuple(slice(*ends) for ends in entry["box"]), file, key))
+                box = tuple(slice(*ends) for ends in entry["box"])
+                tiles.append(Tile(kind_and_name, box, file, key, _encoding(box)))
         self._reader = TileReader(str(directory), tiles, self.stored)
         if problems := list(self._reader.problems(partial=False, most=2)):
             raise UserError(f"{'; '.join(problems)}: this training state is damaged; resume from another one")
@@ -146,6 +148,11 @@ def newest_state(directory: Path) -> Path | None:
     return next(reversed(states_in(directory)), None)
 
 
+def _encoding(box: Region) -> Encoding:
+    """A model holds its experts one above the other."""
+    return Encoding("e f d -> (e f) d") if len(box) == 3 else AS_IS
+
+
 def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
@@ -157,7 +164,7 @@ def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Te
         The digests that ``write_notes`` needs, by file name.
     """
     path = directory / f"part-{rank:03d}.safetensors"
-    shapes = {key: Tile(key, box, path.name, key).stored_shape() for key, (box, _) in pieces.items()}
+    shapes = {key: _encoding(box).stored_shape(region_shape(box)) for key, (box, _) in pieces.items()}
     table: dict[str, Any] = {}
     with TensorWriter(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {}) as file:
         for key, (box, tensor) in pieces.items():

@@ -8,75 +8,101 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored
-from accessory.model.logical import Region, region_shape
+from accessory.console import listed
+from accessory.model.logical import Adapters, LogicalModel, Region, Shape, Source, region_shape
+from accessory.model.moe.layouts import EXPERT, Layout
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Where ``region`` of logical tensor ``name`` is stored: under ``key`` of ``file``.
+    """Where ``region`` of logical tensor ``name`` is stored: under ``key`` of ``file``, as ``encoding`` says.
 
-    All dimensions but the last are merged.
-    ``transposed``: the last two dimensions change places before they are merged.
-    ``head_dim``: rows are rotary pairs (0, 1), (2, 3), ... of heads of this size, stored as two halves: 0, 2, ..., 1, 3, ...
-    ``slot`` (i, n): instead of merged, stored with three dimensions, as the i-th of n equal parts along dimension 1.
-    ``groups_last``: with a slot; the first dimension is stored as the last one, merged with it and counting fastest.
-    ``one_group``: the first dimension, of size 1, is left out rather than merged.
+    What lies under a key is one tile, or several side by side.
     """
 
     name: str
     region: Region
     file: str
     key: str
-    transposed: bool = False
-    head_dim: int | None = None
-    slot: tuple[int, int] | None = None
-    groups_last: bool = False
-    one_group: bool = False
+    encoding: Encoding = AS_IS
 
-    def stored_shape(self) -> tuple[int, ...]:
-        sizes = self._dimensions()
-        if self.slot is not None:
-            rows = sizes[1] * self.slot[1]
-            return (rows, sizes[2] * sizes[0]) if self.groups_last else (sizes[0], rows, sizes[2])
-        if self.one_group:
-            return tuple(sizes[1:])
-        return (math.prod(sizes[:-1]), sizes[-1]) if len(sizes) > 1 else tuple(sizes)
-
-    def encode(self, box: Tensor) -> Tensor:
-        """The logical box as it is stored (a format that is written gives every box a tensor of its own)."""
-        assert self.slot in (None, (0, 1)) and not self.groups_last
-        if self.head_dim:
-            box = box.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2)
-        return (box.mT if self.transposed else box).reshape(self.stored_shape()).contiguous()
+    def stored_shape(self) -> Shape:
+        return self.encoding.stored_shape(region_shape(self.region))
 
     def read(self, stored: Tensor, inside: Region) -> Tensor:
         """The part ``inside`` of the region, from the stored tensor; a view of it unless rows must be put in order."""
-        if self.head_dim:  # whole heads, but only those that are asked for
-            rows, *columns = inside
-            first = rows.start // self.head_dim * self.head_dim
-            heads = stored[first : -(-rows.stop // self.head_dim) * self.head_dim]
-            ordered = heads.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-            return ordered[(slice(rows.start - first, rows.stop - first), *columns)]
-        return self._decode(stored)[inside]
+        return self.encoding.read(stored, region_shape(self.region), inside)
 
-    def _decode(self, stored: Tensor) -> Tensor:
-        if self.groups_last:
-            stored = stored.unflatten(-1, (-1, region_shape(self.region)[0])).movedim(-1, 0)
-        if self.slot is not None:
-            return stored.chunk(self.slot[1], 1)[self.slot[0]]
-        box = stored.reshape(self._dimensions())
-        return box.mT if self.transposed else box
 
-    def _dimensions(self) -> list[int]:
-        sizes = list(region_shape(self.region))
-        if self.transposed:
-            sizes[-2:] = sizes[-1], sizes[-2]
-        return sizes
+@dataclass
+class PlannedTensor:
+    """A stored tensor that is to be written, and the tiles in it; what they leave free is zero."""
+
+    shape: Shape
+    dtype: torch.dtype
+    tiles: list[Tile]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def filled(self, source: Source) -> Tensor:
+        """It, with what ``source`` has."""
+        if len(self.tiles) == 1 and self.tiles[0].encoding.keeps_order:  # the box itself: nothing is copied
+            (tile,) = self.tiles
+            return source.read(tile.name, tile.region).to(self.dtype).reshape(self.shape)
+        stored = torch.zeros(self.shape, dtype=self.dtype)
+        for tile in self.tiles:
+            tile.encoding.write(source.read(tile.name, tile.region), stored)
+        return stored
+
+
+Files = dict[str, dict[str, PlannedTensor]]
+"""File -> key -> what is to be written there."""
+
+
+def planned_tensors(tiles: Iterable[Tile], dtypes: Mapping[str, torch.dtype]) -> Files:
+    """What tiles make together. ``dtypes``: of the logical tensors; what several share is in one that holds them all."""
+    files: Files = defaultdict(dict)
+    for tile in tiles:
+        dtype = dtypes[tile.name]
+        planned = files[tile.file].setdefault(tile.key, PlannedTensor(tile.stored_shape(), dtype, []))
+        planned.dtype = torch.promote_types(planned.dtype, dtype)
+        planned.tiles.append(tile)
+    return files
+
+
+class Directory:
+    """A checkpoint directory in one of the formats."""
+
+    format: str  # as ``accessory convert --to`` calls it
+    layout: Layout = EXPERT  # how its experts are cut
+    size = 1  # into how many model-parallel parts
+    adds = False  # its values are to be added to another checkpoint's
+    may_lack = True  # behind a base, it need not hold all that the format has a place for
+    fingerprint: str | None = None  # of the base that it belongs to, if it says so
+    directory: Path
+    stored: dict[str, dict[str, Stored]]  # file -> key -> tensor
+
+    @classmethod
+    def find(cls, directory: Path) -> "Directory | None":
+        """What ``directory`` is in this format, if it is."""
+        raise NotImplementedError
+
+    def adapters(self, base: LogicalModel) -> Adapters:
+        """What it adds to the matrices of a model."""
+        return {}
+
+    def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
+        """Where the tensors of the model with these adapters are."""
+        raise NotImplementedError
 
 
 class TileReader:
@@ -100,9 +126,9 @@ class TileReader:
         self.missing = [place for place in expected if place not in there]
         self.unexpected = [place for place in there if place not in expected]
         self.misshapen = {
-            place: tiles[0].stored_shape()
-            for place, tiles in expected.items()
-            if place in there and there[place].shape != tiles[0].stored_shape()
+            place: shape
+            for place, tiles_here in expected.items()
+            if place in there and there[place].shape != (shape := tiles_here[0].stored_shape())
         }
         self.tiles: dict[str, list[Tile]] = defaultdict(list)
         self.replicas: list[tuple[Tile, Tile]] = []
@@ -128,13 +154,13 @@ class TileReader:
             for file, key in places:
                 by_file[file].append(key)
             for file, keys in by_file.items():
-                yield f"{self._path(file)} {verb} {_listed(keys, most)}"
+                yield f"{self._path(file)} {verb} {listed(keys, most)}"
         if self.misshapen:
             shapes = [
                 f"{key} has shape {list(self.stored[file][key].shape)}, config.json asks for {list(shape)}"
                 for (file, key), shape in self.misshapen.items()
             ]
-            yield f"{self._path(next(iter(self.misshapen))[0])}: {_listed(shapes, most)}"
+            yield f"{self._path(next(iter(self.misshapen))[0])}: {listed(shapes, most)}"
 
     def differing_replicas(self) -> list[str]:
         """Keys that several files hold, but not with the same values (they are small: norms and routers)."""
@@ -182,8 +208,3 @@ def _common(a: Region, b: Region) -> list[slice]:
 def within(box: Sequence[slice], outer: Region) -> Region:
     """``box`` counted from the beginning of ``outer``."""
     return tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(box, outer, strict=True))
-
-
-def _listed(names: list[str], most: int | None) -> str:
-    left = len(names) - (most or len(names))
-    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")

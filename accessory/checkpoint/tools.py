@@ -10,14 +10,15 @@ from typing import Literal
 import torch
 
 from accessory.checkpoint.convert import Target, convert, export_peft
-from accessory.checkpoint.open import Checkpoint, recognise
+from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.verify import compare, different_settings
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import DTYPES, get_dtype
 from accessory.errors import UserError
-from accessory.model.logical import divided_sizes, logical_cuts
-from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.model.logical import divided_sizes
+from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import allowed_sizes
+from accessory.tuning.spec import PRESETS, matches
 
 TITLES = {
     "hf": "Hugging Face (MixtralForCausalLM)",
@@ -27,36 +28,31 @@ TITLES = {
     "adapter": "an adapter of this program",
     "peft": "an adapter of PEFT",
 }
-GROUPS = {
-    "embeddings": "tok_embeddings",
-    "attention": ".attention.",
-    "router": ".gate.",
-    "experts": ".experts.",
-    "norms": "norm.",
-    "output": "output",
-}
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
+    _convert(Checkpoint(arguments.sources, arguments.config, strict=not arguments.force), arguments)
+
+
+def _convert(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     dtype = get_dtype(arguments.dtype) if arguments.dtype else None
-    checkpoint = Checkpoint(arguments.sources, arguments.config, strict=not arguments.force)
     if arguments.to == "peft":
         export_peft(checkpoint, arguments.destination)
-        print(f"wrote {arguments.destination}")
-        return
-    target = Target(arguments.to, arguments.mp, dtype, arguments.format, arguments.shard_gb * 1e9)
-    convert(checkpoint, arguments.destination, target)
+    else:
+        target = Target(arguments.to, arguments.mp, dtype, arguments.format, arguments.shard_gb * 1e9)
+        convert(checkpoint, arguments.destination, target)
     print(f"wrote {arguments.destination}")
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
     """Fold an adapter into its base, by default in the base's own format."""
-    base, adapter = (recognise(path) for path in arguments.sources)
-    if not adapter.adapters and adapter.format not in ("adapter", "peft"):
+    checkpoint = Checkpoint(arguments.sources, arguments.config, strict=not arguments.force)
+    base, adapter = checkpoint.directories
+    if checkpoint.base_layers > 1:
         raise UserError(f"{adapter.directory}: no adapter in it; accessory convert lays whole directories over one another")
     arguments.to = arguments.to or base.format
     arguments.mp = arguments.mp or (base.size if arguments.to == base.format else 1)
-    run_convert(arguments)
+    _convert(checkpoint, arguments)
 
 
 def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
@@ -94,22 +90,22 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")
         check_vocabulary(tokenizer, args.vocab_size)
     print(f"  fingerprint {checkpoint.fingerprint}")
-    kinds = Counter((a.rank, a.scaling, a.bias) for a in checkpoint.adapters.values())
+    kinds = Counter((a.rank, a.scaling, a.bias) for a in checkpoint.logical.adapters.values())
     for (rank, scaling, bias), count in kinds.items():
         print(f"  adapters    on {count} matrices: rank {rank}, scaling {scaling:g}{', with bias' * bias}")
     for layout in LAYOUTS.values():
-        sizes = allowed_sizes(divided_sizes(args, layout))
-        print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, sizes))}")
-    cuts = logical_cuts(args, get_layout("mixtral"))
+        allowed = allowed_sizes(divided_sizes(args, layout))
+        print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, allowed))}")
+    logical = checkpoint.logical
     print(f"\n  {'tensors':<12}{'count':>6}  {'parameters':>16}  dtype")
     total = 0
-    for group, part in GROUPS.items():
-        names = [n for n in cuts if part in n and (group != "norms" or ".gate." not in n)]
-        size = sum(math.prod(cuts[name].shape) for name in names)
+    for group in PRESETS:
+        names = [name for name in logical.base if matches(group, name)]
+        size = sum(logical.sizes[name] for name in names)
         dtypes = Counter(str(checkpoint.dtype(name)).removeprefix("torch.") for name in names)
         print(f"  {group:<12}{len(names):>6}  {size:>16,}  {', '.join(dtypes)}")
         total += size
-    print(f"  {'all':<12}{len(cuts):>6}  {total:>16,}  {args.active_parameters():,} active per token")
+    print(f"  {'all':<12}{len(logical.base):>6}  {total:>16,}  {args.active_parameters():,} active per token")
     checkpoint.warn_of_differing_replicas()
     if not checkpoint.sound:
         sys.exit("accessory: error: files and config.json do not fit together (see the warnings)")

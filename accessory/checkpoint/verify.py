@@ -10,9 +10,7 @@ from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.console import progress
 from accessory.dtypes import at_least_fp32
-from accessory.model.adapter import Adapter
-from accessory.model.logical import Region, logical_cuts, region_shape
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import Region, region_shape, whole_region
 
 # they say nothing about the function that the model computes
 _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
@@ -55,16 +53,17 @@ def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, 
 
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
     """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory."""
-    biased = [{name: Adapter(bias=True) for name, adapter in c.adapters.items() if adapter.bias} for c in (a, b)]
-    names_a, names_b = (logical_cuts(c.args, get_layout("mixtral"), some) for c, some in zip((a, b), biased, strict=True))
-    merged_a, merged_b = Merged(a), Merged(b)
+    merged = Merged(a), Merged(b)
+    shapes = merged[0].logical.shapes | merged[1].logical.shapes
     result = []
-    for name, cut in progress((names_a | names_b).items(), desc="comparing", unit="tensor"):
+    for name, shape in progress(shapes.items(), desc="comparing", unit="tensor"):
         comparison = Comparison(name, (a.dtype(name), b.dtype(name)))
-        for region in _matrices(cut.region(0, 1)):
+        for region in _matrices(whole_region(shape)):
             here, there = (
-                source.read(name, region).contiguous() if name in names else torch.zeros(region_shape(region))
-                for source, names in ((merged_a, names_a), (merged_b, names_b))
+                source.read(name, region).contiguous()
+                if name in source.logical.shapes
+                else torch.zeros(region_shape(region))
+                for source in merged
             )
             comparison.add(here, there)
         result.append(comparison)

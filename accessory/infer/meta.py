@@ -19,6 +19,7 @@ from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
+from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
 
@@ -76,16 +77,15 @@ class MetaModel:
         tokenizer = Tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
         default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        layout = llama_type or checkpoint.layout
+        layout = get_layout(llama_type) if llama_type else checkpoint.layout
         where = torch.device(device) if device is not None else default
         llma = build_model(
-            checkpoint.args,
+            checkpoint.logical,
             layout,
             checkpoint,
             mesh=mesh_of(mp_group),
             dtype=dtype,
             device=where,
-            adapters=checkpoint.adapters,
             trains=frozenset(),
         )
         return cls(llma, tokenizer, max_seq_len)

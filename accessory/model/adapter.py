@@ -5,6 +5,7 @@ with W's output. What is then whole on every rank, while the ranks compute diffe
 on each: A of a matrix whose output is cut, B of one whose input is. Those enter through ``copy_to_model_parallel_region``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,14 @@ class Adapter:
     bias: bool = False
     seed: int = 0
 
+    def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of its tensors, beside a ``matrix`` [..., out, in]."""
+        *groups, out, inner = matrix
+        shapes = {"bias": (*groups, out)} if self.bias else {}
+        if self.rank:
+            shapes |= {"lora_a": (*groups, self.rank, inner), "lora_b": (*groups, out, self.rank)}
+        return shapes
+
 
 def adapter_cut_dims(dims: int, cut: int | None) -> dict[str, int | None]:
     """Where of each adapter tensor is cut, if its matrix [..., out, in] of ``dims`` dimensions is along ``cut``."""
@@ -34,16 +43,14 @@ def adapter_name(matrix: str, part: str) -> str:
     return matrix.removesuffix("weight") + part if matrix.endswith("weight") else f"{matrix}_{part}"
 
 
-def add_parameters(layer: nn.Module, matrix: str, adapter: Adapter, out: int, inner: int, groups: int = 1) -> None:
-    """Give ``layer`` the adapter's parameters for its ``matrix`` [out, inner].
+def add_parameters(layer: nn.Module, matrix: str, adapter: Adapter, shape: Sequence[int]) -> None:
+    """Give ``layer`` the adapter's parameters for its ``matrix`` of ``shape`` [out, in].
 
-    ``groups``: that many matrices are stacked along ``out``; so are their adapters', ``lora_a`` [groups * R, inner].
+    Those of several matrices, [groups, out, in], are stacked: ``lora_a`` [groups * R, in].
     """
-    shapes: dict[str, tuple[int, ...]] = {"bias": (out,)} if adapter.bias else {}
-    if adapter.rank:
-        shapes |= {"lora_a": (groups * adapter.rank, inner), "lora_b": (out, adapter.rank)}
-    for part, shape in shapes.items():
-        layer.register_parameter(adapter_name(matrix, part), nn.Parameter(torch.empty(shape)))
+    for part, part_shape in adapter.shapes(shape).items():
+        stacked = torch.empty(part_shape).flatten(0, len(shape) - 2)
+        layer.register_parameter(adapter_name(matrix, part), nn.Parameter(stacked))
 
 
 class Adaptable(nn.Module):
@@ -61,8 +68,7 @@ class Adaptable(nn.Module):
 
     def adapt(self, matrix: str, adapter: Adapter) -> None:
         self.adapter = adapter
-        out, inner = self.weight.shape
-        add_parameters(self, matrix, adapter, out, inner)
+        add_parameters(self, matrix, adapter, self.weight.shape)
 
 
 def dropped(x: Tensor, adapter: Adapter, draw: Tensor | None, first_column: int = 0) -> Tensor:

@@ -9,18 +9,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.dtypes import all_finite
-from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
-from accessory.model.logical import Adapters, Cut, Region, Source, divided_sizes, held_dtype, logical_cuts, region_shape
-from accessory.model.moe.layouts import get_layout
+from accessory.model.logical import LogicalModel, Region, Source, divided_sizes, held_dtype, region_shape
+from accessory.model.moe.layouts import Layout
 from accessory.parallel.mesh import ONE_RANK, Mesh, check_divides
 from accessory.parallel.watchdog import progressed
 
 
 def build_model(
-    args: ModelArgs,
-    layout: str,
+    logical: LogicalModel,
+    layout: Layout,
     source: Source,
     *,
     mesh: Mesh = ONE_RANK,
@@ -28,7 +27,6 @@ def build_model(
     device: torch.device,
     kernel: str = "auto",
     recompute: bool = False,
-    adapters: Adapters | None = None,
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
@@ -36,12 +34,11 @@ def build_model(
     """Build a decoder cut over ``mesh`` and fill it from ``source``.
 
     Args:
-        layout: "mixtral" (expert) or "mixtral_sparse".
-        source: where logical tensors are read from; each rank reads only its own boxes.
+        logical: which tensors it has.
+        source: where they are read from; each rank reads only its own boxes.
         mesh: by default this rank is alone.
         dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype); the router's are in fp32
             at least.
-        adapters: what is added to which matrix; ``source`` must have their tensors too.
         trains: names of the parameters that train; None: all.
         frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
         shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
@@ -49,19 +46,16 @@ def build_model(
     Raises:
         UserError: the model-parallel size does not divide what the layout cuts.
     """
-    cut_by = get_layout(layout)
-    check_divides(f"layout '{layout}'", mesh.mp.size, divided_sizes(args, cut_by))
+    check_divides(f"layout '{layout.name}'", mesh.mp.size, divided_sizes(logical.args, layout))
     with torch.device("meta"):
-        model = Decoder(args, cut_by, mesh, kernel, recompute)
-        model.adapt(adapters or {})
+        model = Decoder(logical, layout, mesh, kernel, recompute)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trains is None or name in trains
         kept = dtype if parameter.requires_grad else frozen_dtype or dtype
         parameter.data = parameter.data.to(held_dtype(name, kept))
     if shard is not None:
         shard(model)
-    cuts = logical_cuts(args, cut_by, model.adapters)
-    model.holdings = {name: holding_of(tensor, cuts[name], mesh) for name, tensor in model.named_tensors()}
+    model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}
     model.to_empty(device=device)
     fill(model, source)
     return model
@@ -94,9 +88,8 @@ class RandomWeights:
     BLOCK = 2**20  # numbers per block at most; changing it changes every model made from a seed
     STD = 0.02
 
-    def __init__(self, cuts: dict[str, Cut], seed: int):
-        self.shapes = {name: cut.shape for name, cut in cuts.items()}
-        self.seed = seed
+    def __init__(self, logical: LogicalModel, seed: int):
+        self.logical, self.seed = logical, seed
 
     def read(self, name: str, region: Region) -> Tensor:
         out = torch.empty(region_shape(region))
@@ -107,7 +100,7 @@ class RandomWeights:
         matrices = out if out.dim() == 3 else out.unsqueeze(0)
         first_matrix = region[0].start if out.dim() == 3 else 0
         rows, columns = region[-2:]
-        matrix_rows, width = self.shapes[name][-2:]
+        matrix_rows, width = self.logical.shapes[name][-2:]
         height = min(max(1, self.BLOCK // width), matrix_rows)
         for index, matrix in enumerate(matrices):
             for block in range(rows.start // height, -(-rows.stop // height)):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from accessory.model.adapter import Adaptable, Adapter, draws
+from accessory.model.adapter import Adaptable, draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import KVCache, LayerCache
@@ -16,7 +16,7 @@ from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
 from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding
-from accessory.model.logical import Adapters
+from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
@@ -68,25 +68,21 @@ class Decoder(nn.Module):
     ``recompute`` drops the activations inside each block and computes them again in backward.
 
     Attributes:
-        adapters: by the logical name of their matrix; ``adapt`` puts them there.
-        holdings: what this rank has of each logical tensor; ``build_model`` finds out, once the model is sharded.
+        logical: its tensors and adapters. cuts: what of each tensor a model-parallel rank has.
+        holdings: what this rank has of each; ``build_model`` finds out, once the model is sharded.
     """
 
-    def __init__(self, args: ModelArgs, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: bool = False):
+    def __init__(self, logical: LogicalModel, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: bool = False):
         super().__init__()
-        self.args, self.layout, self.mesh, self.recompute = args, layout, mesh, recompute
+        args, mp = logical.args, mesh.mp
+        self.logical, self.args, self.layout, self.mesh, self.recompute = logical, args, layout, mesh, recompute
+        self.cuts = logical.cuts(layout)
         self.holdings: dict[str, Holding] = {}
-        mp = mesh.mp
-        self.adapters: dict[str, Adapter] = {}
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim, mp)
         self.layers = nn.ModuleList(Block(args, layout, mp, kernel) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
-
-    def adapt(self, adapters: Adapters) -> None:
-        """Put an adapter on each matrix named; its parameters are made empty, like the others."""
-        self.adapters |= adapters
-        for name, adapter in adapters.items():
+        for name, adapter in logical.adapters.items():
             owner, matrix = name.rsplit(".", 1)
             layer = self.get_submodule(owner)
             assert isinstance(layer, Adaptable | GroupedExperts)
@@ -116,6 +112,6 @@ class Decoder(nn.Module):
 
     def _draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
         """[T] what decides each token's dropout, if anything is dropped."""
-        if dropout_keys is None or not any(adapter.dropout for adapter in self.adapters.values()):
+        if dropout_keys is None or not any(adapter.dropout for adapter in self.logical.adapters.values()):
             return None
         return draws(F.pad(dropout_keys, (1, 0))[documents.document_of], documents.positions)

@@ -67,8 +67,7 @@ class ParallelEmbedding(Adaptable):
 
     def adapt(self, matrix: str, adapter: Adapter) -> None:
         self.adapter = adapter
-        inner, out = self.weight.shape
-        add_parameters(self, matrix, adapter, out, inner)
+        add_parameters(self, matrix, adapter, self.weight.shape[::-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.embedding(tokens, self.weight)

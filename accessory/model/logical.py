@@ -1,21 +1,6 @@
 """The logical checkpoint: full tensors by name, and the part of each that a rank holds.
 
-Logical names and shapes (``{n}`` a layer; V vocabulary, D dim, F hidden_dim, E experts):
-
-    tok_embeddings.weight                             [V, D]
-    layers.{n}.attention_norm.weight, .ffn_norm.weight [D]
-    layers.{n}.attention.wq.weight                    [n_heads * head_dim, D]
-    layers.{n}.attention.wk.weight, .wv.weight        [n_kv_heads * head_dim, D]
-    layers.{n}.attention.wo.weight                    [D, n_heads * head_dim]
-    layers.{n}.feed_forward.gate.weight               [E, D]
-    layers.{n}.feed_forward.experts.w1, .w3           [E, F, D]
-    layers.{n}.feed_forward.experts.w2                [E, D, F]
-    norm.weight                                       [D]
-    output.weight                                     [V, D]
-
-and, of a model whose routers have one (``moe.score_bias``), ``layers.{n}.feed_forward.gate.score_bias [E]``: a buffer.
-
-An adapter on a matrix [..., out, in] adds the tensors (R its rank)
+Names and shapes are those of ``_decoder_shapes``. An adapter on a matrix [..., out, in] adds the tensors (R its rank)
 
     lora_a [..., R, in]    lora_b [..., out, R]    bias [..., out]
 
@@ -23,9 +8,11 @@ called ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1
 embedding counts as a matrix that maps V to D. They are the names of the decoder's own parameters.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,12 +22,14 @@ from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import Layout
 
+T = TypeVar("T")
+
+Shape = tuple[int, ...]
 Region = tuple[slice, ...]
 """A box of a logical tensor: one slice with explicit start and stop per dimension."""
-
-
 Adapters = Mapping[str, Adapter]
 """The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
+EMBEDDING = "tok_embeddings.weight"
 
 
 class Source(Protocol):
@@ -51,20 +40,128 @@ class Source(Protocol):
         ...
 
 
+class Overlaid:
+    """Some tensors from one source, all others from the one below."""
+
+    def __init__(self, below: Source, above: Source, names: Collection[str]):
+        self.below, self.above, self.names = below, above, names
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return (self.above if name in self.names else self.below).read(name, region)
+
+
+def whole_region(shape: Shape) -> Region:
+    """All of a tensor."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def region_shape(region: Region) -> Shape:
+    return tuple(s.stop - s.start for s in region)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a logical tensor of ``shape`` is cut over model-parallel ranks: along ``dim``, or not at all (None)."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dim: int | None
 
     def region(self, rank: int, size: int) -> Region:
         """The part that rank ``rank`` of ``size`` holds."""
-        box = [slice(0, n) for n in self.shape]
+        box = list(whole_region(self.shape))
         if self.dim is not None:
             each = self.shape[self.dim] // size
             box[self.dim] = slice(rank * each, (rank + 1) * each)
         return tuple(box)
+
+
+@dataclass(frozen=True)
+class LogicalModel:
+    """Which tensors a model has: its own, and those of the ``adapters`` on some of its matrices.
+
+    Nothing here knows of ranks or files; ``cuts`` adds what a layout does.
+    """
+
+    args: ModelArgs
+    adapters: Adapters = field(default_factory=dict)
+
+    @cached_property
+    def base(self) -> dict[str, Shape]:
+        """The shapes of the model's own tensors, by name and in order."""
+        return _decoder_shapes(self.args)
+
+    @cached_property
+    def matrices(self) -> dict[str, Shape]:
+        """Those of them that can have an adapter."""
+        return {name: shape for name, shape in self.base.items() if len(shape) > 1}
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Of all tensors; an adapter's follow their matrix."""
+        result = {}
+        for name, shape in self.base.items():
+            result[name] = shape
+            if name in self.adapters:
+                parts = self.adapters[name].shapes(as_matrix(name, shape))
+                result |= {adapter_name(name, part): part_shape for part, part_shape in parts.items()}
+        return result
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each tensor has."""
+        return {name: prod(shape) for name, shape in self.shapes.items()}
+
+    @property
+    def added(self) -> set[str]:
+        """The names of the adapters' tensors."""
+        return self.shapes.keys() - self.base.keys()
+
+    def whole(self, name: str) -> Region:
+        """All of a tensor."""
+        return whole_region(self.shapes[name])
+
+    def cuts(self, layout: Layout) -> dict[str, Cut]:
+        """How ``layout`` cuts every tensor."""
+        by_kind = _CUT_DIMS | layout.cut_dims
+        dims = {name: by_kind.get(name.removesuffix(".weight").rpartition(".")[2]) for name in self.base}
+        for name in self.adapters:
+            dim = 0 if name == EMBEDDING else dims[name]  # cut along D, which as_matrix puts first
+            of_parts = adapter_cut_dims(len(self.base[name]), dim)
+            dims |= {adapter_name(name, part): part_dim for part, part_dim in of_parts.items()}
+        return {name: Cut(shape, dims[name]) for name, shape in self.shapes.items()}
+
+
+def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
+    """The score biases, which some models' routers have, are buffers."""
+    d, f, v, e = args.dim, args.hidden_dim, args.vocab_size, args.moe.num_experts
+    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    shapes: dict[str, Shape] = {EMBEDDING: (v, d)}
+    for n in range(args.n_layers):
+        layer = f"layers.{n}"
+        shapes |= {
+            f"{layer}.attention.wq.weight": (q, d),
+            f"{layer}.attention.wk.weight": (kv, d),
+            f"{layer}.attention.wv.weight": (kv, d),
+            f"{layer}.attention.wo.weight": (d, q),
+            f"{layer}.feed_forward.gate.weight": (e, d),
+            f"{layer}.feed_forward.experts.w1": (e, f, d),
+            f"{layer}.feed_forward.experts.w2": (e, d, f),
+            f"{layer}.feed_forward.experts.w3": (e, f, d),
+            f"{layer}.attention_norm.weight": (d,),
+            f"{layer}.ffn_norm.weight": (d,),
+        }
+        if args.moe.score_bias:
+            shapes[f"{layer}.feed_forward.gate.score_bias"] = (e,)
+    return shapes | {"norm.weight": (d,), "output.weight": (v, d)}
+
+
+_CUT_DIMS = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "output": 0}
+"""The dimension that model-parallel ranks cut. A layout adds the experts'; what is named nowhere is whole on every rank."""
+
+
+def as_matrix(name: str, dimensions: tuple[T, ...]) -> tuple[T, ...]:
+    """What is said of each dimension of a matrix, as [..., out, in]: the embedding, stored [V, D], maps V to D."""
+    return dimensions[::-1] if name == EMBEDDING else dimensions
 
 
 def is_buffer(name: str) -> bool:
@@ -72,62 +169,10 @@ def is_buffer(name: str) -> bool:
     return name.endswith(".score_bias")
 
 
-def is_router(name: str) -> bool:
-    """Whether a logical tensor is the router's, which computes in at least fp32 and must get it unrounded: in bf16 0.2 %
-    of the choices are others."""
-    return ".feed_forward.gate." in name
-
-
 def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a logical tensor is held and saved in, if the model is in ``dtype``."""
-    return at_least(dtype) if is_router(name) else dtype
-
-
-def region_shape(region: Region) -> tuple[int, ...]:
-    return tuple(s.stop - s.start for s in region)
-
-
-def logical_cuts(args: ModelArgs, layout: Layout, adapters: Adapters | None = None) -> dict[str, Cut]:
-    """Every logical tensor of a model with ``adapters``, and how ``layout`` cuts it; adapters follow their matrix."""
-    d, f, v, e = args.dim, args.hidden_dim, args.vocab_size, args.moe.num_experts
-    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    cuts = {"tok_embeddings.weight": Cut((v, d), 1)}
-    for n in range(args.n_layers):
-        layer = f"layers.{n}"
-        cuts |= {
-            f"{layer}.attention.wq.weight": Cut((q, d), 0),
-            f"{layer}.attention.wk.weight": Cut((kv, d), 0),
-            f"{layer}.attention.wv.weight": Cut((kv, d), 0),
-            f"{layer}.attention.wo.weight": Cut((d, q), 1),
-            f"{layer}.feed_forward.gate.weight": Cut((e, d), None),
-            f"{layer}.feed_forward.experts.w1": Cut((e, f, d), layout.cut_dims["w1"]),
-            f"{layer}.feed_forward.experts.w2": Cut((e, d, f), layout.cut_dims["w2"]),
-            f"{layer}.feed_forward.experts.w3": Cut((e, f, d), layout.cut_dims["w3"]),
-            f"{layer}.attention_norm.weight": Cut((d,), None),
-            f"{layer}.ffn_norm.weight": Cut((d,), None),
-        }
-        if args.moe.score_bias:
-            cuts[f"{layer}.feed_forward.gate.score_bias"] = Cut((e,), None)
-    cuts |= {"norm.weight": Cut((d,), None), "output.weight": Cut((v, d), 0)}
-    result = {}
-    for name, cut in cuts.items():
-        result[name] = cut
-        if adapters and name in adapters:
-            result |= adapter_cuts(name, cut, adapters[name])
-    return result
-
-
-def adapter_cuts(matrix: str, cut: Cut, adapter: Adapter) -> dict[str, Cut]:
-    """The logical tensors of one matrix' adapter, by name."""
-    shape, dim = cut.shape, cut.dim
-    if matrix == "tok_embeddings.weight":  # stored [V, D], maps V to D
-        shape, dim = shape[::-1], 0
-    *groups, out, inner = shape
-    shapes = {"bias": (*groups, out)} if adapter.bias else {}
-    if adapter.rank:
-        shapes |= {"lora_a": (*groups, adapter.rank, inner), "lora_b": (*groups, out, adapter.rank)}
-    dims = adapter_cut_dims(len(shape), dim)
-    return {adapter_name(matrix, part): Cut(shape, dims[part]) for part, shape in shapes.items()}
+    """What a logical tensor is held and saved in, if the model is in ``dtype``: the router in fp32 at least, for rounded to
+    bf16 it makes 0.2 % of the choices otherwise."""
+    return at_least(dtype) if ".feed_forward.gate." in name else dtype
 
 
 def divided_sizes(args: ModelArgs, layout: Layout) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The model of a run: what it starts from, what of it trains, and its optimiser."""
 
 import dataclasses
-import math
 
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.open import Checkpoint, load_args
@@ -12,7 +11,7 @@ from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import Adapters, Source, is_buffer, logical_cuts
+from accessory.model.logical import Overlaid, Source, is_buffer
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
@@ -21,8 +20,8 @@ from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
 from accessory.train.metrics import peak_flops
 from accessory.train.optim import make_optimizer
-from accessory.train.state import Resumed, check_state, load_moments
-from accessory.tuning.spec import AdaptedSource, check_goes_on, resolve
+from accessory.train.state import check_state, load_moments
+from accessory.tuning.spec import check_goes_on, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
 
@@ -32,27 +31,25 @@ class Start:
 
     Attributes:
         args, layout: of the model. tokenizer; carried: files that go with what is saved, by name.
-        checkpoint: None if the weights are random. source: where the weights are read from.
+        checkpoint: None if the weights are random.
     """
 
     def __init__(self, config: RunConfig):
         section = config.model
         self.checkpoint: Checkpoint | None = None
-        self.source: Source
         if section.checkpoint:
-            self.checkpoint = self.source = Checkpoint(section.checkpoint, section.config, strict=section.strict)
-            self.args, self.layout = self.checkpoint.args, section.layout or self.checkpoint.layout
+            self.checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
+            self.args = self.checkpoint.args
+            self.layout = get_layout(section.layout) if section.layout else self.checkpoint.layout
             tokenizer = section.tokenizer or self.checkpoint.tokenizer
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
             carried = {} if section.tokenizer else self.checkpoint.carried
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
-            self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
+            self.args, self.layout, tokenizer = load_args(section.config), get_layout(section.layout), section.tokenizer
             carried = {}
         self.args = _as_trained(self.args, config)
-        if self.checkpoint is None:
-            self.source = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), config.train.seed)
         self.tokenizer = Tokenizer(tokenizer)
         self.carried = carried | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)
@@ -81,22 +78,20 @@ class RunModel:
         """``state``: what the run goes on from; ``data``: the digest that it must have."""
         progressed("making the model")
         parallel, seed, args, checkpoint = config.parallel, config.train.seed, start.args, start.checkpoint
-        compute, layout = get_dtype(parallel.precision), get_layout(start.layout)
-        tuning = resolve(config.tuning, args, layout, seed)
-        cuts = logical_cuts(args, layout, tuning.adapters)
-        self.only_trainable = bool(tuning.adapters) or config.save.only_trainable
-        given: Adapters = checkpoint.adapters if checkpoint else {}
+        compute, tuning = get_dtype(parallel.precision), resolve(config.tuning, args, seed)
+        logical = tuning.logical
+        self.only_trainable = bool(logical.adapters) or config.save.only_trainable
+        source: Source = RandomWeights(logical, seed)
         if checkpoint:
-            check_goes_on(given, checkpoint.changed, tuning, self.only_trainable)
-        new = cuts.keys() - logical_cuts(checkpoint.args if checkpoint else args, layout, given).keys()
-        source: Source = AdaptedSource(start.source, RandomWeights(cuts, seed), new)
-        held = {name: cut for name, cut in cuts.items() if name in tuning.trains or is_buffer(name)}  # by a training state
-        self.base = checkpoint.fingerprint if checkpoint and held != cuts else None
+            check_goes_on(checkpoint.logical.adapters, checkpoint.changed, tuning, self.only_trainable)
+            source = Overlaid(source, checkpoint, checkpoint.logical.shapes)
+        in_state = {name: shape for name, shape in logical.shapes.items() if name in tuning.trains or is_buffer(name)}
+        self.base = checkpoint.fingerprint if checkpoint and in_state != logical.shapes else None
         if state:
-            check_state(state, args, held, data, self.base)
-            source = Resumed(state, source)
+            check_state(state, args, in_state, data, self.base)
+            source = Overlaid(source, state, state.names)
         self.model = build_model(
-            args,
+            logical,
             start.layout,
             source,
             mesh=mesh,
@@ -104,7 +99,6 @@ class RunModel:
             device=launch.device,
             kernel=config.model.kernel,
             recompute=parallel.recompute,
-            adapters=tuning.adapters,
             trains=tuning.trains,
             frozen_dtype=compute,
             shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
@@ -113,14 +107,14 @@ class RunModel:
         self.optimizer = make_optimizer(self.model, config.optim)
         if state:
             load_moments(self.model, self.optimizer, state)
-        watch_adapters(self.model, self.optimizer, cuts.keys() - logical_cuts(args, layout).keys())
-        total = sum(math.prod(cut.shape) for cut in cuts.values())
-        self.trained = sum(math.prod(cuts[name].shape) for name in tuning.trains) / total
+        watch_adapters(self.model, self.optimizer, logical.added)
+        total = sum(logical.sizes.values())
+        self.trained = sum(logical.sizes[name] for name in tuning.trains) / total
         self.peak, origin = peak_flops(launch.device, compute)
         copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
         say(
             f"model: {total / 1e6:,.1f} M parameters, {args.active_parameters() / 1e6:,.1f} M active per token; layout "
-            f"{start.layout}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
+            f"{start.layout.name}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
             f"({parallel.data_parallel}{copies}), {parallel.precision}\n"
             f"MFU is taken of {self.peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
             f"{tuning_table(self.model)}"

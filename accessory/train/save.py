@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
-from accessory.checkpoint.adapter import AdapterWriter
+from accessory.checkpoint.adapter import write_adapter
 from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
 from accessory.model.decoder import Decoder
-from accessory.model.logical import held_dtype, logical_cuts, region_shape
+from accessory.model.logical import held_dtype, region_shape
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.watchdog import progressed
 from accessory.settings import FileFormat
@@ -41,20 +41,21 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     dist.barrier()
     path = temporary_name(directory) / file_name(rank, size, suffix)
     tiles: dict[str, list[Tile]] = defaultdict(list)
-    for tile in rank_tiles(model.args, model.layout, rank, size, path.name):
+    for tile in rank_tiles(model.logical, model.layout, rank, size, path.name):
         tiles[tile.name].append(tile)
-    own = {name: cut.region(rank, size) for name, cut in logical_cuts(model.args, model.layout).items()}
     announced = {t.key: (held_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
     with TensorWriter(path, announced, rank_notes(rank, size)) if writes else nullcontext() as file:
-        for name, whole in gathered(model):
+        for name, part in gathered(model):
             if file is None:
                 continue
+            region = model.cuts[name].region(rank, size)
             for tile in tiles[name]:
-                box = whole.view(region_shape(own[name]))[within(tile.region, own[name])]
-                file.write(tile.key, tile.encode(box.to("cpu", held_dtype(name, dtype))))
+                stored = torch.empty(tile.stored_shape(), dtype=held_dtype(name, dtype))
+                tile.encoding.write(part[within(tile.region, region)], stored)
+                file.write(tile.key, stored)
     dist.barrier()
     if is_main():
-        write_description(temporary_name(directory), model.args, model.layout.name)
+        write_description(temporary_name(directory), model.args, model.layout)
         for name, source in carried.items():
             shutil.copyfile(source, temporary_name(directory) / name)
         publish_directory(directory)
@@ -68,14 +69,10 @@ def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], ba
     Args:
         base: the fingerprint of the model that it belongs to, and its path. Every rank must call this.
     """
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     if is_main():
         temporary = prepare_directory(directory)
-        shapes = {name: cuts[name].shape for name in trained}
-        with AdapterWriter(temporary, shapes, next(iter(trained.values())), model.adapters, base) as file:
-            for name, tensor in gathered_whole(model, trained.keys()):
-                file.write(name, tensor)
+        write_adapter(temporary, model.logical, trained, gathered_whole(model, trained.keys()), base)
         for name, source in carried.items():
             shutil.copyfile(source, temporary / name)
         publish_directory(directory)
@@ -88,22 +85,23 @@ def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], ba
 def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives), on the CPU."""
     mp = model.mesh.mp
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
     for name, part in gathered(model, names):
-        own = part.view(region_shape(cuts[name].region(mp.rank, mp.size))).contiguous()
-        dim = cuts[name].dim
+        dim = model.cuts[name].dim
         if dim is not None and mp.size > 1:
-            parts = [torch.empty_like(own) for _ in range(mp.size)]
-            dist.all_gather(parts, own, group=mp.group)
-            own = torch.cat(parts, dim)
-        yield name, own.cpu()
+            parts = [torch.empty_like(part) for _ in range(mp.size)]
+            dist.all_gather(parts, part.contiguous(), group=mp.group)
+            part = torch.cat(parts, dim)
+        yield name, part.cpu()
 
 
 @torch.no_grad()
 def gathered(model: Decoder, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """This model-parallel rank's tensors (or some) by name, each gathered over the data-parallel ranks (a collective)."""
+    """This model-parallel rank's boxes of logical tensors (or of some) by name, each gathered over the data-parallel ranks
+    (a collective)."""
     show_masters(model)
+    mp = model.mesh.mp
     for name, parameter in model.named_tensors():
         if names is None or name in names:
             progressed()
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            yield name, whole.view(region_shape(model.cuts[name].region(mp.rank, mp.size)))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.state import (
     KINDS,
-    Kind,
     StateNotes,
     TrainingState,
     newest_state,
@@ -34,8 +33,7 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.model.holdings import Holding
-from accessory.model.logical import Cut, Region, Source
+from accessory.model.logical import Region, Shape
 from accessory.parallel.fsdp import local_part, show_masters
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
@@ -86,20 +84,20 @@ def data_digest(rows: Rows, lengths: np.ndarray, *settings: Any) -> str:
     return hashlib.sha256(repr((begins, len(rows), settings)).encode() + lengths.tobytes()).hexdigest()[:16]
 
 
-def check_state(state: TrainingState, args: ModelArgs, held: dict[str, Cut], data: str, base: str | None) -> None:
-    """Refuse a training state of another run. ``args``: the model's; ``held``: what trains, and buffers."""
+def check_state(state: TrainingState, args: ModelArgs, shapes: dict[str, Shape], data: str, base: str | None) -> None:
+    """Refuse a training state of another run. ``args``: the model's; ``shapes``: of what trains, and of buffers."""
     where, notes = state.directory, state.notes
     if notes.data != data:
         raise UserError(
             f"{where}: was saved with other samples, or another order or length of them: resume with the mix, tokenizer, "
             "train.seed, data.max_seq_len, data.packing and data.validation that it was saved with"
         )
-    if odd := sorted(state.names.keys() ^ held.keys()):
+    if odd := sorted(state.names.keys() ^ shapes.keys()):
         has = "holds" if odd[0] in state.names else "lacks"
         raise UserError(f"{where}: {has} {odd[0]}: resume with the tuning and train.balance that it was saved with")
-    for name, cut in held.items():
-        if state.names[name] != cut.shape:
-            raise UserError(f"{where}: {name} has shape {list(state.names[name])}, this model's has {list(cut.shape)}")
+    for name, shape in shapes.items():
+        if state.names[name] != shape:
+            raise UserError(f"{where}: {name} has shape {list(state.names[name])}, this model's has {list(shape)}")
     for key, value in vars(args).items():
         if (was := getattr(state.args, key)) != value and key not in ("load_balancing_weight", "max_seq_len"):
             raise UserError(f"{where}: was saved with {key} {was} in config.json, this model has {value}")
@@ -134,16 +132,6 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         return value if isinstance(value, str) else json.dumps(value)
 
     return [f"{k} {shown(was[k])} -> {shown(now[k])}" for k in now if k in was and was[k] != now[k]]
-
-
-class Resumed:
-    """The tensors of a training state, and all others from below."""
-
-    def __init__(self, state: TrainingState, below: Source):
-        self.state, self.below = state, below
-
-    def read(self, name: str, region: Region) -> Tensor:
-        return (self.state if name in self.state.names else self.below).read(name, region)
 
 
 @torch.no_grad()
@@ -183,22 +171,16 @@ def load_moments(model: Decoder, optimizer: Optimizer, state: TrainingState) -> 
 
 def _own_pieces(model: Decoder, optimizer: Optimizer) -> dict[str, tuple[Region, Tensor]]:
     """What this rank has to write: what it owns."""
-    pieces: dict[str, tuple[Region, Tensor]] = {}
+    values: dict[str, dict[str, Tensor]] = {}  # by name, and by kind
     for name, parameter in _trained(model):
-        values: dict[Kind, Tensor] = {
-            kind: parameter if kind == "weight" else optimizer.state[parameter][kind] for kind in KINDS
-        }
-        pieces |= _owned(model.holdings[name], name, values)
-    for name, buffer in model.named_buffers():
-        pieces |= _owned(model.holdings[name], name, {"weight": buffer})
-    return pieces
-
-
-def _owned(held: Holding, name: str, values: Mapping[Kind, Tensor]) -> dict[str, tuple[Region, Tensor]]:
+        moments = optimizer.state[parameter]
+        values[name] = {kind: parameter if kind == "weight" else moments[kind] for kind in KINDS}
+    values |= {name: {"weight": buffer} for name, buffer in model.named_buffers()}
     return {
         f"{kind}/{name}/{number}": (box, local_part(value)[rows])
-        for kind, value in values.items()
-        for number, (rows, box) in enumerate(held.boxes if held.is_owner else ())
+        for name, kinds in values.items()
+        for kind, value in kinds.items()
+        for number, (rows, box) in enumerate(model.holdings[name].boxes if model.holdings[name].is_owner else ())
     }
 
 

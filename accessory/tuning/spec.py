@@ -6,22 +6,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from accessory.config import nearest
+from accessory.console import listed
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, Region, Source, adapter_cuts, is_buffer, logical_cuts
-from accessory.model.moe.layouts import Layout
+from accessory.model.logical import Adapters, LogicalModel, is_buffer
 from accessory.settings import LoraSection, TuningSection
 
 PRESETS = {
-    "experts": r"\.experts\.",
+    "embeddings": r"^tok_embeddings\.",
     "attention": r"\.attention\.",
     "router": r"\.gate\.",
+    "experts": r"\.experts\.",
     "norms": r"norm\.weight$",
-    "embeddings": r"^tok_embeddings\.",
     "output": r"^output\.",
 }
 BIASED = ("attention", "experts")
@@ -29,13 +27,13 @@ BIASED = ("attention", "experts")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a run trains: ``adapters`` by their matrix, and the names of everything that ``trains``, adapters' too."""
+    """What a run trains: the model with its adapters, and the names of everything that ``trains``, adapters' too."""
 
-    adapters: Adapters
+    logical: LogicalModel
     trains: frozenset[str]
 
 
-def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int = 0) -> Tuning:
+def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     """Apply the settings to a model's logical names.
 
     Args:
@@ -44,9 +42,9 @@ def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int =
     Raises:
         UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
     """
-    cuts = {name: cut for name, cut in logical_cuts(args, layout).items() if not is_buffer(name)}
-    names = list(cuts)
-    adapters = _adapters(section, [name for name, cut in cuts.items() if len(cut.shape) > 1], seed)
+    plain = LogicalModel(args)
+    names = [name for name in plain.shapes if not is_buffer(name)]
+    adapters = _adapters(section, list(plain.matrices), seed)
     wanted = [("tuning.norm", "norms")] if section.norm else []
     wanted += [("tuning.train", entry) for entry in section.train]
     full = not (section.lora or section.bias or wanted)
@@ -62,12 +60,12 @@ def resolve(section: TuningSection, args: ModelArgs, layout: Layout, seed: int =
             raise UserError(f"{where}: all of '{entry}' is frozen by tuning.freeze; take one of them out")
     trains = chosen - frozen
     if both := sorted(name for name in trains if name in adapters and adapters[name].rank):
-        raise UserError(f"tuning: {_list(both)} would train both itself and by LoRA: take it out of train or lora.targets")
-    for name, adapter in adapters.items():
-        trains |= adapter_cuts(name, cuts[name], adapter).keys()
+        raise UserError(f"tuning: {listed(both)} would train both itself and by LoRA: take it out of train or lora.targets")
+    logical = LogicalModel(args, adapters)
+    trains |= logical.added
     if not trains:
         raise UserError("tuning.freeze leaves nothing to train")
-    return Tuning(adapters, frozenset(trains))
+    return Tuning(logical, frozenset(trains))
 
 
 def _adapters(section: TuningSection, matrices: Sequence[str], seed: int) -> dict[str, Adapter]:
@@ -106,11 +104,6 @@ def _matching(entry: str, names: Sequence[str], where: str) -> set[str]:
     return found
 
 
-def _list(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def check_goes_on(given: Adapters, changed: Sequence[str], tuning: Tuning, keeps_base: bool) -> None:
     """Refuse to go on from what was trained beside a base if the run would lose some of it when it saves.
 
@@ -118,10 +111,10 @@ def check_goes_on(given: Adapters, changed: Sequence[str], tuning: Tuning, keeps
         given: the checkpoint's adapters. changed: the base's own tensors that were trained with them.
         keeps_base: the run saves only what trains, beside the same base.
     """
-    wanted = tuning.adapters
+    wanted = tuning.logical.adapters
     if keeps_base and (lost := sorted(set(changed) - tuning.trains)):
         raise UserError(
-            f"model.checkpoint brings {_list(lost)} trained beside its base, and this run would not save them: "
+            f"model.checkpoint brings {listed(lost)} trained beside its base, and this run would not save them: "
             "let tuning train them too, or merge them first (accessory merge)"
         )
 
@@ -134,13 +127,3 @@ def check_goes_on(given: Adapters, changed: Sequence[str], tuning: Tuning, keeps
             f"model.checkpoint has adapters on {len(given)} matrices with (rank, scaling, bias) {kinds}, tuning asks for "
             f"others, on {len(wanted)}: set tuning to go on with the same, or merge them first (accessory merge)"
         )
-
-
-class AdaptedSource:
-    """The tensors of ``adapters`` from one source, all others from another."""
-
-    def __init__(self, base: Source, adapters: Source, names: set[str]):
-        self.base, self.adapters, self.names = base, adapters, names
-
-    def read(self, name: str, region: Region) -> Tensor:
-        return (self.adapters if name in self.names else self.base).read(name, region)

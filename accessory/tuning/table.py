@@ -1,18 +1,14 @@
 """What trains, as a table a person reads before the first step."""
 
-import math
-
 import torch
 
 from accessory.model.decoder import Decoder
-from accessory.model.logical import logical_cuts
 from accessory.tuning.spec import PRESETS, matches
 
 
 def tuning_table(model: Decoder) -> str:
     """Parameters that train by group, with their share of the model and their dtype, and how many are frozen."""
-    cuts = logical_cuts(model.args, model.layout, model.adapters)
-    sizes = {name: math.prod(cut.shape) for name, cut in cuts.items()}
+    sizes = model.logical.sizes
     total = sum(sizes.values())
     groups: dict[tuple[str, torch.dtype], int] = {}
     for name, parameter in model.named_parameters():

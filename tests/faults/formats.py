@@ -11,15 +11,15 @@ FAULTS = (
     Fault(
         "Hugging Face: the rows of k are not put in order",
         HF,
-        'rest in ("attention.wq.weight", "attention.wk.weight")',
-        'rest in ("attention.wq.weight",)',
+        'matrix.endswith((".wq.weight", ".wk.weight"))',
+        'matrix.endswith(".wq.weight")',
         CUT.format("mixtral"),
     ),
     Fault(
         "Hugging Face: rotary pairs are read the wrong way round",
-        "accessory/checkpoint/tiles.py",
-        "ordered = heads.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)",
-        "ordered = heads.unflatten(0, (-1, 2, self.head_dim // 2)).flip(1).transpose(1, 2)",
+        HF,
+        '"(head pair two) d -> (head two pair) d"',
+        '"(head two pair) d -> (head pair two) d"',
         CUT.format("mixtral"),
     ),
     Fault(
@@ -53,23 +53,23 @@ FAULTS = (
     Fault(
         "Mistral: w1 and w3 of merged experts have changed places",
         "accessory/checkpoint/mistral.py",
-        "            key = tile.key.removeprefix(PREFIX)\n",
-        "            key = tile.key.removeprefix(PREFIX)\n"
-        '            key = {"w1": key[:-1] + "3", "w3": key[:-1] + "1"}.get(key.rpartition(".")[2], key)\n',
+        "            yield dataclasses.replace(tile, key=key)\n",
+        '            key = {"w1": key[:-1] + "3", "w3": key[:-1] + "1"}.get(key.rpartition(".")[2], key)\n'
+        "            yield dataclasses.replace(tile, key=key)\n",
         "tests/test_convert.py::test_every_format_gives_transformers_logits_in_every_partition[1]",
     ),
     Fault(
         "the sparse layout's w2 is not transposed",
         ACCESSORY,
-        'transposed=weight == "w2")',
-        "transposed=False)",
+        'Encoding("e d f -> (e f) d" if weight == "w2" else "e f d -> (e f) d")',
+        'Encoding("e f d -> (e f) d")',
         CUT.format("mixtral_sparse"),
     ),
     Fault(
         "the expert layout numbers each rank's experts from 0",
         ACCESSORY,
-        'key = f"{PREFIX}{prefix}.experts.{e}.{weight}.{stored}"',
-        'key = f"{PREFIX}{prefix}.experts.{e - region[0].start}.{weight}.{stored}"',
+        'key = f"{prefix}{owner}.experts.{e}.{weight}.{stored}"',
+        'key = f"{prefix}{owner}.experts.{e - region[0].start}.{weight}.{stored}"',
         CUT.format("mixtral"),
     ),
     Fault(
@@ -81,9 +81,9 @@ FAULTS = (
     ),
     Fault(
         "PEFT: columns of B are read expert by expert",
-        "accessory/checkpoint/tiles.py",
-        "stored.unflatten(-1, (-1, region_shape(self.region)[0])).movedim(-1, 0)",
-        "stored.unflatten(-1, (region_shape(self.region)[0], -1)).movedim(-2, 0)",
+        PEFT,
+        '"e f r -> (s f) (t r e)"',
+        '"e f r -> (s f) (t e r)"',
         PEFT_READ,
     ),
     Fault(
@@ -96,29 +96,29 @@ FAULTS = (
     Fault(
         "PEFT: w3 is read from w1's half of B",
         PEFT,
-        '{"w1": 0, "w3": 1, "w2": 0}[weight]',
-        '{"w1": 0, "w3": 0, "w2": 0}[weight]',
+        "_, rows = FUSED[weight]",
+        '_, rows = FUSED[{"w3": "w1"}.get(weight, weight)]',
         PEFT_READ,
     ),
     Fault(
         "PEFT: alpha is written as the scaling",
         PEFT,
-        '"lora_alpha": rank * scaling,',
-        '"lora_alpha": scaling,',
+        '"lora_alpha": alpha,',
+        '"lora_alpha": adapter.scaling,',
         PEFT_WRITTEN,
     ),
     Fault(
         "PEFT: the rows of k's B are not put in order",
         PEFT,
-        'if matrix.endswith(("wq.weight", "wk.weight")):',
-        'if matrix.endswith("wq.weight"):',
+        "AS_IS, row_order(matrix, logical.args)",
+        'AS_IS, AS_IS if ".wk." in matrix else row_order(matrix, logical.args)',
         PEFT_WRITTEN,
     ),
     Fault(
         "PEFT: w1 and w3 have one another's A",
         PEFT,
-        "torch.cat([a, a3], 1)",
-        "torch.cat([a3, a], 1)",
+        'Encoding("e r d -> (e t r) d", t=ranks)',
+        'Encoding("e r d -> (e t r) d", t=(ranks[1] - 1 - ranks[0], ranks[1]))',
         PEFT_WRITTEN,
     ),
     Fault(
@@ -131,8 +131,8 @@ FAULTS = (
     Fault(
         "an adapter's tensors are gathered along the first dimension",
         "accessory/train/save.py",
-        "own = torch.cat(parts, dim)",
-        "own = torch.cat(parts, 0).view(cuts[name].shape)",
+        "part = torch.cat(parts, dim)",
+        "part = torch.cat(parts, 0).view(model.logical.shapes[name])",
         "tests/test_adapters.py::test_trained_equals_reloaded[1]",
     ),
     Fault(
@@ -152,8 +152,8 @@ FAULTS = (
     Fault(
         "a gathered parameter is saved as it computes, not as it is kept",
         "accessory/train/save.py",
-        "    show_masters(model)\n    for name, parameter in model.named_tensors():",
-        "    for name, parameter in model.named_tensors():",
+        "    show_masters(model)\n    mp = model.mesh.mp\n",
+        "    mp = model.mesh.mp\n",
         "tests/test_checkpoint.py::test_masters_are_saved_whole_after_a_forward_in_bf16",
     ),
 )

@@ -23,7 +23,9 @@ FAULTS = (
         "torch.tensor(float(state.notes.rows)",
         STEPS,
     ),
-    Fault("weights are the start's, not the state's", MODEL, "source = Resumed(state, source)", "pass", RESUMED),
+    Fault(
+        "weights are the start's, not the state's", MODEL, "source = Overlaid(source, state, state.names)", "pass", RESUMED
+    ),
     Fault(
         "the rows seen are steps times the batch",
         LOOP,
@@ -40,12 +42,9 @@ FAULTS = (
     ),
     Fault(
         "the score biases are not restored",
-        FILE,
-        "    def read(self, name: str, region: Region) -> Tensor:\n"
-        "        return (self.state if name in self.state.names else self.below).read(name, region)",
-        "    def read(self, name: str, region: Region) -> Tensor:\n"
-        '        held = name in self.state.names and not name.endswith("score_bias")\n'
-        "        return (self.state if held else self.below).read(name, region)",
+        MODEL,
+        "Overlaid(source, state, state.names)",
+        "Overlaid(source, state, {name for name in state.names if not is_buffer(name)})",
         "tests/test_balance.py::test_a_run_resumes_with_its_bias",
     ),
     Fault("the oldest states are kept", FILE, "[:-keep]", "[keep:]", RESUMED),

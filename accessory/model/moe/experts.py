@@ -35,8 +35,7 @@ class GroupedExperts(nn.Module):
 
     def adapt(self, matrix: str, adapter: Adapter) -> None:
         self.adapters[matrix] = adapter
-        out, inner = getattr(self, matrix).shape
-        add_parameters(self, matrix, adapter, out, inner, groups=self.num_local)
+        add_parameters(self, matrix, adapter, self._stack(matrix).shape)
         cuts = adapter_cut_dims(3, self.cut_dims[matrix])
         self.whole |= {adapter_name(matrix, part) for part, dim in cuts.items() if dim is None}
 

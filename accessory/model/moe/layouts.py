@@ -81,7 +81,8 @@ class SparseLayout:
         return Replicated(range(num_experts), num_experts, mp)
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ExpertLayout(), SparseLayout())}
+EXPERT, SPARSE = ExpertLayout(), SparseLayout()
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (EXPERT, SPARSE)}
 
 
 ALIASES = {"mixtral_peft": "mixtral"}
