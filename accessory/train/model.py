@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import torch
+
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.checkpoint.state import TrainingState
@@ -13,6 +15,7 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import Adapters, Source, is_buffer, logical_cuts
+from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
@@ -35,7 +38,7 @@ class Start:
         checkpoint: None if the weights are random. source: where the weights are read from.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device):
         section = config.model
         self.checkpoint: Checkpoint | None = None
         self.source: Source
@@ -51,6 +54,8 @@ class Start:
             self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
             carried = {}
         self.args = _as_trained(self.args, config)
+        a_row = torch.empty(1, self.args.dim, dtype=get_dtype(config.parallel.precision), device=device)
+        pick_kernel(section.kernel, a_row, get_layout(self.layout).local_hidden_dim(self.args.hidden_dim, mesh.mp))
         if self.checkpoint is None:
             self.source = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), config.train.seed)
         self.tokenizer = Tokenizer(tokenizer)

@@ -1,0 +1,47 @@
+"""What a kernel needs to know of the experts' weights. Shape suffixes are as in ``accessory.model.moe``."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(Protocol):
+    """One matrix of each of this rank's experts, [e, out, in] in the dtype of the rows that it multiplies.
+
+    A kernel keeps no matrix that it was given for its backward pass but asks again, so that weights may be packed, or lie
+    elsewhere, until they are asked for. It never asks for an expert without rows, except together with others where it can
+    only take all of them as one tensor.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(e, out, in)."""
+        ...
+
+    @property
+    def trained(self) -> Tensor | None:
+        """The tensor [e, out, in] whose gradient is wanted; None: these weights are frozen."""
+        ...
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        """The matrices of ``experts``, [k, out, in]; not to be changed."""
+        ...
+
+    def prefetch(self, experts: slice) -> None:
+        """These are asked for soon, after those announced before: what takes time may begin."""
+        ...
+
+
+class PlainWeights:
+    """Weights that are a tensor [e, out, in], or a view of one; they train if it asks for its gradient."""
+
+    def __init__(self, matrices: Tensor):
+        self.matrices, self.shape = matrices, matrices.shape
+        self.trained = matrices if matrices.requires_grad else None
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        return self.matrices[experts]
+
+    def prefetch(self, experts: slice) -> None:
+        pass
