@@ -54,8 +54,9 @@ class Start:
             self.args, self.layout, tokenizer = load_args(section.config), section.layout, section.tokenizer
             carried = {}
         self.args = _as_trained(self.args, config)
-        a_row = torch.empty(1, self.args.dim, dtype=get_dtype(config.parallel.precision), device=device)
-        pick_kernel(section.kernel, a_row, get_layout(self.layout).local_hidden_dim(self.args.hidden_dim, mesh.mp))
+        row = torch.empty(1, self.args.dim, dtype=get_dtype(config.parallel.precision), device=device)
+        width = get_layout(self.layout).local_hidden_dim(self.args.hidden_dim, mesh.mp)
+        pick_kernel(section.kernel, row, width)  # refused now if it cannot be had, not in the first step
         if self.checkpoint is None:
             self.source = RandomWeights(logical_cuts(self.args, get_layout(self.layout)), config.train.seed)
         self.tokenizer = Tokenizer(tokenizer)

@@ -9,9 +9,9 @@ from torch import Tensor
 class ExpertWeights(Protocol):
     """One matrix of each of this rank's experts, [e, out, in] in the dtype of the rows that it multiplies.
 
-    A kernel keeps no matrix that it was given for its backward pass but asks again, so that weights may be packed, or lie
-    elsewhere, until they are asked for. It never asks for an expert without rows, except together with others where it can
-    only take all of them as one tensor.
+    They may be packed, or lie elsewhere, until a kernel asks for them. So it asks for no expert that has no rows, unless it
+    can only take all of them as one tensor, and one whose gradients are written by hand keeps no matrix for its backward
+    pass but asks again.
     """
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accessory.config import nearest
 from accessory.errors import UserError
-from accessory.model.moe.kernels.grouped import NEEDS, grouped, grouped_matmul, grouped_runs
+from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.reference import reference, reference_matmul
 from accessory.model.moe.weights import ExpertWeights
@@ -20,34 +20,38 @@ ExpertSwiGLU = Callable[[Tensor, ExpertWeights, ExpertWeights, ExpertWeights, Te
 ExpertMatmul = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
 
 
+def _runs_any(x: Tensor, hidden_dim: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute the experts.
 
     Attributes:
-        name: as ``model.kernel`` of a run says it.
+        name: for ``model.kernel`` of a run.
         swiglu: of (x, w1, w2, w3, weight, row_ends): ``weight * w2(silu(w1 x) * (w3 x))``, [n, D].
         matmul: of (x, w, row_ends), with x [n, in] and w [e, out, in]: each row times its expert's matrix, [n, out]. Of such
             products experts with adapters are composed.
-        runs: whether it can, given rows [n, D] and this rank's F: their dtype, device, widths.
-        needs: what ``runs`` asks for, in words.
+        runs: whether it can, by dtype, device and widths of rows [n, D] and this rank's F.
+        needs: the same in words.
         slow_on: types of device where a kernel further down is faster.
     """
 
     name: str
     swiglu: ExpertSwiGLU
     matmul: ExpertMatmul
-    runs: Callable[[Tensor, int], bool] = lambda x, hidden_dim: True
-    needs: str = "nothing"
+    runs: Callable[[Tensor, int], bool]
+    needs: str
     slow_on: tuple[str, ...] = ()
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("grouped", grouped, grouped_matmul, grouped_runs, needs=NEEDS, slow_on=("cpu",)),
-        Kernel("looped", looped, looped_matmul),
-        Kernel("reference", reference, reference_matmul),
+        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, slow_on=("cpu",)),
+        Kernel("looped", looped, looped_matmul, _runs_any, "nothing"),
+        Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
     )
 }
 
@@ -67,6 +71,6 @@ def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:
     if kernel is None:
         raise UserError(f"model.kernel: unknown kernel '{name}'{nearest(name, ['auto', *KERNELS])}")
     raise UserError(
-        f"model.kernel: '{name}' needs {kernel.needs}; experts of {x.shape[1]} x {hidden_dim} numbers in "
-        f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} it cannot compute, '{right.name}' can"
+        f"model.kernel: '{name}' cannot compute experts of {x.shape[1]} x {hidden_dim} numbers in "
+        f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}: it needs {kernel.needs}; '{right.name}' can"
     )

@@ -1,6 +1,6 @@
 """torch's grouped matmul (CUTLASS on Hopper): all experts at once, without waiting for the host.
 
-It takes the weights as one tensor, so all experts are asked for, and what is made for it is kept for backward.
+It takes the weights as one tensor: all experts are asked for at once, and autograd keeps what they were made to.
 """
 
 import torch
@@ -11,7 +11,7 @@ from accessory.model.moe.kernels.looped import looped_matmul
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.weights import ExpertWeights
 
-NEEDS = "fp32, bf16 or fp16, on CPU or CUDA, and rows of a multiple of 16 bytes"
+GROUPED_NEEDS = "fp32, bf16 or fp16 on CPU or CUDA, and rows of a multiple of 16 bytes"
 
 
 def grouped_runs(x: Tensor, hidden_dim: int) -> bool:

@@ -16,7 +16,7 @@ def reference(
 
 
 def reference_matmul(x: Tensor, w: ExpertWeights, row_ends: Tensor) -> Tensor:
-    y = [F.linear(x[:0], x.new_empty(w.shape[1:]))]  # if there are no rows at all
+    y = [F.linear(x[:0], x.new_empty(w.shape[1:]))]  # in case there are no rows at all
     for expert, rows in enumerate(rows_of_experts(row_ends)):
         if rows.start < rows.stop or w.trained is not None:  # without rows its gradient is zero, not None
             y.append(F.linear(x[rows], w[expert : expert + 1][0]))
