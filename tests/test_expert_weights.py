@@ -133,6 +133,18 @@ def test_experts_without_rows_are_not_asked_for_and_their_gradient_is_zero(rows,
                 matrices[place].grad = None
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_what_trains_is_frozen_where_no_gradient_is_taken(without_gradients):
+    """To decode one token with a model that trains is to read its few experts' matrices too."""
+    x, matrices, weight, _, row_ends = inputs(ROWS["one"], torch.float64)
+    matrices = [torch.nn.Parameter(w.flatten(0, 1)) for w in matrices]
+    for kernel in ("looped", "reference"):
+        with without_gradients():
+            watched = [Watched(w.unflatten(0, (len(ROWS["one"]), -1))) for w in matrices]
+            KERNELS[kernel].swiglu(x, *watched, weight, row_ends)
+        assert all(w.asked == [2] for w in watched)
+
+
 ARGS = ModelArgs(dim=DIM, hidden_dim=HIDDEN, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
 ADAPTER = Adapter(rank=3, scaling=0.5, bias=True)
 

@@ -34,14 +34,14 @@ class ExpertWeights(Protocol):
 
 
 class PlainWeights:
-    """Weights that are a tensor [e, out, in], or a view of one; they train if it asks for its gradient."""
+    """Weights that are a tensor [e, out, in], or a view of one; they train where autograd wants its gradient."""
 
     def __init__(self, matrices: Tensor):
         self.matrices, self.shape = matrices, matrices.shape
-        self.trained = matrices if matrices.requires_grad else None
+        self.trained = matrices if matrices.requires_grad and torch.is_grad_enabled() else None
 
     def __getitem__(self, experts: slice) -> Tensor:
-        return self.matrices[experts]
+        return self.matrices if experts == slice(None) else self.matrices[experts]  # a slice's gradient is a copy
 
     def prefetch(self, experts: slice) -> None:
         pass
