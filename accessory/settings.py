@@ -33,7 +33,7 @@ class ModelSection:
     config: str | None = None  # config.json; null: the checkpoint's own
     tokenizer: str | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
     strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
-    kernel: Literal["auto", "grouped", "looped", "reference"] = "auto"  # how experts are computed; auto: by device
+    kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,15 @@ BAD = {
     "unknown key": (["optim.weight_deca=0.1"], "unknown key 'optim.weight_deca'; did you mean 'optim.weight_decay'?"),
     "wrong type": (["train.batch_size=many"], "batch_size: expected int, found 'many'"),
     "model parallel": (["model.layout=mixtral_sparse", "model.config={home}/odd.json"], "use one of [1]"),
+    # before any data is read
+    "kernel": (
+        ["model.kernel=looptd", "data.mix=nowhere.yaml"],
+        "model.kernel: unknown kernel 'looptd'; did you mean 'looped'?",
+    ),
+    "kernel's needs": (
+        ["model.kernel=grouped", "parallel.precision=fp64", "data.mix=nowhere.yaml"],
+        "'grouped' cannot compute experts of 32 x 48 numbers in float64 on cpu",
+    ),
     "world": (["parallel.model_parallel=3"], "does not divide the 2 processes: use one of [1, 2]"),
     "vocabulary": (["model.config={home}/large.json"], "has 400 pieces but the model's vocab_size is 32000"),
     "record": (["data.mix={home}/broken.yaml"], "broken.jsonl:2: not valid JSON"),

@@ -1,13 +1,18 @@
 """Every experts kernel gives what the plain loop gives, and so do the rows' ways to the experts and back; cross-entropy in
 chunks gives what plain torch gives."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_ranks
 
-from accessory.model.moe import kernels
+from accessory.errors import UserError
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
-from accessory.model.moe.kernels import KERNELS, MATMULS
+from accessory.model.moe.kernels import KERNELS, pick_kernel
+from accessory.model.moe.kernels import rows as kernel_rows
+from accessory.model.moe.weights import PlainWeights
 from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
 from accessory.parallel.mesh import make_mesh
@@ -39,7 +44,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
     """Blocks of at most 200 rows in fp64, 800 in bf16."""
-    monkeypatch.setattr(kernels, "CACHED", 200 * HIDDEN * 8)
+    monkeypatch.setattr(kernel_rows, "CACHE_BYTES", 200 * HIDDEN * 8)
 
 
 def run(kernel, rows, dtype, frozen=(), expanded=False):
@@ -52,7 +57,8 @@ def run(kernel, rows, dtype, frozen=(), expanded=False):
     gradient = torch.randn(n, DIM, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(dtype)
     # values that every dtype holds exactly, so that only the kernels' own arithmetic differs
     inputs = {name: t.to(torch.bfloat16).to(dtype).requires_grad_(name not in frozen) for name, t in inputs.items()}
-    out = KERNELS[kernel](*inputs.values(), torch.tensor(rows).cumsum(0).int())
+    matrices = (PlainWeights(inputs[name]) for name in ("w1", "w2", "w3"))
+    out = KERNELS[kernel].swiglu(inputs["x"], *matrices, inputs["weight"], torch.tensor(rows).cumsum(0).int())
     out.backward(gradient[:1, :1].expand(n, DIM) if expanded and n else gradient)
     return {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
 
@@ -84,17 +90,6 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tole
         assert_close(gradient, expected[name], tolerance, name)
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_frozen_experts_without_rows_are_not_read(monkeypatch, rows):
-    """To decode one token is to read its few experts' matrices."""
-    read, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda x, w, **options: read.append(len(w)) or bmm(x, w, **options))
-    run("looped", rows, torch.float64, frozen=("w1", "w2", "w3"))
-    assert sum(read) == 5 * sum(count > 0 for count in rows), (
-        "three products forward, and backward w2 and w1 (w3 adds to that)"
-    )
-
-
 @pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [case for case in EXACT if case[0] != "grouped"])  # torch refuses
 def test_expanded_output_gradient(kernel, dtype, tolerance):
     ours = run(kernel, ROWS["ragged"], dtype, expanded=True)
@@ -112,7 +107,7 @@ def run_matmul(kernel, rows, dtype, width, frozen=()):
     gradient = torch.randn(sum(rows), width, generator=generator).to(torch.bfloat16).to(dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        out = MATMULS[kernel](*inputs.values(), torch.tensor(rows).cumsum(0).int())
+        out = KERNELS[kernel].matmul(inputs["x"], PlainWeights(inputs["w"]), torch.tensor(rows).cumsum(0).int())
     out.backward(gradient)
     result = {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
     return result, {name for name, t in inputs.items() if t.numel() and t.data_ptr() in kept}
@@ -139,8 +134,64 @@ def test_frozen_experts_do_not_keep_their_input(kernel, dtype, tolerance):
     x, weight = torch.randn(sum(rows), DIM, dtype=dtype, requires_grad=True), torch.rand(sum(rows), 1, dtype=dtype)
     shapes = ((len(rows), HIDDEN, DIM), (len(rows), DIM, HIDDEN), (len(rows), HIDDEN, DIM))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        KERNELS[kernel](x, *(torch.randn(s, dtype=dtype) for s in shapes), weight, torch.tensor(rows).cumsum(0).int())
+        matrices = (PlainWeights(torch.randn(shape, dtype=dtype)) for shape in shapes)
+        KERNELS[kernel].swiglu(x, *matrices, weight, torch.tensor(rows).cumsum(0).int())
     assert kept and x.data_ptr() not in kept
+
+
+def test_experts_that_changed_before_backward_are_refused():
+    rows = ROWS["ragged"]
+    x, w = torch.randn(sum(rows), DIM, requires_grad=True), torch.randn(len(rows), HIDDEN, DIM, requires_grad=True)
+    y = KERNELS["looped"].matmul(x, PlainWeights(w), torch.tensor(rows).cumsum(0).int())
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def rows_on(device, dtype, width=DIM):
+    """What a kernel is picked by, on a device that need not be there."""
+    return SimpleNamespace(
+        device=torch.device(device), dtype=dtype, shape=(5, width), element_size=lambda: torch.finfo(dtype).bits // 8
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "hidden_dim", "picked"),
+    [
+        ("cpu", torch.float32, 24, "looped"),
+        ("cuda", torch.bfloat16, 24, "grouped"),
+        ("cuda", torch.bfloat16, 20, "looped"),  # 40 bytes
+        ("cuda", torch.float64, 24, "looped"),
+        ("mps", torch.float32, 24, "looped"),
+    ],
+)
+def test_auto_picks_by_device_dtype_and_width(device, dtype, hidden_dim, picked):
+    assert pick_kernel("auto", rows_on(device, dtype), hidden_dim).name == picked
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "hidden_dim", "sentence"),
+    [
+        ("groupd", torch.float32, 24, "unknown kernel 'groupd'; did you mean 'grouped'?"),
+        ("fastest", torch.float32, 24, "unknown kernel 'fastest'; known: auto, grouped, looped, reference"),
+        (
+            "grouped",
+            torch.float64,
+            24,
+            "cannot compute experts of 16 x 24 numbers in float64 on cpu: it needs fp32, bf16 or fp16",
+        ),
+        (
+            "grouped",
+            torch.float32,
+            25,
+            "on CPU or CUDA, and rows of a multiple of 16 bytes; 'looped' can",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_told_in_a_sentence(name, dtype, hidden_dim, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        pick_kernel(name, rows_on("cpu", dtype), hidden_dim)
 
 
 EXPERTS = 6

@@ -48,7 +48,7 @@ class Trainer:
             for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
-        self.start = start = Start(config)
+        self.start = start = Start(config, mesh, launch.device)
         width = config.data.max_seq_len or start.args.max_seq_len
         self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.checkpoint.state import TrainingState
@@ -12,6 +14,7 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import Overlaid, Source, is_buffer
+from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
@@ -34,7 +37,7 @@ class Start:
         checkpoint: None if the weights are random.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device):
         section = config.model
         self.checkpoint: Checkpoint | None = None
         if section.checkpoint:
@@ -50,6 +53,9 @@ class Start:
             self.args, self.layout, tokenizer = load_args(section.config), get_layout(section.layout), section.tokenizer
             carried = {}
         self.args = _as_trained(self.args, config)
+        row = torch.empty(1, self.args.dim, dtype=get_dtype(config.parallel.precision), device=device)
+        width = self.layout.local_hidden_dim(self.args.hidden_dim, mesh.mp)
+        pick_kernel(section.kernel, row, width)  # refused now if it cannot be had, not in the first step
         self.tokenizer = Tokenizer(tokenizer)
         self.carried = carried | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)

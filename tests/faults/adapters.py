@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         "the experts' adapters are not scaled",
         EXPERTS,
-        'self._stack(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling',
-        'self._stack(f"{matrix}_lora_a"), rows.ends_e)',
+        'self.expert_weights(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling',
+        'self.expert_weights(f"{matrix}_lora_a"), rows.ends_e)',
         LORA,
     ),
     Fault(

@@ -4,10 +4,13 @@ from faults.checks import EXPERT, LORA, ONE, SPARSE
 from faults.fault import Fault
 
 FILE, DISPATCH = "accessory/model/moe/experts.py", "accessory/model/moe/dispatch.py"
-LAYOUTS, KERNELS = "accessory/model/moe/layouts.py", "accessory/model/moe/kernels.py"
+LAYOUTS, KERNELS = "accessory/model/moe/layouts.py", "accessory/model/moe/kernels"
+LOOPED, GROUPED, SWIGLU = f"{KERNELS}/looped.py", f"{KERNELS}/grouped.py", f"{KERNELS}/swiglu.py"
 KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
 ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
+PACKED = "tests/test_expert_weights.py::test_packed_weights_give_what_their_dense_ones_give"
+AGAIN = "tests/test_expert_weights.py::test_looped_asks_again_in_backward_and_announces_what_it_will_ask"
 
 FAULTS = (
     Fault(
@@ -62,73 +65,81 @@ FAULTS = (
     Fault(
         "w1 and w3 have changed places",
         FILE,
-        "return KERNELS[kernel](x_nD, w1, w2, w3, weight_n1, ends_e)",
-        "return KERNELS[kernel](x_nD, w3, w2, w1, weight_n1, ends_e)",
+        "return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)",
+        "return kernel.swiglu(x_nD, w3, w2, w1, weight_n1, ends_e)",
         ONE,
     ),
     Fault(
         "the routing weight is applied before the activation",
-        KERNELS,
+        LOOPED,
         "block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)",
-        "block.unpad(torch.bmm(F.silu(g * block.batch(weight)).mul_(u), w2[e].mT), out=y)",
+        "block.unpad(torch.bmm(F.silu(g * block.pad(weight)).mul_(u), w2[e].mT), out=y)",
         KERNEL,
-        ((KERNELS, "return y.mul_(weight)", "return y"),),
+        ((LOOPED, "return y.mul_(weight)", "return y"),),
     ),
     Fault(
         "the gradient of w1 and w3 lacks the routing weight",
-        KERNELS,
-        "weighted_x = block.batch(x) * weight_b",
-        "weighted_x = block.batch(x)",
+        LOOPED,
+        "weighted_x = block.pad(x) * weight_b",
+        "weighted_x = block.pad(x)",
         KERNEL,
     ),
-    Fault("the gradient of w3 lacks the activation", KERNELS, "du = s.mul_(dh)", "du = dh.clone()", KERNEL),
+    Fault("the gradient of w3 lacks the activation", LOOPED, "du = s.mul_(dh)", "du = dh.clone()", KERNEL),
     Fault(
         "the gradient of the input lacks the routing weight",
-        KERNELS,
-        "return dx.mul_(weight), dw1",
-        "return dx, dw1",
+        LOOPED,
+        "return dx.mul_(weight), d_weight",
+        "return dx, d_weight",
         KERNEL,
     ),
     Fault(
-        "an expert without rows is skipped, and its gradient is left as it was found",
-        KERNELS,
-        "if start == stop and not weights_train:",
-        "if start == stop:",
+        "the gradient of experts without rows is left as it was found",
+        LOOPED,
+        "gradient[written : block.experts.start] = 0",
+        "gradient[written : block.experts.start] = 1",
         KERNEL,
-        (
-            (
-                KERNELS,
-                "torch.empty_like(w) if need else None for w, need",
-                "torch.ones_like(w) if need else None for w, need",
-            ),
-        ),
+    ),
+    Fault(
+        "the looped kernel asks for experts without rows",
+        LOOPED,
+        "if rows.start == rows.stop:",
+        "if False:",
+        PACKED,
+    ),
+    Fault(
+        "the looped kernel keeps packed weights' matrices for backward",
+        LOOPED,
+        "w1, w2, w3 = ctx.matrices = matrices",
+        "w1, w2, w3 = ctx.matrices = tuple(w if isinstance(w, PlainWeights) else PlainWeights(w[:]) for w in matrices)",
+        AGAIN,
+        ((LOOPED, "import ExpertWeights", "import ExpertWeights, PlainWeights"),),
     ),
     Fault(
         "the second block of experts has the first one's weights",
-        KERNELS,
-        "x_b, e = block.batch(x), block.experts",
-        "x_b, e = block.batch(x), slice(0, len(block.counts))",
+        LOOPED,
+        "x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), block.experts",
+        "x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), slice(0, len(block.row_counts))",
         KERNEL,
     ),
     Fault(
         "the grouped kernel activates the wrong product",
-        KERNELS,
+        GROUPED,
         "F.grouped_mm(weighted_swiglu(gate, up, weight)",
         "F.grouped_mm(weighted_swiglu(up, gate, weight)",
         KERNEL,
     ),
     Fault(
         "the grouped kernel's gradient of the gate lacks the routing weight",
-        KERNELS,
+        SWIGLU,
         "ds.copy_(dh[rows]).mul_(weight[rows]).mul_(up[rows])",
         "ds.copy_(dh[rows]).mul_(up[rows])",
         KERNEL,
     ),
     Fault(
         "the looped product's gradient of its input takes the first experts' matrices",
-        KERNELS,
+        LOOPED,
         "block.unpad(torch.bmm(dy_b, w[block.experts]), out=dx)",
-        "block.unpad(torch.bmm(dy_b, w[: len(block.counts)]), out=dx)",
+        "block.unpad(torch.bmm(dy_b, w[: len(block.row_counts)]), out=dx)",
         MATMUL,
     ),
     Fault(

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped
 from accessory.model.moe.dispatch import SortedRows
-from accessory.model.moe.kernels import KERNELS, MATMULS, GroupedMatmul, pick_kernel, weighted_swiglu
+from accessory.model.moe.kernels import ExpertMatmul, pick_kernel
+from accessory.model.moe.kernels.swiglu import weighted_swiglu
+from accessory.model.moe.weights import ExpertWeights, PlainWeights
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 
@@ -42,29 +44,33 @@ class GroupedExperts(nn.Module):
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
-        w1, w2, w3 = (self._stack(name) for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = (self.expert_weights(matrix) for matrix in ("w1", "w2", "w3"))
         kernel = pick_kernel(self.kernel, x_nD, w1.shape[1])
         if not self.adapters:
-            return KERNELS[kernel](x_nD, w1, w2, w3, weight_n1, ends_e)
-        products = _Products(MATMULS[kernel], ends_e, rows.draw_n, one_hot(ends_e, x_nD))
+            return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
+        products = _Products(kernel.matmul, ends_e, rows.draw_n, one_hot(ends_e, x_nD))
         h_nF = weighted_swiglu(self._project("w1", x_nD, products), self._project("w3", x_nD, products), weight_n1)
         return self._project("w2", h_nF, replace(products, bias_ne=products.bias_ne * weight_n1))
 
     def _project(self, matrix: str, x: Tensor, rows: "_Products") -> Tensor:
         """``W x + scaling * B A x + bias`` of each row's expert."""
-        y = rows.matmul(x, self._stack(matrix), rows.ends_e)
+        y = rows.matmul(x, self.expert_weights(matrix), rows.ends_e)
         adapter = self.adapters.get(matrix, Adapter())
         if adapter.rank:
             first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
             x = dropped(x, adapter, rows.draw_n, first_column)
-            low_nR = rows.matmul(x, self._stack(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling
-            y += rows.matmul(low_nR, self._stack(f"{matrix}_lora_b"), rows.ends_e)
+            low_nR = rows.matmul(x, self.expert_weights(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling
+            y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b"), rows.ends_e)
         if adapter.bias:
             bias = self._stack(f"{matrix}_bias")
             if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
                 bias = bias / self.mp.size
             y.addmm_(rows.bias_ne, bias)
         return y
+
+    def expert_weights(self, matrix: str) -> ExpertWeights:
+        """A matrix of all experts, or an adapter's, as kernels ask for it."""
+        return PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:
         """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""
@@ -78,7 +84,7 @@ class GroupedExperts(nn.Module):
 class _Products:
     """How experts with adapters multiply, and what that needs to know of the rows."""
 
-    matmul: GroupedMatmul
+    matmul: ExpertMatmul
     ends_e: Tensor
     draw_n: Tensor | None  # of the row's token
     bias_ne: Tensor  # how much of each expert's bias a row gets

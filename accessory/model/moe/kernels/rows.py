@@ -1,0 +1,18 @@
+"""Sorted rows: whose they are, and how many of them stay in cache."""
+
+from itertools import pairwise
+
+from torch import Tensor
+
+CACHE_BYTES = 2**22
+"""Size of one intermediate value [rows, F] that still stays in cache through several passes over it."""
+
+
+def rows_of_experts(row_ends: Tensor) -> list[slice]:
+    """The rows of each expert; waits for ``row_ends`` on the host."""
+    return [slice(start, stop) for start, stop in pairwise([0, *row_ends.tolist()])]
+
+
+def rows_in_cache(x: Tensor, width: int) -> int:
+    """How many rows of ``width`` numbers like those of ``x`` stay in cache, at least 1."""
+    return max(1, CACHE_BYTES // (width * x.element_size()))

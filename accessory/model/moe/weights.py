@@ -1,0 +1,47 @@
+"""What a kernel needs to know of the experts' weights. Shape suffixes are as in ``accessory.model.moe``."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(Protocol):
+    """One matrix of each of this rank's experts, [e, out, in] in the dtype of the rows that it multiplies.
+
+    They may be packed, or lie elsewhere, until a kernel asks for them. So it asks for no expert that has no rows, unless it
+    can only take all of them as one tensor, and one whose gradients are written by hand keeps no matrix for its backward
+    pass but asks again.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(e, out, in)."""
+        ...
+
+    @property
+    def trained(self) -> Tensor | None:
+        """The tensor [e, out, in] whose gradient is wanted; None: these weights are frozen."""
+        ...
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        """The matrices of ``experts``, [k, out, in]; not to be changed."""
+        ...
+
+    def prefetch(self, experts: slice) -> None:
+        """These are asked for soon, after those announced before: what takes time may begin."""
+        ...
+
+
+class PlainWeights:
+    """Weights that are a tensor [e, out, in], or a view of one; they train where autograd wants its gradient."""
+
+    def __init__(self, matrices: Tensor):
+        self.matrices, self.shape = matrices, matrices.shape
+        self.trained = matrices if matrices.requires_grad and torch.is_grad_enabled() else None
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        return self.matrices if experts == slice(None) else self.matrices[experts]  # a slice's gradient is a copy
+
+    def prefetch(self, experts: slice) -> None:
+        pass
