@@ -147,8 +147,8 @@ def test_refused(words, message):
 
 
 def test_a_model_that_a_size_does_not_divide(tmp_path):
-    message = cli("certify", "--model", config(tmp_path, n_kv_heads=2), "--world", "4")
-    assert "config.json, --world 4" in message and "n_kv_heads 2: use one of [1, 2]" in message
+    message = cli("certify", "--model", config(tmp_path, n_heads=12, n_kv_heads=6), "--world", "4")
+    assert "config.json, --world 4" in message and "n_kv_heads 6: use one of [1, 2]" in message
 
 
 def test_a_model_beyond_the_memory(tmp_path):

@@ -210,7 +210,7 @@ UNEVEN = {  # layout, what 4 does not divide, the sizes that divide everything
     "experts": ("mixtral", replace(TINY, moe=MoEArgs(6, 2)), "moe.num_experts 6", [1, 2]),
     "hidden": ("mixtral_sparse", replace(TINY, hidden_dim=26), "hidden_dim 26", [1, 2]),
     "heads": ("mixtral", replace(TINY, n_heads=6, n_kv_heads=6), "n_heads 6, n_kv_heads 6", [1, 2]),
-    "key heads": ("mixtral_sparse", replace(TINY, n_kv_heads=1), "n_kv_heads 1", [1]),
+    "key heads": ("mixtral_sparse", replace(TINY, n_heads=12, n_kv_heads=6), "n_kv_heads 6", [1, 2]),
     "vocabulary": ("mixtral", replace(TINY, vocab_size=63), "vocab_size 63", [1]),
     "width": ("mixtral_sparse", replace(TINY, dim=30), "dim 30", [1, 2]),
 }

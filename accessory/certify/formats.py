@@ -25,14 +25,18 @@ def tensors(w: dict[str, Tensor], args: ModelArgs, format: str, size: int = 1) -
 
 
 def rank_tensors(w: dict[str, Tensor], args: ModelArgs, layout: str, rank: int, size: int) -> dict[str, Tensor]:
-    """What LLaMA2-Accessory's converters write for model-parallel rank ``rank`` of ``size``."""
+    """What LLaMA2-Accessory's converters write for model-parallel rank ``rank`` of ``size``.
+
+    More ranks than key heads, which those cannot do, all have them whole.
+    """
     out = {"tok_embeddings.weight": w["tok_embeddings.weight"].chunk(size, 1)[rank]}
     out["output.weight"] = w["output.weight"].chunk(size, 0)[rank]
     out["norm.weight"] = w["norm.weight"]
     for n in range(args.n_layers):
         layer = f"layers.{n}"
-        for name in ("wq", "wk", "wv"):
-            out[f"{layer}.attention.{name}.weight"] = w[f"{layer}.attention.{name}.weight"].chunk(size, 0)[rank]
+        for name, heads in (("wq", args.n_heads), ("wk", args.n_kv_heads), ("wv", args.n_kv_heads)):
+            weight = w[f"{layer}.attention.{name}.weight"]
+            out[f"{layer}.attention.{name}.weight"] = weight if size > heads else weight.chunk(size, 0)[rank]
         out[f"{layer}.attention.wo.weight"] = w[f"{layer}.attention.wo.weight"].chunk(size, 1)[rank]
         for name in ("attention_norm", "ffn_norm", "feed_forward.gate"):
             out[f"{layer}.{name}.weight"] = w[f"{layer}.{name}.weight"]

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from accessory.certify.problem import TUNINGS
 from accessory.model.args import ModelArgs
-from accessory.model.logical import divided_sizes
+from accessory.model.logical import check_divides
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.mesh import check_divides
 from accessory.settings import ParallelSection
 
 Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
@@ -164,4 +163,4 @@ def check_fits(args: ModelArgs, worlds: Sequence[int], where: str) -> None:
     for layout in LAYOUTS.values():
         for world in worlds:
             for size in model_parallel_sizes(world):
-                check_divides(f"{where}, --world {world}, layout '{layout.name}'", size, divided_sizes(args, layout))
+                check_divides(args, layout, size, f"{where}, --world {world}, ")

@@ -160,7 +160,7 @@ class Masters:
         """The 2-norm of the whole gradient (a collective)."""
         squares = torch.zeros(2, dtype=torch.float64)  # of what is whole on every rank, and of what is cut
         for name, part in self.gradients.items():
-            squares[int(self._cuts[name].dim is not None)] += wide(part).square().sum()
+            squares[int(self._cuts[name].dim_over(self._mp.size) is not None)] += wide(part).square().sum()
         self._mp.all_reduce(squares[1:])
         return math.sqrt(squares.sum())
 

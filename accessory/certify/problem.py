@@ -23,7 +23,7 @@ SMALL = ModelArgs(
     head_dim=4,
     n_layers=2,
     n_heads=16,
-    n_kv_heads=8,
+    n_kv_heads=2,
     vocab_size=64,
     rope_theta=1e4,
     rope_scaling=0.5,
@@ -59,7 +59,7 @@ class Problem:
 
     args: ModelArgs = SMALL
     dtype: torch.dtype = torch.float64
-    seed: int = 125  # of 200 one whose closest routing decision is so clear that fp32 decides like fp64
+    seed: int = 133  # of 200 one whose closest routing decision is so clear that fp32 decides like fp64
 
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:

@@ -24,9 +24,8 @@ from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
-from accessory.model.logical import EMBEDDING, LogicalModel, Source, divided_sizes, is_buffer
+from accessory.model.logical import EMBEDDING, LogicalModel, Source, check_divides, is_buffer
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.mesh import check_divides
 from accessory.settings import FileFormat
 
 TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse", "peft"]
@@ -45,7 +44,7 @@ class Target:
     def check(self, args: ModelArgs) -> None:
         """Raise UserError if a model of this shape cannot be written so."""
         if self.format in LAYOUTS:
-            check_divides(f"layout '{self.format}'", self.size, divided_sizes(args, LAYOUTS[self.format]))
+            check_divides(args, LAYOUTS[self.format], self.size)
         elif self.size != 1:
             raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
         if self.format == "hf" and self.suffix != "safetensors":

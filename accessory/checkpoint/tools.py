@@ -15,9 +15,8 @@ from accessory.checkpoint.verify import compare, different_settings
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import DTYPES, get_dtype
 from accessory.errors import UserError
-from accessory.model.logical import divided_sizes
+from accessory.model.logical import allowed_sizes
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.mesh import allowed_sizes
 from accessory.tuning.spec import PRESETS, matches
 
 TITLES = {
@@ -94,7 +93,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     for (rank, scaling, bias), count in kinds.items():
         print(f"  adapters    on {count} matrices: rank {rank}, scaling {scaling:g}{', with bias' * bias}")
     for layout in LAYOUTS.values():
-        allowed = allowed_sizes(divided_sizes(args, layout))
+        allowed = allowed_sizes(args, layout)
         print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, allowed))}")
     logical = checkpoint.logical
     print(f"\n  {'tensors':<12}{'count':>6}  {'parameters':>16}  dtype")

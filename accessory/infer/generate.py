@@ -16,7 +16,7 @@ from accessory.parallel.mesh import Axis
 def make_cache(model: Decoder, slots: int, length: int) -> KVCache:
     """An empty cache for ``slots`` sequences of at most ``length`` tokens."""
     args = model.args
-    kv_heads = args.n_kv_heads // model.mesh.mp.size
+    kv_heads = max(1, args.n_kv_heads // model.mesh.mp.size)
     return KVCache(args.n_layers, slots, length, kv_heads, args.head_dim, like=model.norm.weight)
 
 

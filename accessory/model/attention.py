@@ -21,14 +21,17 @@ from accessory.parallel.regions import copy_to_model_parallel_region
 
 
 class Attention(nn.Module):
-    """``wo(softmax(q k^T / sqrt(head_dim)) v)`` with n_kv_heads shared by n_heads (GQA)."""
+    """``wo(softmax(q k^T / sqrt(head_dim)) v)`` with n_kv_heads shared by n_heads (GQA).
+
+    More ranks than n_kv_heads share these: a head is computed by several, each for its own query heads.
+    """
 
     def __init__(self, args: ModelArgs, mp: Axis):
         super().__init__()
         self.mp, self.head_dim, self.window = mp, args.head_dim, args.sliding_window
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim, mp)
-        self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp)
-        self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp)
+        self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
+        self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, mp)
 
     def forward(

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from accessory.dtypes import all_finite
 from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
-from accessory.model.logical import LogicalModel, Region, Source, divided_sizes, held_dtype, region_shape
+from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
 from accessory.model.moe.layouts import Layout
-from accessory.parallel.mesh import ONE_RANK, Mesh, check_divides
+from accessory.parallel.mesh import ONE_RANK, Mesh
 from accessory.parallel.watchdog import progressed
 
 
@@ -46,7 +46,7 @@ def build_model(
     Raises:
         UserError: the model-parallel size does not divide what the layout cuts.
     """
-    check_divides(f"layout '{layout.name}'", mesh.mp.size, divided_sizes(logical.args, layout))
+    check_divides(logical.args, layout, mesh.mp.size)
     with torch.device("meta"):
         model = Decoder(logical, layout, mesh, kernel, recompute)
     for name, parameter in model.named_parameters():

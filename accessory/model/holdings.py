@@ -33,7 +33,7 @@ def holding_of(tensor: Tensor, cut: Cut, mesh: Mesh) -> Holding:
         each, is_first = -(-rows // mesh.dp_shard.size), mesh.dp_replicate.rank == 0
         first, last = (min(each * place, rows) for place in (mesh.dp_shard.rank, mesh.dp_shard.rank + 1))
     boxes = tuple(split_rows(region, first, last, merged=tensor.dim() < len(region)))
-    return Holding(boxes, is_first and (cut.dim is not None or mesh.mp.rank == 0))
+    return Holding(boxes, is_first and (cut.dim_over(mesh.mp.size) is not None or mesh.mp.rank == 0))
 
 
 def split_rows(region: Region, first: int, last: int, merged: bool) -> Iterator[tuple[slice, Region]]:

@@ -17,16 +17,29 @@ class ColumnParallelLinear(Adaptable):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 0: the output stays cut.
 
     The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
+
+    Args:
+        parts: what cannot be cut: a head. If there are more ranks than parts, each rank has the whole weight, and computes
+            the one part that it shares with its neighbours.
     """
 
-    def __init__(self, in_features: int, out_features: int, mp: Axis):
+    def __init__(self, in_features: int, out_features: int, mp: Axis, parts: int | None = None):
         super().__init__()
         self.mp = mp
-        self.weight = nn.Parameter(torch.empty(out_features // mp.size, in_features))
+        self.own_rows: slice | None = None
+        if parts is not None and mp.size > parts:
+            part, height = mp.rank * parts // mp.size, out_features // parts
+            self.own_rows = slice(part * height, (part + 1) * height)
+        self.weight = nn.Parameter(torch.empty(out_features if self.own_rows else out_features // mp.size, in_features))
 
     def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
-        y, low = F.linear(x, self.weight, self.bias), self.low_rank(x, draw)
-        return y if low is None else y + F.linear(low, self.lora_b)
+        bias = None if self.bias is None else self._own(self.bias)
+        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, draw)
+        return y if low is None else y + F.linear(low, self._own(self.lora_b))
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
+        return parameter if self.own_rows is None else copy_to_model_parallel_region(parameter, self.mp)[self.own_rows]
 
     def low_rank(self, x: Tensor, draw: Tensor | None = None) -> Tensor | None:
         """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``draw`` is dropout's."""

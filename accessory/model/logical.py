@@ -8,6 +8,7 @@ called ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1
 embedding counts as a matrix that maps V to D. They are the names of the decoder's own parameters.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from accessory.dtypes import at_least
+from accessory.errors import UserError
 from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.moe.layouts import Layout
@@ -61,17 +63,26 @@ def region_shape(region: Region) -> Shape:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a logical tensor of ``shape`` is cut over model-parallel ranks: along ``dim``, or not at all (None)."""
+    """How a logical tensor of ``shape`` is cut over model-parallel ranks: along ``dim``, or not at all (None).
+
+    ``most``: more ranks than that cannot cut it, and have it whole; None: any number can.
+    """
 
     shape: Shape
     dim: int | None
+    most: int | None = None
+
+    def dim_over(self, size: int) -> int | None:
+        """Along which dimension ``size`` ranks cut it."""
+        return None if self.most is not None and size > self.most else self.dim
 
     def region(self, rank: int, size: int) -> Region:
         """The part that rank ``rank`` of ``size`` holds."""
         box = list(whole_region(self.shape))
-        if self.dim is not None:
-            each = self.shape[self.dim] // size
-            box[self.dim] = slice(rank * each, (rank + 1) * each)
+        dim = self.dim_over(size)
+        if dim is not None:
+            each = self.shape[dim] // size
+            box[dim] = slice(rank * each, (rank + 1) * each)
         return tuple(box)
 
 
@@ -128,7 +139,8 @@ class LogicalModel:
             dim = 0 if name == EMBEDDING else dims[name]  # cut along D, which as_matrix puts first
             of_parts = adapter_cut_dims(len(self.base[name]), dim)
             dims |= {adapter_name(name, part): part_dim for part, part_dim in of_parts.items()}
-        return {name: Cut(shape, dims[name]) for name, shape in self.shapes.items()}
+        heads = {name: self.args.n_kv_heads for name in self.shapes if _OF_KV_HEADS.search(name)}
+        return {name: Cut(shape, dims[name], heads.get(name)) for name, shape in self.shapes.items()}
 
 
 def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
@@ -158,6 +170,9 @@ def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
 _CUT_DIMS = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "output": 0}
 """The dimension that model-parallel ranks cut. A layout adds the experts'; what is named nowhere is whole on every rank."""
 
+_OF_KV_HEADS = re.compile(r"\.w[kv]\.")
+"""A head that query heads share is never cut."""
+
 
 def as_matrix(name: str, dimensions: tuple[T, ...]) -> tuple[T, ...]:
     """What is said of each dimension of a matrix, as [..., out, in]: the embedding, stored [V, D], maps V to D."""
@@ -175,7 +190,23 @@ def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return at_least(dtype) if ".feed_forward.gate." in name else dtype
 
 
-def divided_sizes(args: ModelArgs, layout: Layout) -> dict[str, int]:
-    """What the model-parallel size must divide."""
-    sizes = {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "vocab_size": args.vocab_size, "dim": args.dim}
-    return layout.cut_size(args) | sizes
+def undivided(args: ModelArgs, layout: Layout, model_parallel: int) -> list[str]:
+    """What a model-parallel size does not divide, with its number; it may be a multiple of n_kv_heads instead."""
+    sizes = layout.cut_size(args) | {"n_heads": args.n_heads, "vocab_size": args.vocab_size, "dim": args.dim}
+    if model_parallel < 1 or model_parallel % args.n_kv_heads:
+        sizes["n_kv_heads"] = args.n_kv_heads
+    return [f"{name} {size}" for name, size in sizes.items() if model_parallel < 1 or size % model_parallel]
+
+
+def allowed_sizes(args: ModelArgs, layout: Layout) -> list[int]:
+    """The model-parallel sizes that a model can be cut into."""
+    return [size for size in range(1, args.n_heads + 1) if not undivided(args, layout, size)]
+
+
+def check_divides(args: ModelArgs, layout: Layout, model_parallel: int, where: str = "") -> None:
+    """Raise a UserError that lists the allowed sizes if a model cannot be cut into ``model_parallel`` parts."""
+    if failing := undivided(args, layout, model_parallel):
+        raise UserError(
+            f"{where}layout '{layout.name}': model-parallel size {model_parallel} does not divide {', '.join(failing)}: "
+            f"use one of {allowed_sizes(args, layout)}"
+        )

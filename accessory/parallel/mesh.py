@@ -116,18 +116,3 @@ def _check_size(setting: str, size: int, of: str, total: int) -> None:
     if total % size:
         allowed = [n for n in range(1, total + 1) if total % n == 0]
         raise UserError(f"{setting} {size} does not divide the {of}: use one of {allowed}")
-
-
-def check_divides(what: str, model_parallel: int, sizes: dict[str, int]) -> None:
-    """Raise a UserError that lists the allowed sizes unless ``model_parallel`` divides every one of ``sizes``."""
-    failing = [f"{name} {size}" for name, size in sizes.items() if model_parallel < 1 or size % model_parallel]
-    if failing:
-        raise UserError(
-            f"{what}: model-parallel size {model_parallel} does not divide {', '.join(failing)}: "
-            f"use one of {allowed_sizes(sizes)}"
-        )
-
-
-def allowed_sizes(sizes: dict[str, int]) -> list[int]:
-    """The model-parallel sizes that divide every one of ``sizes``."""
-    return [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]

@@ -86,7 +86,7 @@ def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str
     """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives), on the CPU."""
     mp = model.mesh.mp
     for name, part in gathered(model, names):
-        dim = model.cuts[name].dim
+        dim = model.cuts[name].dim_over(mp.size)
         if dim is not None and mp.size > 1:
             parts = [torch.empty_like(part) for _ in range(mp.size)]
             dist.all_gather(parts, part.contiguous(), group=mp.group)

@@ -1,6 +1,6 @@
 """What crosses ranks: regions of partial gradients, FSDP, the norm of the whole gradient."""
 
-from faults.checks import DDP, EXPERT, FSDP, HSDP
+from faults.checks import DDP, EXPERT, FSDP, HSDP, SHARED_HEADS
 from faults.fault import Fault
 
 REGIONS, FSDP_FILE = "accessory/parallel/regions.py", "accessory/parallel/fsdp.py"
@@ -113,15 +113,15 @@ FAULTS = (
     Fault(
         "what model-parallel ranks hold whole is counted by each of them in the norm",
         HOLDINGS,
-        "is_first and (cut.dim is not None or mesh.mp.rank == 0)",
+        "is_first and (cut.dim_over(mesh.mp.size) is not None or mesh.mp.rank == 0)",
         "is_first",
         EXPERT,
     ),
     Fault(
         "what data-parallel ranks hold whole is counted by each of them in the norm",
         HOLDINGS,
-        "is_first and (cut.dim is not None or mesh.mp.rank == 0)",
-        "cut.dim is not None or mesh.mp.rank == 0",
+        "is_first and (cut.dim_over(mesh.mp.size) is not None or mesh.mp.rank == 0)",
+        "cut.dim_over(mesh.mp.size) is not None or mesh.mp.rank == 0",
         DDP,
     ),
     Fault(
@@ -158,6 +158,27 @@ FAULTS = (
         "(mesh.dp_shard.rank, mesh.dp_shard.rank + 1)",
         "(mesh.dp.rank, mesh.dp.rank + 1)",
         HSDP,
+    ),
+    Fault(
+        "the partial gradient of a key head that ranks share is not summed",
+        "accessory/model/linear.py",
+        "copy_to_model_parallel_region(parameter, self.mp)[self.own_rows]",
+        "parameter[self.own_rows]",
+        SHARED_HEADS,
+    ),
+    Fault(
+        "a rank computes the key head of its neighbours' query heads",
+        "accessory/model/linear.py",
+        "part, height = mp.rank * parts // mp.size,",
+        "part, height = mp.rank % parts,",
+        SHARED_HEADS,
+    ),
+    Fault(
+        "a key head that ranks share is taken to be cut",
+        HOLDINGS,
+        "cut.dim_over(mesh.mp.size) is not None",
+        "cut.dim is not None",
+        SHARED_HEADS,
     ),
     Fault(
         "a copy is shared out among ranks that lie apart",
