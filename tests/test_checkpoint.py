@@ -32,9 +32,9 @@ def plain():
     return weights(dtype=torch.float32)
 
 
-def rank_file(w, layout, rank, size):
+def rank_file(w, layout, rank, size, args=TINY):
     """What belongs into one rank's file, by the format's description alone."""
-    return formats.rank_tensors(w, TINY, layout, rank, size)
+    return formats.rank_tensors(w, args, layout, rank, size)
 
 
 def write_directory(directory, w, layout, size, suffix):

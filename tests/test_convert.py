@@ -145,7 +145,7 @@ def test_cut_files_are_those_of_the_format(layout, suffix, size, home, tmp_path)
     for rank in range(size):
         path = tmp_path / f"out/consolidated.{rank:02d}-of-{size:02d}.model.{suffix}"
         ours = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)["model"]
-        same_bytes(ours, rank_file(w, layout, rank, size))
+        same_bytes(ours, rank_file(w, layout, rank, size, ARGS))
     back = tmp_path / "back"
     converts(tmp_path / "out", back, "--to", "hf")
     same_bytes(hf_tensors(back), hf_tensors(home / "hf"))
