@@ -25,7 +25,6 @@ from accessory.data.mix import load_mix, tokenise_mix
 from accessory.data.order import Part, Shuffled, permute
 from accessory.data.packing import Rows
 from accessory.data.store import CHUNK, Sample, cache, make_store
-from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
 from accessory.settings import DataSection
@@ -59,10 +58,6 @@ def tokenizer(tmp_path_factory):
 
 def talk(*texts):
     return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]}
-
-
-def text_of(record):
-    return "".join(segment.text for segment in render(record))
 
 
 def test_vocabulary_must_be_the_models(tokenizer, tmp_path):

@@ -25,6 +25,7 @@ class Segment:
     trained: bool
     special: bool = False  # the text is the name of one special token
     apart: bool = False  # encoded by itself, not as the continuation of the text before it
+    joined: bool = False  # behind a special token, it does not begin with the space that SentencePiece puts before a text
 
 
 class Model(Protocol):
@@ -67,17 +68,26 @@ class SentencePiece:
         ends: list[int] = []
         start = 0
         for special, group in groupby(run, attrgetter("special")):
-            for text in [s.text for s in group] if special else ["".join(s.text for s in group)]:
+            segments = list(group)
+            for text in [s.text for s in segments] if special else ["".join(s.text for s in segments)]:
                 if special:
                     ids.append(self._ids[text])
                     ends.append(start + len(text))
                 else:
-                    encoded = self._model.encode(text, out_type="offset_mapping")
-                    ids += encoded["ids"]
+                    found, offsets = self._text(text, joined=segments[0].joined and start > 0)
+                    ids += found
                     # of a character written in bytes, only the last byte has a width
-                    ends += [start + (end if end > begin else begin + 1) for begin, end in encoded["offsets"]]
+                    ends += [start + (end if end > begin else begin + 1) for begin, end in offsets]
                 start += len(text)
         return ids, ends
+
+    def _text(self, text: str, joined: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and offsets of a text."""
+        before = "\n" if joined else ""  # it takes the space, and no piece of a text reaches over it
+        encoded = self._model.encode(before + text, out_type="offset_mapping")
+        first = sum(end <= len(before) for _, end in encoded["offsets"]) if joined else 0
+        offsets = [(begin - len(before), end - len(before)) for begin, end in encoded["offsets"][first:]]
+        return encoded["ids"][first:], offsets
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)
