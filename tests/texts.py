@@ -41,8 +41,8 @@ ANSWERS = TEXTS.filter(str.strip)
 
 
 @st.composite
-def conversations(draw, system=True, most=3):
-    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=most))
+def conversations(draw, system=True):
+    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3))
     prompt = draw(st.none() | TEXTS.filter(bool)) if system else None
     return Conversation(prompt, tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
 

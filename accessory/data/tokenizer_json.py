@@ -41,7 +41,7 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
 
 
 def _tokenizer(model: Any, bos: str, unknown: str, joined: bool) -> dict[str, Any]:
-    """What tokenizer.json says; ``joined``: a text has a space put before it only where it begins, behind no special token."""
+    """What tokenizer.json says; ``joined``: a text behind a special token does not get SentencePiece's space."""
     first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
     every = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     pieces = [piece.piece for piece in model.pieces]

@@ -85,7 +85,8 @@ def _start(context: ForkServerContext, setup: Callable[[], Callable[[Any], Any]]
             raise
         sys.exit(1)  # this is such a process, which imports the script: ``_reason`` tells it in the script's own process
     except (OSError, EOFError) as error:
-        raise NotStarted(f"a process could not be started: {error}; allow more processes and open files (ulimit)") from error
+        why = getattr(error, "strerror", None) or "the process that forks the others is gone"
+        raise NotStarted(f"a process could not be started: {why}; allow more processes and open files (ulimit)") from error
     return Worker(process, ours)
 
 
