@@ -329,7 +329,7 @@ def test_mistrals_template_shows_tools_before_the_last_question_alone(mistral):
     assert len(trained_texts(render({"messages": messages}, template))) == 2
 
 
-CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+CALL = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 SIMPLE = [
     {"role": "system", "content": "S"},
     {"role": "user", "content": "q"},
@@ -346,6 +346,7 @@ SIMPLE = [
         ("message.tool_calls or []", "[]", "has no place for the calls of turn 2"),
         ("message.role == 'assistant'", "message.role != 'user'", "has no place for the tool of turn 3"),
         ("messages[0].role == 'system'", "none", "has no place for the system prompt"),
+        ("if message.content", "if message.content and not message.tool_calls", "for the text beside the calls of turn 2"),
         ("call.function.name", "call.name.x", "the chat template refuses it"),
     ],
 )

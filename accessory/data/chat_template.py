@@ -136,14 +136,16 @@ class _ChatTemplate:
         if tools:
             without.append(("the list of tools", system + messages, None))
         for number, message in enumerate(messages):
-            other = None
+            others: dict[str, Message] = {}
             if "tool_calls" in message:
-                other = {key: value for key, value in message.items() if key != "tool_calls"}
-                what = f"the calls of turn {number + 1}"
+                for key, what in (("tool_calls", "the calls"), ("content", "the text beside the calls")):
+                    others[what] = {name: value for name, value in message.items() if name != key}
             elif message["role"] == "tool":  # which some would write as what the model said
-                other, what = message | {"role": "assistant"}, f"the tool of turn {number + 1}"
-            if other is not None:
-                without.append((what, [*system, *messages[:number], other, *messages[number + 1 :]], tools))
+                others["the tool"] = message | {"role": "assistant"}
+            for what, other in others.items():
+                if other != message:
+                    said = [*system, *messages[:number], other, *messages[number + 1 :]]
+                    without.append((f"{what} of turn {number + 1}", said, tools))
         for what, said, offered in without:
             try:
                 rendered = self._render(said, offered, prompt=messages[-1]["role"] != "assistant")
