@@ -24,6 +24,8 @@ METADATA = frozenset(
 )
 """Keys that say where a record is from and of what sort it is: nothing for a model to learn."""
 
+NOTHING: tuple[Any, ...] = (None, "", [], {}, ())
+
 
 class RecordError(UserError):
     """A record that cannot be used; the message says why."""
@@ -50,18 +52,21 @@ class Fields:
             raise RecordError(f"{where}{': ' * bool(where)}expected an object, found {type(raw).__name__}")
         self.where, self._columns, self._ignore = where, columns or {}, ignore
         self.raw = {key: value for key, value in raw.items() if key not in ignore}
-        for key, column in self._columns.items():
-            if column in self.raw and key in self.raw and key not in self._columns.values():
-                raise RecordError(f"'{key}' stands beside '{column}', which is read as '{key}': name one under ignore")
-        renamed = {column: key for key, column in self._columns.items()}
-        self.raw = {renamed.get(key, key): value for key, value in self.raw.items()}
+        if columns:
+            self._rename(columns)
         self.texts: list[str] = [] if texts is None else texts
-        self._left = {key: value for key, value in self.raw.items() if self.says(key) and key not in METADATA}
+        self._taken: set[str] = set()
+
+    def _rename(self, columns: Mapping[str, str]) -> None:
+        for key, column in columns.items():
+            if column in self.raw and key in self.raw and key not in columns.values():
+                raise RecordError(f"'{key}' stands beside '{column}', which is read as '{key}': name one under ignore")
+        names = {column: key for key, column in columns.items()}
+        self.raw = {names.get(key, key): value for key, value in self.raw.items()}
 
     def says(self, key: str) -> bool:
         """Whether there is anything under ``key``."""
-        value = self.raw.get(key)
-        return value is not None and not (isinstance(value, str | list | tuple | Mapping) and not value)
+        return self.raw.get(key) not in NOTHING
 
     def name(self, key: str) -> str:
         """What messages call a key: the record's own name for it."""
@@ -78,7 +83,7 @@ class Fields:
 
     def take(self, key: str) -> Any:
         """The value of ``key``, for use; None where there is none."""
-        self._left.pop(key, None)
+        self._taken.add(key)
         return self.raw.get(key)
 
     def text(self, key: str, needed: bool = False) -> str:
@@ -95,7 +100,8 @@ class Fields:
         Raises:
             RecordError: something was not taken; names it, and what can be done.
         """
-        rest = [key for key, value in self._left.items() if value not in self.texts]
+        left = (key for key in self.raw if key not in self._taken and key not in METADATA)
+        rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts]
         if rest:
             it = "it" if len(rest) == 1 else "them"
             raise RecordError(

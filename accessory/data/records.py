@@ -1,6 +1,5 @@
 """What files of training data hold, whatever their keys are called: conversations and documents."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -123,7 +122,7 @@ class Columns:
     @property
     def given(self) -> dict[str, str]:
         """The records' names by ours."""
-        return {key: column for key, column in dataclasses.asdict(self).items() if column is not None}
+        return {key: column for key, column in vars(self).items() if column is not None}
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,13 @@ class SentencePiece:
         return ids, ends
 
     def _text(self, text: str, joined: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and offsets of a text."""
-        before = "\n" if joined else ""  # it takes the space, and no piece of a text reaches over it
-        encoded = self._model.encode(before + text, out_type="offset_mapping")
-        first = sum(end <= len(before) for _, end in encoded["offsets"]) if joined else 0
-        offsets = [(begin - len(before), end - len(before)) for begin, end in encoded["offsets"][first:]]
-        return encoded["ids"][first:], offsets
+        """Token ids and offsets of a text; ``joined``: without SentencePiece's space."""
+        if not joined:
+            encoded = self._model.encode(text, out_type="offset_mapping")
+            return encoded["ids"], encoded["offsets"]
+        encoded = self._model.encode(f"\n{text}", out_type="offset_mapping")  # no piece of a text reaches over a line break
+        first = sum(end <= 1 for _, end in encoded["offsets"])
+        return encoded["ids"][first:], [(begin - 1, end - 1) for begin, end in encoded["offsets"][first:]]
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)

@@ -78,8 +78,8 @@ FAULTS = (
     Fault(
         "what nobody uses of a turn is dropped",
         FIELDS,
-        "rest = [key for key, value in self._left.items() if value not in self.texts]",
-        "rest = [key for key, value in self._left.items() if value not in self.texts and not self.where]",
+        "rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts]",
+        "rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts and not self.where]",
         "tests/test_formats.py::test_a_file_is_refused_by_name",
     ),
     Fault(
