@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_tokenizer
-from texts import MARKS, TEXTS, TWO, add_token, conversations, spans, talk, trained_texts, written
+from texts import MARKS, TEXTS, TWO, add_token, conversations, render, spans, talk, trained_texts, written
 from transformers import AutoTokenizer
 
-from accessory.data.records import Conversation, RecordError, Turn
-from accessory.data.templates import get_template, render
+from accessory.data.fields import RecordError
+from accessory.data.records import Conversation, Turn
+from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError

@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 
@@ -21,11 +23,10 @@ import zstandard
 
 from accessory.cli import main
 from accessory.data.loader import BatchPlan, collate
-from accessory.data.mix import load_mix, tokenise_mix
+from accessory.data.mix import load_mix, mix_texts, tokenise_mix
 from accessory.data.order import Part, Shuffled, permute
 from accessory.data.packing import Rows
 from accessory.data.store import CHUNK, Sample, cache, make_store
-from accessory.data.templates import render
 from accessory.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from accessory.errors import UserError
 from accessory.settings import DataSection
@@ -61,10 +62,6 @@ def talk(*texts):
     return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]}
 
 
-def text_of(record):
-    return "".join(segment.text for segment in render(record))
-
-
 def test_vocabulary_must_be_the_models(tokenizer, tmp_path):
     for size in (tokenizer.n_words, tokenizer.n_words + 255):
         check_vocabulary(tokenizer, size)
@@ -76,9 +73,42 @@ def test_vocabulary_must_be_the_models(tokenizer, tmp_path):
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer(tmp_path / "text.model")
-    with pytest.raises(UserError, match="9999 pieces"):
-        train_tokenizer(["too little"], tmp_path / "new.model", 9999)
-    assert not list(tmp_path.glob("new*"))
+
+
+def test_a_tokenizer_that_cannot_be_trained(tmp_path):
+    """The sentence says how many pieces are possible, and so many are."""
+    text, out = ["the list of tokens"], tmp_path / "new.model"
+    for size, words in ((9999, r"9999 pieces .* enough for (\d+); set --vocab-size to at most"), (100, r"need (\d+); set")):
+        with pytest.raises(UserError, match=words) as error:
+            train_tokenizer(text, out, size)
+        assert not list(tmp_path.iterdir()) and "\n" not in str(error.value) and ".cc" not in str(error.value)
+        possible = int(re.search(words, str(error.value))[1])
+        assert Tokenizer(train_tokenizer(text, out, possible)).n_words == possible
+        out.unlink()
+    with pytest.raises(UserError, match="no tokenizer of 300 pieces can be trained on this text: it is empty"):
+        train_tokenizer([], out, 300)
+    for size in (0, -5, 2**31):
+        with pytest.raises(UserError, match=f"some thousands of pieces, or as many as its text allows; found {size}"):
+            train_tokenizer(text, out, size)
+
+
+def test_a_tokenizer_learns_what_the_templates_write(tmp_path):
+    """With the columns of the mix; a chat template is the tokenizer's own, so its turns and tools stand alone."""
+    call = {"function": {"name": "add", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [call]}]
+    entries = [
+        {"path": "a.jsonl", "columns": {"instruction": "question", "output": "answer"}},
+        {"path": "b.jsonl", "template": "chat_template"},
+        {"path": "c.jsonl", "template": "vicuna"},
+    ]
+    files = {"a_jsonl": lines({"question": "Why?", "answer": "So."}), "b_jsonl": lines({"messages": messages, "tools": []})}
+    mix = write_mix(tmp_path, *entries, **files, c_jsonl=lines(GOOD))
+    texts = list(mix_texts(mix))
+    assert {"### Instruction:", "Why?", "### Response:So.", "1+1?", '{"name": "add", "arguments": {}}'} <= set(texts)
+    assert texts[-1].endswith("USER: Why? ASSISTANT: Because.")
+    (tmp_path / "c.jsonl").write_text(lines(GOOD | {"tools": [{"name": "f"}]}))
+    with pytest.raises(UserError, match=r"c.jsonl:1: the template 'vicuna' has no place for a list of tools"):
+        list(mix_texts(mix))
 
 
 CUTS = [(1, 1), (3, 1), (2, 2), (1, 5)]  # batch size, accumulation
@@ -557,6 +587,39 @@ def test_an_image_need_not_be_a_path(tmp_path, tokenizer):
     assert max(map(len, (data, web, long))) < 400 + len(str(tmp_path))
 
 
+def test_a_changed_setting_never_reads_an_old_store(tokenizer, tmp_path):
+    """What a run gets after each change is what it gets from an empty cache."""
+    shutil.copyfile(tokenizer.path, tmp_path / "tokenizer.model")
+    chat, config = tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"
+    tools = tmp_path / "additional_chat_templates/tool_use.jinja"
+    tools.parent.mkdir()
+    source = "{% for m in messages %}HERE {{ m.content }}{{ tools | tojson if tools }}{{ '</s>' }}{% endfor %}"
+    record = talk("Why?", "Because.", "So?", "Yes.") | {"tools": [{"name": "f"}], "persona": "S", "text": "a text"}
+    base = {"path": "a.jsonl", "ignore": ["text", "persona", "tools"]}
+    seen = []
+    changes = [
+        ({}, {}),
+        ({"train_on": "last_answer"}, {}),
+        ({"train_on": "all"}, {}),
+        ({"template": "vicuna"}, {}),
+        ({"kind": "text", "ignore": ["persona", "tools"]}, {}),
+        ({"ignore": ["text", "tools"], "columns": {"system": "persona"}}, {}),
+        ({"template": "chat_template"}, {chat: source}),
+        ({"template": "chat_template", "ignore": ["text", "persona"]}, {}),
+        ({"template": "chat_template", "ignore": ["text", "persona"]}, {tools: source.replace("HERE", "THERE")}),
+        ({"template": "chat_template", "ignore": ["text", "persona"]}, {tools: source.replace("HERE", "NOWHERE")}),
+        ({"template": "chat_template"}, {chat: source.replace("HERE", "AGAIN")}),
+        ({"template": "chat_template"}, {config: '{"legacy": false}'}),
+    ]
+    for entry, files in changes:
+        for file, content in files.items():
+            file.write_text(content)
+        mix = write_mix(tmp_path, base | entry, a_jsonl=lines(record))
+        (sample,) = load_mix(mix, Tokenizer(tmp_path / "tokenizer.model"), 300, 0).training
+        seen.append((sample.tokens.tolist(), sample.trained.tolist()))
+    assert all(seen.count(sample) == 1 for sample in seen)
+
+
 def test_the_same_bytes_are_something_else_under_another_name(tmp_path, tokenizer):
     text = json.dumps({"text": "the list of tokens"})
     mix = write_mix(tmp_path, {"path": "a.*"}, a_jsonl=text, a_txt=text)
@@ -611,6 +674,41 @@ def test_a_killed_worker_is_told_and_nothing_hangs(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl: a process that tokenised it was killed"):
         make_store(tmp_path / "a.jsonl", {"max_seq_len": 9}, killed, lambda count: None)
     assert not list(cache().glob("*.*"))
+
+
+SCRIPT = """
+import os, resource, sys
+from accessory.data.mix import load_mix
+from accessory.data.tokenizer import Tokenizer
+{guard}
+    {limit}
+    load_mix(sys.argv[1], Tokenizer(sys.argv[2]), 1000, 0)
+"""
+FILES = "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 8, 4096))"
+
+
+@pytest.mark.parametrize(
+    ("guard", "limit", "sentence"),
+    [
+        ("if True:", "pass", 'keep what that does under if __name__ == "__main__":'),
+        ('if __name__ == "__main__":', FILES, "a process could not be started: Too many open files; allow more"),
+        ('if __name__ == "__main__":', "pass", None),
+    ],
+    ids=["no guard", "no files", "good"],
+)
+def test_a_worker_that_cannot_start_says_why(guard, limit, sentence, tmp_path, tokenizer):
+    mix = write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=lines(*(talk("the list " * 100, str(n)) for n in range(6000))))
+    (tmp_path / "script.py").write_text(SCRIPT.format(guard=guard, limit=limit))
+    words = [sys.executable, tmp_path / "script.py", mix, tokenizer.path]
+    environment = os.environ | {"ACCESSORY_CACHE": str(tmp_path / "cache")}
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    if sentence is None:
+        assert ended.returncode == 0, ended.stderr
+        return
+    last = ended.stderr.strip().rpartition("\n")[2]
+    assert ended.returncode == 1 and last.startswith("accessory.errors.UserError: ") and sentence in last, ended.stderr
+    assert f"{tmp_path}/a.jsonl" in last and "memory" not in last and "kill" not in ended.stderr
+    assert ended.stderr.count("errors.UserError: ") == 1, "the processes themselves are quiet"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_record(tmp_path, tokenizer):

@@ -14,13 +14,15 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from models import make_tokenizer
-from texts import MARKS, TEXTS, TWO, add_token, conversations, spans, talk, trained_texts, written
+from texts import MARKS, TEXTS, TWO, add_token, conversations, render, spans, talk, trained_texts, written
 from transformers import AutoTokenizer
 
-from accessory.data.records import Conversation, Document, RecordError, Turn
-from accessory.data.templates import TEMPLATES, get_template, render
+from accessory.data.fields import RecordError
+from accessory.data.records import Conversation, Document, RecordForm, Turn
+from accessory.data.templates import TEMPLATES, get_template
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
+from accessory.data.tool_use import ToolCall
 from accessory.errors import UserError
 
 V1 = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
@@ -142,6 +144,14 @@ GOLDEN = {  # name: (template, record, text, what is trained)
         "### Instruction:\nCount.\n\n### Input:\na {b} {0}\n\n### Response:Three.<eos>",
         ["Three.<eos>"],
     ),
+    "alpaca, history": (
+        "alpaca",
+        {"instruction": "And?", "input": "b", "output": "Two.", "history": [["Count.", "One."]]},
+        "<bos>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nCount.\n\n### Response:One.<eos>\n\n"
+        "### Instruction:\nAnd?\n\n### Input:\nb\n\n### Response:Two.<eos>",
+        ["One.<eos>", "Two.<eos>"],
+    ),
     "mixtral-instruct": (
         "mixtral-instruct",
         KIND,
@@ -184,7 +194,7 @@ def test_default_templates():
         assert render(GOLDEN[name][1]) == render(GOLDEN[name][1], TEMPLATES[name])
     messages = [{"role": t["from"].replace("gpt", "assistant"), "content": t["value"]} for t in TWO["conversations"]]
     assert render({"messages": messages}) == render(TWO)
-    assert written(render({"text": "a", "instruction": "b", "output": "c"}, kind="text")) == "<bos>a<eos>"
+    assert written(render({"text": "a", "instruction": "b", "output": "c"}, form=RecordForm("text"))) == "<bos>a<eos>"
 
 
 # what is trained
@@ -192,15 +202,15 @@ def test_default_templates():
 
 @pytest.mark.parametrize("name", CHAT)
 def test_train_on(name):
-    template, record = TEMPLATES[name], TWO if name != "alpaca" else talk("Why?", "Because.")
-    segments = render(record, template)
-    answers, last = trained_texts(segments), trained_texts(render(record, template, "last_answer"))
-    assert last == answers[-1:]
-    everything = render(record, template, "all")
+    template = TEMPLATES[name]
+    segments = render(TWO, template)
+    answers, last = trained_texts(segments), trained_texts(render(TWO, template, "last_answer"))
+    assert len(answers) == 2 and last == answers[-1:]
+    everything = render(TWO, template, "all")
     assert [s.text for s in everything if not s.trained] == [BOS] and written(everything) == written(segments)
 
 
-@pytest.mark.parametrize("name", [name for name in CHAT if name != "alpaca"])
+@pytest.mark.parametrize("name", CHAT)
 @pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}])
 def test_an_answer_can_be_left_out(name, flag):
     record = talk("Why?", "Because.", "Really?", "Yes.")
@@ -217,11 +227,17 @@ def test_what_a_template_has_no_place_for():
     tool = talk("Why?", "f()", "and?", "Because.")
     tool["conversations"][2]["from"] = "tool"
     assert "<|im_start|>tool\nand?<|im_end|>" in written(render(tool, TEMPLATES["chatml"]))
-    for name in ("dialog", "mixtral-instruct", "vicuna"):
-        with pytest.raises(RecordError, match=f"'{name}' has no place for a tool"):
+    for name in ("alpaca", "dialog", "mixtral-instruct", "vicuna"):
+        with pytest.raises(RecordError, match=f"'{name}' has no place for a tool's turn"):
             render(tool, TEMPLATES[name])
-    with pytest.raises(RecordError, match="more than one question"):
-        render(TWO, TEMPLATES["alpaca"])
+    call = ToolCall("f", {}, "call00001")
+    for name in CHAT:
+        for more, turn, what in (
+            ((), Turn("assistant", "", calls=(call,)), "a tool's call"),
+            (({},), Turn("user", "a"), "a list"),
+        ):
+            with pytest.raises(RecordError, match=f"'{name}' has no place for {what}.*template: chat_template"):
+                TEMPLATES[name].prompt(Conversation(None, (Turn("user", "Why?"), turn), tools=more))
     with pytest.raises(RecordError, match="no place for a system prompt"):
         render(talk("a", "b", system="c"), TEMPLATES["alpaca"])
     with pytest.raises(RecordError, match="'plain' is for documents, and this is a conversation"):
@@ -251,7 +267,7 @@ def test_template_names(kinds):
 def test_trained_tokens_are_the_answers(name, kind, kinds):
     template, tokenizer = TEMPLATES[name], kinds[kind]
 
-    @given(conversations(system=name != "alpaca", most=1 if name == "alpaca" else 3))
+    @given(conversations(system=name != "alpaca"))
     @settings(max_examples=60, deadline=None)
     def holds(conversation):
         segments = template.render(conversation)

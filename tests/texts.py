@@ -4,7 +4,8 @@ import json
 
 from hypothesis import strategies as st
 
-from accessory.data.records import Conversation, Turn
+from accessory.data.records import Conversation, RecordForm, Turn, read_record
+from accessory.data.templates import default_template
 
 MARKS = ["<|im_start|>", "<|im_end|>"]
 """The special tokens of ChatML."""
@@ -40,10 +41,16 @@ ANSWERS = TEXTS.filter(str.strip)
 
 
 @st.composite
-def conversations(draw, system=True, most=3):
-    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=most))
+def conversations(draw, system=True):
+    pairs = draw(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3))
     prompt = draw(st.none() | TEXTS.filter(bool)) if system else None
     return Conversation(prompt, tuple(t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))))
+
+
+def render(raw, template=None, train_on="answers", form=None):
+    """The segments of a record as it stands in a file, as a mix makes them."""
+    record = read_record(raw, form or RecordForm())
+    return (template or default_template(record)).render(record, train_on)
 
 
 def written(segments):

@@ -15,6 +15,7 @@ CARRIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "tekken.json",
 )
@@ -68,5 +69,13 @@ def claim(directory: Path) -> IO[str]:
 
 
 def carried_files(directory: Path) -> dict[str, Path]:
-    """Tokenizer and generation settings of a checkpoint directory, by name."""
-    return {path.name: path for pattern in CARRIED for path in sorted(directory.glob(pattern)) if path.is_file()}
+    """Tokenizer and generation settings of a checkpoint directory, by the names that they have in it."""
+    paths = (path for pattern in CARRIED for path in sorted(directory.glob(pattern)) if path.is_file())
+    return {path.relative_to(directory).as_posix(): path for path in paths}
+
+
+def copy_carried(carried: dict[str, Path], directory: Path) -> None:
+    """Copy files into ``directory``, under the names that they get there."""
+    for name, path in carried.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)

@@ -1,26 +1,32 @@
 """A tokenizer's own chat template: Jinja, as Hugging Face's tokenizers carry it.
 
 It comes from a downloaded file, so it runs in Jinja's sandbox. It tells nothing of which part of its text is an answer:
-that is found by rendering the beginnings of a conversation.
+that is found by rendering the beginnings of a conversation. Nor does it tell what it leaves out: that is found by rendering
+the conversation without it.
 """
 
 import datetime
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from accessory.data.records import Conversation, RecordError, Turn
-from accessory.data.tokenizer import Segment, Tokenizer
+from accessory.data.fields import RecordError
+from accessory.data.records import Conversation, Turn
+from accessory.data.tokenizer import CHAT_TEMPLATES, Segment, Tokenizer
 from accessory.data.tokenizer_models import special_names
 from accessory.errors import UserError
 
 Write = Callable[[Conversation], Iterator[Segment]]
+Message = dict[str, Any]
+"""A turn as templates expect it: role, content, tool_calls, ..."""
+Tools = list[dict[str, Any]] | None
 
 
 def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
@@ -29,23 +35,18 @@ def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
     Raises:
         UserError: there is none, or it is of no use.
     """
-    where, source = _source(tokenizer)
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
     lacking = [name for name in special_names(tokenizer.settings).values() if name not in tokenizer.special]
+    where, sources = _sources(tokenizer)
     if lacking:  # the template would write them as text
         raise UserError(
             f"{tokenizer.path}: lacks the special tokens {', '.join(lacking)}, which tokenizer_config.json names; "
             "is there a tokenizer.json that has them?"
         )
     try:
-        template = environment.from_string(source)
+        templates = {name: _environment().from_string(source) for name, source in sources.items()}
     except jinja2.TemplateError as error:
         raise UserError(f"{where}: the chat template is not valid Jinja: {error}") from error
-    write = _ChatTemplate(template, tokenizer).write
+    write = _ChatTemplate(templates, tokenizer).write
     trained = [segment for segment in write(_EXAMPLE) if segment.trained]
     if not trained:
         raise UserError(f"{where}: the chat template writes no answers")
@@ -55,44 +56,66 @@ def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
 _EXAMPLE = Conversation(None, (Turn("user", "Why?", train=False), Turn("assistant", "Because.")))
 
 
-def _source(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Where the template stands, and its text."""
-    file = tokenizer.path.with_name("chat_template.jinja")
-    if file.is_file():
-        return str(file), file.read_text(encoding="utf-8")
+def _sources(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
+    """Where the template stands; its text as ``default``, and as ``tool_use`` if there is another one for tools."""
+    files = {name: tokenizer.files[file] for name, file in CHAT_TEMPLATES.items() if file in tokenizer.files}
+    if "default" in files:
+        return str(files["default"]), {name: _read(file) for name, file in files.items()}
     where = tokenizer.path.with_name("tokenizer_config.json")
     source = tokenizer.settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-    if not isinstance(source, str):
+    several = source if isinstance(source, list) else [{"name": "default", "template": source}]
+    named = {entry.get("name"): entry.get("template") for entry in several}
+    sources = {name: str(named[name]) for name in CHAT_TEMPLATES if isinstance(named.get(name), str)}
+    if "default" not in sources:
         raise UserError(f"{where.parent}: no chat_template.jinja, nor a chat_template in tokenizer_config.json")
-    return str(where), source
+    return str(where), sources
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _environment() -> jinja2.Environment:
+    """Where templates run, with what transformers offers them."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
+    return environment
 
 
 class _ChatTemplate:
-    def __init__(self, template: jinja2.Template, tokenizer: Tokenizer):
-        self._template = template
+    def __init__(self, templates: dict[str, jinja2.Template], tokenizer: Tokenizer):
+        self._templates = templates
         self._names = special_names(tokenizer.settings)
+        self._joined = tokenizer.settings.get("legacy") is False  # Hugging Face's word for what it did to SentencePiece's
         known = sorted(tokenizer.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, known)))
-        # special tokens in what a user wrote stand under names that no text can hold, until the template has been rendered
+        # special tokens in what a record says stand under names that no text can hold and JSON leaves as they are, until
+        # the template has been rendered
         secret = secrets.token_hex(8)
-        self._escapes = {name: f"\0{secret}{number}\0" for number, name in enumerate(known)}
+        self._escapes = {name: f"{secret}{number:06d}" for number, name in enumerate(known)}
         self._unescapes = {escape: name for name, escape in self._escapes.items()}
-        self._escaped = re.compile(f"\0{secret}[0-9]+\0")
+        self._escaped = re.compile(f"{secret}[0-9]{{6}}")
 
     def write(self, conversation: Conversation) -> Iterator[Segment]:
         turns = conversation.turns
-        messages = [{"role": turn.role, "content": self._escape(turn.question)} for turn in turns]
+        tools = self._escape(list(conversation.tools)) or None
+        messages = [self._escape(_message(turn)) for turn in turns]
         system = [{"role": "system", "content": self._escape(conversation.system)}] if conversation.system else []
-        whole = self._render(system + messages, prompt=turns[-1].role != "assistant")
+        whole = self._render(system + messages, tools, prompt=turns[-1].role != "assistant")
+        self._check_complete(whole, system, messages, tools)
         markup = turns[0].train  # what is no answer is trained with the questions, or not at all
         written = 0
         for number, turn in enumerate(turns):
             if turn.role != "assistant" or turn.train == markup:
                 continue
-            before = self._render(system + messages[:number], prompt=True)
-            until = self._render(system + messages[: number + 1], prompt=False)
+            before = self._render(system + messages[:number], tools, prompt=True)
+            until = self._render(system + messages[: number + 1], tools)
             if not (whole.startswith(until) and until.startswith(before) and len(before) >= written):
                 raise RecordError(
                     f"the chat template writes turn {number + 1} differently when other turns follow, so what the model "
@@ -105,14 +128,46 @@ class _ChatTemplate:
             written = end
         yield from self._segments(whole[written:], markup)
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+    def _check_complete(self, whole: str, system: list[Message], messages: list[Message], tools: Tools) -> None:
+        """Refuse a conversation of which the template leaves something out: it writes the same without that."""
+        without: list[tuple[str, list[Message], Tools]] = []
+        if system:
+            without.append(("the system prompt", messages, tools))
+        if tools:
+            without.append(("the list of tools", system + messages, None))
+        for number, message in enumerate(messages):
+            others: dict[str, Message] = {}
+            if "tool_calls" in message:
+                for key, what in (("tool_calls", "the calls"), ("content", "the text beside the calls")):
+                    others[what] = {name: value for name, value in message.items() if name != key}
+            elif message["role"] == "tool":  # which some would write as what the model said
+                others["the tool"] = message | {"role": "assistant"}
+            for what, other in others.items():
+                if other != message:
+                    said = [*system, *messages[:number], other, *messages[number + 1 :]]
+                    without.append((f"{what} of turn {number + 1}", said, tools))
+        for what, said, offered in without:
+            try:
+                rendered = self._render(said, offered, prompt=messages[-1]["role"] != "assistant")
+            except RecordError:
+                continue
+            if rendered == whole:
+                raise RecordError(f"the chat template has no place for {what}")
+
+    def _render(self, messages: list[Message], tools: Tools, prompt: bool = False) -> str:
+        template = self._templates.get("tool_use") if tools else None
+        inputs = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=prompt, **self._names)
+            return (template or self._templates["default"]).render(**self._names | inputs)
         except Exception as error:  # it is somebody's program, and may raise anything
             raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
-    def _escape(self, text: str) -> str:
-        return self._special.sub(lambda match: self._escapes[match.group()], text)
+    def _escape(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._special.sub(lambda match: self._escapes[match.group()], value)
+        if isinstance(value, Mapping):
+            return {self._escape(key): self._escape(item) for key, item in value.items()}
+        return [self._escape(item) for item in value] if isinstance(value, Sequence) else value
 
     def _segments(self, text: str, trained: bool) -> Iterator[Segment]:
         """Text and special tokens of a stretch of what was rendered."""
@@ -125,7 +180,8 @@ class _ChatTemplate:
 
     def _text(self, text: str, trained: bool) -> Iterator[Segment]:
         if text:
-            yield Segment(self._escaped.sub(lambda match: self._unescapes[match.group()], text), trained)
+            text = self._escaped.sub(lambda match: self._unescapes[match.group()], text)
+            yield Segment(text, trained, joined=self._joined)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -138,8 +194,29 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _message(turn: Turn) -> Message:
+    message: Message = {"role": turn.role}
+    if turn.text or not turn.calls:  # beside calls, most records have null there, and transformers leaves that out
+        message["content"] = turn.question
+    if turn.calls:
+        functions = [(call.id, {"name": call.name, "arguments": call.arguments}) for call in turn.calls]
+        message["tool_calls"] = [{"id": id, "type": "function", "function": function} for id, function in functions]
+    if turn.tool:
+        message["name"] = turn.tool
+    if turn.call_id:
+        message["tool_call_id"] = turn.call_id
+    return message
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it, parameters included: Jinja's own writes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -5,23 +5,26 @@ META:
     ratio: 0.5
 """
 
+import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
+from accessory.config import nearest
 from accessory.console import progress, say
 from accessory.data.held_out import hold_out
 from accessory.data.order import Part, Shuffled
-from accessory.data.records import recognise, shortened
+from accessory.data.records import Conversation, Document, read_record, shortened
 from accessory.data.sources import MixEntry, MixSource, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
-from accessory.data.templates import get_template, render
+from accessory.data.templates import default_template, get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.parallel.watchdog import progressed
@@ -36,10 +39,11 @@ def make_encoder(path: Path, entry: MixEntry, max_seq_len: int) -> Encoder:
     tokenizer = Tokenizer(path)
     template = get_template(entry.template, tokenizer) if entry.template else None
 
-    def encode(record: object) -> list[tuple[list[int], list[bool]]]:
-        kind = entry.kind or recognise(record)
-        tokens, trained = tokenizer.encode_segments(render(record, template, entry.train_on, kind))
-        if kind != "text" or len(tokens) <= max_seq_len:
+    def encode(raw: object) -> list[tuple[list[int], list[bool]]]:
+        record = read_record(raw, entry.form)
+        segments = (template or default_template(record)).render(record, entry.train_on)
+        tokens, trained = tokenizer.encode_segments(segments)
+        if not isinstance(record, Document) or len(tokens) <= max_seq_len:
             return [(tokens, trained)]
         # the last token of a part is the first of the next, so that every token is predicted once
         starts = range(0, len(tokens) - 1, max_seq_len - 1)
@@ -159,13 +163,26 @@ class Dataset:
         return Shuffled(parts, f"{self.seed}/epoch/{epoch}")
 
 
+def check_columns(source: MixSource, mix: str | Path) -> None:
+    """Refuse a column that no record has, rather than to read what it should hold as nothing."""
+    columns, seen = set(source.entry.columns.given.values()), set[str]()
+    rows = itertools.chain.from_iterable(map(read_rows, source.files))
+    while not columns <= seen:
+        row = next(rows, None)
+        if row is None:
+            column = min(columns - seen)
+            raise UserError(f"{mix}: {source.entry.path}: columns: no record has '{column}'{nearest(column, list(seen))}")
+        with suppress(ValueError):  # it is listed with the bad records
+            record = row.parse()
+            seen |= record.keys() if isinstance(record, dict) else set()
+
+
 def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[Tokenised]:
     """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports."""
     if max_seq_len < 2:
         raise UserError(f"max_seq_len must be at least 2, for a token is learnt from those before it; found {max_seq_len}")
     sources, result = read_sources(path), list[Tokenised]()
-    beside = (tokenizer.path.parent / name for name in ("tokenizer_config.json", "chat_template.jinja"))
-    tokens = [content_digest(file) for file in (tokenizer.path, *beside) if file.is_file()]
+    files = {name: content_digest(file) for name, file in tokenizer.files.items()}
     with progress(desc="tokenise", unit=" records") as bar:
 
         def count(records: int) -> None:
@@ -179,8 +196,8 @@ def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> li
                 encoder()
             except UserError as error:
                 raise UserError(f"{path}: {entry.path}: {error}") from error
-            settings = {"tokenizer": tokens, "max_seq_len": max_seq_len}
-            settings |= {key: getattr(entry, key) for key in ("kind", "template", "train_on")}
+            settings = {"tokenizer": files, "max_seq_len": max_seq_len, "entry": entry.encoding}
+            check_columns(source, path)
             stores = [make_store(file, settings, encoder, count) for file in source.files]
             if not any(store.report.records for store in stores):
                 raise UserError(f"{source.files[0]}: holds no record")
@@ -222,7 +239,7 @@ def load_mix(
 def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed: int, validation: float) -> Dataset:
     """What of a tokenised mix is trained on, and what is held out (see ``load_mix``)."""
     stores = [store for source in sources for store in source.stores]
-    ends = list(accumulate(len(source) for source in sources))
+    ends = list(itertools.accumulate(len(source) for source in sources))
     spans = [range(end - len(source), end) for source, end in zip(sources, ends, strict=True)]
     marked = [source.source.entry.split == "validation" for source in sources]
     held_out = np.concatenate([np.zeros(0, np.int64), *(span for span, mark in zip(spans, marked, strict=True) if mark)])
@@ -245,11 +262,22 @@ def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed
 def mix_texts(path: str | Path) -> Iterator[str]:
     """The text of every record of a mix, line by line, to train a tokenizer on."""
     for source in read_sources(path):
+        check_columns(source, path)
         for file in source.files:
             for row in read_rows(file):
                 try:
-                    segments = render(row.parse(), kind=source.entry.kind)
+                    text = _text_of(row.parse(), source.entry)
                 except ValueError as error:
                     raise UserError(f"{place_name(file, row.place)}: {error}") from error
-                text = "".join(segment.text for segment in segments if not segment.special)
                 yield from (line for line in text.splitlines() if line)
+
+
+def _text_of(raw: object, entry: MixEntry) -> str:
+    """What a record says, as its template writes it; without one, if that is to be the tokenizer's own."""
+    record = read_record(raw, entry.form)
+    if entry.template == "chat_template" and isinstance(record, Conversation):
+        calls = [{"name": call.name, "arguments": call.arguments} for turn in record.turns for call in turn.calls]
+        tools = [json.dumps(value, ensure_ascii=False) for value in (*record.tools, *calls)]
+        return "\n".join([record.system or "", *tools, *(turn.question for turn in record.turns)])
+    template = get_template(entry.template) if entry.template else default_template(record)
+    return "".join(segment.text for segment in template.render(record) if not segment.special)

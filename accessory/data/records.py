@@ -1,27 +1,42 @@
 """What files of training data hold, whatever their keys are called: conversations and documents."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from accessory.data.fields import Fields, RecordError, whole_text
+from accessory.data.tool_use import ToolCall, answered_call, parse_calls, read_calls, read_tools
 from accessory.errors import UserError
 
 Role = Literal["user", "assistant", "tool"]
 Kind = Literal["conversations", "messages", "instruction", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Each is told by the key of its name; of several, the first one counts."""
+_OF_INSTRUCTIONS = ("instruction", "input", "output", "history")
 
-_ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool"}
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+_CALLERS = ("function_call", "tool_call")
+"""Their text is a call, as JSON."""
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
     None: ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-
-
-class RecordError(UserError):
-    """A record that cannot be used; the message says why."""
+_QUESTIONS = ("question", "prompt", "problem", "query", "instruction", "input")
+_ANSWERS = ("answer", "completion", "solution", "response", "output")
+"""What other projects call them: for the sentence that says how to read such a file."""
 
 
 def shortened(image: str) -> str:
@@ -47,6 +62,9 @@ class Turn:
     text: str
     train: bool = True  # False: not to be learnt, even if answers are
     context: str = ""  # an instruction's input, which the alpaca template sets apart
+    calls: tuple[ToolCall, ...] = ()  # an assistant's, beside its text
+    tool: str = ""  # the name of the tool that speaks
+    call_id: str = ""  # of the call that the tool answers
 
     @property
     def question(self) -> str:
@@ -61,7 +79,10 @@ class Conversation:
 
     system: str | None
     turns: tuple[Turn, ...]
-    image: str | None = None
+    images: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()  # that may be called, as OpenAI describes them
+    label: Any = None  # what a classifier should say of it
+    is_instruction: bool = field(default=False, compare=False)  # in the file
 
 
 @dataclass(frozen=True)
@@ -69,76 +90,201 @@ class Document:
     """A text to be learnt as it is."""
 
     text: str
+    images: tuple[str, ...] = ()
+    label: Any = None
 
 
 Record = Conversation | Document
 
 
-def recognise(raw: Any) -> Kind:
-    """The kind of a record, by its keys."""
-    for kind in KINDS:
-        if kind in _object(raw):
-            return kind
-    raise RecordError(f"none of {', '.join(map(repr, KINDS))} among its keys; it has {_keys(raw)}")
+@dataclass(frozen=True)
+class Columns:
+    """What a source's records call the keys that are read here; null: the same."""
+
+    conversations: str | None = None
+    messages: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    history: str | None = None
+    text: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    image: str | None = None
+    images: str | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, column in self.given.items():
+            if list(self.given.values()).count(column) > 1:
+                raise UserError(f"{key}: '{column}' is named twice")
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The records' names by ours."""
+        return {key: column for key, column in vars(self).items() if column is not None}
 
 
-def read_record(raw: Any, kind: Kind | None = None) -> Record:
+@dataclass(frozen=True)
+class RecordForm:
+    """How a source's records are read; what their tokens depend on.
+
+    Attributes:
+        kind: None: told by their keys. ignore: keys that are left out, wherever in a record they stand.
+    """
+
+    kind: Kind | None = None
+    columns: Columns = field(default_factory=Columns)
+    ignore: tuple[str, ...] = ()
+
+
+def read_record(raw: Any, form: RecordForm = RecordForm()) -> Record:
     """Check a record and bring it into one form.
 
-    Args:
-        kind: None: recognised.
-
     Raises:
-        RecordError: it is of no known kind, or breaks the rules of its kind; says in which turn.
+        RecordError: it is of no known kind, breaks the rules of its kind, or says something that has no use here; says in
+            which turn.
     """
-    kind = kind or recognise(raw)
-    if kind not in _object(raw):
-        raise RecordError(f"no '{kind}' among its keys; it has {_keys(raw)}")
+    record = Fields(raw, form.ignore, form.columns.given)
+    _refuse_preferences(record)
+    kind = form.kind or _recognise(record)
+    if kind not in record.raw:
+        raise RecordError(f"no {record.name(kind)} among its keys; it has {record.names()}")
+    images, label = _images(record), record.take("label")
+    label = label if record.says("label") else None
     if kind == "text":
-        document = Document(_text(raw["text"], "'text'"))
-        if not document.text.strip():
-            raise RecordError("'text' is empty")
-        return document
-    image = raw.get("image")
-    if image is not None:
-        _text(image, "'image'", "path")
-    system = _text_or_nothing(raw, "system") or None
-    if kind == "instruction":
-        return Conversation(system, _instruction(raw), image or None)
-    items = raw[kind]
-    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        raise RecordError(f"'{kind}' must be a list of turns with at least one question and answer")
-    if isinstance(items[0], Mapping) and _role(items[0], 1) == "system":
-        if system:
-            raise RecordError("turn 1 is from 'system', but there is a 'system' beside the turns too")
-        return Conversation(_content(items[0], 1) or None, _turns(items, 1), image or None)
-    return Conversation(system, _turns(items, 0), image or None)
+        found: Record = Document(_document(record), images, label)
+    elif kind == "instruction":
+        system = record.text("system") or None
+        found = Conversation(system, _instruction(record), images, read_tools(record), label, is_instruction=True)
+    else:
+        system, turns = _conversation(record, kind)
+        found = Conversation(system, turns, images, read_tools(record), label)
+    if form.kind:  # the record in other forms, which the mix entry decides against
+        for key in (*KINDS, *(_OF_INSTRUCTIONS if "instruction" in record.raw else ())):
+            record.take(key)
+    elif record.says("text") and all(text.strip() in str(record.raw["text"]) for text in record.texts):
+        record.take("text")  # Alpaca's is the whole record in its template
+    record.refuse_rest()
+    return found
 
 
-def _instruction(raw: Mapping[str, Any]) -> tuple[Turn, ...]:
-    question, answer = _text(raw["instruction"], "'instruction'"), _text(raw.get("output"), "'output'")
+def _recognise(record: Fields) -> Kind:
+    """The kind of a record, by its keys."""
+    for kind in (*filter(record.says, KINDS), *KINDS):
+        if kind in record.raw:
+            return kind
+    found = [next(filter(record.says, names), None) for names in (_QUESTIONS, _ANSWERS)]
+    if all(found) and _is_verdict(record.raw.get("label")):
+        raise RecordError(_KTO)
+    hint = f"; read it with columns: {{instruction: {found[0]}, output: {found[1]}}} in the mix entry" if all(found) else ""
+    raise RecordError(f"none of {', '.join(map(repr, KINDS))} among its keys; it has {record.names()}{hint}")
+
+
+_KTO = "it is a KTO record (its label says whether the answer is good), and there is no such objective yet"
+
+
+def refuse_label(record: Record) -> None:
+    """Of a run that learns to predict the next token."""
+    if isinstance(record, Conversation) and _is_verdict(record.label):
+        raise RecordError(f"{_KTO}: to learn every answer, good or bad, set ignore: [label] in the mix entry")
+    if record.label is not None:
+        raise RecordError(
+            f"it has a label ({str(record.label)[:40]!r}), but the run trains next-token prediction: to do without the "
+            "label, set ignore: [label] in the mix entry"
+        )
+
+
+def _is_verdict(label: Any) -> bool:
+    return isinstance(label, bool) or str(label).lower() in ("true", "false")
+
+
+def _refuse_preferences(record: Fields) -> None:
+    if record.says("kto_tag"):
+        raise RecordError(_KTO)
+    pair = list(filter(record.says, ("chosen", "rejected")))
+    if pair:
+        raise RecordError(
+            f"it is a preference record ({' and '.join(map(repr, pair))}), and there is no such objective yet: to learn the "
+            "chosen answer alone, name it under columns and 'rejected' under ignore in the mix entry"
+        )
+
+
+def _images(record: Fields) -> tuple[str, ...]:
+    one, several = record.take("image"), record.take("images")
+    if several is not None and not isinstance(several, list | tuple):
+        raise RecordError(f"{record.name('images')} must be a list of paths")
+    named = [(one, record.name("image"))] * (one is not None) + [(path, "an image") for path in several or ()]
+    return tuple(filter(None, (whole_text(path, what, "path") for path, what in named)))
+
+
+def _document(record: Fields) -> str:
+    text = record.text("text", needed=True)
+    if not text.strip():
+        raise RecordError(f"{record.name('text')} is empty")
+    return text
+
+
+def _instruction(record: Fields) -> tuple[Turn, ...]:
+    question, answer = record.text("instruction", needed=True), record.text("output", needed=True)
     if not answer.strip():
-        raise RecordError("'output' is empty: there is no answer to learn")
-    return Turn("user", question, context=_text_or_nothing(raw, "input")), Turn("assistant", answer)
+        raise RecordError(f"{record.name('output')} is empty: there is no answer to learn")
+    turns = []
+    history = record.take("history") or []
+    for number, pair in enumerate(history if isinstance(history, list | tuple) else [history], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RecordError("'history' must be a list of earlier questions and answers: [[question, answer], ...]")
+        earlier, said = (whole_text(text, f"history {number}") for text in pair)
+        if not said.strip():
+            raise RecordError(f"history {number} is without an answer")
+        turns += [Turn("user", earlier), Turn("assistant", said)]
+        record.texts += [earlier, said]
+    return *turns, Turn("user", question, context=record.text("input")), Turn("assistant", answer)
 
 
-def _turns(items: Sequence[Any], start: int) -> tuple[Turn, ...]:
+def _conversation(record: Fields, kind: Kind) -> tuple[str | None, tuple[Turn, ...]]:
+    """The system prompt and the turns."""
+    items = record.take(kind)
+    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+        raise RecordError(f"{record.name(kind)} must be a list of turns with at least one question and answer")
+    system = record.text("system")
+    if not isinstance(items[0], Mapping) or _speaker(record.inside(items[0], "turn 1")) != "system":
+        return system or None, _turns(record, items, 0)
+    if system:
+        raise RecordError("turn 1 is from 'system', but there is a 'system' beside the turns too")
+    turn = record.inside(items[0], "turn 1")
+    _speaker(turn), _flag(turn)
+    system = _content(turn)
+    turn.refuse_rest()
+    return system or None, _turns(record, items, 1)
+
+
+def _turns(record: Fields, items: Sequence[Any], start: int) -> tuple[Turn, ...]:
     """The turns from ``start`` on, whose order is checked."""
     turns: list[Turn] = []
+    calls: list[ToolCall] = []
+    waiting: list[ToolCall] = []  # for what the tool says
     for number, item in enumerate(items[start:], start + 1):
         if not isinstance(item, Mapping):
-            raise RecordError(f"turn {number} must be an object with the texts 'from' and 'value', or 'role' and 'content'")
-        said = _role(item, number)
-        role = _ROLES.get(said)
-        allowed = _MAY_FOLLOW[turns[-1].role if turns else None]
-        if role not in allowed:
-            names = {"user": "human", "assistant": "gpt"} if "from" in item else {}
+            raise RecordError(f"turn {number}{_NO_TURN}")
+        turn = record.inside(item, f"turn {number}")
+        said = _speaker(turn)
+        role, allowed = _ROLES.get(said), _MAY_FOLLOW[turns[-1].role if turns else None]
+        if role is None or role not in allowed:
+            names = {"user": "human", "assistant": "gpt"} if "from" in turn.raw else {}
             expected = names.get(allowed[0], allowed[0])
             raise RecordError(f"turn {number} is from '{said}', expected '{expected}': turns must alternate")
-        text = _content(item, number)
-        if role == "assistant" and not text.strip():
-            raise RecordError(f"turn {number} is an empty answer")
-        turns.append(Turn(role, text, _flag(item, number)))
+        if role == "assistant":
+            text, made = _answer(turn, said, len(calls))
+            calls += made
+            waiting = list(made)
+            turns.append(Turn(role, text, _flag(turn), calls=made))
+        elif role == "tool":
+            tool, call_id = answered_call(turn, waiting)
+            turns.append(Turn(role, _content(turn), _flag(turn), tool=tool, call_id=call_id))
+        else:
+            turns.append(Turn(role, _content(turn), _flag(turn)))
+        turn.refuse_rest()
     if not turns:
         raise RecordError("turn 1 is from 'system', and no question follows")
     if turns[-1].role != "assistant":
@@ -146,57 +292,55 @@ def _turns(items: Sequence[Any], start: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _role(turn: Mapping[str, Any], number: int) -> str:
-    role = turn.get("from", turn.get("role"))
+_NO_TURN = " must be an object with the texts 'from' and 'value', or 'role' and 'content'"
+
+
+def _speaker(turn: Fields) -> str:
+    role = turn.take("from" if "from" in turn.raw else "role")
     if not isinstance(role, str):
-        raise RecordError(f"turn {number} must say who speaks: 'from' (or 'role') is {role!r}")
-    return _text(role, f"turn {number}: who speaks")
+        raise RecordError(f"{turn.where} must say who speaks: 'from' (or 'role') is {role!r}")
+    return whole_text(role, f"{turn.where}: who speaks")
 
 
-def _content(turn: Mapping[str, Any], number: int) -> str:
+def _answer(turn: Fields, said: str, number: int) -> tuple[str, tuple[ToolCall, ...]]:
+    """The text and the calls of an assistant's turn, ``number`` calls having been before."""
+    if said in _CALLERS:
+        return "", parse_calls(_content(turn), turn, number)
+    calls = read_calls(turn, number)
+    text = _content(turn) if not calls or turn.says("value") or turn.says("content") else ""
+    if not text.strip() and not calls:
+        raise RecordError(f"{turn.where} is an empty answer")
+    return text, calls
+
+
+def _content(turn: Fields) -> str:
     """The text of a turn; OpenAI's may come in parts."""
-    if turn.get("tool_calls"):
-        raise RecordError(f"turn {number} has 'tool_calls': write the call into its text, as the model should write it")
-    value = turn.get("value", turn.get("content"))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise RecordError(f"turn {number} has a part of type {kind!r}; expected parts of type 'text' only")
-        return "".join(_text(part.get("text"), f"turn {number}: a part's 'text'") for part in value)
+    key = "value" if "value" in turn.raw else "content"
+    value = turn.take(key)
+    if isinstance(value, list | tuple):
+        return "".join(_part(turn, part, number) for number, part in enumerate(value, 1))
     if not isinstance(value, str):
-        raise RecordError(f"turn {number} must be an object with the texts 'from' and 'value', or 'role' and 'content'")
-    return _text(value, f"turn {number}")
-
-
-def _flag(turn: Mapping[str, Any], number: int) -> bool:
-    train, weight = turn.get("train", True), turn.get("weight", 1)
-    if not isinstance(train, bool):
-        raise RecordError(f"turn {number}: 'train' must be true or false, found {train!r}")
-    if weight not in (0, 1):
-        raise RecordError(f"turn {number}: 'weight' must be 0 or 1, found {weight!r}")
-    return train and bool(weight)
-
-
-def _object(raw: Any) -> Mapping[str, Any]:
-    if not isinstance(raw, Mapping):
-        raise RecordError(f"expected an object, found {type(raw).__name__}")
-    return raw
-
-
-def _keys(raw: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, raw)) or "none"
-
-
-def _text_or_nothing(raw: Mapping[str, Any], key: str) -> str:
-    return "" if raw.get(key) is None else _text(raw[key], f"'{key}'")
-
-
-def _text(value: Any, what: str, kind: str = "text") -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{what} must be a {kind}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{what} holds half a character (a lone surrogate)") from error
+        raise RecordError(f"{turn.where}{_NO_TURN}")
+    turn.texts.append(whole_text(value, turn.where))
     return value
+
+
+def _part(turn: Fields, raw: Any, number: int) -> str:
+    kind = raw.get("type") if isinstance(raw, Mapping) else type(raw).__name__
+    if kind != "text":
+        raise RecordError(f"{turn.where} has a part of type {kind!r}; expected parts of type 'text' only")
+    part = turn.inside(raw, f"{turn.where}, part {number}")
+    part.take("type")
+    text = part.text("text", needed=True)
+    part.refuse_rest()
+    return text
+
+
+def _flag(turn: Fields) -> bool:
+    """Whether a turn says that it may be trained."""
+    train, weight = turn.take("train"), turn.take("weight")
+    if not isinstance(train, bool | None):
+        raise RecordError(f"{turn.where}: 'train' must be true or false, found {train!r}")
+    if weight not in (0, 1, None):
+        raise RecordError(f"{turn.where}: 'weight' must be 0 or 1, found {weight!r}")
+    return train is not False and weight != 0

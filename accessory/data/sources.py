@@ -15,20 +15,22 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import zstandard
 
 from accessory.config import from_mapping, read_mapping
-from accessory.data.records import Kind
+from accessory.data.records import Columns, Kind, RecordForm
 from accessory.data.templates import TrainOn
 from accessory.errors import UserError
 from accessory.parallel.watchdog import progressed
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
+_CHOOSING = ("path", "name", "split", "ratio", "epochs", "weight", "root")
+"""Settings of an entry that say which records are used, and how often."""
 MAX_RECORD = 16 * 2**20
 """Bytes of a record: more is not a conversation, but a file that is not what it seems."""
 
@@ -41,6 +43,9 @@ class MixEntry:
     type: Literal["text"] = "text"
     name: str | None = None  # in reports; null: the path
     kind: Kind | None = None  # conversations | messages | instruction | text; null: told by the records' keys
+    # what the records call the keys that are read here: {instruction: question, output: answer}
+    columns: Columns = field(default_factory=Columns)
+    ignore: tuple[str, ...] = ()  # keys of the records that are left out; else what has no use here is refused
     # mixtral-instruct | dialog | alpaca | chatml | vicuna | plain | chat_template; null: dialog, alpaca, plain, by kind
     template: str | None = None
     train_on: TrainOn = "answers"  # or last_answer, or all
@@ -53,7 +58,20 @@ class MixEntry:
     preprocess: str | None = None
     prompt_type: str | None = None
 
+    @property
+    def form(self) -> RecordForm:
+        """How its records are read."""
+        return RecordForm(self.kind, self.columns, self.ignore)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """All of it that a record's tokens depend on."""
+        return {key: value for key, value in asdict(self).items() if key not in _CHOOSING}
+
     def __post_init__(self) -> None:
+        both = sorted({*self.columns.given.values()} & {*self.ignore})
+        if both:
+            raise UserError(f"{self.path}: '{both[0]}' is named under columns and under ignore; keep one")
         given = [name for name in ("ratio", "epochs", "weight") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{self.path}: {' and '.join(given)} say the same in two ways; keep one")

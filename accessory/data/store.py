@@ -28,9 +28,9 @@ from accessory.config import read_mapping, write_json
 from accessory.data.records import ImageError
 from accessory.data.sources import SourceRow, content_digest, file_kind, place_name, read_rows
 from accessory.errors import UserError
-from accessory.parallel.forkserver import Killed, fork_server, map_in_processes
+from accessory.parallel.forkserver import Killed, NotStarted, fork_server, map_in_processes
 
-VERSION = 3
+VERSION = 4
 """Of the files and of how samples are made; part of the key."""
 CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
 
@@ -233,6 +233,8 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
         yield from map_in_processes(fork_server(__name__), encode, itertools.chain([second], chunks), workers)
     except Killed as error:
         raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
+    except NotStarted as error:
+        raise UserError(f"{file}: cannot be tokenised by several processes: {error}") from error
 
 
 def _make_encode(make_encoder: Callable[[], Encoder], max_seq_len: int) -> Callable[[list[SourceRow]], Encoded]:

@@ -11,21 +11,13 @@ from typing import Any, Literal
 
 from accessory.config import nearest
 from accessory.data.chat_template import chat_template
-from accessory.data.records import (
-    Conversation,
-    Document,
-    ImageError,
-    Kind,
-    Record,
-    RecordError,
-    Turn,
-    read_record,
-    recognise,
-)
+from accessory.data.fields import RecordError
+from accessory.data.records import Conversation, Document, ImageError, Record, refuse_label
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.errors import UserError
 
 TrainOn = Literal["answers", "last_answer", "all"]
+ToolPlaces = Literal["none", "results", "all"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +28,14 @@ class Template:
         write: the segments of a record; what belongs to a turn is trained if the turn is (``Turn.train``).
         stop: what ends an answer, if not ``</s>``; where generation stops.
         documents: whether it writes documents rather than conversations.
+        tools: what it has a place for of a conversation's tools, the calls of them, and what they give.
     """
 
     name: str
     write: Callable[[Any], Iterator[Segment]]
     stop: tuple[str, ...] = ()
     documents: bool = False
+    tools: ToolPlaces = "none"
 
     def render(self, record: Record, train_on: TrainOn = "answers") -> list[Segment]:
         """The segments of a record to be trained on.
@@ -55,10 +49,12 @@ class Template:
         if isinstance(record, Document) != self.documents:
             fits, found = ("documents", "a conversation") if self.documents else ("conversations", "a document")
             raise RecordError(f"the template '{self.name}' is for {fits}, and this is {found}")
+        refuse_label(record)
+        if record.images:
+            raise ImageError(record.images[0])
         if isinstance(record, Document):
             return list(self.write(record))
-        if record.image:
-            raise ImageError(record.image)
+        self._check_tools(record)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = tuple(
             replace(turn, train=turn.train and (number == last or train_on != "last_answer"))
@@ -72,24 +68,30 @@ class Template:
         """What a model is given to answer a conversation that ends with a question."""
         if self.documents:
             raise UserError(f"the template '{self.name}' is for documents, not for questions: continue the raw text instead")
+        self._check_tools(conversation)
         return list(self.write(conversation))
 
+    def _check_tools(self, conversation: Conversation) -> None:
+        turns = conversation.turns
+        if self.tools != "all" and any(turn.calls for turn in turns):
+            what = "a tool's call"
+        elif self.tools != "all" and conversation.tools:
+            what = "a list of tools"
+        elif self.tools == "none" and any(turn.role == "tool" for turn in turns):
+            what = "a tool's turn"
+        else:
+            return
+        raise RecordError(
+            f"the template '{self.name}' has no place for {what}: name the model's own in the mix entry, "
+            "template: chat_template"
+        )
 
-def render(
-    raw: Any, template: Template | None = None, train_on: TrainOn = "answers", kind: Kind | None = None
-) -> list[Segment]:
-    """The segments of a record as it stands in a file.
 
-    Args:
-        template: None: dialog for conversations, alpaca for instructions, plain for texts.
-        kind: of the record; None: recognised by its keys.
-
-    Raises:
-        RecordError: it breaks the rules of its kind, or the template has no place for it.
-    """
-    kind = kind or recognise(raw)
-    record = read_record(raw, kind)
-    return (template or TEMPLATES[_DEFAULTS[kind]]).render(record, train_on)
+def default_template(record: Record) -> Template:
+    """What writes a record if no template is named."""
+    if isinstance(record, Document):
+        return TEMPLATES["plain"]
+    return TEMPLATES["alpaca" if record.is_instruction else "dialog"]
 
 
 def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
@@ -101,7 +103,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     if name == "chat_template":
         if tokenizer is None:
             raise UserError("the template 'chat_template' is a tokenizer's own, and there is no tokenizer yet")
-        return Template(name, *chat_template(tokenizer))
+        return Template(name, *chat_template(tokenizer), tools="all")
     if name not in TEMPLATES:
         raise UserError(f"unknown template '{name}'{nearest(name, [*TEMPLATES, 'chat_template'])}")
     if name == "mixtral-instruct" and tokenizer and "[INST]" in tokenizer.special:
@@ -120,7 +122,7 @@ def _dialog(conversation: Conversation) -> Iterator[Segment]:
     """The reference project's: ``{system}\\n\\n### Human: {q}\\n### Assistant: {a}\\n###``, then `` Human: ...``."""
     yield _begin()
     yield Segment(f"{conversation.system or DIALOG_SYSTEM}\n\n###", conversation.turns[0].train)
-    for turn in _without_tools(conversation, "dialog"):
+    for turn in conversation.turns:
         if turn.role == "user":
             yield Segment(f" Human: {turn.question}\n### Assistant:", turn.train)
         else:
@@ -128,28 +130,26 @@ def _dialog(conversation: Conversation) -> Iterator[Segment]:
 
 
 _ALPACA = (
-    "Below is an instruction that describes a task{context}. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:"
+    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request.\n\n"
 )
 _ALPACA_CONTEXT = ", paired with an input that provides further context"
 
 
 def _alpaca(conversation: Conversation) -> Iterator[Segment]:
-    """Stanford Alpaca's, as the reference project has it."""
-    if conversation.system or len(conversation.turns) > 2:
-        what = "a system prompt" if conversation.system else "more than one question and answer"
-        raise RecordError(f"the template 'alpaca' has no place for {what}")
-    question, *answers = conversation.turns
+    """Stanford Alpaca's, as the reference project has it; what follows an answer begins with a blank line."""
+    if conversation.system:
+        raise RecordError("the template 'alpaca' has no place for a system prompt: name another one in the mix entry")
+    first = conversation.turns[0]
     yield _begin()
-    prompt = _ALPACA.format(
-        context=_ALPACA_CONTEXT if question.context else "",
-        instruction=question.text,
-        input=f"### Input:\n{question.context}\n\n" if question.context else "",
-    )
-    yield Segment(prompt, question.train)
-    for answer in answers:
-        yield Segment(answer.text, answer.train)
-        yield Segment(EOS, answer.train, special=True)
+    before = _ALPACA.format(context=_ALPACA_CONTEXT if first.context else "")
+    for turn in conversation.turns:
+        if turn.role == "user":
+            given = f"### Input:\n{turn.context}\n\n" if turn.context else ""
+            yield Segment(f"{before}### Instruction:\n{turn.text}\n\n{given}### Response:", turn.train)
+            before = "\n\n"
+        else:
+            yield Segment(turn.text, turn.train)
+            yield Segment(EOS, turn.train, special=True)
 
 
 def _mixtral_instruct(conversation: Conversation) -> Iterator[Segment]:
@@ -157,7 +157,7 @@ def _mixtral_instruct(conversation: Conversation) -> Iterator[Segment]:
     question. Questions and answers are encoded apart, as Mistral does it."""
     yield _begin()
     system = f"{conversation.system}\n\n" if conversation.system else ""
-    for turn in _without_tools(conversation, "mixtral-instruct"):
+    for turn in conversation.turns:
         if turn.role == "user":
             yield Segment(f"[INST] {system}{turn.question} [/INST]", turn.train)
             system = ""
@@ -194,7 +194,7 @@ def _vicuna(conversation: Conversation) -> Iterator[Segment]:
     """Vicuna 1.1's: ``{system} USER: {q} ASSISTANT: {a}</s>USER: ...``."""
     yield _begin()
     yield Segment(f"{conversation.system or VICUNA_SYSTEM} ", conversation.turns[0].train)
-    for turn in _without_tools(conversation, "vicuna"):
+    for turn in conversation.turns:
         if turn.role == "user":
             yield Segment(f"USER: {turn.question} ASSISTANT:", turn.train)
         else:
@@ -212,21 +212,14 @@ def _begin() -> Segment:
     return Segment(BOS, False, special=True)
 
 
-def _without_tools(conversation: Conversation, name: str) -> tuple[Turn, ...]:
-    if any(turn.role == "tool" for turn in conversation.turns):
-        raise RecordError(f"the template '{name}' has no place for a tool's turn")
-    return conversation.turns
-
-
 TEMPLATES = {
     template.name: template
     for template in (
         Template("mixtral-instruct", _mixtral_instruct),
         Template("dialog", _dialog, (DIALOG_STOP,)),
         Template("alpaca", _alpaca),
-        Template("chatml", _chatml, ("<|im_end|>",)),
+        Template("chatml", _chatml, ("<|im_end|>",), tools="results"),
         Template("vicuna", _vicuna),
         Template("plain", _plain, documents=True),
     )
 }
-_DEFAULTS: dict[Kind, str] = {"conversations": "dialog", "messages": "dialog", "instruction": "alpaca", "text": "plain"}

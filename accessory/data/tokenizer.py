@@ -1,5 +1,6 @@
 """One class for tokenizers of both kinds; training one; whether one is a model's."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ import sentencepiece
 from accessory.config import read_mapping
 from accessory.data.tokenizer_models import BOS, EOS, HuggingFace, Model, Segment, SentencePiece
 from accessory.errors import UserError
+
+CHAT_TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+"""Where transformers keeps a tokenizer's chat template, and the one for conversations with tools if that is another."""
 
 
 class Tokenizer:
@@ -40,8 +44,8 @@ class Tokenizer:
     @property
     def files(self) -> dict[str, Path]:
         """What a checkpoint carries to have this tokenizer, by the names that it is known by there."""
-        names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-        beside = {name: self.path.with_name(name) for name in names}
+        names = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_TEMPLATES.values())
+        beside = {name: self.path.parent / name for name in names}
         own = "tokenizer.json" if self.path.suffix == ".json" else "tokenizer.model"
         return {own: self.path} | {name: path for name, path in beside.items() if path.is_file()}
 
@@ -108,8 +112,10 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
     """Train a byte-fallback BPE model on ``lines`` and write it to ``out`` (``tokenizer.model``).
 
     Raises:
-        UserError: the text is too small for ``vocab_size``.
+        UserError: the text has not so many pieces in it, or has more characters; says how many are possible.
     """
+    if not 0 < vocab_size < 2**31:
+        raise UserError(f"a tokenizer has some thousands of pieces, or as many as its text allows; found {vocab_size}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
@@ -133,6 +139,17 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
             )
     except RuntimeError as error:
         temporary.unlink()
-        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from error
+        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {_why(str(error))}") from error
     temporary.replace(out)
     return out
+
+
+def _why(error: str) -> str:
+    """SentencePiece's error in words that help."""
+    if "sentences_.empty()" in error:
+        return "it is empty"
+    if most := re.search(r"set it to a value <= (\d+)", error):
+        return f"it is enough for {most[1]}; set --vocab-size to at most that, or take more text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"its characters and the 256 bytes need {least[1]}; set --vocab-size to at least that"
+    return error

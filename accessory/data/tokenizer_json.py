@@ -32,16 +32,18 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
     if not plain or not is_bpe or min(ids) < 0:
         return False
     bos, eos, unknown = (pieces[number] for number in ids)
-    write_json(directory / "tokenizer.json", _tokenizer(model, bos, unknown))
     names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown, "clean_up_tokenization_spaces": False}
     path = directory / "tokenizer_config.json"
     before = read_mapping(path) if path.exists() else {}  # a chat template may be in it
+    write_json(directory / "tokenizer.json", _tokenizer(model, bos, unknown, before.get("legacy") is False))
     write_json(path, before | {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     return True
 
 
-def _tokenizer(model: Any, bos: str, unknown: str) -> dict[str, Any]:
-    """What tokenizer.json says."""
+def _tokenizer(model: Any, bos: str, unknown: str, joined: bool) -> dict[str, Any]:
+    """What tokenizer.json says; ``joined``: a text behind a special token does not get SentencePiece's space."""
+    first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    every = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     pieces = [piece.piece for piece in model.pieces]
     special = [n for n, piece in enumerate(model.pieces) if piece.type in (Piece.CONTROL, Piece.UNKNOWN)]
     beginning = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -61,14 +63,8 @@ def _tokenizer(model: Any, bos: str, unknown: str) -> dict[str, Any]:
             }
             for number in special
         ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
-        "pre_tokenizer": None,
+        "normalizer": None if joined else {"type": "Sequence", "normalizers": every},
+        "pre_tokenizer": first if joined else None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [beginning, {"Sequence": {"id": "A", "type_id": 0}}],

@@ -25,6 +25,7 @@ class Segment:
     trained: bool
     special: bool = False  # the text is the name of one special token
     apart: bool = False  # encoded by itself, not as the continuation of the text before it
+    joined: bool = False  # behind a special token, it does not begin with the space that SentencePiece puts before a text
 
 
 class Model(Protocol):
@@ -67,17 +68,27 @@ class SentencePiece:
         ends: list[int] = []
         start = 0
         for special, group in groupby(run, attrgetter("special")):
-            for text in [s.text for s in group] if special else ["".join(s.text for s in group)]:
+            segments = list(group)
+            for text in [s.text for s in segments] if special else ["".join(s.text for s in segments)]:
                 if special:
                     ids.append(self._ids[text])
                     ends.append(start + len(text))
                 else:
-                    encoded = self._model.encode(text, out_type="offset_mapping")
-                    ids += encoded["ids"]
+                    found, offsets = self._text(text, joined=segments[0].joined and start > 0)
+                    ids += found
                     # of a character written in bytes, only the last byte has a width
-                    ends += [start + (end if end > begin else begin + 1) for begin, end in encoded["offsets"]]
+                    ends += [start + (end if end > begin else begin + 1) for begin, end in offsets]
                 start += len(text)
         return ids, ends
+
+    def _text(self, text: str, joined: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and offsets of a text; ``joined``: without SentencePiece's space."""
+        if not joined:
+            encoded = self._model.encode(text, out_type="offset_mapping")
+            return encoded["ids"], encoded["offsets"]
+        encoded = self._model.encode(f"\n{text}", out_type="offset_mapping")  # no piece of a text reaches over a line break
+        first = sum(end <= 1 for _, end in encoded["offsets"])
+        return encoded["ids"][first:], [(begin - 1, end - 1) for begin, end in encoded["offsets"][first:]]
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)

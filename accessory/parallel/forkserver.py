@@ -2,11 +2,12 @@
 
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,6 +28,15 @@ class Killed(Exception):
     """A process was killed while it had work."""
 
 
+class NotStarted(Exception):
+    """A process could not start; the message is a sentence that says why, and what to do."""
+
+
+class Worker(NamedTuple):
+    process: Any
+    pipe: Connection
+
+
 def map_in_processes(
     context: ForkServerContext, setup: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
@@ -38,19 +48,15 @@ def map_in_processes(
         setup: can be pickled, as can items and results. While a process works, the next item is taken.
 
     Raises:
+        NotStarted: a process could not start.
         Killed: a process was, by the system say, which is out of memory.
         Exception: what ``setup`` or the function raised.
     """
-    free: deque[Connection] = deque()
-    busy: deque[Connection] = deque()
-    processes = []
+    free: deque[Worker] = deque()
+    busy: deque[Worker] = deque()
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(setup, theirs), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            free.append(ours)
+            free.append(_start(context, setup))
         for item in items:
             if not free:
                 yield _receive(busy[0])
@@ -61,28 +67,56 @@ def map_in_processes(
             yield _receive(busy[0])
             free.append(busy.popleft())
     finally:
-        for pipe in (*free, *busy):
-            pipe.close()
-        for process in processes:
-            process.kill()
-            process.join()
+        for worker in (*free, *busy):
+            worker.pipe.close()
+        for worker in (*free, *busy):
+            worker.process.kill()
+            worker.process.join()
 
 
-def _send(pipe: Connection, item: Any) -> None:
+def _start(context: ForkServerContext, setup: Callable[[], Callable[[Any], Any]]) -> Worker:
     try:
-        pipe.send(item)
+        ours, theirs = context.Pipe()
+        with theirs:
+            process = context.Process(target=_serve, args=(setup, theirs), daemon=True)
+            process.start()
+    except RuntimeError:
+        if multiprocessing.current_process().name == "MainProcess":
+            raise
+        sys.exit(1)  # this is such a process, which imports the script: ``_reason`` tells it in the script's own process
+    except (OSError, EOFError) as error:
+        why = getattr(error, "strerror", None) or "the process that forks the others is gone"
+        raise NotStarted(f"a process could not be started: {why}; allow more processes and open files (ulimit)") from error
+    return Worker(process, ours)
+
+
+def _send(worker: Worker, item: Any) -> None:
+    try:
+        worker.pipe.send(item)
     except OSError as error:
-        raise Killed from error
+        raise _reason(worker) from error
 
 
-def _receive(pipe: Connection) -> Any:
+def _receive(worker: Worker) -> Any:
     try:
-        result, error = pipe.recv()
+        result, error = worker.pipe.recv()
     except (EOFError, OSError) as lost:
-        raise Killed from lost
+        raise _reason(worker) from lost
     if error is not None:
         raise error
     return result
+
+
+def _reason(worker: Worker) -> Exception:
+    """Why a process is gone."""
+    worker.process.join()
+    code = worker.process.exitcode
+    if code is not None and code > 0:
+        return NotStarted(
+            f"a process ended with exit code {code} as it started. Each begins by importing the script that was run, so "
+            'keep what that does under if __name__ == "__main__":. If it is there, look at what the process said above'
+        )
+    return Killed()
 
 
 def _serve(setup: Callable[[], Callable[[Any], Any]], pipe: Connection) -> None:

@@ -1,6 +1,5 @@
 """Write the trained model as a converted directory, or what was trained as an adapter directory."""
 
-import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
 from accessory.checkpoint.adapter import write_adapter
-from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
+from accessory.checkpoint.publish import copy_carried, prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
@@ -56,8 +55,7 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     dist.barrier()
     if is_main():
         write_description(temporary_name(directory), model.args, model.layout)
-        for name, source in carried.items():
-            shutil.copyfile(source, temporary_name(directory) / name)
+        copy_carried(carried, temporary_name(directory))
         publish_directory(directory)
     dist.barrier()
 
@@ -73,8 +71,7 @@ def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], ba
     if is_main():
         temporary = prepare_directory(directory)
         write_adapter(temporary, model.logical, trained, gathered_whole(model, trained.keys()), base)
-        for name, source in carried.items():
-            shutil.copyfile(source, temporary / name)
+        copy_carried(carried, temporary)
         publish_directory(directory)
     else:
         for _ in gathered_whole(model, trained.keys()):

@@ -3,6 +3,7 @@
 from faults.fault import Fault
 
 LOADER, MIX, PACKING = "accessory/data/loader.py", "accessory/data/mix.py", "accessory/data/packing.py"
+FIELDS, CHAT, TOOLS = "accessory/data/fields.py", "accessory/data/chat_template.py", "accessory/data/tool_use.py"
 ONCE = "tests/test_data.py::test_every_sample_once_an_epoch"
 LEFT = "tests/test_resume.py::test_another_global_batch_goes_through_exactly_the_rows_that_are_left"
 RATIO = "tests/test_data.py::test_a_ratio_is_exact_and_always_the_same_share"
@@ -73,5 +74,89 @@ FAULTS = (
         "range(0, len(tokens) - 1, max_seq_len - 1)",
         "range(0, len(tokens) - 1, max_seq_len)",
         "tests/test_commands.py::test_pretrain_goes_through_every_token_of_the_texts",
+    ),
+    Fault(
+        "what nobody uses of a turn is dropped",
+        FIELDS,
+        "rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts]",
+        "rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts and not self.where]",
+        "tests/test_formats.py::test_a_file_is_refused_by_name",
+    ),
+    Fault(
+        "a score is taken for metadata",
+        FIELDS,
+        '"generator", "parallel_tool_calls"',
+        '"generator", "score", "parallel_tool_calls"',
+        "tests/test_formats.py::test_a_file_is_refused_by_name",
+    ),
+    Fault(
+        "a label is dropped in silence, though it says that the answer is bad",
+        "accessory/data/templates.py",
+        "        refuse_label(record)",
+        "        pass",
+        "tests/test_formats.py::test_a_file_is_refused_by_name",
+    ),
+    Fault(
+        "an instruction's history is left out",
+        "accessory/data/records.py",
+        'turns += [Turn("user", earlier), Turn("assistant", said)]',
+        'turns = [Turn("user", earlier), Turn("assistant", said)]',
+        "tests/test_formats.py::test_a_file_is_used_whole",
+    ),
+    Fault(
+        "the columns are no part of a store's key",
+        "accessory/data/sources.py",
+        '_CHOOSING = ("path", ',
+        '_CHOOSING = ("path", "columns", "ignore", ',
+        "tests/test_data.py::test_a_changed_setting_never_reads_an_old_store",
+    ),
+    Fault(
+        "the template for tools is no part of a store's key",
+        MIX,
+        "for name, file in tokenizer.files.items()}",
+        'for name, file in tokenizer.files.items() if "/" not in name}',
+        "tests/test_data.py::test_a_changed_setting_never_reads_an_old_store",
+    ),
+    Fault(
+        "a template that writes no tools is believed",
+        CHAT,
+        "            if rendered == whole:",
+        "            if rendered == whole and not tools:",
+        "tests/test_tools.py::test_what_a_template_would_leave_out_is_refused",
+    ),
+    Fault(
+        "calls are trained, the answers after them are not",
+        CHAT,
+        "            yield from self._segments(whole[len(before) : end], turn.train)",
+        "            yield from self._segments(whole[len(before) : end], turn.train and turns[number - 1].role != 'tool')",
+        "tests/test_tools.py::test_tool_conversations_are_what_transformers_makes_of_them",
+    ),
+    Fault(
+        "arguments are written as a text in JSON",
+        TOOLS,
+        """        arguments = _parsed(arguments or "{}", f"{call.where}: 'arguments'")""",
+        """        arguments = {"arguments": arguments}""",
+        "tests/test_tools.py::test_mistrals_template_gives_the_tokens_of_mistrals_own_library",
+    ),
+    Fault(
+        "a result is given to the first call that waits, whatever it says",
+        TOOLS,
+        "(call.id == id if id else name in",
+        "(True if id else name in",
+        "tests/test_records.py::test_calls_of_openai",
+    ),
+    Fault(
+        "a special token in an argument's name ends the answer",
+        CHAT,
+        "{self._escape(key): self._escape(item)",
+        "{key: self._escape(item)",
+        "tests/test_tools.py::test_nothing_of_a_tool_conversation_becomes_a_special_token",
+    ),
+    Fault(
+        "a chat template's text begins with two spaces behind a special token",
+        "accessory/data/tokenizer_models.py",
+        "joined=segments[0].joined and start > 0",
+        "joined=segments[0].joined and start < 0",
+        "tests/test_tools.py::test_mistrals_template_gives_the_tokens_of_mistrals_own_library",
     ),
 )
