@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "the sparse layout's slice of w2 is another rank's",
         "accessory/model/logical.py",
-        "            box[self.dim] = slice(rank * each",
-        "            rank = size - 1 - rank if self.dim == 2 else rank\n            box[self.dim] = slice(rank * each",
+        "            box[dim] = slice(rank * each",
+        "            rank = size - 1 - rank if dim == 2 else rank\n            box[dim] = slice(rank * each",
         SPARSE,
     ),
     Fault(
