@@ -17,7 +17,7 @@ from accessory.config import (
 from accessory.errors import UserError
 
 LayoutName = Literal["mixtral", "mixtral_sparse", "mixtral_peft"]
-BalanceMode = Literal["global", "document", "microstep", "microbatch", "hf", "bias"]
+BalanceMode = Literal["document", "global", "microbatch", "hf", "bias"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
 FileFormat = Literal["safetensors", "pth"]
 LONGEST_COLLECTIVE_S = 1800
@@ -122,14 +122,13 @@ class TrainSection:
     batch_size: Count = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
     accumulation: Count = 1  # micro-steps per optimiser step
     # what the load-balancing loss is taken over (docs/balance.md has the formulas)
+    #   document    each sample on its own, weighed by its length
     #   global      the global batch; with accumulation > 1 that costs one more forward
-    #   document    each sample on its own, weighed by its length: free
-    #   microstep   each micro-step of all ranks: free, but depends on accumulation
     #   microbatch  each rank's micro-batch, as LLaMA2-Accessory: depends on ranks, batch_size and accumulation
     #   hf          Hugging Face's, all layers as one: depends on the same; balanced = experts per token, not 1
     #   bias        no loss: a bias in the choice of experts, moved after each step by the counts of the global batch
-    # global, document and bias depend on nothing of how the batch is cut
-    balance: BalanceMode = "global"
+    # document, global and bias depend on nothing of how the batch is cut
+    balance: BalanceMode = "document"
     balance_weight: NonNegative | None = None  # of that loss; null: load_balancing_weight of the model's config.json
     bias_rate: NonNegative = 0.001  # how far an expert's bias moves in a step (Wang et al. 2024)
     # LLaMA2-Accessory's numbers, to compare curves: the mean cross-entropy of each micro-batch, then over micro-batches

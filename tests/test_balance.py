@@ -40,8 +40,8 @@ from accessory.settings import RunConfig
 from accessory.train.balance import (
     balance_note,
     count_loads,
-    counted_balance,
     document_balance,
+    global_balance,
     microbatch_balance,
     pooled_balance,
     shift_score_biases,
@@ -52,7 +52,7 @@ from accessory.train.step import train_step
 K, E, L = 2, 8, 2
 STEPS = [samples(8, seed=1), samples(8, seed=2)]
 BIASED = replace(TINY, moe=MoEArgs(E, K, score_bias=True))
-EXACT, CUT = ("global", "document", "bias"), ("microstep", "microbatch", "hf")
+EXACT, CUT = ("global", "document", "bias"), ("microbatch", "hf")
 EVERY = EXACT + CUT
 
 
@@ -105,7 +105,7 @@ def test_formulas_are_those_of_the_papers(lengths):
     counts = stats.counts.sum(1)
     z = sum(torch.log(torch.exp(t).sum()) ** 2 for of_layer in real for t in of_layer) / (L * tokens)
     pairs = {
-        "global": (counted_balance(stats, counts, tokens, K), sum(map(switch_loss, real)) / L),
+        "global": (global_balance(stats, counts, K), sum(map(switch_loss, real)) / L),
         "document": (document_balance(stats, tokens, K), sum(per_document) / L),
         "microbatch": (microbatch_balance(stats, K), sum(map(switch_loss, real)) / L),
         "hf": (pooled_balance(stats, K), K * switch_loss(torch.cat(real))),
@@ -121,7 +121,7 @@ def test_a_rank_without_documents_counts_nowhere():
     documents, logits = random_batch([])
     stats = stats_of(logits.requires_grad_(), documents)
     assert stats.counts.shape == (L, 0, E) and logits.shape[1] == 1
-    losses = counted_balance(stats, torch.ones(L, E), torch.tensor(9), K), document_balance(stats, torch.tensor(9), K)
+    losses = global_balance(stats, torch.ones(L, E), K), document_balance(stats, torch.tensor(9), K)
     for loss in (*losses, microbatch_balance(stats, K), pooled_balance(stats, K), z_loss(stats, torch.tensor(9))):
         assert loss == 0 and not torch.autograd.grad(loss, logits, retain_graph=True)[0].any()
 
@@ -143,7 +143,7 @@ def test_opposite_imbalances_of_layers_do_not_cancel():
     tokens, counts = torch.tensor(10), stats.counts.sum(1)
     assert pooled_balance(stats, 2).item() / 2 == pytest.approx(1.0, abs=1e-6), "what a balanced router has"
     for ours in (
-        counted_balance(stats, counts, tokens, 2),
+        global_balance(stats, counts, 2),
         document_balance(stats, tokens, 2),
         microbatch_balance(stats, 2),
     ):
@@ -157,7 +157,7 @@ def test_balanced_is_one_whatever_the_number_of_layers():
     for layers in (1, 3):
         stats = RouterStats.stacked([one] * layers)
         tokens, counts = torch.tensor(12), stats.counts.sum(1)
-        assert counted_balance(stats, counts, tokens, K).item() == pytest.approx(1, rel=1e-12)
+        assert global_balance(stats, counts, K).item() == pytest.approx(1, rel=1e-12)
         assert document_balance(stats, tokens, K).item() == pytest.approx(1, rel=1e-12)
         assert microbatch_balance(stats, K).item() == pytest.approx(1, rel=1e-12)
         assert pooled_balance(stats, K).item() == pytest.approx(K, rel=1e-12)
@@ -209,7 +209,6 @@ def oracle_loss(w, args, micro_steps, mode, z_weight=0.01):
     groups = {
         "global": [joined(parts)],
         "document": [[d] for documents in parts for d in documents],
-        "microstep": [joined(ranks) for ranks in per_rank],
     }
     if mode in groups:
         balance = sum(uneven(g) * sum(d[0].shape[1] for d in g) for g in groups[mode] if g) / tokens
@@ -345,11 +344,7 @@ def test_what_is_flagged_as_depending_on_the_cut_does(worlds, balance):
     assert difference(two_ranks, four_ranks) < 1e-10, "nor does model parallelism"
     assert difference(packed, whole) > 1e-4, "accumulation does"
     assert difference(two_ranks, whole) > 1e-4
-    if balance != "microstep":
-        one = oracle(balance, 1, 1)[0], oracle(balance, 1, 2)[0]
-        assert difference(*one) > 1e-4, "ranks do"
-    else:
-        assert difference(oracle(balance, 2, 1)[0], oracle(balance, 2, 2)[0]) < 1e-10, "ranks do not"
+    assert difference(oracle(balance, 1, 1)[0], oracle(balance, 1, 2)[0]) > 1e-4, "ranks do"
 
 
 @pytest.mark.parametrize("loss", [*MODES, "z"])
@@ -545,7 +540,7 @@ BAD = {
     "bias and adapters": ("train: {balance: bias}, tuning: {bias: true}", "choose another train.balance"),
     "reference without its balance": ("train: {reference_loss: true}", "set train.balance=microbatch"),
     "a negative weight": ("train: {balance_weight: -1.0}", "train.balance_weight must be at least 0"),
-    "an unknown mode": ("train: {balance: globle}", "global"),
+    "an unknown mode": ("train: {balance: globle}", "'globle' is not one of 'document', 'global'"),
 }
 
 
@@ -564,7 +559,7 @@ def test_the_pth_files_of_a_run_are_refused_before_it_starts(run_file, tmp_path)
 
 def test_what_depends_on_the_cut_is_said_at_the_start():
     assert balance_note("global", 1, 0.1) is None and balance_note("document", 8, 0.1) is None
-    assert balance_note("microstep", 1, 0.1) is None and "accumulation" in balance_note("microstep", 2, 0.1)
+    assert "accumulation costs one more forward" in balance_note("global", 2, 0.1)
     for mode in ("microbatch", "hf"):
         assert "it depends on ranks, batch_size and accumulation" in balance_note(mode, 1, 0.1)
         assert balance_note(mode, 1, 0.0) is None

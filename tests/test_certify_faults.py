@@ -131,13 +131,13 @@ def weighted_twice(patch):
 def layers_pooled(patch):
     """Opposite imbalances of two layers cancel."""
 
-    counted_balance = balance.counted_balance
+    global_balance = balance.global_balance
 
-    def faulty(stats, counts, tokens, top_k):
+    def faulty(stats, counts, top_k):
         pooled = type(stats)(stats.sums.mean(0, keepdim=True))
-        return counted_balance(pooled, counts.double().mean(0, keepdim=True), tokens, top_k)
+        return global_balance(pooled, counts.double().mean(0, keepdim=True), top_k)
 
-    patch.setattr(balance, "counted_balance", faulty)
+    patch.setattr(balance, "global_balance", faulty)
 
 
 def stored_without(field, value):

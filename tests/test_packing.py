@@ -20,7 +20,7 @@ from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits, LossSum
 from accessory.settings import LoraSection, TuningSection
-from accessory.train.balance import counted_balance, document_balance
+from accessory.train.balance import document_balance, global_balance
 from accessory.tuning.spec import resolve
 
 
@@ -91,7 +91,7 @@ def statistics(layout, recompute):
     for b, inverse in ((collate(STEPS[0]), slice(None)), (batch, torch.tensor(order).argsort())):
         loss, stats = model(b.inputs(dropout=True), LossSum(b.targets))
         tokens = torch.tensor(b.real_tokens)
-        balances = [counted_balance(stats, stats.counts.sum(1), tokens, 2), document_balance(stats, tokens, 2)]
+        balances = [global_balance(stats, stats.counts.sum(1), 2), document_balance(stats, tokens, 2)]
         results.append([loss, stats.counts[:, inverse], stats.probs[:, inverse], *balances])
     return [[x.detach() for x in result] for result in results]
 

@@ -191,7 +191,7 @@ def test_settings_that_changed_are_said_once(home, run):
             reference,
             [
                 "train.max_steps 4 -> 5",
-                "train.balance global -> microbatch",
+                "train.balance document -> microbatch",
                 "train.reference_loss false -> true",
                 "load_balancing_weight 0.1 -> 0.5",
             ],

@@ -4,9 +4,8 @@ For one layer, T tokens and K choices of each:  E / (T * K) * sum_e count_e * me
 Transformer; 1.0 = balanced), then the mean over layers. Counts carry no gradient and the mean is linear in p, so each
 micro-batch can add its share knowing only the counts of the whole. ``train.balance`` says which tokens are the T:
 
-    global      the global batch                            depends on nothing; with accumulation, one more forward
     document    each document, averaged by length           depends on nothing
-    microstep   a micro-step of all ranks, averaged by tokens       depends on accumulation, not on ranks
+    global      the global batch                            depends on nothing; with accumulation, one more forward
     microbatch  a micro-batch of one rank, plain average    depends on accumulation and ranks (LLaMA2-Accessory)
     hf          the same, and all layers as one, times K    the same (Hugging Face); opposite imbalances of layers cancel
     bias        no loss: a bias in the choice of experts, moved by the global batch's counts; depends on nothing
@@ -36,7 +35,7 @@ def step_balance(
     """What gives a micro-batch's share of a step's balance loss, from its statistics; all ranks' shares add up to it.
 
     Every rank must call this, and what it returns as often as the others. With "bias", and with "global" where the loss
-    has no weight, the value is only reported: per document and per micro-step, which need no further forward.
+    has no weight, the value is only reported: per document, which needs no further forward.
 
     Args:
         tokens: real tokens of the whole global batch.
@@ -44,11 +43,11 @@ def step_balance(
     top_k = model.args.moe.num_experts_per_tok
     dp = model.mesh.dp
     parts = len(micro_batches) * dp.size
-    if mode == "global" and len(micro_batches) > 1 and model.args.load_balancing_weight:
+    if mode == "global" and model.args.load_balancing_weight:
+        if len(micro_batches) == 1:
+            return lambda stats: global_balance(stats, dp.all_reduce(stats.counts.sum(1)), top_k)
         counts = count_loads(model, micro_batches)
-        return lambda stats: counted_balance(stats, counts, tokens, top_k)
-    if mode in ("global", "microstep"):
-        return lambda stats: counted_balance(stats, dp.all_reduce(stats.counts.sum(1)), tokens, top_k)
+        return lambda stats: global_balance(stats, counts, top_k)
     if mode == "microbatch":
         return lambda stats: microbatch_balance(stats, top_k) / parts
     if mode == "hf":
@@ -68,13 +67,9 @@ def unevenness(counts: Tensor, probs: Tensor, top_k: int) -> Tensor:
     return products * counts.shape[-1] / (top_k * tokens.square().clamp(min=1))
 
 
-def counted_balance(stats: RouterStats, counts: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """A micro-batch's share of the balance loss over all that ``counts`` [L, E] were counted in.
-
-    That is the global batch, or a part of it, which then weighs as much as it has of the batch's ``tokens``.
-    """
-    part = counts.sum(-1).to(stats.probs.dtype) / (top_k * tokens.clamp(min=1))
-    return (unevenness(counts, stats.probs.sum(1), top_k) * part).mean()
+def global_balance(stats: RouterStats, counts: Tensor, top_k: int) -> Tensor:
+    """A micro-batch's share of the balance loss over the global batch, whose ``counts`` are [L, E]."""
+    return unevenness(counts, stats.probs.sum(1), top_k).mean()
 
 
 def document_balance(stats: RouterStats, tokens: Tensor, top_k: int) -> Tensor:
@@ -125,8 +120,5 @@ def balance_note(mode: BalanceMode, accumulation: int, weight: float) -> str | N
         "accumulation, and the number of experts per token, not 1, is balanced",
     }
     if accumulation > 1:
-        notes |= {
-            "global": "over the global batch: accumulation costs one more forward (microstep and document: none)",
-            "microstep": "over each micro-step of all ranks: it depends on accumulation",
-        }
+        notes["global"] = "over the global batch: accumulation costs one more forward (document: none)"
     return f"balance loss {notes[mode]}" if mode in notes else None

@@ -119,7 +119,7 @@ def number_settings(config: RunConfig, args: ModelArgs, data_parallel: int) -> d
     if lora:
         alpha = float(lora.rank) if lora.alpha is None else lora.alpha
         settings |= {"tuning.lora.alpha": alpha, "tuning.lora.rslora": lora.rslora, "tuning.lora.dropout": lora.dropout}
-    if train.balance in ("microstep", "microbatch", "hf"):  # taken over what depends on how a batch is cut
+    if train.balance in ("microbatch", "hf"):  # taken over what depends on how a batch is cut
         settings |= {"train.batch_size": train.batch_size, "train.accumulation": train.accumulation}
         settings |= {"data-parallel ranks": data_parallel}
     return json.loads(json.dumps(settings))

@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         "global: the sum over layers, not their mean",
         FILE,
-        "(unevenness(counts, stats.probs.sum(1), top_k) * part).mean()",
-        "(unevenness(counts, stats.probs.sum(1), top_k) * part).sum()",
+        "unevenness(counts, stats.probs.sum(1), top_k).mean()",
+        "unevenness(counts, stats.probs.sum(1), top_k).sum()",
         FORMULAS,
     ),
     Fault(
@@ -59,11 +59,11 @@ FAULTS = (
         FORMULAS,
     ),
     Fault(
-        "microstep: each rank has its own counts",
+        "global: each rank has its own counts, without accumulation",
         FILE,
-        "counted_balance(stats, dp.all_reduce(stats.counts.sum(1)), tokens, top_k)",
-        "counted_balance(stats, stats.counts.sum(1), tokens, top_k)",
-        f"{EVERY}[microstep]",
+        "global_balance(stats, dp.all_reduce(stats.counts.sum(1)), top_k)",
+        "global_balance(stats, stats.counts.sum(1), top_k)",
+        "certify --only world=2 mp=1 accum=1 'balance over=global'",
     ),
     Fault(
         "microbatch: added up, not averaged",
