@@ -34,6 +34,8 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
 from accessory.settings import OptimSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 
@@ -178,7 +180,7 @@ def step_rate(data, rows: Rows, plan: BatchPlan) -> float:
             start = time.perf_counter()
         if number == 5:
             break
-        train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global")
+        train_step(model, optimizer, micro_batches, NextToken(), RouterLosses(), clip_grad=1.0)
         done += sum(batch.real_tokens for batch in micro_batches) if number else 0
     return done / (time.perf_counter() - start)
 

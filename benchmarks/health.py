@@ -24,8 +24,10 @@ from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.settings import AlarmSection
+from accessory.train.balance import RouterLosses
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe
 from accessory.train.metrics import Window
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 
@@ -61,10 +63,10 @@ def main() -> None:
     probe = RoutingProbe(torch.arange(len(samples)).numpy(), (tokens > 0).sum(1).numpy(), [batch], device)
     probe.record(model)
     alarms = Alarms(AlarmSection(load_min=None, load_max=None))
-    window = Window()
+    window = Window(NextToken())
 
     def with_health() -> None:
-        window.add(train_step(model, optimizer, [batch], clip_grad=OPTIM.clip_grad, balance="global"))
+        window.add(train_step(model, optimizer, [batch], NextToken(), RouterLosses("global"), clip_grad=OPTIM.clip_grad))
 
     def without() -> None:
         with mock.patch.object(moe, "router_stats", without_entropy):
@@ -78,7 +80,7 @@ def main() -> None:
 
     def log() -> None:
         window.steps = list(steps)
-        found[:] = [window.reduce(model.mesh.dp)[1]]
+        found[:] = [window.reduce(model.mesh.dp)[2]]
         found[0].metrics()
         found[0].line()
         alarms.check(0, found[0])

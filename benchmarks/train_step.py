@@ -29,6 +29,8 @@ from accessory.model.moe.layouts import EXPERT
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import LoraSection, OptimSection, TuningSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 from accessory.tuning.spec import resolve
@@ -72,7 +74,7 @@ def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]
     micro_batch = collate([Sample(row.tolist(), trained) for row in batch()]).to(device)
 
     def step() -> float:
-        result = train_step(model, optimizer, [micro_batch], clip_grad=OPTIM.clip_grad, balance="global")
+        result = train_step(model, optimizer, [micro_batch], NextToken(), RouterLosses("global"), clip_grad=OPTIM.clip_grad)
         return float(result.loss_sum / result.targets)
 
     return step

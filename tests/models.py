@@ -21,6 +21,8 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import OptimSection, ParallelSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.save import gathered
 from accessory.train.step import train_step
@@ -166,9 +168,9 @@ def train(
             model,
             optimizer,
             micro_batches,
+            NextToken(),
+            RouterLosses(balance, z_weight),
             clip_grad=OPTIM.clip_grad,
-            balance=balance,
-            z_weight=z_weight,
         )
         sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
         counts = dp.all_reduce(result.counts.clone())

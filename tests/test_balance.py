@@ -38,6 +38,7 @@ from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import RunConfig
 from accessory.train.balance import (
+    RouterLosses,
     balance_note,
     count_loads,
     document_balance,
@@ -47,6 +48,7 @@ from accessory.train.balance import (
     shift_score_biases,
     z_loss,
 )
+from accessory.train.objective import MeanOfMeans, NextToken
 from accessory.train.step import train_step
 
 K, E, L = 2, 8, 2
@@ -275,27 +277,27 @@ def on_every_rank(partitions):
             continue
         for losses in WEIGHED:
             out[part, *losses] = one_step(part, SAME, *losses)["gradients"]
-        out[part, "reference"] = one_step(part, STEPS[0], "microbatch", 0.1, reference_loss=True)
+        out[part, "reference"] = one_step(part, STEPS[0], "microbatch", 0.1, as_reference=True)
     if PARTITIONS[1][0] in partitions:
         out["evening out"] = evening_out()
     return out
 
 
-def one_step(part, batch, balance, weight=0.0, z_weight=0.0, **losses):
+def one_step(part, batch, balance, weight=0.0, z_weight=0.0, as_reference=False):
     """The reported losses and the gradients, not clipped."""
     args = replace(TINY, load_balancing_weight=weight)
     layout, mp, mode, accumulation, _, recompute = part
     mesh = mesh_for(mp, mode)
     model = build(args, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute=recompute)
-    pads = "reference_loss" in losses
-    plan = BatchPlan(len(batch) // (accumulation * mesh.dp.size), accumulation, mesh.dp.rank, mesh.dp.size, pads)
+    dp = mesh.dp
+    plan = BatchPlan(len(batch) // (accumulation * dp.size), accumulation, dp.rank, dp.size, pads=as_reference)
     (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
     optimizer = torch.optim.SGD(model.parameters())
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update(gradients=_gradients(model)))
-    losses |= {"balance": balance, "z_weight": z_weight}
-    result = train_step(model, optimizer, micro_batches, clip_grad=1e9, **losses)
-    loss_sum, balance = mesh.dp.all_reduce(result.loss_sum), mesh.dp.all_reduce(result.balance)
+    objective = MeanOfMeans(NextToken()) if as_reference else NextToken()
+    result = train_step(model, optimizer, micro_batches, objective, RouterLosses(balance, z_weight), clip_grad=1e9)
+    loss_sum, balance = dp.all_reduce(result.loss_sum), dp.all_reduce(result.balance)
     return seen | {"loss": (loss_sum / result.targets).item(), "balance": balance.item()}
 
 

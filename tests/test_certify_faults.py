@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import mesh_for
 from ranks import run_ranks
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -20,12 +19,13 @@ from accessory.checkpoint import huggingface
 from accessory.checkpoint.tiles import Tile
 from accessory.model import attention, linear, moe
 from accessory.model.args import ModelArgs
-from accessory.model.head import Nothing
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import dispatch, experts, layouts
 from accessory.parallel import fsdp
 from accessory.parallel.fsdp import local_part
 from accessory.train import balance, step
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import MeanOfMeans, NextToken
 
 CPU = torch.device("cpu")
 
@@ -65,24 +65,7 @@ def norm_of_each_rank(patch):
 
 def mean_of_means(patch):
     """Each micro-batch's loss as a mean over its own targets, and the mean of those."""
-    train_step = step.train_step
-
-    def faulty(model, optimizer, micro_batches, **options):
-        total = torch.tensor(sum(batch.target_tokens for batch in micro_batches))
-        dist.all_reduce(total)
-
-        def per_micro_batch(_, inputs, outputs):
-            loss, stats = outputs
-            if isinstance(inputs[1], Nothing):
-                return outputs
-            return loss * total / (len(micro_batches) * dist.get_world_size() * max(1, len(inputs[1].targets.ids))), stats
-
-        hook = model.register_forward_hook(per_micro_batch)
-        result = train_step(model, optimizer, micro_batches, **options)
-        hook.remove()
-        return result
-
-    patch.setattr(run, "train_step", faulty)
+    patch.setattr(run, "NextToken", lambda: MeanOfMeans(NextToken()))
 
 
 def counted_on_the_side(patch):
@@ -332,8 +315,9 @@ def step_with_planted_gradients(partitions):
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
             micro_batches,
+            NextToken(),
+            RouterLosses("global"),
             clip_grad=4.0,
-            balance="global",
         )
         results.append((result.grad_norm.item(), {name: -t.detach() for name, t in run.gathered(model)}))
     return results

@@ -32,7 +32,9 @@ from accessory.model.head import LossSum
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.launch import Launch
 from accessory.settings import RunConfig
+from accessory.train.balance import RouterLosses
 from accessory.train.loop import finetune
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 
@@ -117,9 +119,9 @@ def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="g
             model,
             optimizer,
             micro_batches,
+            NextToken(),
+            RouterLosses(balance, args.load_balancing_weight / 10),
             clip_grad=OPTIM.clip_grad,
-            balance=balance,
-            z_weight=args.load_balancing_weight / 10,
         )
         sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
         counts = dp.all_reduce(result.counts.clone())

@@ -20,8 +20,10 @@ from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.settings import AlarmSection, RunConfig
+from accessory.train.balance import RouterLosses
 from accessory.train.health import Alarms, RouterHealth, RoutingProbe, probe_documents
 from accessory.train.metrics import Window
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 
@@ -62,13 +64,12 @@ def run_partition(layout, mp, mode, packed):
     mesh = mesh_for(mp, mode)
     model = build(TINY, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute=packed)
     optimizer = make_optimizer(model, dataclasses.replace(OPTIM, lr=0.0))
-    window = Window()
+    window = Window(NextToken())
     for batch in STEPS:
         rows = rows_of(batch, packed)
         (micro_batches,) = plan_of(len(rows), 2, mesh.dp).epoch(batch, rows)
-        options = {"clip_grad": 1.0, "balance": "global"}
-        window.add(train_step(model, optimizer, micro_batches, **options))
-    values, health = window.reduce(mesh.dp)
+        window.add(train_step(model, optimizer, micro_batches, window.objective, RouterLosses("global"), clip_grad=1.0))
+    values, _, health = window.reduce(mesh.dp)
     rows = rows_of(PROBE, packed)
     plan = dataclasses.replace(plan_of(len(rows), 1, mesh.dp), batch_size=2)
     batches = [batch for (batch,) in plan.epoch(PROBE, rows)]

@@ -14,6 +14,8 @@ from accessory.checkpoint.state import KINDS, StateNotes, TrainingState
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.model.logical import Overlaid, whole_region
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.state import load_moments, save_state
 from accessory.train.step import train_step
@@ -71,7 +73,7 @@ def train(layout, mp, mode, batches, state=None):
     plan = BatchPlan(4 // mesh.dp.size, 1, mesh.dp.rank, mesh.dp.size)
     for batch in batches:
         (micro_batches,) = plan.epoch(batch, Rows.alone(range(4)))
-        train_step(model, optimizer, micro_batches, clip_grad=0.5, balance="global")
+        train_step(model, optimizer, micro_batches, NextToken(), RouterLosses("global"), clip_grad=0.5)
     return model, optimizer
 
 

@@ -21,6 +21,8 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import local_part
 from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import LoraSection, TuningSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
 from accessory.tuning.spec import resolve
@@ -189,7 +191,7 @@ def run_mixed(mode, section, layout):
     (micro_batches,) = BatchPlan(-(-len(STEPS[0]) // (2 * dp)), 2, rank, dp).epoch(
         STEPS[0], Rows.alone(range(len(STEPS[0])))
     )
-    train_step(model, optimizer, micro_batches, clip_grad=1.0, balance="global")
+    train_step(model, optimizer, micro_batches, NextToken(), RouterLosses("global"), clip_grad=1.0)
     state = [t for moments in optimizer.state.values() for name, t in moments.items() if name != "step"]
     seen["state"] = sum(local_part(t).nbytes for t in state)
     seen["dtypes"] = {name: p.dtype for name, p in parameters.items()}
@@ -263,13 +265,12 @@ def run_watched(fault, mp, layout, fresh):
     fault(model)
     optimizer = make_optimizer(model, OPTIM)
     watch_adapters(model, optimizer, spec["trains"] - weights().keys())
-    settings = {"clip_grad": 1.0, "balance": "global"}
     watching = []
     try:
         for batch in [*STEPS, STEPS[0]]:
             plan = BatchPlan(-(-len(batch) // dp), 1, rank, dp)
             (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
-            train_step(model, optimizer, micro_batches, **settings)
+            train_step(model, optimizer, micro_batches, NextToken(), RouterLosses("global"), clip_grad=1.0)
             watching.append(bool(optimizer._optimizer_step_pre_hooks))
     except UserError as error:
         return str(error), watching

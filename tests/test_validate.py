@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
 from models import TINY, Tensors, build, samples, weights
 from ranks import run_ranks
@@ -12,6 +11,7 @@ from accessory.certify import reference
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.parallel.mesh import make_mesh
+from accessory.train.objective import NextToken
 from accessory.train.validate import Validation
 
 HELD_OUT = samples(7, seed=4)
@@ -27,7 +27,7 @@ def validate(world, batch_size, width):
         BatchPlan(batch_size, 3, dist.get_rank(), world),
     )
     config = SimpleNamespace(out="", log=SimpleNamespace(probe_tokens=0))
-    return Validation(model, data, plan, config, None, torch.device("cpu"), None)(0)["val_loss"]
+    return Validation(model, NextToken(), data, plan, config, None, None)(0)["val_loss"]
 
 
 @pytest.mark.parametrize(("world", "batch_size", "width"), [(1, 2, None), (1, 8, None), (2, 1, None), (2, 1, 28)])

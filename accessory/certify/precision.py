@@ -31,7 +31,8 @@ from accessory.model.build import build_model
 from accessory.model.head import LossSum
 from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.mesh import make_mesh
-from accessory.train.balance import document_balance, z_loss
+from accessory.train.balance import RouterLosses, document_balance, z_loss
+from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.state import save_state
 from accessory.train.step import train_step
@@ -108,9 +109,9 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
             model,
             optimizer,
             _micro_batches(batch, cell.accumulation, rank, ranks, device),
+            NextToken(),
+            RouterLosses("document", Z_WEIGHT),
             clip_grad=SETTINGS.clip_grad,
-            balance="document",
-            z_weight=Z_WEIGHT,
         )
         if not errors:  # after the first step
             pieces.remove()

@@ -28,6 +28,8 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import Axis, Mesh, make_mesh
 from accessory.settings import DataParallel
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
 from accessory.train.optim import learning_rate, make_optimizer
 from accessory.train.plan import Plan
 from accessory.train.save import gathered, save_model
@@ -83,9 +85,9 @@ def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
             model,
             optimizer,
             [batch.to(device) for batch in micro_batches],
+            NextToken(),
+            RouterLosses(cell.balance, Z_WEIGHT),
             clip_grad=OPTIM.clip_grad,
-            balance=cell.balance,
-            z_weight=Z_WEIGHT,
         )
         steps.append(_numbers(result, mesh.dp))
     weights = {name: tensor.detach().cpu() for name, tensor in gathered(model)}

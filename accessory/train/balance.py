@@ -18,41 +18,64 @@ depends on nothing.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from accessory.data.loader import Batch
+from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.head import Nothing
 from accessory.model.moe.router import Router, RouterStats
 from accessory.settings import BalanceMode
 
 
-def step_balance(
-    mode: BalanceMode, model: Decoder, micro_batches: Sequence[Batch], tokens: Tensor
-) -> Callable[[RouterStats], Tensor]:
-    """What gives a micro-batch's share of a step's balance loss, from its statistics; all ranks' shares add up to it.
+@dataclass(frozen=True)
+class RouterLosses:
+    """What a run adds to its loss for its routers, as its ``train`` section says.
 
-    Every rank must call this, and what it returns as often as the others. With "bias", and with "global" where the loss
-    has no weight, the value is only reported: per document, which needs no further forward.
-
-    Args:
-        tokens: real tokens of the whole global batch.
+    Attributes:
+        bias_rate: how far an expert's score bias moves in a step; with "bias" alone.
     """
-    top_k = model.args.moe.num_experts_per_tok
-    dp = model.mesh.dp
-    parts = len(micro_batches) * dp.size
-    if mode == "global" and model.args.load_balancing_weight:
-        if len(micro_batches) == 1:
-            return lambda stats: global_balance(stats, dp.all_reduce(stats.counts.sum(1)), top_k)
-        counts = count_loads(model, micro_batches)
-        return lambda stats: global_balance(stats, counts, top_k)
-    if mode == "microbatch":
-        return lambda stats: microbatch_balance(stats, top_k) / parts
-    if mode == "hf":
-        return lambda stats: pooled_balance(stats, top_k) / parts
-    return lambda stats: document_balance(stats, tokens, top_k)
+
+    balance: BalanceMode = "document"
+    z_weight: float = 0.0
+    bias_rate: float = 0.001
+
+    def balance_weight(self, args: ModelArgs) -> float:
+        """Of the balance loss."""
+        return 0.0 if self.balance == "bias" else args.load_balancing_weight
+
+    def step_balance(
+        self, model: Decoder, micro_batches: Sequence[Batch], tokens: Tensor
+    ) -> Callable[[RouterStats], Tensor]:
+        """What gives a micro-batch's share of a step's balance loss, from its statistics; all ranks' shares add up to it.
+
+        Every rank must call this, and what it returns as often as the others. With "bias", and with "global" where the
+        loss has no weight, the value is only reported: per document, which needs no further forward.
+
+        Args:
+            tokens: real tokens of the whole global batch.
+        """
+        top_k = model.args.moe.num_experts_per_tok
+        dp = model.mesh.dp
+        parts = len(micro_batches) * dp.size
+        if self.balance == "global" and self.balance_weight(model.args):
+            if len(micro_batches) == 1:
+                return lambda stats: global_balance(stats, dp.all_reduce(stats.counts.sum(1)), top_k)
+            counts = count_loads(model, micro_batches)
+            return lambda stats: global_balance(stats, counts, top_k)
+        if self.balance == "microbatch":
+            return lambda stats: microbatch_balance(stats, top_k) / parts
+        if self.balance == "hf":
+            return lambda stats: pooled_balance(stats, top_k) / parts
+        return lambda stats: document_balance(stats, tokens, top_k)
+
+    def shift_biases(self, model: Decoder, counts: Tensor) -> None:
+        """With "bias", move the score biases, given the rows [L, E] that a step routed to each expert on this rank."""
+        if self.balance == "bias":
+            shift_score_biases(model, model.mesh.dp.all_reduce(counts.clone()), self.bias_rate)
 
 
 def unevenness(counts: Tensor, probs: Tensor, top_k: int) -> Tensor:

@@ -19,13 +19,14 @@ from accessory.parallel.launch import Launch
 from accessory.parallel.mesh import make_mesh
 from accessory.parallel.watchdog import end_stalls_after, progressed
 from accessory.settings import RunConfig
-from accessory.train.balance import balance_note
+from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
 from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers
 from accessory.train.metrics import Window, speed
 from accessory.train.model import RunModel, Start
 from accessory.train.nonfinite import NotFinite, blame
+from accessory.train.objective import MeanOfMeans, NextToken, Objective, shown
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
@@ -60,7 +61,10 @@ class Trainer:
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
         begun = self.state.directory.parents[1] if self.state else None
-        self.validation = Validation(self.built.model, self.data, self.batches, config, self.alarms, self.device, begun)
+        objective: Objective = NextToken()  # what is held out has one mean, however a run takes that of its steps
+        self.objective: Objective = MeanOfMeans(objective) if train.reference_loss else objective
+        self.router_losses = RouterLosses(train.balance, train.z_loss_weight, train.bias_rate)
+        self.validation = Validation(self.built.model, objective, self.data, self.batches, config, self.alarms, begun)
         self.loggers: Loggers | None = None
         if is_main() and self.plan.end != done:
             resolved = dataclasses.asdict(config)
@@ -80,7 +84,7 @@ class Trainer:
             return
         if not self.state:
             self._validate(0)
-        window = Window()
+        window = Window(self.objective)
         bar = progress(total=end.steps, initial=done.steps, unit="step")
         for step, micro_batches in self._steps():
             rate = learning_rate(step, self.plan, config.optim)
@@ -109,19 +113,17 @@ class Trainer:
             yield step, [batch.to(self.device) for batch in micro_batches]
 
     def _train(self, step: Step, micro_batches: list[Batch], rate: float) -> StepResult:
-        optimizer, train = self.built.optimizer, self.config.train
-        for group in optimizer.param_groups:
+        built = self.built
+        for group in built.optimizer.param_groups:
             group["lr"] = rate
         try:
             return train_step(
-                self.built.model,
-                optimizer,
+                built.model,
+                built.optimizer,
                 micro_batches,
+                self.objective,
+                self.router_losses,
                 clip_grad=self.config.optim.clip_grad,
-                balance=train.balance,
-                z_weight=train.z_loss_weight,
-                bias_rate=train.bias_rate,
-                reference_loss=train.reference_loss,
             )
         except UserError as error:
             text: object = error
@@ -136,17 +138,17 @@ class Trainer:
             self.loggers.log(step, values)
 
     def _log(self, step: int, window: Window, rate: float) -> None:
-        values, health = window.reduce(self.built.model.mesh.dp)
+        values, metrics, health = window.reduce(self.built.model.mesh.dp)
         built, mean_length = self.built, float(self.data.lengths.mean())
         values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained, built.peak)}
         say(
-            f"step {step:5d}/{self.plan.end.steps}  loss {values['loss']:.4f}  balance {values['balance']:.3f}  "
-            f"grad {values['grad_norm']:.2f}  lr {rate:.2e}  {values['tokens_per_s']:,.0f} tokens/s  "
-            f"MFU {values['mfu']:.1%}\n            {health.line()}"
+            f"step {step:5d}/{self.plan.end.steps}  loss {values['loss']:.4f}{shown(metrics)}  "
+            f"balance {values['balance']:.3f}  grad {values['grad_norm']:.2f}  lr {rate:.2e}  "
+            f"{values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.1%}\n            {health.line()}"
         )
         self.alarms.check(step, health)
         if self.loggers:
-            self.loggers.log(step, values | health.metrics() | self.alarms.metrics())
+            self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
 
     def _save(self, name: str) -> None:
         progressed(f"saving {self.out / name}")

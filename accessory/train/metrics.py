@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accessory.model.args import ModelArgs
 from accessory.parallel.mesh import Axis
 from accessory.train.health import RouterHealth
+from accessory.train.objective import Objective
 from accessory.train.step import StepResult
 
 # dense bf16 peak of a card, TFLOP/s, from NVIDIA's data sheets (without sparsity)
@@ -19,7 +20,8 @@ GPU_PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A80
 class Window:
     """What happened since the last log, as sums over steps; averages are taken once, after one reduction."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.steps: list[StepResult] = []
         self.started = time.perf_counter()
 
@@ -33,30 +35,35 @@ class Window:
         yield
         self.started += time.perf_counter() - start
 
-    def reduce(self, dp: Axis) -> tuple[dict[str, float], RouterHealth]:
+    def reduce(self, dp: Axis) -> tuple[dict[str, float], dict[str, float], RouterHealth]:
         """Sum over steps and the data-parallel ranks of ``dp`` (a collective), and start anew.
 
         Returns:
             loss (mean over targets), balance and z_loss (means over steps), grad_norm (of the last step), targets,
-            tokens, seconds; and what the routers did, on the CPU.
+            tokens, seconds; the objective's metrics; and what the routers did, on the CPU.
         """
-        sums = torch.stack([torch.cat([torch.stack([s.loss_sum, s.balance, s.z]), s.entropy]) for s in self.steps])
-        sums = dp.all_reduce(sums.double().sum(0))
-        counts = dp.all_reduce(torch.stack([s.counts for s in self.steps]).sum(0))
-        targets = int(sum(s.targets for s in self.steps))
-        tokens = int(sum(s.tokens for s in self.steps))
+        steps, last = self.steps, self.steps[-1]
+        each = [[x.flatten().double() for x in (s.loss_sum, s.balance, s.z, s.entropy, s.measures)] for s in steps]
+        sums = dp.all_reduce(torch.stack([torch.cat(step) for step in each]).sum(0)).cpu()
+        losses, entropy, measures = sums.split([3, len(last.entropy), last.measures.numel()])
+        loss_sum, balance, z = losses.tolist()
+        counts = dp.all_reduce(torch.stack([s.counts for s in steps]).sum(0))
+        targets = int(sum(s.targets for s in steps))
+        tokens = int(sum(s.tokens for s in steps))
         now = time.perf_counter()
+        loss = loss_sum / max(1, targets)
         values = {
-            "loss": float(sums[0]) / max(1, targets),
-            "balance": float(sums[1]) / len(self.steps),
-            "z_loss": float(sums[2]) / len(self.steps),
-            "grad_norm": float(self.steps[-1].grad_norm),
+            "loss": loss,
+            "balance": balance / len(steps),
+            "z_loss": z / len(steps),
+            "grad_norm": float(last.grad_norm),
             "targets": targets,
             "tokens": tokens,
             "seconds": now - self.started,
         }
+        metrics = self.objective.metrics(loss, measures.view_as(last.measures))
         self.steps, self.started = [], now
-        return values, RouterHealth(counts.cpu(), sums[3:].cpu() / max(1, tokens))
+        return values, metrics, RouterHealth(counts.cpu(), entropy / max(1, tokens))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

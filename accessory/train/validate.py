@@ -1,7 +1,6 @@
 """Validation: loss on the held-out samples, and how far the routing has moved."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from accessory.console import is_main, progress, say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.order import permute
 from accessory.model.decoder import Decoder
-from accessory.model.head import LossSum
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
 from accessory.train.data import RunData
 from accessory.train.health import PROBE_FILE, Alarms, RoutingProbe, probe_documents
+from accessory.train.objective import Objective, shown
 
 
 class Validation:
@@ -25,14 +24,15 @@ class Validation:
     def __init__(
         self,
         model: Decoder,
+        objective: Objective,
         data: RunData,
         batches: BatchPlan,
         config: RunConfig,
         alarms: Alarms,
-        device: torch.device,
         begun: Path | None,
     ):
-        self.model, self.data, self.alarms, self.device = model, data, alarms, device
+        self.model, self.objective, self.data, self.alarms = model, objective, data, alarms
+        self.device = model.norm.weight.device
         self.batches = dataclasses.replace(batches, accumulation=1, pads=False)
         self.probe_file = Path(config.out) / PROBE_FILE
         self.probe: RoutingProbe | None = None
@@ -44,7 +44,7 @@ class Validation:
             )
             chosen = probe_documents(first, lengths, config.log.probe_tokens)
             parts = [batch for (batch,) in self.batches.epoch(samples, data.make_rows(chosen, lengths))]
-            self.probe = RoutingProbe(chosen, lengths, parts, device)
+            self.probe = RoutingProbe(chosen, lengths, parts, self.device)
             if begun and not self.probe.load(begun / PROBE_FILE):
                 say(f"{PROBE_FILE} is missing or of other tokens: routing will be compared with that of the next validation")
             elif begun and is_main() and begun != self.probe_file.parent:
@@ -56,9 +56,9 @@ class Validation:
         values: dict[str, Any] = {}
         texts = []
         if self.data.validation:
-            loss = self._loss()
-            values |= {"val_loss": loss, "val_perplexity": math.exp(min(700.0, loss))}
-            texts.append(f"validation loss {loss:.4f}  perplexity {values['val_perplexity']:.3f}")
+            loss, metrics = self._loss()
+            values |= {"val_loss": loss} | {f"val_{name}": value for name, value in metrics.items()}
+            texts.append(f"validation loss {loss:.4f}{shown(metrics)}")
         if self.probe and self.probe.base is None:
             self.probe.record(self.model)
             if is_main():
@@ -74,16 +74,20 @@ class Validation:
         return values
 
     @torch.no_grad()
-    def _loss(self) -> float:
-        """Mean cross-entropy over the targets of the held-out samples."""
+    def _loss(self) -> tuple[float, dict[str, float]]:
+        """The objective's mean loss over the targets of the held-out samples, and its metrics."""
         samples, plan = self.data.validation, self.batches
         lengths = sample_lengths(samples)
         rows = self.data.make_rows(lengths.argsort(kind="stable"), lengths)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        targets, loss_sums, measures = 0, [], []
         bar = progress(plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False)
         for (batch,) in bar:
             batch = batch.to(self.device)
-            loss, _ = self.model(batch.inputs(), LossSum(batch.targets))
-            total += torch.stack([loss.double(), torch.tensor(batch.target_tokens, device=self.device)])
-        loss_sum, targets = self.model.mesh.dp.all_reduce(total).tolist()
-        return loss_sum / max(1.0, targets)
+            found = self.objective.loss(self.model, batch)
+            targets += self.objective.targets(batch)
+            loss_sums.append(found.loss_sum.double())
+            measures.append(found.measures.double())
+        own = torch.stack([torch.stack(loss_sums).sum(), torch.tensor(targets, device=self.device)])
+        sums = self.model.mesh.dp.all_reduce(torch.cat([own, torch.stack(measures).sum(0).flatten()])).cpu()
+        loss = sums[0].item() / max(1.0, sums[1].item())
+        return loss, self.objective.metrics(loss, sums[2:].view_as(measures[0]))

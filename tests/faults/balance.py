@@ -88,16 +88,16 @@ FAULTS = (
     ),
     Fault(
         "bias: the balance loss trains as well",
-        "accessory/train/step.py",
-        'weight = 0.0 if balance == "bias" else model.args.load_balancing_weight',
-        "weight = model.args.load_balancing_weight",
+        FILE,
+        'return 0.0 if self.balance == "bias" else args.load_balancing_weight',
+        "return args.load_balancing_weight",
         f"{EVERY}[bias]",
     ),
     Fault(
         "the weight is applied twice",
         "accessory/train/step.py",
-        "+ weight * share +",
-        "+ weight * weight * share +",
+        "+ balance_weight * share +",
+        "+ balance_weight * balance_weight * share +",
         FSDP,
     ),
     Fault(

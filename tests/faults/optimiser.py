@@ -50,8 +50,8 @@ FAULTS = (
     Fault(
         "only matrices have the schedule's learning rate",
         "accessory/train/loop.py",
-        "for group in optimizer.param_groups:",
-        "for group in optimizer.param_groups[:1]:",
+        "for group in built.optimizer.param_groups:",
+        "for group in built.optimizer.param_groups[:1]:",
         "'tests/test_oracle.py::test_steps_of_the_command[expert]'",
     ),
     Fault("there is no warm-up", FILE, "if step.before.rows < warmup:", "if step.before.rows < 0:", SCHEDULE),

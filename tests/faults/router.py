@@ -45,9 +45,9 @@ FAULTS = (
     ),
     Fault(
         "the score bias is moved by its own rank's counts",
-        "accessory/train/step.py",
-        "shift_score_biases(model, dp.all_reduce(counts.clone()), bias_rate)",
-        "shift_score_biases(model, counts, bias_rate)",
+        "accessory/train/balance.py",
+        "shift_score_biases(model, model.mesh.dp.all_reduce(counts.clone()), self.bias_rate)",
+        "shift_score_biases(model, counts, self.bias_rate)",
         BIAS,
     ),
     Fault(
