@@ -8,7 +8,7 @@ from torch import Tensor
 from accessory.dtypes import at_least_fp32
 from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
-from accessory.parallel.cross_entropy import linear_cross_entropy
+from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs
 from accessory.parallel.regions import copy_to_model_parallel_region, gather_from_model_parallel_region
 
 
@@ -38,11 +38,17 @@ class LossSum:
         self.targets = targets
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
-        x, draw = _rows(x, draw, self.targets.rows)
-        hidden = copy_to_model_parallel_region(norm(x), output.mp)
-        low = output.low_rank(hidden, draw)
-        factors = [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
-        return linear_cross_entropy(factors, self.targets.ids, output.mp)
+        return linear_cross_entropy(_factors(x, norm, output, draw, self.targets), self.targets.ids, output.mp)
+
+
+class LogProbs:
+    """The log-probability of each target, [n] in at least fp32, for a loss that is more than their sum."""
+
+    def __init__(self, targets: Targets):
+        self.targets = targets
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+        return linear_log_probs(_factors(x, norm, output, draw, self.targets), self.targets.ids, output.mp)
 
 
 class Logits:
@@ -62,6 +68,16 @@ class Nothing:
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
         return x.new_zeros(())
+
+
+def _factors(
+    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None, targets: Targets
+) -> list[tuple[Tensor, Tensor]]:
+    """What the logits of the targets' rows are the products of: the output layer, and its adapter."""
+    x, draw = _rows(x, draw, targets.rows)
+    hidden = copy_to_model_parallel_region(norm(x), output.mp)
+    low = output.low_rank(hidden, draw)
+    return [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
 
 
 def _rows(x: Tensor, draw: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ from faults.fault import Fault
 FILE, STEP, LOADER = "accessory/parallel/cross_entropy.py", "accessory/train/step.py", "accessory/data/loader.py"
 DEFINITION = "tests/test_kernels.py::test_cross_entropy_equals_the_definition"
 LIES = "tests/test_packing.py::test_a_batch_says_where_its_documents_lie"
+LOG_PROBS = "tests/test_log_probs.py"
 MASKED = "certify --only world=1 masks=yes accum=3"
 
 FAULTS = (
@@ -26,22 +27,22 @@ FAULTS = (
     Fault(
         "every rank's part of the vocabulary begins at 0",
         FILE,
-        "start = mp.rank * len(weight)",
-        "start = 0",
+        "mp.rank * len(weight)",
+        "0",
         EXPERT,
     ),
     Fault(
         "each rank takes its own largest logit",
         FILE,
-        "largest = mp.all_reduce(logits.amax(1), ReduceOp.MAX)",
-        "largest = logits.amax(1)",
+        "largest = mp.all_reduce(self.logits.amax(1), ReduceOp.MAX)",
+        "largest = self.logits.amax(1)",
         EXPERT,
     ),
     Fault(
         "a target of another rank's is subtracted here too",
         FILE,
-        "scatter_add_(1, local, -mine.unsqueeze(1))",
-        "scatter_add_(1, local, -torch.ones_like(mine).unsqueeze(1))",
+        "scatter_add_(1, self.column, -self.mine.unsqueeze(1))",
+        "scatter_add_(1, self.column, -torch.ones_like(self.mine).unsqueeze(1))",
         EXPERT,
     ),
     Fault(
@@ -50,6 +51,36 @@ FAULTS = (
         "None if g is None else g.mul_(grad)",
         "None if g is None else g",
         DEFINITION,
+    ),
+    Fault(
+        "log-probabilities: the softmax of backward has its own rank's sum",
+        FILE,
+        "target_logit, log_sums[chunk.rows], _ = chunk.statistics(mp)\n            log_probs[chunk.rows] = target_logit - "
+        "log_sums[chunk.rows]",
+        "own = chunk.logits.logsumexp(1)\n            target_logit, log_sum, _ = chunk.statistics(mp)\n"
+        "            log_probs[chunk.rows], log_sums[chunk.rows] = target_logit - log_sum, own",
+        f"{LOG_PROBS}::test_they_are_torchs_own[2]",
+    ),
+    Fault(
+        "log-probabilities: every chunk is weighed like the first",
+        FILE,
+        "mul_(-grad[chunk.rows].unsqueeze(1))",
+        "mul_(-grad[: len(chunk.logits)].unsqueeze(1))",
+        f"{LOG_PROBS}::test_they_are_torchs_own[1]",
+    ),
+    Fault(
+        "log-probabilities: the gradient has the sign of the cross-entropy's",
+        FILE,
+        "mul_(-grad[chunk.rows].unsqueeze(1))",
+        "mul_(grad[chunk.rows].unsqueeze(1))",
+        f"{LOG_PROBS}::test_a_model_can_be_trained_by_them[1]",
+    ),
+    Fault(
+        "every chunk has the first one's rows of the adapter",
+        FILE,
+        "product.addmm_(x[rows], w.T)",
+        "product.addmm_(x[: len(product)], w.T)",
+        f"{LOG_PROBS}::test_they_are_torchs_own[1]",
     ),
     Fault(
         "a token is predicted from itself",

@@ -96,14 +96,14 @@ FAULTS = (
     Fault(
         "the loss is summed in bf16",
         "accessory/parallel/cross_entropy.py",
-        "loss += (exp_sum.log() + largest - target_logit).sum()",
-        "loss += (exp_sum.log() + largest - target_logit).to(hidden.dtype).sum()",
+        "loss += (log_sum - target_logit).sum()",
+        "loss += (log_sum - target_logit).to(tensors[0].dtype).sum()",
         LOSS,
     ),
     Fault(
         "the output layer's gradient is summed over chunks in bf16",
         "accessory/parallel/cross_entropy.py",
-        "torch.zeros_like(w, dtype=wide) if need",
+        "torch.zeros_like(w, dtype=at_least(w.dtype)) if need",
         "torch.zeros_like(w) if need",
         LOSS,
     ),
