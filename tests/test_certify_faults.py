@@ -15,8 +15,8 @@ from accessory.certify.judge import Judge
 from accessory.certify.matrix import Cell, FileCell
 from accessory.certify.parity import ParityCell, TransformersJudge, run_parity
 from accessory.certify.problem import SMALL, Problem
-from accessory.checkpoint import huggingface
-from accessory.checkpoint.tiles import Tile
+from accessory.checkpoint import accessory, huggingface
+from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.model import attention, linear, moe
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
@@ -123,20 +123,13 @@ def layers_pooled(patch):
     patch.setattr(balance, "global_balance", faulty)
 
 
-def stored_without(field, value):
+def experts_interleaved(patch):
     """Written and read alike, so that only the format's description can tell."""
+    patch.setattr(accessory, "Encoding", lambda pattern, **sizes: Encoding(pattern.replace("(e f)", "(f e)"), **sizes))
 
-    def plant(patch):
-        encode, read, decode = Tile.encode, Tile.read, Tile._decode
 
-        def other(tile):
-            return replace(tile, **{field: value})
-
-        patch.setattr(Tile, "encode", lambda tile, box: encode(other(tile), box).view(tile.stored_shape()))
-        patch.setattr(Tile, "read", lambda tile, stored, inside: read(other(tile), stored, inside))
-        patch.setattr(Tile, "_decode", lambda tile, stored: decode(other(tile), stored))
-
-    return plant
+def pairs_not_parted(patch):
+    patch.setattr(huggingface, "row_order", lambda matrix, args: AS_IS)
 
 
 def saved_with_another_theta(patch):
@@ -166,13 +159,13 @@ FAULTS = {  # name: (how to plant it, cells to run, (cell, quantity) that must b
     "layers pooled": (layers_pooled, (FULL,), ((FULL, "balance"),)),
     "config.json with another rope_theta": (saved_with_another_theta, (SPARSE_FILES,), ((SPARSE_FILES, "reason"),)),
     "Hugging Face's norm_eps wrong": (converted_with_another_eps, (SPARSE_FILES,), ((SPARSE_FILES, "reason"),)),
-    "w2 not transposed": (
-        stored_without("transposed", False),
+    "experts interleaved": (
+        experts_interleaved,
         (SPARSE_FILES, HF_FILES),
         ((SPARSE_FILES, "saved"), (SPARSE_FILES, "logits"), (SPARSE_FILES, "hf")),
     ),
     "rotary rows not permuted": (
-        stored_without("head_dim", None),
+        pairs_not_parted,
         (SPARSE_FILES, HF_FILES),
         ((HF_FILES, "logits"), (HF_FILES, "saved"), (SPARSE_FILES, "hf")),
     ),

@@ -59,7 +59,7 @@ class Problem:
 
     args: ModelArgs = SMALL
     dtype: torch.dtype = torch.float64
-    seed: int = 133  # of 200 one whose closest routing decision is so clear that fp32 decides like fp64
+    seed: int = 333  # of hundreds one whose closest routing decision is so clear that fp32 decides like fp64
 
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
