@@ -1,36 +1,89 @@
-"""The ``accessory`` command: a verb a feature. ``python -m accessory`` is the same, for torchrun and srun."""
+"""The ``accessory`` command: a verb a feature. ``python -m accessory`` is the same, for torchrun and srun to launch."""
 
 import argparse
 import importlib
 import os
 import sys
+import textwrap
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from accessory import __version__
-from accessory.errors import UserError
+from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
+from accessory.errors import Stopped, UserError, sentence, stop_on_signals
 
 # Read when torch is imported: a lost peer is a sentence of the watchdog's, and not pages of C++ frames before it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+ABOUT = """
+Finetune Mixture-of-Experts language models of the Mixtral family on many GPUs, in either of two parallel layouts that give
+the same numbers, and convert, compare and use what comes out.
+"""
+READ_ON = "accessory VERB --help says what a verb does, needs and writes. README.md begins with a run of five minutes."
+FORMATS = ["hf", "mistral", "mixtral", "mixtral_sparse"]
+Verbs = Any  # what argparse's add_subparsers returns
+Run = Callable[[argparse.Namespace], None]
+
 
 def main() -> None:
-    """Parse the command line and run a verb; a UserError is one sentence and exit code 1."""
+    """Parse the command line and run a verb."""
     arguments = _parser().parse_args()
+    _report(arguments.run, arguments)
+
+
+def _report(run: Run, arguments: argparse.Namespace) -> None:
+    """Run it; what the user can mend is one sentence and exit code 1."""
+    stop_on_signals()
     try:
-        arguments.run(arguments)
-    except UserError as error:
-        sys.exit(f"accessory: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        run(arguments)
+        sys.stdout.flush()
+    except Stopped as stop:
+        print(f"accessory: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle_output()
         sys.exit(0)
+    except (UserError, OSError) as error:
+        text = sentence(error)
+        if text is None:
+            raise
+        _settle_output()
+        sys.exit(f"accessory: error: {text}")
+
+
+def _settle_output() -> None:
+    """If output cannot be written, the rest of it goes nowhere: Python would try it once more as it ends, and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Callable[[str], Any]:
+    """What makes a value of an option's text: within the limits of one of config.py's aliases, then by ``make``."""
+    kind, limits = typing.get_args(alias)
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from error
+        if objection := limits.objection(value):
+            raise argparse.ArgumentTypeError(objection)
+        return make(value)
+
+    return convert
+
+
+_path, _count, _fraction = _checked(Text, Path), _checked(Count), _checked(Fraction)
+# at least the 256 bytes, the three special tokens and a letter
+_pieces = _checked(Annotated[int, Bounds(least=260, below=10_000_000)])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="accessory", description=__doc__.split(".")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="accessory", description=ABOUT, epilog=READ_ON)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for add_verbs in (_training_verbs, _using_verbs, _checkpoint_verbs, _certify_verb, _data_verbs):
@@ -38,74 +91,204 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs = Any  # what argparse's add_subparsers returns
+def _verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples: str) -> argparse.ArgumentParser:
+    """A verb.
+
+    Args:
+        line: in the list of verbs. about: what it does, needs and writes. examples: its command lines.
+    """
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=line,
+        description=textwrap.fill(" ".join(about.split()), 100),
+        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _in(module: str, function: str) -> Run:
+    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), function)(arguments)
+
+    return run
 
 
 def _training_verbs(verbs: Verbs) -> None:
-    verb = verbs.add_parser("finetune", help="train a model as a run's YAML file says (with torchrun, srun, or plain)")
-    verb.add_argument("config", type=Path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
-    verb.set_defaults(run=_finetune)
+    start = "Start it with torchrun or srun, a process for each GPU, or plainly for a single one."
+    writes = (
+        "It writes the run directory OUT: the model (accessory convert gives it any format), states to resume from, "
+        "metrics.jsonl, report.png. Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from."
+    )
+    finetune = _verb(
+        verbs,
+        "finetune",
+        _in("accessory.train.loop", "run_finetune"),
+        "train a model as a run's YAML file says (with torchrun, srun, or plain)",
+        "Train a model, all of it or LoRA, biases, norms or chosen parts, on a mix of conversations, instructions and "
+        "texts. It needs a run file, which names the checkpoint to start from and the data mix; accessory config lists what "
+        f"else can stand in it. {start} {writes}",
+        "accessory finetune configs/finetune/quickstart.yaml parallel.model_parallel=1",
+        "torchrun --nproc-per-node 2 -m accessory finetune configs/finetune/quickstart.yaml",
+        "accessory finetune RUN.yaml resume=auto model.layout=mixtral_sparse",
+    )
+    pretrain = _verb(
+        verbs,
+        "pretrain",
+        _in("accessory.train.loop", "run_pretrain"),
+        "the same with packing on: for texts, from random weights or a checkpoint",
+        "Train on texts, cut to data.max_seq_len and packed into whole rows, from random weights or a checkpoint. It is "
+        f"finetune with data.packing=true. {start} {writes}",
+        "accessory pretrain configs/pretrain/tiny.yaml data.mix=MIX.yaml model.tokenizer=tokenizer.model",
+    )
+    for verb in (finetune, pretrain):
+        verb.add_argument("config", type=_path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
 
-    verb = verbs.add_parser("pretrain", help="the same with packing on: for texts, from random weights or a checkpoint")
-    verb.add_argument("config", type=Path, help="run YAML, e.g. configs/pretrain/tiny.yaml")
+    verb = _verb(
+        verbs,
+        "config",
+        _in("accessory.listing", "run_config"),
+        "list every setting of a run, with its default and what it means",
+        "Print every setting that a run file can hold, as YAML: its value, its default where that is another, and what it "
+        "means. With a run file (and settings to change) it checks that file, shows its values, and ends with those that "
+        "differ from the defaults.",
+        "accessory config",
+        "accessory config configs/finetune/quickstart.yaml optim.lr=1e-4",
+    )
+    verb.add_argument("config", nargs="?", type=_path, help="run YAML; default: none, the defaults alone")
     verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
-    verb.set_defaults(run=_pretrain)
 
 
 def _using_verbs(verbs: Verbs) -> None:
-    verb = verbs.add_parser("generate", help="continue prompts with a trained model (with torchrun, srun, or plain)")
-    verb.add_argument("checkpoint", type=Path, help="directory")
-    verb.add_argument("--adapter", type=Path, action="append", default=[], help="directory laid over it; can be repeated")
-    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
+    verb = _verb(
+        verbs,
+        "generate",
+        _in("accessory.infer.chat", "run_generate"),
+        "continue prompts with a trained model (with torchrun, srun, or plain)",
+        "Answer each prompt with a model: a checkpoint of any format, with adapters laid over it. The prompt is put into "
+        "the template that the model was trained with. With torchrun or srun the processes hold the model together. It "
+        "prints the answers and writes nothing.",
+        'accessory generate runs/quickstart/mixtral/epoch0-iter100 "What does the function json.dumps do?"',
+        'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
+    )
+    verb.add_argument("checkpoint", type=_path, help="directory")
+    verb.add_argument("--adapter", type=_path, action="append", default=[], help="directory laid over it; can be repeated")
+    verb.add_argument("prompts", nargs="+", type=_checked(Text), metavar="PROMPT")
     verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
     verb.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
     verb.add_argument("--template", default="dialog", help="as the model was trained with; default: %(default)s")
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
-    verb.add_argument("--max-gen-len", type=int, default=512, help="tokens; default: %(default)s")
-    verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; default: %(default)s")
-    verb.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
-    verb.set_defaults(run=_generate)
+    verb.add_argument("--max-gen-len", type=_count, default=512, help="tokens; default: %(default)s")
+    verb.add_argument(
+        "--temperature", type=_checked(NonNegative), default=0.0, help="0: the likeliest token; default: %(default)s"
+    )
+    verb.add_argument("--top-p", type=_fraction, default=0.95, help="default: %(default)s")
 
-    verb = verbs.add_parser("compare", help="loss curves, perplexity and expert load of runs, side by side")
-    verb.add_argument("runs", nargs="+", type=Path, help="run directories")
-    verb.add_argument("--png", type=Path, default=Path("compare.png"), help="picture; default: %(default)s")
-    verb.set_defaults(run=_compare)
+    verb = _verb(
+        verbs,
+        "compare",
+        _in("accessory.train.report", "run_compare"),
+        "loss curves, perplexity and expert load of runs, side by side",
+        "Print the losses of several runs side by side with their largest difference, their perplexity before and after, "
+        "their speed, and each one's load by layer and expert; draw them. It needs run directories of finetune or pretrain.",
+        "accessory compare runs/quickstart/mixtral runs/quickstart/mixtral_sparse --png compare.png",
+    )
+    verb.add_argument("runs", nargs="+", type=_path, help="run directories")
+    verb.add_argument("--png", type=_path, default=Path("compare.png"), help="picture; default: %(default)s")
 
 
 def _checkpoint_verbs(verbs: Verbs) -> None:
-    verb = verbs.add_parser("convert", help="write a checkpoint of any format in another one")
-    verb.add_argument("sources", nargs="+", type=Path, help="directory, or several in order: a base, then what changes it")
-    verb.add_argument("destination", type=Path, help="directory to write")
-    formats = ["hf", "mistral", "mixtral", "mixtral_sparse"]
-    verb.add_argument("--to", required=True, choices=[*formats, "peft"], help="format; peft: the adapter alone")
-    verb.add_argument("--mp", type=int, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
+    tools = "accessory.checkpoint.tools"
+    verb = _verb(
+        verbs,
+        "convert",
+        _in(tools, "run_convert"),
+        "write a checkpoint of any format in another one",
+        "Write a model in another format, layout, number of parts or dtype: a directory of any format (recognised from "
+        "its files), or a base and what changes it. One tensor at a time is in memory. DESTINATION appears when it is "
+        "whole, with tokenizer and generation settings; nothing is left behind if it fails.",
+        "accessory convert runs/quickstart/mixtral/epoch0-iter100 hf --to hf",
+        "accessory convert SRC DST --to mixtral_sparse --mp 8 --dtype bf16",
+        "accessory convert BASE ADAPTER DST --to peft",
+    )
+    verb.add_argument("sources", nargs="+", type=_path, help="directory, or several in order: a base, then what changes it")
+    verb.add_argument("destination", type=_path, help="directory to write")
+    verb.add_argument("--to", required=True, choices=[*FORMATS, "peft"], help="format; peft: the adapter alone")
+    verb.add_argument("--mp", type=_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
     _conversion_options(verb)
-    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_convert"))
 
-    verb = verbs.add_parser("merge", help="fold an adapter into its base")
-    verb.add_argument("sources", nargs=2, type=Path, metavar="DIR", help="the base, and the adapter")
-    verb.add_argument("destination", type=Path, help="directory to write")
-    verb.add_argument("--to", choices=formats, help="format; default: the base's")
-    verb.add_argument("--mp", type=int, metavar="N", help="model-parallel parts; default: as the base")
+    verb = _verb(
+        verbs,
+        "merge",
+        _in(tools, "run_merge"),
+        "fold an adapter into its base",
+        "Write a base model with an adapter folded in, W + scaling x B A, as a whole model in the base's format or another. "
+        "The adapter is this program's, PEFT's or LLaMA2-Accessory's, and must belong to the base.",
+        "accessory merge BASE ADAPTER DST --to hf",
+    )
+    verb.add_argument("sources", nargs=2, type=_path, metavar="DIR", help="the base, and the adapter")
+    verb.add_argument("destination", type=_path, help="directory to write")
+    verb.add_argument("--to", choices=FORMATS, help="format; default: the base's")
+    verb.add_argument("--mp", type=_count, metavar="N", help="model-parallel parts; default: as the base")
     _conversion_options(verb)
-    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_merge"))
 
-    verb = verbs.add_parser("inspect", help="what a checkpoint is: format, shape, sizes, and whether it is whole")
-    verb.add_argument("paths", nargs="+", type=Path, help="directory, or several in order")
-    verb.add_argument("--config", type=Path, help="another config.json than the directory's")
-    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_inspect"))
+    verb = _verb(
+        verbs,
+        "inspect",
+        _in(tools, "run_inspect"),
+        "what a checkpoint is: format, shape, sizes, and whether it is whole",
+        "Print a checkpoint's format, shape, tokenizer, fingerprint, adapters, the sizes it can run at, and the parameters "
+        "of each part. Exit code 1 if a tensor is missing, misshapen or unexpected. Only descriptions are read.",
+        "accessory inspect hf",
+        "accessory inspect BASE ADAPTER",
+    )
+    verb.add_argument("paths", nargs="+", type=_path, help="directory, or several in order")
+    verb.add_argument("--config", type=_path, help="another config.json than the directory's")
 
-    verb = verbs.add_parser("verify", help="whether two checkpoints of any formats are the same model; exit code 1 if not")
-    verb.add_argument("a", type=Path, help="directory")
-    verb.add_argument("b", type=Path, help="directory")
-    verb.add_argument("--tolerance", type=float, default=0.0, help="of each tensor's largest value; default: %(default)s")
-    verb.set_defaults(run=_in("accessory.checkpoint.tools", "run_verify"))
+    verb = _verb(
+        verbs,
+        "verify",
+        _in(tools, "run_verify"),
+        "whether two checkpoints of any formats are the same model; exit code 1 if not",
+        "Compare two checkpoints tensor by tensor, in whatever formats, layouts and parts they are: bit for bit, or once "
+        "rounded to the narrower dtype, or within --tolerance. It prints what differs. Exit code 1 if something does.",
+        "accessory verify runs/quickstart/mixtral/epoch0-iter100 hf",
+    )
+    verb.add_argument("a", type=_path, help="directory")
+    verb.add_argument("b", type=_path, help="directory")
+    verb.add_argument(
+        "--tolerance", type=_checked(NonNegative), default=0.0, help="of each tensor's largest value; default: %(default)s"
+    )
+
+
+def _conversion_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
+    verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
+    verb.add_argument(
+        "--shard-gb", type=_checked(Positive), default=5, help="largest file of --to hf, GB; default: %(default)s"
+    )
+    verb.add_argument("--config", type=_path, help="another config.json than the source's")
+    verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
 
 
 def _certify_verb(verbs: Verbs) -> None:
-    verb = verbs.add_parser("certify", help="prove on this machine that no layout or parallel size changes the numbers")
-    verb.add_argument("--model", type=Path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
+    verb = _verb(
+        verbs,
+        "certify",
+        _in("accessory.certify.command", "run_certify"),
+        "prove on this machine that no layout or parallel size changes the numbers",
+        "Train one small model in many ways (layouts, model and data parallel sizes, accumulation, packing, full and LoRA), "
+        "as real processes, and compare loss, router counts, gradients and weights of each with one plain process; pass "
+        "checkpoints through every format. It prints a table; exit code 1 if a cell fails. docs/certify.md reads it.",
+        "accessory certify --quick",
+        "accessory certify --only mp=2 tuning=lora layout=mixtral",
+        "accessory certify --device cuda --world 1,2,4,8 --html certificate.html",
+    )
+    verb.add_argument("--model", type=_path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
     verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
     verb.add_argument("--quick", action="store_true", help="fewer cells: under a minute on two cores")
     verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
@@ -116,96 +299,64 @@ def _certify_verb(verbs: Verbs) -> None:
         "--only", nargs="+", default=[], metavar="SETTING=VALUE", help="the cells with these in their line, e.g. mp=2"
     )
     verb.add_argument("--against", choices=["hf"], help="compare with transformers instead of the plain reference")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    verb.add_argument("--html", type=Path, metavar="FILE", help="write the table as a page")
-    verb.set_defaults(run=_in("accessory.certify.command", "run_certify"))
+    verb.add_argument("--json", type=_path, metavar="FILE", help="write the table as JSON")
+    verb.add_argument("--html", type=_path, metavar="FILE", help="write the table as a page")
 
 
 def _data_verbs(verbs: Verbs) -> None:
-    data = verbs.add_parser("data", help="make, check and show training data").add_subparsers(required=True, metavar="WHAT")
-    for name, text in (
-        ("check", "validate every record of a mix: a table of sources, a picture of lengths, the bad records"),
-        ("show", "print samples, with what is trained in colour"),
-    ):
-        verb = data.add_parser(name, help=text)
-        verb.add_argument("mix", type=Path, help="YAML data mix, or a run's YAML file")
-        verb.add_argument("--tokenizer", type=Path, help="default: the run's")
-        verb.add_argument("--max-seq-len", type=int, help="tokens; default: the run's, or 4096")
-        if name == "show":
-            verb.add_argument("-n", type=int, default=3, help="samples of each source; default: %(default)s")
-            verb.set_defaults(run=_in("accessory.train.data_check", "show"))
-        else:
-            verb.add_argument("-n", type=int, default=10, help="bad and dropped records to list; default: %(default)s")
-            verb.add_argument("--png", type=Path, default=Path("lengths.png"), help="picture; default: %(default)s")
-            verb.add_argument(
-                "--world", type=int, default=1, help="processes of the run, for its steps; default: %(default)s"
-            )
-            verb.add_argument("--tokens-per-s", type=float, help="for the run's duration; default: as its last run's")
-            verb.set_defaults(run=_in("accessory.train.data_check", "check"))
-    verb = data.add_parser("stdlib", help="a corpus from the documentation of Python's standard library")
-    verb.add_argument("out", type=Path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
-    verb.set_defaults(run=_stdlib)
-    verb = data.add_parser("tokenizer", help="train a byte-fallback BPE SentencePiece tokenizer on a mix")
-    verb.add_argument("mix", type=Path, help="YAML data mix")
-    verb.add_argument("out", type=Path, help="tokenizer.model to write")
-    verb.add_argument("--vocab-size", type=int, default=4096, help="pieces; default: %(default)s")
-    verb.set_defaults(run=_tokenizer)
+    line = "make, check and show training data"
+    about = f"{line.capitalize()}: data/README.md says what records and mixes look like."
+    data = verbs.add_parser("data", help=line, description=about).add_subparsers(required=True, metavar="WHAT")
+    check = _verb(
+        data,
+        "check",
+        _in("accessory.train.data_check", "check"),
+        "validate every record of a mix: a table of sources, a picture of lengths, the bad records",
+        "Read every record of a mix as a run would, and print what there is of each source, what is truncated, dropped or "
+        "bad (file and line), and, of a run's file, its steps and duration. Exit code 1 if a record is bad. It writes the "
+        "picture of lengths, and the cache of tokenised samples, which the run finds again.",
+        "accessory data check configs/finetune/quickstart.yaml --world 8",
+        "accessory data check MIX.yaml --tokenizer tokenizer.model",
+    )
+    show = _verb(
+        data,
+        "show",
+        _in("accessory.train.data_check", "show"),
+        "print samples, with what is trained in colour",
+        "Print the first samples of each source as the model will see them: template, special tokens, and in colour (or "
+        "between [[ ]] where there is none) what is trained.",
+        "accessory data show configs/finetune/quickstart.yaml -n 1",
+    )
+    for verb, most, what in ((check, 10, "bad and dropped records to list"), (show, 3, "samples of each source")):
+        verb.add_argument("mix", type=_path, help="YAML data mix, or a run's YAML file")
+        verb.add_argument("--tokenizer", type=_path, help="default: the run's")
+        verb.add_argument("--max-seq-len", type=_count, help="tokens; default: the run's, or 4096")
+        verb.add_argument("-n", type=_checked(WholeNumber), default=most, help=f"{what}; default: %(default)s")
+    check.add_argument("--png", type=_path, default=Path("lengths.png"), help="picture; default: %(default)s")
+    check.add_argument("--world", type=_count, default=1, help="processes of the run, for its steps; default: %(default)s")
+    check.add_argument("--tokens-per-s", type=_checked(Positive), help="for the run's duration; default: as its last run's")
 
-
-def _conversion_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
-    verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
-    verb.add_argument("--shard-gb", type=float, default=5, help="largest file of --to hf, GB; default: %(default)s")
-    verb.add_argument("--config", type=Path, help="another config.json than the source's")
-    verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
-
-
-def _finetune(arguments: argparse.Namespace) -> None:
-    from accessory.parallel.launch import run_job
-    from accessory.settings import ParallelSection, RunConfig
-    from accessory.train.loop import finetune
-
-    def config() -> RunConfig:
-        return RunConfig.load(arguments.config, arguments.overrides)
-
-    try:
-        start_timeout_s = config().parallel.stall_timeout_s
-    except UserError:  # one rank says it, when all are there
-        start_timeout_s = ParallelSection.stall_timeout_s
-    run_job(lambda launch: finetune(config(), launch), start_timeout_s)
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
-    arguments.overrides = ["data.packing=true", *arguments.overrides]
-    _finetune(arguments)
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    from accessory.infer.chat import answer
-    from accessory.parallel.launch import run_job
-    from accessory.settings import ParallelSection
-
-    run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from accessory.train.report import History, compare_table, load_table, plot
-
-    runs = [History.load(directory) for directory in arguments.runs]
-    print(compare_table(runs))
-    for run in runs:
-        print(f"\nexpert load of {run.name}, 1.00 = a fair share\n{load_table(run.loads)}")
-    plot(runs, arguments.png)
-    print(f"\npicture: {arguments.png}")
-
-
-def _in(module: str, function: str) -> Callable[[argparse.Namespace], None]:
-    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
-
-    def run(arguments: argparse.Namespace) -> None:
-        getattr(importlib.import_module(module), function)(arguments)
-
-    return run
+    verb = _verb(
+        data,
+        "stdlib",
+        _stdlib,
+        "a corpus from the documentation of Python's standard library",
+        "Write a corpus that every machine with Python holds: questions and answers on the functions and classes of the "
+        "standard library, from its sources, and a mix that names them.",
+        "accessory data stdlib runs/quickstart/data",
+    )
+    verb.add_argument("out", type=_path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
+    verb = _verb(
+        data,
+        "tokenizer",
+        _tokenizer,
+        "train a byte-fallback BPE SentencePiece tokenizer on a mix",
+        "Train a tokenizer on the texts of a mix, and write it as a tokenizer.model.",
+        "accessory data tokenizer runs/quickstart/data/mix.yaml tokenizer.model --vocab-size 2048",
+    )
+    verb.add_argument("mix", type=_path, help="YAML data mix")
+    verb.add_argument("out", type=_path, help="tokenizer.model to write")
+    verb.add_argument("--vocab-size", type=_pieces, default=4096, help="pieces; default: %(default)s")
 
 
 def _stdlib(arguments: argparse.Namespace) -> None:
@@ -221,3 +372,17 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 
     out = train_tokenizer(mix_texts(arguments.mix), arguments.out, arguments.vocab_size)
     print(f"{out}: {Tokenizer(out).n_words} pieces")
+
+
+def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
+    """The scripts ``tools/split.py`` and ``tools/split_sparse.py``, which users of the reference project know."""
+    from accessory.checkpoint.tools import run_convert
+
+    parser = argparse.ArgumentParser(description=f"Cut a checkpoint of any format for the layout '{layout}'.")
+    parser.add_argument("source", nargs="?", type=_path, default=Path(), help="directory; default: this one")
+    parser.add_argument("destination", nargs="?", type=_path, default=Path(name), help="default: %(default)s")
+    parser.add_argument("--mp", type=_count, default=8, metavar="N", help="model-parallel parts; default: %(default)s")
+    _conversion_options(parser)
+    arguments = parser.parse_args()
+    arguments.sources, arguments.to = [arguments.source], layout
+    _report(run_convert, arguments)

@@ -3,12 +3,14 @@
 An unknown key is an error that names the nearest known one: a setting that is silently ignored is the worst kind.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,30 +21,50 @@ from typing import Annotated, Any, TypeVar
 import yaml
 
 from accessory.errors import UserError
+from accessory.files import check_file
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number of a configuration can be: finite, at least or above ``low``, and below ``high``."""
+    """What a number of a configuration or an option can be. NaN and the infinite never can."""
 
-    low: float
-    open: bool = False
-    high: float = math.inf
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
 
-    def check(self, value: float, where: str) -> None:
-        if not self.low <= value < self.high or (self.open and value == self.low):
-            least = f"above {self.low:g}" if self.open else f"at least {self.low:g}"
-            most = "" if self.high == math.inf else f" and below {self.high:g}"
-            raise UserError(f"{where} must be {least}{most}, found {value!r}")
+    def objection(self, value: float) -> str | None:
+        """What is to be said against ``value``, such as "must be at least 1, found 0"; None: nothing."""
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return None
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        named = [f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)]
+        kind = "" if isinstance(value, int) or math.isfinite(value) else "a finite number "
+        return f"must be {kind}{' and '.join(named)}, found {value!r}"
 
 
-Count = Annotated[int, Bounds(1)]
-WholeNumber = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(0, open=True)]
-NonNegative = Annotated[float, Bounds(0)]
-Share = Annotated[float, Bounds(0, high=1)]
+@dataclass(frozen=True)
+class Filled:
+    """A text with something in it, as a path must be: an empty one is mostly a variable that is not set."""
+
+    def objection(self, value: str) -> str | None:
+        if not value.strip():
+            return "is empty; is a variable not set?"
+        return "holds a NUL character" if "\0" in value else None
+
+
+Count = Annotated[int, Bounds(least=1)]
+Repeats = Annotated[int, Bounds(least=1, below=100_000)]  # of what is listed, one by one, before or in a step
+WholeNumber = Annotated[int, Bounds(least=0)]
+Positive = Annotated[float, Bounds(above=0)]
+NonNegative = Annotated[float, Bounds(least=0)]
+Share = Annotated[float, Bounds(least=0, below=1)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+OneOrMore = Annotated[float, Bounds(least=1)]
+Seed = Annotated[int, Bounds(least=0, below=2**63)]  # as torch's generators take it
+Text = Annotated[str, Filled()]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -57,14 +79,15 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, does not parse, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    path = check_file(path, "a YAML or JSON file")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {_one_line(error)}") from error
+        value = json.loads(text) if kind == "JSON" else yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # YAML raises the latter for 2020-99-99
+        raise UserError(f"{path}: not valid {kind}: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid {kind}: nested too deeply") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(value).__name__}")
     return value
@@ -80,11 +103,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` with ``key.sub=value`` strings applied; the value is parsed as YAML."""
-    values = json.loads(json.dumps(values))  # a deep copy of plain data
+    values = copy.deepcopy(values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}': an override is written key.sub=value")
+        if not text.strip():
+            raise UserError(f"'{override}': there is no value; is a variable not set? (null is written as a word)")
         node, *path = key.split(".")
         target = values
         for part in path:
@@ -94,7 +119,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             node = part
         try:
             target[node] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"'{override}': not a YAML value: {_one_line(error)}") from error
     return values
 
@@ -112,9 +137,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str, prefix: st
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(
-                f"{where}: unknown key '{prefix}{key}'{nearest(prefix + key, [prefix + name for name in fields])}"
-            )
+            name = f"{prefix}{key}"
+            raise UserError(f"{where}: unknown key '{name}'{nearest(name, [prefix + known for known in fields])}")
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
@@ -136,29 +160,39 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return from_mapping(typing.cast(type, option), value, where, f"{name}.")
-        if origin is Annotated:
-            converted = _convert(arguments[0], value, where, name)
-            for bounds in arguments[1:]:
-                bounds.check(converted, f"{where}: {name}")
-            return converted
         if origin is typing.Literal:
             if value in arguments:
                 return value
             allowed = ", ".join(repr(a) for a in arguments)
             raise UserError(f"{where}: {name}: {value!r} is not one of {allowed}")
-        if origin is tuple and arguments == (str, Ellipsis) and isinstance(value, str):
-            return (value,)
+        if origin is tuple and arguments[-1] is Ellipsis and isinstance(value, str):
+            value = [value]
         if origin is tuple and isinstance(value, (list, tuple)):
             if arguments[-1] is not Ellipsis and len(arguments) != len(value):
                 raise UserError(f"{where}: {name}: expected {len(arguments)} values, found {len(value)}")
             return tuple(_convert(arguments[0], item, where, name) for item in value)
-        if origin is None and isinstance(option, type):
-            if option is float and isinstance(value, int) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-                return value
-    names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}: {name}: expected {names}, found {value!r}")
+        plain, limits = (arguments[0], arguments[1:]) if origin is Annotated else (option, ())
+        if not isinstance(plain, type) or (isinstance(value, bool) and plain is not bool):
+            continue
+        if plain is float and isinstance(value, int):
+            value = float(value) if abs(value) < 2**1023 else math.inf * (1 if value > 0 else -1)
+        if isinstance(value, plain):
+            for objection in filter(None, (limit.objection(value) for limit in limits)):
+                raise UserError(f"{where}: {name} {objection}")
+            return value
+    expected = " or ".join(map(_type_name, options))
+    raise UserError(f"{where}: {name}: expected {expected}, found {reprlib.repr(value)}")
+
+
+def _type_name(option: Any) -> str:
+    if option is type(None):
+        return "null"
+    if dataclasses.is_dataclass(option):
+        return "a group of keys"
+    if typing.get_origin(option) is tuple:
+        return "list"
+    plain = typing.get_args(option)[0] if typing.get_origin(option) is Annotated else option
+    return getattr(plain, "__name__", str(plain))
 
 
 def _one_line(error: Exception) -> str:

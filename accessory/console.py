@@ -1,7 +1,11 @@
 """What a person sees: rank 0 speaks, and long steps show a bar on a terminal."""
 
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +28,18 @@ def listed(texts: Sequence[str], most: int | None = 4, separator: str = ", ") ->
     """The first ``most`` of some texts (None: all), and how many more there are."""
     more = len(texts) - len(texts[:most])
     return separator.join(texts[:most]) + (f" and {more} more" if more else "")
+
+
+def complain(text: str) -> None:
+    """Print why the program ends, on one line that can be searched for.
+
+    Where torchrun has started it, torchrun prints a long report afterwards: the line stands at its end, too. There it takes
+    the earliest failure, to the second, and the ranks that only follow may end in the same one.
+    """
+    line = f"accessory: error: {text}"
+    print(line, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time()) - 1}))
 
 
 def progress(items: Any = None, **options: Any) -> tqdm:

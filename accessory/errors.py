@@ -1,5 +1,50 @@
-"""The one exception that is meant for the user's eyes."""
+"""What is told to the user in a sentence; any other error is a fault of the program, and keeps its traceback."""
+
+import re
+import signal
+from types import FrameType
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something the user can mend; its message is one sentence that says what is wrong, where, and what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM asks the program to end.
+
+    Args:
+        number: the signal's. where: what stands behind "stopped by SIGTERM" in the sentence. everywhere: all ranks end so.
+    """
+
+    def __init__(self, number: int, where: str = "", everywhere: bool = False):
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"stopped by {name}{where}")
+        self.code, self.everywhere = 128 + number, everywhere  # as a shell names it
+
+
+def stop_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM raise ``Stopped`` in the main thread, so that what is half-written goes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in what a shell starts in the background
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise Stopped(number)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user of an error, on one line; None: it is the program's fault.
+
+    What the system refuses (no right, no room, no such path) is told with the path: that can happen wherever one is touched.
+    """
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, BrokenPipeError):
+        text = "what read this program's output has ended"
+    elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+    else:
+        return None
+    return re.sub(r"\s*\n\s*", " ", text.strip())

@@ -6,9 +6,14 @@ from typing import Literal
 
 from accessory.config import (
     Count,
+    Fraction,
     NonNegative,
+    OneOrMore,
     Positive,
+    Repeats,
+    Seed,
     Share,
+    Text,
     WholeNumber,
     apply_overrides,
     from_mapping,
@@ -29,16 +34,20 @@ class ModelSection:
     # null: the checkpoint's own; expert or sparse (mixtral_peft is the expert layout)
     layout: LayoutName | None = None
     # directory to start from, of any format, or several in order; null: random weights from the seed
-    checkpoint: str | tuple[str, ...] | None = None
-    config: str | None = None  # config.json; null: the checkpoint's own
-    tokenizer: str | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
+    checkpoint: Text | tuple[Text, ...] | None = None
+    config: Text | None = None  # config.json; null: the checkpoint's own
+    tokenizer: Text | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
     strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
     kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
+
+    def __post_init__(self) -> None:
+        if self.checkpoint == ():
+            raise UserError("checkpoint is an empty list: name a directory, or null for random weights")
 
 
 @dataclass(frozen=True)
 class DataSection:
-    mix: str  # YAML data mix
+    mix: Text  # YAML data mix
     max_seq_len: Count | None = None  # tokens; null: the model's max_seq_len
     packing: bool = False  # put several samples into each row of max_seq_len tokens, where none sees another
     validation: Share = 0.02  # share of the samples held out, if the mix has no source marked split: validation
@@ -117,10 +126,10 @@ class OptimSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    epochs: Count = 1
+    epochs: Repeats = 1
     max_steps: Count | None = None  # stop (and end the schedule) after so many optimiser steps
     batch_size: Count = 4  # rows per micro-step and data-parallel rank; a row is a sample or, with data.packing, several
-    accumulation: Count = 1  # micro-steps per optimiser step
+    accumulation: Repeats = 1  # micro-steps per optimiser step
     # what the load-balancing loss is taken over (docs/balance.md has the formulas)
     #   document    each sample on its own, weighed by its length
     #   global      the global batch; with accumulation > 1 that costs one more forward
@@ -136,19 +145,17 @@ class TrainSection:
     # weight in twice: to compare with that, set balance_weight to the square, 0.01 for 0.1
     reference_loss: bool = False
     z_loss_weight: NonNegative = 0.0  # of the mean of (log sum exp of the router's logits)^2; ST-MoE takes 0.001
-    seed: WholeNumber = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
 class AlarmSection:
     """What of a layer's routing is said on the console as soon as it holds (docs/metrics.md); null: never."""
 
-    load_min: NonNegative | None = 0.01  # an expert gets less than so much of its fair share of the tokens
-    load_max: NonNegative | None = 3.0  # one gets more than so many fair shares
-    entropy_share: NonNegative | None = 0.1  # the router's entropy falls below so much of its greatest, log E
-    routing_change: NonNegative | None = (
-        0.3  # more than so much of the choices of the checkpoint's probe tokens are others now
-    )
+    load_min: Fraction | None = 0.01  # an expert gets less than so much of its fair share of the tokens
+    load_max: OneOrMore | None = 3.0  # one gets more than so many fair shares
+    entropy_share: Fraction | None = 0.1  # the router's entropy falls below so much of its greatest, log E
+    routing_change: Fraction | None = 0.3  # more than so much of the choices of the checkpoint's probe tokens are others now
 
 
 @dataclass(frozen=True)
@@ -174,13 +181,17 @@ class SaveSection:
     state_every: Count | None = 500
     keep_states: Count = 1  # the newest
 
+    def __post_init__(self) -> None:
+        if self.state_every is None and self.keep_states > 1:
+            raise UserError(f"keep_states {self.keep_states} keeps nothing while state_every is null: set that too")
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
     data: DataSection
-    out: str  # run directory
+    out: Text  # run directory
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     tuning: TuningSection = field(default_factory=TuningSection)
@@ -189,7 +200,7 @@ class RunConfig:
     log: LogSection = field(default_factory=LogSection)
     save: SaveSection = field(default_factory=SaveSection)
     # a directory in OUT/states, or auto: the newest of them, if there is one; null: begin, and refuse to where one is
-    resume: str | None = None
+    resume: Text | None = None
 
     def __post_init__(self) -> None:
         if self.train.reference_loss and (self.train.balance != "microbatch" or self.data.packing):
@@ -201,6 +212,16 @@ class RunConfig:
             raise UserError(
                 "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "
                 "choose another train.balance, or train and save the whole model"
+            )
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise UserError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} lies above train.epochs {self.train.epochs}: the run "
+                "would be over before optim.lr is reached"
+            )
+        if self.save.format == "pth" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
+            raise UserError(
+                "save.format=pth is of whole models, and this run saves what trains, as safetensors: leave it out, and "
+                "accessory merge writes a whole model as pth"
             )
         if self.model.checkpoint is None and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(

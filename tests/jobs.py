@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,53 @@ def _main(words, environment, files, plant, rank):
     from accessory.cli import main
 
     main()
+
+
+LIMIT_S = 60
+"""Seconds that a command of ``run_each`` may take, before SIGALRM ends it."""
+
+
+def run_each(commands, folder, workers=2):
+    """Run many ``(words, plant)``, each as a process of its own; returns (exit code, stdout, stderr) of each, in order.
+
+    A few processes, which have imported all that is needed, fork for one command after the other: that takes hundredths of a
+    second. Each begins in an empty directory of its own below ``folder``.
+    """
+    files = [[folder / f"{number}.{name}" for name in ("out", "err", "code")] for number in range(len(commands))]
+    shares = [list(zip(commands, files, strict=True))[first::workers] for first in range(workers)]
+    processes = [server().Process(target=_fork_each, args=(share, dict(os.environ))) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return [(int(code.read_text()), out.read_text(), err.read_text()) for out, err, code in files]
+
+
+def _fork_each(commands, environment):
+    for (words, plant), (*streams, code) in commands:
+        place = code.with_suffix("")
+        place.mkdir()
+        child = os.fork()
+        if not child:
+            signal.alarm(LIMIT_S)
+            os.chdir(place)
+            _exit_of(lambda: _main([*map(str, words)], environment, streams, plant, 0))  # noqa: B023 (called at once)
+        code.write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
+def _exit_of(body):
+    """Run ``body`` and end the process as Python would."""
+    code = 0
+    try:
+        body()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int | None) else 1
+        if code and code is not end.code:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)

@@ -137,8 +137,8 @@ def config(tmp_path, **changes):
         (["--world", "0"], "expected numbers of processes"),
         (["--device", "cuda", "--world", "64"], "needs a GPU for each process"),
         (["--against", "hf", "--precision", "fp64"], "use --precision fp32"),
-        (["--json", "nowhere/c.json"], "--json nowhere/c.json: cannot be written"),
-        (["--html", "."], "--html .: cannot be written"),
+        (["--json", "nowhere/c.json"], "nowhere/c.json: cannot be written"),
+        (["--html", "."], ".: cannot be written"),
         (["--model", "nowhere.json"], "nowhere.json: no such file"),
     ],
 )

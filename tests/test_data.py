@@ -651,7 +651,7 @@ def test_a_file_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "data/a.jsonl").write_text(lines(GOOD))
     (tmp_path / "data/gone.jsonl").symlink_to(tmp_path / "nowhere")
     for path in ("data", "data/*.jsonl", "**/*.jsonl"):
-        with pytest.raises(UserError, match=r"gone.jsonl: cannot be read: No such file"):
+        with pytest.raises(UserError, match=r"gone.jsonl: no such file"):
             load_mix(write_mix(tmp_path, {"path": path}), tokenizer, 1000, 0)
 
 

@@ -9,9 +9,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "accessory"
 FLOORS = (  # from the ground; rooms of one floor do not import one another
     ("errors",),
-    ("console", "config"),
+    ("console", "files"),
+    ("config",),
     ("dtypes", "settings"),
-    ("parallel",),
+    ("listing", "parallel"),
     ("model",),
     ("data", "tuning"),
     ("checkpoint",),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_commands import MODEL, rows
 
 from accessory.checkpoint.open import Checkpoint
-from accessory.checkpoint.publish import claim
+from accessory.checkpoint.publish import claimed
 from accessory.data.loader import BatchPlan
 from accessory.data.mix import Sample
 from accessory.data.packing import Rows
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused(home, whole, tmp_path):
     assert "has shape [4, 48, 32], this model's has [4, 40, 32]" in refused(
         home, tmp_path, state, f"model.config={home}/other.json"
     )
-    assert "no such file" in refused(home, tmp_path, f"resume={tmp_path}/nothing")
+    assert "no such directory; expected a training state" in refused(home, tmp_path, f"resume={tmp_path}/nothing")
     codes, out, _ = finetune(home, whole, "resume=auto")
     assert codes == [0] and "this run is over" in out
 
@@ -207,7 +207,7 @@ def test_going_back_needs_the_later_states_out_of_the_way(home, whole, tmp_path)
 def test_a_run_directory_belongs_to_one_job(home, whole, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    with claim(run):
+    with claimed(run):
         assert "another job is writing into it" in refused(home, run)
     (tmp_path / "file").write_text("")
     assert "cannot be written (Not a directory)" in refused(home, tmp_path / "file" / "run")

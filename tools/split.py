@@ -5,7 +5,7 @@ python split.py                      # beside consolidated.00.pth: writes conver
 python tools/split.py SRC DST --mp 4
 """
 
-from accessory.checkpoint.tools import split
+from accessory.cli import split
 
 if __name__ == "__main__":
     split("mixtral", "converted")

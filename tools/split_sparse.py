@@ -5,7 +5,7 @@ python split_sparse.py                      # beside consolidated.00.pth: writes
 python tools/split_sparse.py SRC DST --mp 4
 """
 
-from accessory.checkpoint.tools import split
+from accessory.cli import split
 
 if __name__ == "__main__":
     split("mixtral_sparse", "converted_sparse")

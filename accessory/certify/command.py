@@ -2,8 +2,6 @@
 
 import argparse
 import functools
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,15 +22,17 @@ from accessory.config import write_json
 from accessory.console import progress, say
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
+from accessory.files import check_writable, replacing
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
+from accessory.model.memory import memory_of
 
 
 def run_certify(arguments: argparse.Namespace) -> None:
     """Certify, print the table, write the files that are asked for; exit code 1 if a cell fails."""
     torch.set_num_threads(1)  # the ranks have the other cores
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary directories go
-    _check_outputs(arguments)
+    for file in filter(None, (arguments.json, arguments.html)):
+        check_writable(file)
     worlds = _worlds(arguments)
     built_in = WIDE if arguments.precision == "bf16" else SMALL
     args = load_args(arguments.model) if arguments.model else built_in
@@ -51,23 +51,18 @@ def run_certify(arguments: argparse.Namespace) -> None:
         certificate = _matrix(arguments, Problem(args, get_dtype(arguments.precision or "fp64")), worlds)
     say(_text(certificate))
     if arguments.json:
-        write_json(arguments.json, certificate.to_json())
+        with replacing(arguments.json) as unfinished:
+            write_json(unfinished, certificate.to_json())
     if arguments.html:
-        arguments.html.write_text(to_html(certificate), encoding="utf-8")
+        with replacing(arguments.html) as unfinished:
+            unfinished.write_text(to_html(certificate), encoding="utf-8")
     sys.exit(0 if certificate.passed else 1)
-
-
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Raise UserError where a file could not be written, before the time is spent."""
-    for option, path in (("--json", arguments.json), ("--html", arguments.html)):
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise UserError(f"{option} {path}: cannot be written: name a file in a directory that exists and is yours")
 
 
 def _check_memory(args: ModelArgs, world: int, where: str) -> None:
     """Raise UserError if the full fp64 weights, which each rank and the reference hold, exceed the machine's memory."""
     numbers = sum(LogicalModel(args).sizes.values())
-    needed, there = (world + 1) * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = (world + 1) * 8 * numbers, memory_of(torch.device("cpu"))
     if needed > there:
         raise UserError(
             f"{where}, --world {world}: {world + 1} copies of the weights in fp64 need {needed / 2**30:.0f} GiB and this "

@@ -20,6 +20,7 @@ from accessory.checkpoint.tiles import Directory, TileReader
 from accessory.config import from_mapping, read_mapping
 from accessory.console import listed, say
 from accessory.errors import UserError
+from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
@@ -33,9 +34,7 @@ _PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
 def recognise(path: str | Path) -> Directory:
     """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected a checkpoint")
+    directory = check_directory(path, "a checkpoint")
     for format in (AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory):
         if found := format.find(directory):
             return found

@@ -2,8 +2,9 @@
 
 import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from accessory.errors import UserError
 
@@ -48,24 +49,35 @@ def publish_directory(directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def claim(directory: Path) -> IO[str]:
-    """Make a run directory and hold it against other jobs for as long as the file that is returned stays open.
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make a run directory and hold it against other jobs; if nothing came to stand in it, it goes in the end.
 
     Raises:
         UserError: it cannot be written, or another job holds it.
     """
+    lock = directory / ".lock"
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / ".lock", "a")  # noqa: SIM115 (the caller keeps it)
+        file = open(lock, "a")  # noqa: SIM115 (it is held below)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{directory}: another job is writing into it; stop that one, or set another out") from error
-    except OSError:  # a file system without locks
-        pass
-    return file
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another job is writing into it; stop that one, or set another out") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if made and [*directory.iterdir()] == [lock]:
+                lock.unlink()
+                with suppress(OSError):  # another job has begun to write beside it
+                    for folder in made:
+                        folder.rmdir()
 
 
 def carried_files(directory: Path) -> dict[str, Path]:

@@ -27,6 +27,7 @@ from accessory.checkpoint.storage import Stored, TensorWriter, index_file
 from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
+from accessory.files import check_directory
 from accessory.model.args import ModelArgs
 from accessory.model.logical import Region, region_shape
 from accessory.parallel.watchdog import progressed
@@ -69,7 +70,7 @@ class TrainingState:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        sums = _read_sums(directory)
+        sums = _read_sums(check_directory(directory, "a training state"))
         self.notes = from_mapping(StateNotes, read_mapping(_sound(directory / MANIFEST, sums)), str(directory / MANIFEST))
         self.args = ModelArgs.load(_sound(directory / CONFIG, sums))
         self.stored: dict[str, dict[str, Stored]] = {}

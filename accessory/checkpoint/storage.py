@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accessory.errors import UserError
+from accessory.files import check_file
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -124,8 +125,7 @@ def index_file(*paths: Path) -> TensorFile:
         UserError: it is missing, damaged, holds no tensors, or wants to run code.
     """
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; the checkpoint is incomplete")
+        check_file(path, "a file of the checkpoint, which is incomplete")
     parts = JoinedFiles(paths)
     try:
         return _index_safetensors(parts) if paths[0].suffix == ".safetensors" else _index_archive(parts)

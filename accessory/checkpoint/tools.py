@@ -4,8 +4,6 @@ import argparse
 import math
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,7 +11,7 @@ from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.verify import compare, different_settings
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.dtypes import DTYPES, get_dtype
+from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.model.logical import allowed_sizes
 from accessory.model.moe.layouts import LAYOUTS
@@ -52,25 +50,6 @@ def run_merge(arguments: argparse.Namespace) -> None:
     arguments.to = arguments.to or base.format
     arguments.mp = arguments.mp or (base.size if arguments.to == base.format else 1)
     _convert(checkpoint, arguments)
-
-
-def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
-    """The scripts ``tools/split.py`` and ``tools/split_sparse.py``, which users of the reference project know."""
-    parser = argparse.ArgumentParser(description=f"Cut a checkpoint of any format for the layout '{layout}'.")
-    parser.add_argument("source", nargs="?", type=Path, default=Path(), help="directory; default: this one")
-    parser.add_argument("destination", nargs="?", type=Path, default=Path(name), help="default: %(default)s")
-    parser.add_argument("--mp", type=int, default=8, metavar="N", help="model-parallel parts; default: %(default)s")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: each tensor's own")
-    parser.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
-    arguments = parser.parse_args()
-    try:
-        run_convert(
-            argparse.Namespace(
-                **vars(arguments), sources=[arguments.source], to=layout, shard_gb=5, config=None, force=False
-            )
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from accessory.config import from_mapping, read_mapping
 from accessory.data.records import Columns, Kind, RecordForm
 from accessory.data.templates import TrainOn
 from accessory.errors import UserError
+from accessory.files import check_file
 from accessory.parallel.watchdog import progressed
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
@@ -149,13 +150,12 @@ def _find(path: str, home: Path, where: str) -> list[Path]:
         files = sorted(file for file in _match(str(place)) if not file.is_dir())
     else:
         files = [place]
-        if not place.is_file():
-            raise UserError(f"{place}: no such file")
     if not files:
         raise UserError(f"{where}: {path}: no file there; expected {', '.join(SUFFIXES)}, also {' or '.join(COMPRESSED)}")
     for file in files:
         if not is_readable(file):
             raise UserError(f"{file}: expected {', '.join(SUFFIXES)}, also compressed as {' or '.join(COMPRESSED)}")
+        check_file(file, "records")
     return files
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.errors import UserError
+from accessory.files import replacing
 
 LONGEST_ANSWER = 600  # characters; longer documentation is cut after a paragraph
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages"}
@@ -96,6 +97,8 @@ def write_corpus(out: str | Path) -> dict[str, int]:
     }
     for name, records in files.items():
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (out / name).write_text(text, encoding="utf-8")
-    (out / "mix.yaml").write_text("META:\n" + "".join(f"  - path: {name}\n    type: text\n" for name in files))
+        with replacing(out / name) as file:
+            file.write_text(text, encoding="utf-8")
+    with replacing(out / "mix.yaml") as file:
+        file.write_text("META:\n" + "".join(f"  - path: {name}\n    type: text\n" for name in files))
     return {name: len(records) for name, records in files.items()}

@@ -11,6 +11,7 @@ import sentencepiece
 from accessory.config import read_mapping
 from accessory.data.tokenizer_models import BOS, EOS, HuggingFace, Model, Segment, SentencePiece
 from accessory.errors import UserError
+from accessory.files import check_file, check_writable, replacing
 
 CHAT_TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
 """Where transformers keeps a tokenizer's chat template, and the one for conversations with tools if that is another."""
@@ -27,9 +28,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; expected a tokenizer.model (SentencePiece) or tokenizer.json")
+        self.path = check_file(path, "a tokenizer.model (SentencePiece) or tokenizer.json")
         beside = self.path.with_name("tokenizer_config.json")
         self.settings = read_mapping(beside) if beside.is_file() else {}
         kind = HuggingFace if self.path.suffix == ".json" else SentencePiece
@@ -118,9 +117,9 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
         raise UserError(f"a tokenizer has some thousands of pieces, or as many as its text allows; found {vocab_size}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
+    check_writable(out)
     try:
-        with open(temporary, "wb") as file:
+        with replacing(out) as unfinished, open(unfinished, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
                 model_writer=file,
@@ -138,9 +137,7 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
                 minloglevel=2,
             )
     except RuntimeError as error:
-        temporary.unlink()
         raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {_why(str(error))}") from error
-    temporary.replace(out)
     return out
 
 

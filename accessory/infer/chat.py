@@ -9,7 +9,13 @@ from accessory.data.records import Conversation, Turn
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.infer.meta import MetaModel
-from accessory.parallel.launch import Launch
+from accessory.parallel.launch import Launch, run_job
+from accessory.settings import ParallelSection
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """The ``generate`` verb."""
+    run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
 
 
 def answer(arguments: argparse.Namespace, launch: Launch) -> None:

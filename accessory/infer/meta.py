@@ -19,6 +19,7 @@ from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
+from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
@@ -79,11 +80,13 @@ class MetaModel:
         default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         layout = get_layout(llama_type) if llama_type else checkpoint.layout
         where = torch.device(device) if device is not None else default
+        mesh = mesh_of(mp_group)
+        check_memory(checkpoint.logical, layout, mesh, where, dtype)
         llma = build_model(
             checkpoint.logical,
             layout,
             checkpoint,
-            mesh=mesh_of(mp_group),
+            mesh=mesh,
             dtype=dtype,
             device=where,
             trains=frozenset(),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -16,9 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from accessory.errors import UserError
+from accessory.console import complain
+from accessory.errors import Stopped, UserError, sentence
 from accessory.parallel.watchdog import (
     Watchdog,
+    doing,
     end_stalls_after,
     store_holder,
     torchrun_holds_store,
@@ -43,6 +47,11 @@ class Launch:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks share the memory of this one's device."""
+        return -(-self.local_world // max(1, torch.cuda.device_count()))
 
 
 def read_environment() -> Launch:
@@ -109,7 +118,7 @@ def _unreachable(launch: Launch) -> str:
 
 
 def _end_unreachable(launch: Launch, patience_s: float) -> NoReturn:
-    print(f"accessory: error: waited for {patience_s:g} s: {_unreachable(launch)}", file=sys.stderr)
+    complain(f"waited for {patience_s:g} s: {_unreachable(launch)}")
     leave(1)
 
 
@@ -173,7 +182,8 @@ def run_job(body: Callable[[Launch], Any], start_timeout_s: float) -> NoReturn:
         start_timeout_s: seconds until all ranks must have come, and then until they must have made their group.
     """
     launch = read_environment()
-    code, store, watchdog = 0, None, None
+    code = told = 0  # told: to the other ranks
+    store, watchdog = None, None
     try:
         end_stalls_after(start_timeout_s)
         store = reach_store(launch, start_timeout_s)
@@ -183,21 +193,36 @@ def run_job(body: Callable[[Launch], Any], start_timeout_s: float) -> NoReturn:
         join(launch, store)
         end_stalls_after(math.inf)  # until the body says otherwise
         body(launch)
-    except KeyboardInterrupt:
-        code = 130
+    except Stopped as stop:
+        code, told = stop.code, 0 if stop.everywhere else stop.code
+        if _first_to_fail(store):
+            print(f"accessory: {stop}", file=sys.stderr)
     except BaseException as error:
-        code = 1
+        code = told = 1
         if watchdog:
             watchdog.failing(error)
         if _first_to_fail(store):
-            if isinstance(error, UserError):
-                print(f"accessory: error: {error}", file=sys.stderr)
-            else:
-                print(f"accessory: rank {launch.rank} of {launch.world} failed", file=sys.stderr)
+            text = sentence(error) or _out_of_memory(error)
+            if isinstance(error, OSError) and text:
+                text += f" (while {doing()})"
+            if text is None:
                 traceback.print_exception(error)
+            complain(text or f"rank {launch.rank} of {launch.world} failed: {type(error).__name__}; its traceback is above")
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one as soon as another rank has ended
+        signal.signal(number, signal.SIG_IGN)
     if watchdog:
-        watchdog.farewell(code)
+        watchdog.farewell(told)
     leave(code)
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """The sentence for an error that says that there is no memory left; None: it is another one."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"out of memory while {doing()}: lower train.batch_size or data.max_seq_len, set parallel.recompute=true, or "
+            "raise parallel.model_parallel or the number of processes"
+        )
+    return None
 
 
 def _first_to_fail(store: dist.Store | None) -> bool:
@@ -212,6 +237,7 @@ def leave(code: int) -> NoReturn:
     """End this process. Gloo's threads can abort a regular interpreter exit, so after cleaning up it is left at once."""
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may read them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

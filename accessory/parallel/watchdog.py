@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from accessory.console import listed, say
+from accessory.console import complain, listed, say
 
 BEAT_S = 1.0
 SILENT_S = 60.0  # a live rank's thread can starve behind a call that keeps Python's lock: wait long before it counts as dead
@@ -57,6 +57,11 @@ def progressed(doing: str | None = None) -> None:
     """Note that the main thread has come further, and what it does now if that is something else."""
     _activity.ticks += 1
     _activity.doing = doing or _activity.doing
+
+
+def doing() -> str:
+    """What the main thread does, in the words of ``progressed``."""
+    return _activity.doing
 
 
 def end_stalls_after(seconds: float) -> None:
@@ -278,13 +283,12 @@ class Watchdog:
 
         While a rank is absent, where the others are is no news: they wait for it, and end without a word.
         """
-        text, alone = "", bool(self._absent())
+        alone = bool(self._absent())
+        where = self._where or describe(_frames(self._threads))
         if verdict and verdict != self._peers.get(0, self._own).verdict:  # else rank 0 says why
-            text = f"accessory: error: {verdict}\n"
+            complain(verdict)
         if verdict and not alone:
-            where = self._where or describe(_frames(self._threads))
-            text += f"accessory: {self._name(self.rank)}: {_activity.doing}, {where}\n"
-        sys.stderr.write(text)
+            print(f"accessory: {self._name(self.rank)}: {_activity.doing}, {where}", file=sys.stderr)
         self._own.verdict = "" if alone else verdict
         self.farewell(1)
         sys.stdout.flush()

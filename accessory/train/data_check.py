@@ -17,6 +17,7 @@ from accessory.data.packing import Rows
 from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
+from accessory.files import check_writable, replacing
 from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
 
@@ -27,6 +28,7 @@ COLUMNS = ("records", "bad", "samples", "tokens", "targets", "truncated", "dropp
 
 def check(arguments: argparse.Namespace) -> None:
     """Validate every record of a mix and print a table; exit code 1 if one is bad, or nothing is left to train on."""
+    check_writable(arguments.png)
     run = _run(arguments.mix)
     mix, tokenizer, max_seq_len = _what(arguments, run)
     sources = tokenise_mix(mix, tokenizer, max_seq_len)
@@ -186,5 +188,6 @@ def _draw(sources: list[Tokenised], path: Path) -> None:
         below += counts
     axis.set(xlabel="tokens", ylabel="samples", title="length of samples")
     axis.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     plt.close(figure)

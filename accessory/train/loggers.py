@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.console import say
+from accessory.errors import UserError
 from accessory.settings import LogSection
 
 METRICS = "metrics.jsonl"
@@ -55,10 +56,11 @@ class Loggers:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; the last one of a run that was killed may not be whole, and is left out."""
-    *lines, last = path.read_text().splitlines() or ["{}"]
-    if last.endswith("}"):
-        lines.append(last)
-    return [json.loads(line) for line in lines]
+    try:
+        *lines, last = path.read_text().splitlines() or ["{}"]
+        return [json.loads(line) for line in (*lines, *([last] if last.endswith("}") else []))]
+    except ValueError as error:
+        raise UserError(f"{path}: not the metrics of a run ({error})") from error
 
 
 def _start_wandb(directory: Path, config: LogSection, run_config: dict[str, Any]) -> Any:

@@ -1,24 +1,27 @@
 """A training run from its configuration to its saved model."""
 
+import argparse
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from accessory.checkpoint.publish import claim
+from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
 from accessory.console import is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
-from accessory.errors import UserError
-from accessory.parallel.launch import Launch
-from accessory.parallel.mesh import make_mesh
+from accessory.errors import Stopped, UserError
+from accessory.parallel.launch import Launch, run_job
+from accessory.parallel.mesh import Mesh, make_mesh
 from accessory.parallel.watchdog import end_stalls_after, progressed
-from accessory.settings import RunConfig
+from accessory.settings import ParallelSection, RunConfig
 from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
 from accessory.train.health import Alarms
@@ -33,25 +36,21 @@ from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
 from accessory.train.state import changed_settings, find_state, number_settings, save_state
 from accessory.train.step import StepResult, train_step
+from accessory.train.stop import StopRequest
 from accessory.train.validate import Validation
 
 
 class Trainer:
     """One training run: set up in ``__init__``, done by ``run``. ``plan``: the steps that are left to do."""
 
-    def __init__(self, config: RunConfig, launch: Launch):
-        self.config, self.device, self.out = config, launch.device, Path(config.out)
+    def __init__(self, config: RunConfig, start: Start, mesh: Mesh, launch: Launch):
+        self.config, self.start, self.device, self.out = config, start, launch.device, Path(config.out)
         train, log = config.train, config.log
-        end_stalls_after(config.parallel.stall_timeout_s)
-        mesh = make_mesh(config.parallel.model_parallel, config.parallel.dp_shard())
         if is_main():
-            self.lock = claim(self.out)
             for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
-        self.start = start = Start(config, mesh, launch.device)
-        width = config.data.max_seq_len or start.args.max_seq_len
-        self.data = RunData(config.data, start.tokenizer, width, train.epochs, train.seed, launch)
+        self.data = RunData(config.data, start.tokenizer, start.width, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
         dp = mesh.dp
         self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
@@ -84,7 +83,7 @@ class Trainer:
             return
         if not self.state:
             self._validate(0)
-        window = Window(self.objective)
+        window, stop = Window(self.objective), StopRequest(self.built.model.mesh.world, self.device)
         bar = progress(total=end.steps, initial=done.steps, unit="step")
         for step, micro_batches in self._steps():
             rate = learning_rate(step, self.plan, config.optim)
@@ -101,8 +100,24 @@ class Trainer:
                     self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{number}"))
                 if keeps_state:
                     self._save_state(step.after)
+                if not last and (signal := stop.agreed()):
+                    self._stop(signal, step.after, bool(keeps_state))
         bar.close()
+        stop.close()
         self._report()
+
+    def _stop(self, signal: int, done: Position, is_saved: bool) -> NoReturn:
+        """End the run early, with a training state where the run keeps them."""
+        text = f" after step {done.steps} of {self.plan.end.steps}; "
+        if self.config.save.state_every:
+            if not is_saved:
+                self._save_state(done)
+            text += "resume=auto goes on from there"
+        else:
+            text += "save.state_every is null: what was learnt since the last save is lost"
+        if self.loggers:
+            self.loggers.close()
+        raise Stopped(signal, text, everywhere=True)
 
     def _steps(self) -> Iterator[tuple[Step, list[Batch]]]:
         """Yield every optimiser step, with this rank's micro-batches."""
@@ -159,7 +174,7 @@ class Trainer:
 
     def _save_into(self, directory: Path) -> None:
         carried, checkpoint = self.start.carried, self.start.checkpoint
-        if self.built.only_trainable:
+        if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
             save_trainable(self.built.model, directory, carried, {"fingerprint": checkpoint.fingerprint, "path": below})
@@ -214,6 +229,30 @@ class Trainer:
 
 
 def finetune(config: RunConfig, launch: Launch) -> None:
-    """The ``finetune`` verb."""
+    """What one rank of a job does."""
+    end_stalls_after(config.parallel.stall_timeout_s)
     torch.manual_seed(config.train.seed)
-    Trainer(config, launch).run()
+    mesh = make_mesh(config.parallel.model_parallel, config.parallel.dp_shard())
+    dist.barrier()  # a rank that fails now breaks none of the connections that others are about to make
+    start = Start(config, mesh, launch)
+    with claimed(Path(config.out)) if is_main() else nullcontext():
+        Trainer(config, start, mesh, launch).run()
+
+
+def run_finetune(arguments: argparse.Namespace) -> None:
+    """The ``finetune`` verb."""
+
+    def config() -> RunConfig:
+        return RunConfig.load(arguments.config, arguments.overrides)
+
+    try:
+        start_timeout_s = config().parallel.stall_timeout_s
+    except UserError:  # one rank says it, when all are there
+        start_timeout_s = ParallelSection.stall_timeout_s
+    run_job(lambda launch: finetune(config(), launch), start_timeout_s)
+
+
+def run_pretrain(arguments: argparse.Namespace) -> None:
+    """The ``pretrain`` verb."""
+    arguments.overrides = ["data.packing=true", *arguments.overrides]
+    run_finetune(arguments)

@@ -13,7 +13,8 @@ from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import Overlaid, Source, is_buffer
+from accessory.model.logical import Overlaid, Source, check_divides, is_buffer
+from accessory.model.memory import check_memory
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -30,15 +31,16 @@ from accessory.tuning.watch import watch_adapters
 
 
 class Start:
-    """What a run starts from, as its configuration says; nothing is read yet but descriptions.
+    """What a run starts from, as its configuration says: all that can be wrong before data and weights are read.
 
     Attributes:
         args, layout: of the model. tokenizer; carried: files that go with what is saved, by name.
         checkpoint: None if the weights are random.
+        tuning: what trains. only_trainable: whether only that is saved. width: tokens of a row of the batch at most.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device):
-        section = config.model
+    def __init__(self, config: RunConfig, mesh: Mesh, launch: Launch):
+        section, compute = config.model, get_dtype(config.parallel.precision)
         self.checkpoint: Checkpoint | None = None
         if section.checkpoint:
             self.checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
@@ -53,12 +55,27 @@ class Start:
             self.args, self.layout, tokenizer = load_args(section.config), get_layout(section.layout), section.tokenizer
             carried = {}
         self.args = _as_trained(self.args, config)
-        row = torch.empty(1, self.args.dim, dtype=get_dtype(config.parallel.precision), device=device)
-        width = self.layout.local_hidden_dim(self.args.hidden_dim, mesh.mp)
-        pick_kernel(section.kernel, row, width)  # refused now if it cannot be had, not in the first step
         self.tokenizer = Tokenizer(tokenizer)
         self.carried = carried | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)
+        check_divides(self.args, self.layout, mesh.mp.size)
+        row = torch.empty(1, self.args.dim, dtype=compute, device=launch.device)
+        hidden_dim = self.layout.local_hidden_dim(self.args.hidden_dim, mesh.mp)
+        pick_kernel(section.kernel, row, hidden_dim)  # refused now if it cannot be had, not in the first step
+        self.tuning = resolve(config.tuning, self.args, config.train.seed)
+        logical = self.tuning.logical
+        self.only_trainable = bool(logical.adapters) or config.save.only_trainable
+        if self.checkpoint:
+            adapters = self.checkpoint.logical.adapters
+            check_goes_on(adapters, self.checkpoint.changed, self.tuning, self.only_trainable)
+        trains, wide = self.tuning.trains, at_least(compute)
+        check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
+        self.width = config.data.max_seq_len or self.args.max_seq_len
+        if self.width > self.args.max_seq_len:
+            say(
+                f"warning: data.max_seq_len {self.width} lies above the model's max_seq_len {self.args.max_seq_len}: it has "
+                "not seen such positions, and must learn them (or set rope_scaling in its config.json)"
+            )
 
 
 def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
@@ -76,7 +93,7 @@ class RunModel:
 
     Attributes:
         model: the decoder, sharded over data-parallel ranks.
-        only_trainable: whether only what trains is saved. base: the fingerprint of what a training state leaves out.
+        base: the fingerprint of what a training state leaves out.
         trained: the share of the parameters that trains.
     """
 
@@ -84,12 +101,9 @@ class RunModel:
         """``state``: what the run goes on from; ``data``: the digest that it must have."""
         progressed("making the model")
         parallel, seed, args, checkpoint = config.parallel, config.train.seed, start.args, start.checkpoint
-        compute, tuning = get_dtype(parallel.precision), resolve(config.tuning, args, seed)
-        logical = tuning.logical
-        self.only_trainable = bool(logical.adapters) or config.save.only_trainable
+        compute, tuning, logical = get_dtype(parallel.precision), start.tuning, start.tuning.logical
         source: Source = RandomWeights(logical, seed)
         if checkpoint:
-            check_goes_on(checkpoint.logical.adapters, checkpoint.changed, tuning, self.only_trainable)
             source = Overlaid(source, checkpoint, checkpoint.logical.shapes)
         in_state = {name: shape for name, shape in logical.shapes.items() if name in tuning.trains or is_buffer(name)}
         self.base = checkpoint.fingerprint if checkpoint and in_state != logical.shapes else None

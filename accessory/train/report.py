@@ -1,5 +1,6 @@
 """Pictures and tables of runs, from their metrics.jsonl."""
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from accessory.errors import UserError
+from accessory.files import check_directory, check_file, check_writable, replacing
 from accessory.train.health import STARVED
 from accessory.train.loggers import METRICS, read_metrics
+
+MEASURED = {"step", "loss", "tokens", "seconds", "loads"}
+"""What every training step has been logged with, always."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,13 @@ class History:
 
     @classmethod
     def load(cls, directory: Path) -> "History":
-        path = directory / METRICS
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected a run directory")
+        path = check_file(check_directory(directory, "a run directory") / METRICS, "a run directory")
         rows = read_metrics(path)
         train = [row for row in rows if "loss" in row]
         if not train:
             raise UserError(f"{path}: no training step was logged")
+        if not all(row.keys() >= MEASURED for row in train):
+            raise UserError(f"{path}: not the metrics of a run: a training step lacks one of {', '.join(sorted(MEASURED))}")
         totals = [[sum(c) for c in zip(*layer, strict=True)] for layer in zip(*(r["loads"] for r in train), strict=True)]
         loads = [[count / sum(layer) for count in layer] for layer in totals]
         validation, routing = ([row for row in rows if key in row] for key in ("val_loss", "routing_change"))
@@ -47,6 +52,17 @@ class History:
         """[L, log steps] entropy of the router's probabilities as a share of log E; None in older metrics."""
         rows = [row.get("layer_entropy_share") for row in self.train]
         return None if None in rows else np.array(rows).T
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """The ``compare`` verb."""
+    check_writable(arguments.png)
+    runs = [History.load(directory) for directory in arguments.runs]
+    print(compare_table(runs))
+    for run in runs:
+        print(f"\nexpert load of {run.name}, 1.00 = a fair share\n{load_table(run.loads)}")
+    plot(runs, arguments.png)
+    print(f"\npicture: {arguments.png}")
 
 
 def load_table(loads: list[list[float]]) -> str:
@@ -129,7 +145,8 @@ def plot(runs: list[History], path: Path) -> None:
             entropy.set(
                 xlabel="step", title=f"{run.name}: entropy of each layer's router\n(1 = no preference, 0 = always sure)"
             )
-    figure.savefig(path, dpi=120)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     plt.close(figure)
 
 

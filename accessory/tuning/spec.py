@@ -44,7 +44,7 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     """
     plain = LogicalModel(args)
     names = [name for name in plain.shapes if not is_buffer(name)]
-    adapters = _adapters(section, list(plain.matrices), seed)
+    adapters = _adapters(section, plain.matrices, seed)
     wanted = [("tuning.norm", "norms")] if section.norm else []
     wanted += [("tuning.train", entry) for entry in section.train]
     full = not (section.lora or section.bias or wanted)
@@ -68,11 +68,18 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     return Tuning(logical, frozenset(trains))
 
 
-def _adapters(section: TuningSection, matrices: Sequence[str], seed: int) -> dict[str, Adapter]:
-    lora = section.lora
+def _adapters(section: TuningSection, shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Adapter]:
+    """``shapes``: of the matrices that can have one."""
+    lora, matrices = section.lora, list(shapes)
     with_lora = set().union(*(_matching(t, matrices, "tuning.lora.targets") for t in lora.targets)) if lora else set()
     if lora and not with_lora:
         raise UserError("tuning.lora.targets is empty: name what gets an adapter, e.g. [attention, experts]")
+    largest = max((min(shapes[name][-2:]) for name in with_lora), default=0)
+    if lora and lora.rank > largest:
+        raise UserError(
+            f"tuning.lora.rank {lora.rank} lies above {largest}, the greatest rank that a matrix of tuning.lora.targets has "
+            "itself: lower it, or train these whole (tuning.train)"
+        )
     with_bias = set().union(*(_matching(preset, matrices, "tuning.bias") for preset in BIASED)) if section.bias else set()
     adapters = {}
     for name in matrices:

@@ -1,0 +1,67 @@
+"""Whether a rank's share of a model fits into the memory there is: told before anything is read or made."""
+
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from accessory.errors import UserError
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import Layout
+from accessory.parallel.mesh import Mesh
+
+MOMENTS = 2
+"""AdamW's, of each parameter that trains, beside its gradient."""
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine, less where a container is given less."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            there = min(there, int(Path(file).read_text()))
+    return there
+
+
+def check_memory(
+    logical: LogicalModel,
+    layout: Layout,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    trains: Collection[str] = (),
+    frozen_dtype: torch.dtype | None = None,
+    sharing: int = 1,
+) -> None:
+    """Raise UserError if what this rank must hold of a model all the time cannot be there; activations are not counted.
+
+    Args:
+        logical, layout: the model, and how it is cut. mesh: the ranks that hold it together.
+        dtype: of what trains; frozen_dtype: of the rest, None: the same.
+        sharing: how many ranks share the device's memory.
+    """
+    counts = {True: 0.0, False: 0.0}
+    for name, cut in logical.cuts(layout).items():
+        parts = mesh.dp_shard.size * (1 if cut.dim_over(mesh.mp.size) is None else mesh.mp.size)
+        counts[name in trains] += logical.sizes[name] / parts
+    sizes = {True: dtype.itemsize * (2 + MOMENTS), False: (frozen_dtype or dtype).itemsize}
+    needed = sum(counts[kind] * sizes[kind] for kind in counts)
+    there = memory_of(device) / sharing
+    if needed <= there:
+        return
+    kinds = {True: "that train, with gradient and AdamW's moments", False: "that do not"}
+    each = " and ".join(
+        f"{counts[kind]:,.0f} parameters {kinds[kind]}, {sizes[kind]} bytes each" for kind in counts if counts[kind]
+    )
+    where = "the GPU" if device.type == "cuda" else "this machine"
+    among = f" for {sharing} ranks" if sharing > 1 else ""
+    raise UserError(
+        f"the model does not fit: this rank's share is {each}, {needed / 2**30:,.1f} GiB in all, and {where} has "
+        f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or take a "
+        "narrower precision"
+    )

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM while a run trains: all ranks end after the same step, and what they learnt can be kept."""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+
+from accessory.console import is_main
+from accessory.errors import Stopped, stop_on_signals
+from accessory.parallel.mesh import Axis
+
+
+class StopRequest:
+    """Notes a signal instead of ending at once, from when it is made until ``close``; a second signal does end at once."""
+
+    def __init__(self, world: Axis, device: torch.device):
+        self._world, self._device, self._noted = world, device, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self._noted:
+            raise Stopped(number)
+        self._noted = number
+        if number == signal.SIGINT and is_main():  # a person waits; not by print, which may be what was interrupted
+            os.write(2, b"accessory: Ctrl-C: the run ends after this step; once more, and it ends at once\n")
+
+    def agreed(self) -> int:
+        """The signal that a rank has noted, 0 if none has; the same on all ranks (a collective)."""
+        noted = torch.tensor(self._noted, device=self._device)
+        return int(self._world.all_reduce(noted, torch.distributed.ReduceOp.MAX))
+
+    def close(self) -> None:
+        """From now on a signal ends the program at once again."""
+        stop_on_signals()
