@@ -307,7 +307,7 @@ WRONG = {  # name: (the rest of the mix entry, the sentence)
         "META entry 1: columns.instruction: 'question' is named twice",
     ),
     "a column that is ignored": (QA | {"ignore": ["answer"]}, "'answer' is named under columns and under ignore; keep one"),
-    "columns as a list": ({"columns": ["question"]}, "META entry 1: columns: expected Columns"),
+    "columns as a list": ({"columns": ["question"]}, "META entry 1: columns: expected a group of keys"),
 }
 
 

@@ -144,6 +144,10 @@ def join(launch: Launch, store: dist.Store) -> None:
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait)
 
 
+FAILURES = "accessory/failures"
+"""Key of the job's store: how many ranks have failed."""
+
+
 def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
     """Run ``body``, which leaves something on the disk for others to find, on one rank of each node before the others.
 
@@ -154,17 +158,13 @@ def first_on_each_node(body: Callable[[], T], launch: Launch) -> T:
     store = dist.distributed_c10d._get_default_store()
     key = f"accessory/first/{socket.gethostname()}/{launch.rank - launch.local_rank}"
     if launch.local_rank == 0:
-        try:
-            result = body()
-        except BaseException:
-            store.set(key, "failed")
-            raise
+        result = body()
         store.set(key, "done")
     else:
         while not store.check([key]):
+            if store.add(FAILURES, 0):  # counted by the rank itself, which therefore is the one that speaks
+                raise UserError("another rank failed")
             time.sleep(0.05)
-        if store.get(key) != b"done":
-            raise UserError("the first rank of this node failed")
         result = body()
     store.add("accessory/first", 1)
     while store.add("accessory/first", 0) < launch.world:  # another node may take longer
@@ -228,7 +228,7 @@ def _out_of_memory(error: BaseException) -> str | None:
 def _first_to_fail(store: dist.Store | None) -> bool:
     """Count failures in the job's own key-value store; if it cannot be reached, rather speak twice than not at all."""
     try:
-        return store is None or store.add("accessory/failures", 1) == 1
+        return store is None or store.add(FAILURES, 1) == 1
     except RuntimeError:
         return True
 
