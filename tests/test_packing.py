@@ -222,7 +222,7 @@ def test_a_batch_says_where_its_documents_lie():
     assert batch.documents.borders.tolist() == [0, 3, 5, 9] and batch.documents.lengths == (3, 2, 4)
     assert batch.targets.rows.tolist() == [0, 1, 3, 5, 6, 7]  # no first token is a target, though all are trained
     assert batch.targets.ids.tolist() == [4, 5, 3, 5, 6, 7]
-    assert batch.keys.tolist() == [7, 8, 9] and (batch.real_tokens, batch.target_tokens) == (9, 6)
+    assert batch.sample_keys.tolist() == [7, 8, 9] and (batch.real_tokens, batch.target_tokens) == (9, 6)
     first, second, third = (Sample(np.array(s.tokens), np.array(s.trained)) for s in (first, second, third))
     arrays = collate([first, second, third])
     assert torch.equal(arrays.tokens, batch.tokens) and torch.equal(arrays.targets.rows, batch.targets.rows)
@@ -254,7 +254,7 @@ def test_global_batches_hold_the_same_rows_for_every_cut(cut):
         assert all(b.real_tokens <= batch_size * 40 for b in batches)
         first = [b.tokens[b.documents.borders[: b.documents.count]] for b in batches]
         expected = Counter(i for row in range(step * 8, min(len(rows), step * 8 + 8)) for i in rows[row])
-        assert Counter(torch.cat(first).tolist()) == expected == Counter(torch.cat([b.keys for b in batches]).tolist())
+        assert Counter(torch.cat(first).tolist()) == expected == Counter(torch.cat([b.sample_keys for b in batches]).tolist())
 
 
 def test_rows_hold_others_every_epoch():

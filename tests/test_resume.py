@@ -135,7 +135,7 @@ def test_another_global_batch_goes_through_exactly_the_rows_that_are_left(packed
                 break
             for rank in range(world):
                 for batch in BatchPlan(size, 1, rank, world).step(samples, epochs[step.epoch], step.start, step.epoch):
-                    seen[step.epoch] += [key - 50 * step.epoch for key in batch.keys.tolist()]
+                    seen[step.epoch] += [key - 50 * step.epoch for key in batch.sample_keys.tolist()]
             done = step.after
     assert done == plan.end
     for epoch in range(3):

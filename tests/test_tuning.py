@@ -13,7 +13,7 @@ from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
-from accessory.model.adapter import Adapter, draws, dropped
+from accessory.model.adapter import Adapter, dropout_draws, dropped
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
@@ -137,17 +137,17 @@ def test_dropout_does_not_depend_on_the_partition():
 
 def test_dropout_keeps_its_share_and_the_mean():
     adapter, other = Adapter(rank=1, dropout=0.3, seed=1), Adapter(rank=1, dropout=0.3, seed=2)
-    draw = draws(torch.arange(20)[:, None], torch.arange(50)).flatten()
-    x = dropped(torch.ones(1000, 200), adapter, draw)
+    dropout_draw = dropout_draws(torch.arange(20)[:, None], torch.arange(50)).flatten()
+    x = dropped(torch.ones(1000, 200), adapter, dropout_draw)
     assert (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert x.mean().item() == pytest.approx(1.0, abs=0.01)
     for dim in (0, 1):  # no row and no column is dropped more than chance has it: 5 standard deviations
         share = (x == 0).float().mean(dim)
         assert (share - 0.3).abs().max() < 5 * (0.3 * 0.7 / x.shape[dim]) ** 0.5
-    assert (x == 0).ne(dropped(torch.ones(1000, 200), other, draw) == 0).float().mean().item() == pytest.approx(
+    assert (x == 0).ne(dropped(torch.ones(1000, 200), other, dropout_draw) == 0).float().mean().item() == pytest.approx(
         0.42, abs=0.01
     )
-    assert torch.equal(dropped(torch.ones(1000, 50), adapter, draw, first_column=100), x[:, 100:150])
+    assert torch.equal(dropped(torch.ones(1000, 50), adapter, dropout_draw, first_column=100), x[:, 100:150])
 
 
 def generate(layout, mp, prompts, steps):

@@ -15,7 +15,7 @@ from accessory.checkpoint import accessory, huggingface, mistral, peft
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
-from accessory.checkpoint.publish import copy_carried, prepare_directory, publish_directory
+from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory
 from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Files, PlannedTensor, planned_tensors
 from accessory.console import listed, progress, say
@@ -87,7 +87,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     with _written_whole(destination, _nbytes(files)) as temporary:
         _write_files(source, temporary, files, notes)
-        copy_carried(checkpoint.carried, temporary)
+        copy_companions(checkpoint.companions, temporary)
         if target.format == "hf":
             special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
             special = {key: number for key, number in special.items() if number >= 0}

@@ -15,7 +15,7 @@ from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.huggingface import HuggingFaceDirectory, args_from
 from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
-from accessory.checkpoint.publish import carried_files
+from accessory.checkpoint.publish import companion_files
 from accessory.checkpoint.tiles import Directory, TileReader
 from accessory.config import from_mapping, read_mapping
 from accessory.console import listed, say
@@ -74,7 +74,7 @@ class Checkpoint:
         logical: its tensors, those of all adapters among them.
         layout: the layout to run it in, if the user names none.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
-        carried: files to be copied along, by name.
+        companions: files to be copied along, by name.
         sound: whether everything fitted.
 
     Raises:
@@ -91,9 +91,9 @@ class Checkpoint:
             raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
         self.args = load_args(config or own_config(base.directory))
         self.layout = base.layout
-        self.carried: dict[str, Path] = {}
+        self.companions: dict[str, Path] = {}
         for directory in reversed(self.directories):
-            self.carried |= carried_files(directory.directory)
+            self.companions |= companion_files(directory.directory)
         tokenizers = (d.directory / name for name in TOKENIZERS for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
         without = LogicalModel(self.args)

@@ -80,14 +80,14 @@ def claimed(directory: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def carried_files(directory: Path) -> dict[str, Path]:
+def companion_files(directory: Path) -> dict[str, Path]:
     """Tokenizer and generation settings of a checkpoint directory, by the names that they have in it."""
     paths = (path for pattern in CARRIED for path in sorted(directory.glob(pattern)) if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in paths}
 
 
-def copy_carried(carried: dict[str, Path], directory: Path) -> None:
+def copy_companions(companions: dict[str, Path], directory: Path) -> None:
     """Copy files into ``directory``, under the names that they get there."""
-    for name, path in carried.items():
+    for name, path in companions.items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)

@@ -44,7 +44,7 @@ class StateNotes:
     Attributes:
         steps: optimiser steps done. rows: of the data, through all epochs. of_steps: how many the run was to have.
         global_batch: rows of a step.
-        data: a digest of the samples and their order. base: the fingerprint of the model below, if not all is in here.
+        data_digest: of the samples and their order. base: the fingerprint of the model below, if not all is in here.
         settings: what its numbers depend on, by name (plain data); None: it does not say.
     """
 
@@ -53,7 +53,7 @@ class StateNotes:
     rows: int
     of_steps: int
     global_batch: int
-    data: str
+    data_digest: str
     base: str | None = None
     settings: dict | None = None
 

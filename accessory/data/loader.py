@@ -22,17 +22,18 @@ class Batch:
     tokens: Tensor  # [T]
     documents: Documents
     targets: Targets  # the n positions that must predict a trained token
-    keys: Tensor  # [documents] a number of each in the run, of which its dropout is made
+    sample_keys: Tensor  # [documents] each one's place in the run, all epochs through: its dropout is made of it
     real_tokens: int
     target_tokens: int
 
     def inputs(self, dropout: bool = False) -> Inputs:
         """What the decoder takes."""
-        return Inputs(self.tokens, self.documents, dropout_keys=self.keys if dropout else None)
+        return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None)
 
     def to(self, device: torch.device) -> "Batch":
-        tokens, keys = (x.to(device, non_blocking=True) for x in (self.tokens, self.keys))
-        return replace(self, tokens=tokens, keys=keys, documents=self.documents.to(device), targets=self.targets.to(device))
+        tokens, sample_keys = (x.to(device, non_blocking=True) for x in (self.tokens, self.sample_keys))
+        documents, targets = self.documents.to(device), self.targets.to(device)
+        return replace(self, tokens=tokens, sample_keys=sample_keys, documents=documents, targets=targets)
 
 
 def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0) -> Batch:
@@ -78,10 +79,10 @@ class BatchPlan:
         """Optimiser steps of an epoch; the last may be smaller, every sample is used."""
         return -(-rows // self.global_batch)
 
-    def epoch(self, samples: Sequence[Sample], rows: Rows, number: int = 0) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each step of epoch ``number``."""
+    def epoch(self, samples: Sequence[Sample], rows: Rows, epoch: int = 0) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each step of ``epoch``."""
         for start in range(0, len(rows), self.global_batch):
-            yield self.step(samples, rows, start, number)
+            yield self.step(samples, rows, start, epoch)
 
     def step(self, samples: Sequence[Sample], rows: Rows, start: int, epoch: int = 0) -> list[Batch]:
         """This rank's micro-batches of the step that begins at row ``start``.
@@ -93,8 +94,8 @@ class BatchPlan:
         chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
         chosen.sort(key=lambda row: lengths[row].sum())
         micro_batches = []
-        for number in range(self.accumulation):
-            first = (number * self.world + self.rank) * self.batch_size
+        for micro_step in range(self.accumulation):
+            first = (micro_step * self.world + self.rank) * self.batch_size
             mine = chosen[first : first + self.batch_size]
             numbers = [i for row in mine for i in row]
             longest = int(lengths[numbers].max(initial=0)) if self.pads else 0

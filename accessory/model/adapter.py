@@ -71,25 +71,25 @@ class Adaptable(nn.Module):
         add_parameters(self, matrix, adapter, self.weight.shape)
 
 
-def dropped(x: Tensor, adapter: Adapter, draw: Tensor | None, first_column: int = 0) -> Tensor:
-    """``x`` [..., in] with entries dropped at random and the others scaled up; as it is where ``draw`` is None.
+def dropped(x: Tensor, adapter: Adapter, dropout_draw: Tensor | None, first_column: int = 0) -> Tensor:
+    """``x`` [..., in] with entries dropped at random and the others scaled up; as it is where ``dropout_draw`` is None.
 
-    Whether an entry is dropped is a function of the adapter's seed, its row's ``draw`` and its column, so that it does
-    not depend on which rank asks, in which order, or how often (recompute).
+    Whether an entry is dropped is a function of the adapter's seed, its row's draw and its column, so that it does not
+    depend on which rank asks, in which order, or how often (recompute).
 
     Args:
-        draw: [...] int64 from ``draws``, one per row.
+        dropout_draw: [...] int64 from ``dropout_draws``, one per row.
         first_column: where the columns of ``x`` begin among those of the whole matrix.
     """
-    if draw is None or not adapter.dropout:
+    if dropout_draw is None or not adapter.dropout:
         return x
     columns = torch.arange(first_column, first_column + x.shape[-1], device=x.device)
     column_bits = _scramble(_scramble(columns) ^ (adapter.seed & _BITS))
-    keep = _scramble(draw.unsqueeze(-1) ^ column_bits) >= adapter.dropout * 2**32
+    keep = _scramble(dropout_draw.unsqueeze(-1) ^ column_bits) >= adapter.dropout * 2**32
     return x * keep / (1 - adapter.dropout)
 
 
-def draws(keys: Tensor, positions: Tensor) -> Tensor:
+def dropout_draws(keys: Tensor, positions: Tensor) -> Tensor:
     """What decides the dropout of each token: a function of its document's key and its position in it, each [...]."""
     return _scramble(_scramble(keys & _BITS) ^ _scramble(positions))
 

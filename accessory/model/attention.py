@@ -40,11 +40,11 @@ class Attention(nn.Module):
         rotation: Tensor,
         documents: Documents,
         cache: LayerCache | None = None,
-        draw: Tensor | None = None,
+        dropout_draw: Tensor | None = None,
     ) -> Tensor:
-        """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'; ``draw`` [T] the adapters', for dropout."""
+        """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'; ``dropout_draw`` [T] its adapters'."""
         x = copy_to_model_parallel_region(x, self.mp)
-        q, k, v = (w(x, draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x, dropout_draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache.keep(k, v, documents)
@@ -52,7 +52,7 @@ class Attention(nn.Module):
             out = attend(q, k, v, documents, self.window)
         else:
             out = cache.attend(q, documents, self.window)
-        return self.wo(out.flatten(1), draw)
+        return self.wo(out.flatten(1), dropout_draw)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

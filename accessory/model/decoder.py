@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from accessory.model.adapter import Adaptable, draws
+from accessory.model.adapter import Adaptable, dropout_draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import KVCache, LayerCache
@@ -54,11 +54,11 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, draw: Tensor | None
+        self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, dropout_draw: Tensor | None
     ) -> tuple[Tensor, RouterStats]:
         """``x`` [T, D] -> [T, D], and statistics of each document; the rest is as ``Attention`` takes it."""
-        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, draw)
-        y, stats = self.feed_forward(self.ffn_norm(x), documents, draw)
+        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, dropout_draw)
+        y, stats = self.feed_forward(self.ffn_norm(x), documents, dropout_draw)
         return x + y, stats
 
 
@@ -99,19 +99,19 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(inputs.tokens)
         args = self.args
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
-        draw = self._draw(documents, inputs.dropout_keys)
+        dropout_draw = self._dropout_draw(documents, inputs.dropout_keys)
         stats = []
-        for number, layer in enumerate(self.layers):
-            given = (x, rotation, documents, cache.layers[number] if cache else None, draw)
+        for index, layer in enumerate(self.layers):
+            arguments = (x, rotation, documents, cache.layers[index] if cache else None, dropout_draw)
             if self.recompute and torch.is_grad_enabled():
-                x, layer_stats = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer_stats = layer(*given)
+                x, layer_stats = layer(*arguments)
             stats.append(layer_stats)
-        return head(x, self.norm, self.output, draw), RouterStats.stacked(stats)
+        return head(x, self.norm, self.output, dropout_draw), RouterStats.stacked(stats)
 
-    def _draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
+    def _dropout_draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
         """[T] what decides each token's dropout, if anything is dropped."""
         if dropout_keys is None or not any(adapter.dropout for adapter in self.logical.adapters.values()):
             return None
-        return draws(F.pad(dropout_keys, (1, 0))[documents.document_of], documents.positions)
+        return dropout_draws(F.pad(dropout_keys, (1, 0))[documents.document_of], documents.positions)

@@ -13,10 +13,10 @@ from accessory.parallel.regions import copy_to_model_parallel_region, gather_fro
 
 
 class Head(Protocol):
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
         """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules.
 
-        ``draw`` [T] is the adapters', for dropout.
+        ``dropout_draw`` [T] is the adapters', for dropout.
         """
         ...
 
@@ -37,8 +37,8 @@ class LossSum:
     def __init__(self, targets: Targets):
         self.targets = targets
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
-        return linear_cross_entropy(_factors(x, norm, output, draw, self.targets), self.targets.ids, output.mp)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+        return linear_cross_entropy(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
 
 
 class LogProbs:
@@ -47,8 +47,8 @@ class LogProbs:
     def __init__(self, targets: Targets):
         self.targets = targets
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
-        return linear_log_probs(_factors(x, norm, output, draw, self.targets), self.targets.ids, output.mp)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+        return linear_log_probs(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
 
 
 class Logits:
@@ -57,30 +57,30 @@ class Logits:
     def __init__(self, rows: Tensor | None = None):
         self.rows = rows
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
-        x, draw = _rows(x, draw, self.rows)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+        x, dropout_draw = _rows(x, dropout_draw, self.rows)
         hidden = copy_to_model_parallel_region(norm(x), output.mp)
-        return at_least_fp32(gather_from_model_parallel_region(output(hidden, draw), output.mp))
+        return at_least_fp32(gather_from_model_parallel_region(output(hidden, dropout_draw), output.mp))
 
 
 class Nothing:
     """Only the router statistics are wanted: the output layer does not run."""
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
         return x.new_zeros(())
 
 
 def _factors(
-    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, draw: Tensor | None, targets: Targets
+    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None, targets: Targets
 ) -> list[tuple[Tensor, Tensor]]:
     """What the logits of the targets' rows are the products of: the output layer, and its adapter."""
-    x, draw = _rows(x, draw, targets.rows)
+    x, dropout_draw = _rows(x, dropout_draw, targets.rows)
     hidden = copy_to_model_parallel_region(norm(x), output.mp)
-    low = output.low_rank(hidden, draw)
+    low = output.low_rank(hidden, dropout_draw)
     return [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
 
 
-def _rows(x: Tensor, draw: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _rows(x: Tensor, dropout_draw: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if rows is None:
-        return x, draw
-    return x.index_select(0, rows), None if draw is None else draw[rows]
+        return x, dropout_draw
+    return x.index_select(0, rows), None if dropout_draw is None else dropout_draw[rows]

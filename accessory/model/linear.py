@@ -32,21 +32,21 @@ class ColumnParallelLinear(Adaptable):
             self.own_rows = slice(part * height, (part + 1) * height)
         self.weight = nn.Parameter(torch.empty(out_features if self.own_rows else out_features // mp.size, in_features))
 
-    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else self._own(self.bias)
-        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, draw)
+        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, dropout_draw)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
 
     def _own(self, parameter: Tensor) -> Tensor:
         """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
         return parameter if self.own_rows is None else copy_to_model_parallel_region(parameter, self.mp)[self.own_rows]
 
-    def low_rank(self, x: Tensor, draw: Tensor | None = None) -> Tensor | None:
-        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``draw`` is dropout's."""
+    def low_rank(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor | None:
+        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``dropout_draw`` is dropout's."""
         if not self.adapter.rank:
             return None
         lora_a = copy_to_model_parallel_region(self.lora_a, self.mp)
-        return F.linear(dropped(x, self.adapter, draw), lora_a) * self.adapter.scaling
+        return F.linear(dropped(x, self.adapter, dropout_draw), lora_a) * self.adapter.scaling
 
 
 class RowParallelLinear(Adaptable):
@@ -57,10 +57,10 @@ class RowParallelLinear(Adaptable):
         self.mp = mp
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
-    def forward(self, x: Tensor, draw: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor:
         y = F.linear(x, self.weight)
         if self.adapter.rank:
-            x = dropped(x, self.adapter, draw, first_column=self.mp.rank * x.shape[-1])
+            x = dropped(x, self.adapter, dropout_draw, first_column=self.mp.rank * x.shape[-1])
             low = F.linear(x, self.lora_a) * self.adapter.scaling  # this rank's part of A x
             y = y + F.linear(low, copy_to_model_parallel_region(self.lora_b, self.mp))
         y = reduce_from_model_parallel_region(y, self.mp)

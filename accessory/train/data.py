@@ -21,7 +21,7 @@ class RunData:
 
     Attributes:
         training, validation: the samples. lengths: tokens of each training sample.
-        rows: of each epoch. lost: every record that is bad or dropped, with the reason.
+        rows: of each epoch. bad_records: every record that is bad or dropped, with the reason.
     """
 
     def __init__(self, section: DataSection, tokenizer: Tokenizer, max_seq_len: int, epochs: int, seed: int, launch: Launch):
@@ -33,7 +33,7 @@ class RunData:
         self.lengths = sample_lengths(self.training)
         self.rows = [self.make_rows(data.epoch(epoch), self.lengths) for epoch in range(epochs)]
         self._keys = [store.key for source in data.sources for store in source.stores]
-        self.lost = (line for source in data.sources for line in (*source.bad(), *source.dropped()))
+        self.bad_records = (line for source in data.sources for line in (*source.bad(), *source.dropped()))
         say(
             f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
             f"{data.count('truncated')} truncated to {max_seq_len} tokens, {data.count('dropped')} dropped (no target left)"

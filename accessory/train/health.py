@@ -99,7 +99,7 @@ class RoutingProbe:
         places = [torch.zeros(0, dtype=torch.int64, device=device)]
         for batch in self.batches:
             documents = batch.documents
-            start = starts[torch.searchsorted(numbers, batch.keys)]
+            start = starts[torch.searchsorted(numbers, batch.sample_keys)]
             if documents.count:
                 places.append(start[documents.document_of - 1] + documents.positions)
         self.places, self.tokens, self.samples = torch.cat(places), int(ends[-1]), torch.from_numpy(chosen)

@@ -59,18 +59,18 @@ class Trainer:
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
-        begun = self.state.directory.parents[1] if self.state else None
+        resumed_from = self.state.directory.parents[1] if self.state else None
         objective: Objective = NextToken()  # what is held out has one mean, however a run takes that of its steps
         self.objective: Objective = MeanOfMeans(objective) if train.reference_loss else objective
         self.router_losses = RouterLosses(train.balance, train.z_loss_weight, train.bias_rate)
-        self.validation = Validation(self.built.model, objective, self.data, self.batches, config, self.alarms, begun)
+        self.validation = Validation(self.built.model, objective, self.data, self.batches, config, self.alarms, resumed_from)
         self.loggers: Loggers | None = None
         if is_main() and self.plan.end != done:
             resolved = dataclasses.asdict(config)
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
             self.loggers = Loggers(self.out, log, resolved, done.steps)
-            if lost := list(self.data.lost):
-                (self.out / "bad_records.txt").write_text("\n".join(lost) + "\n")
+            if bad_records := list(self.data.bad_records):
+                (self.out / "bad_records.txt").write_text("\n".join(bad_records) + "\n")
 
     def run(self) -> None:
         """Train, validate, save, report."""
@@ -89,15 +89,15 @@ class Trainer:
             rate = learning_rate(step, self.plan, config.optim)
             window.add(self._train(step, micro_batches, rate))
             bar.update()
-            number, last = step.after.steps, step.after == end
-            keeps_state = config.save.state_every and (last or number % config.save.state_every == 0)
-            if last or keeps_state or number % config.log.every == 0:
-                self._log(number, window, rate)
+            steps, last = step.after.steps, step.after == end
+            keeps_state = config.save.state_every and (last or steps % config.save.state_every == 0)
+            if last or keeps_state or steps % config.log.every == 0:
+                self._log(steps, window, rate)
             with window.paused():
-                if last or step.ends_epoch or (config.log.validate_every and number % config.log.validate_every == 0):
-                    self._validate(number)
+                if last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0):
+                    self._validate(steps)
                 if last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0):
-                    self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{number}"))
+                    self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}"))
                 if keeps_state:
                     self._save_state(step.after)
                 if not last and (signal := stop.agreed()):
@@ -155,7 +155,7 @@ class Trainer:
     def _log(self, step: int, window: Window, rate: float) -> None:
         values, metrics, health = window.reduce(self.built.model.mesh.dp)
         built, mean_length = self.built, float(self.data.lengths.mean())
-        values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained, built.peak)}
+        values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained_share, built.peak_flops)}
         say(
             f"step {step:5d}/{self.plan.end.steps}  loss {values['loss']:.4f}{shown(metrics)}  "
             f"balance {values['balance']:.3f}  grad {values['grad_norm']:.2f}  lr {rate:.2e}  "
@@ -173,15 +173,15 @@ class Trainer:
             raise UserError(f"{self.out / name}: cannot be written ({error.strerror})") from error
 
     def _save_into(self, directory: Path) -> None:
-        carried, checkpoint = self.start.carried, self.start.checkpoint
+        companions, checkpoint = self.start.companions, self.start.checkpoint
         if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
-            save_trainable(self.built.model, directory, carried, {"fingerprint": checkpoint.fingerprint, "path": below})
+            save_trainable(self.built.model, directory, companions, {"fingerprint": checkpoint.fingerprint, "path": below})
             say(f"saved {directory} (what was trained; it belongs to the base model)")
             return
         dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.built.model, directory, carried, dtype, self.config.save.format)
+        save_model(self.built.model, directory, companions, dtype, self.config.save.format)
         say(f"saved {directory}")
 
     def _save_state(self, done: Position) -> None:
@@ -192,7 +192,7 @@ class Trainer:
             rows=done.rows,
             of_steps=self.plan.end.steps,
             global_batch=self.batches.global_batch,
-            data=self.data.digest,
+            data_digest=self.data.digest,
             base=self.built.base,
             settings=self.settings,
         )

@@ -34,7 +34,7 @@ class Start:
     """What a run starts from, as its configuration says: all that can be wrong before data and weights are read.
 
     Attributes:
-        args, layout: of the model. tokenizer; carried: files that go with what is saved, by name.
+        args, layout: of the model. tokenizer; companions: files that go with what is saved, by name.
         checkpoint: None if the weights are random.
         tuning: what trains. only_trainable: whether only that is saved. width: tokens of a row of the batch at most.
     """
@@ -49,14 +49,14 @@ class Start:
             tokenizer = section.tokenizer or self.checkpoint.tokenizer
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
-            carried = {} if section.tokenizer else self.checkpoint.carried
+            companions = {} if section.tokenizer else self.checkpoint.companions
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
             self.args, self.layout, tokenizer = load_args(section.config), get_layout(section.layout), section.tokenizer
-            carried = {}
+            companions = {}
         self.args = _as_trained(self.args, config)
         self.tokenizer = Tokenizer(tokenizer)
-        self.carried = carried | self.tokenizer.files
+        self.companions = companions | self.tokenizer.files
         check_vocabulary(self.tokenizer, self.args.vocab_size)
         check_divides(self.args, self.layout, mesh.mp.size)
         row = torch.empty(1, self.args.dim, dtype=compute, device=launch.device)
@@ -94,11 +94,13 @@ class RunModel:
     Attributes:
         model: the decoder, sharded over data-parallel ranks.
         base: the fingerprint of what a training state leaves out.
-        trained: the share of the parameters that trains.
+        trained_share: the share of the parameters that trains.
     """
 
-    def __init__(self, config: RunConfig, start: Start, state: TrainingState | None, data: str, mesh: Mesh, launch: Launch):
-        """``state``: what the run goes on from; ``data``: the digest that it must have."""
+    def __init__(
+        self, config: RunConfig, start: Start, state: TrainingState | None, data_digest: str, mesh: Mesh, launch: Launch
+    ):
+        """``state``: what the run goes on from; ``data_digest``: of the samples that it must have."""
         progressed("making the model")
         parallel, seed, args, checkpoint = config.parallel, config.train.seed, start.args, start.checkpoint
         compute, tuning, logical = get_dtype(parallel.precision), start.tuning, start.tuning.logical
@@ -108,7 +110,7 @@ class RunModel:
         in_state = {name: shape for name, shape in logical.shapes.items() if name in tuning.trains or is_buffer(name)}
         self.base = checkpoint.fingerprint if checkpoint and in_state != logical.shapes else None
         if state:
-            check_state(state, args, in_state, data, self.base)
+            check_state(state, args, in_state, data_digest, self.base)
             source = Overlaid(source, state, state.names)
         self.model = build_model(
             logical,
@@ -129,13 +131,13 @@ class RunModel:
             load_moments(self.model, self.optimizer, state)
         watch_adapters(self.model, self.optimizer, logical.added)
         total = sum(logical.sizes.values())
-        self.trained = sum(logical.sizes[name] for name in tuning.trains) / total
-        self.peak, origin = peak_flops(launch.device, compute)
+        self.trained_share = sum(logical.sizes[name] for name in tuning.trains) / total
+        self.peak_flops, origin = peak_flops(launch.device, compute)
         copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
         say(
             f"model: {total / 1e6:,.1f} M parameters, {args.active_parameters() / 1e6:,.1f} M active per token; layout "
             f"{start.layout.name}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
             f"({parallel.data_parallel}{copies}), {parallel.precision}\n"
-            f"MFU is taken of {self.peak / 1e12:.3g} TFLOP/s per rank ({origin})\n"
+            f"MFU is taken of {self.peak_flops / 1e12:.3g} TFLOP/s per rank ({origin})\n"
             f"{tuning_table(self.model)}"
         )

@@ -40,7 +40,7 @@ def blame(
         finite: of ``NotFinite``, this rank's. data_rank: its place among the data-parallel ranks.
     """
     own = [
-        (data_rank, number, fine, [samples.where(key % len(samples)) for key in batch.keys.tolist()])
+        (data_rank, number, fine, [samples.where(key % len(samples)) for key in batch.sample_keys.tolist()])
         for number, (fine, batch) in enumerate(zip(finite, micro_batches, strict=True))
     ]
     everyone: list[Any] = [None] * dist.get_world_size()

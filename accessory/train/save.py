@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
 from accessory.checkpoint.adapter import write_adapter
-from accessory.checkpoint.publish import copy_carried, prepare_directory, publish_directory, temporary_name
+from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.storage import TensorWriter
 from accessory.checkpoint.tiles import Tile, within
 from accessory.console import is_main
@@ -25,14 +25,14 @@ from accessory.settings import FileFormat
 
 
 @torch.no_grad()
-def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype: torch.dtype, suffix: FileFormat) -> None:
+def save_model(model: Decoder, directory: Path, companions: dict[str, Path], dtype: torch.dtype, suffix: FileFormat) -> None:
     """Write one file per model-parallel rank, in the layout the model runs in. Every rank must call this.
 
     Parameters are gathered and written one by one, so a rank never holds more than its share and one whole parameter.
     The directory appears under its name only when it is complete.
 
     Args:
-        carried: files to be copied into the directory, by the names that they get: the tokenizer.
+        companions: files to be copied into the directory, by the names that they get: the tokenizer.
     """
     rank, size, writes = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp.rank == 0
     if is_main():
@@ -55,13 +55,13 @@ def save_model(model: Decoder, directory: Path, carried: dict[str, Path], dtype:
     dist.barrier()
     if is_main():
         write_description(temporary_name(directory), model.args, model.layout)
-        copy_carried(carried, temporary_name(directory))
+        copy_companions(companions, temporary_name(directory))
         publish_directory(directory)
     dist.barrier()
 
 
 @torch.no_grad()
-def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], base: dict[str, Any]) -> None:
+def save_trainable(model: Decoder, directory: Path, companions: dict[str, Path], base: dict[str, Any]) -> None:
     """Write what trains as an adapter directory, every tensor whole and in its masters' precision.
 
     Args:
@@ -71,7 +71,7 @@ def save_trainable(model: Decoder, directory: Path, carried: dict[str, Path], ba
     if is_main():
         temporary = prepare_directory(directory)
         write_adapter(temporary, model.logical, trained, gathered_whole(model, trained.keys()), base)
-        copy_carried(carried, temporary)
+        copy_companions(companions, temporary)
         publish_directory(directory)
     else:
         for _ in gathered_whole(model, trained.keys()):

@@ -84,10 +84,10 @@ def data_digest(rows: Rows, lengths: np.ndarray, *settings: Any) -> str:
     return hashlib.sha256(repr((begins, len(rows), settings)).encode() + lengths.tobytes()).hexdigest()[:16]
 
 
-def check_state(state: TrainingState, args: ModelArgs, shapes: dict[str, Shape], data: str, base: str | None) -> None:
+def check_state(state: TrainingState, args: ModelArgs, shapes: dict[str, Shape], data_digest: str, base: str | None) -> None:
     """Refuse a training state of another run. ``args``: the model's; ``shapes``: of what trains, and of buffers."""
     where, notes = state.directory, state.notes
-    if notes.data != data:
+    if notes.data_digest != data_digest:
         raise UserError(
             f"{where}: was saved with other samples, or another order or length of them: resume with the mix, tokenizer, "
             "train.seed, data.max_seq_len, data.packing and data.validation that it was saved with"

@@ -59,8 +59,8 @@ def train_step(
 
     # 3. Forward and backward.
     parts = []
-    for number, batch in enumerate(micro_batches):
-        sync_gradients(model, last=number == len(micro_batches) - 1)
+    for index, batch in enumerate(micro_batches):
+        sync_gradients(model, last=index == len(micro_batches) - 1)
         loss_sum, measures, router = objective.loss(model, batch, dropout=True)
         share, z = balance_share(router), z_loss(router, tokens)
         (loss_sum / targets.clamp(min=1) + balance_weight * share + z_weight * z).backward()

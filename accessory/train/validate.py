@@ -19,7 +19,7 @@ from accessory.train.objective import Objective, shown
 
 
 class Validation:
-    """What is measured between steps. ``begun``: the run directory of a run that is resumed."""
+    """What is measured between steps. ``resumed_from``: the run directory of a run that is resumed."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Validation:
         batches: BatchPlan,
         config: RunConfig,
         alarms: Alarms,
-        begun: Path | None,
+        resumed_from: Path | None,
     ):
         self.model, self.objective, self.data, self.alarms = model, objective, data, alarms
         self.device = model.norm.weight.device
@@ -45,9 +45,9 @@ class Validation:
             chosen = probe_documents(first, lengths, config.log.probe_tokens)
             parts = [batch for (batch,) in self.batches.epoch(samples, data.make_rows(chosen, lengths))]
             self.probe = RoutingProbe(chosen, lengths, parts, self.device)
-            if begun and not self.probe.load(begun / PROBE_FILE):
+            if resumed_from and not self.probe.load(resumed_from / PROBE_FILE):
                 say(f"{PROBE_FILE} is missing or of other tokens: routing will be compared with that of the next validation")
-            elif begun and is_main() and begun != self.probe_file.parent:
+            elif resumed_from and is_main() and resumed_from != self.probe_file.parent:
                 self.probe.save(self.probe_file)
 
     def __call__(self, step: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ FAULTS = (
     Fault(
         "the output layer's adapter is left out of the loss",
         "accessory/model/head.py",
-        "low = output.low_rank(hidden, draw)",
+        "low = output.low_rank(hidden, dropout_draw)",
         "low = None",
         LORA,
     ),

@@ -41,8 +41,8 @@ FAULTS = (
     Fault(
         "ranks see one another's samples",
         LOADER,
-        "first = (number * self.world + self.rank) * self.batch_size",
-        "first = (number + self.rank) * self.batch_size",
+        "first = (micro_step * self.world + self.rank) * self.batch_size",
+        "first = (micro_step + self.rank) * self.batch_size",
         ONCE,
     ),
     Fault(

@@ -79,12 +79,12 @@ class Router(Adaptable):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("score_bias", torch.zeros(num_experts, dtype=torch.float32) if score_bias else None)
 
-    def forward(self, x: Tensor, draw: Tensor | None = None) -> Routing:
-        """``x`` [T, D] -> Routing. ``draw`` [T] is the adapter's, for dropout."""
+    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Routing:
+        """``x`` [T, D] -> Routing. ``dropout_draw`` [T] is the adapter's, for dropout."""
         x = at_least_fp32(x)
         logits = F.linear(x, at_least_fp32(self.weight))
         if self.adapter.rank:
-            low = F.linear(dropped(x, self.adapter, draw), at_least_fp32(self.lora_a)) * self.adapter.scaling
+            low = F.linear(dropped(x, self.adapter, dropout_draw), at_least_fp32(self.lora_a)) * self.adapter.scaling
             logits = logits + F.linear(low, at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
         scores = probs if self.score_bias is None else probs + self.score_bias
