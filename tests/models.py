@@ -5,27 +5,19 @@ from dataclasses import replace
 
 import torch
 
+from accessory.certify import harness, reference
+from accessory.certify.harness import Tensors
 from accessory.certify.problem import SMALL
-from accessory.certify.run import Tensors
-from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import Sample
-from accessory.data.packing import Rows
 from accessory.data.tokenizer import train_tokenizer
 from accessory.model.args import MoEArgs
-from accessory.model.build import RandomWeights, build_model
+from accessory.model.build import RandomWeights
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel
-from accessory.model.moe.layouts import get_layout
-from accessory.parallel.fsdp import wrap
-from accessory.parallel.mesh import ONE_RANK, make_mesh
+from accessory.parallel.mesh import make_mesh
 from accessory.settings import OptimSection, ParallelSection
-from accessory.train.balance import RouterLosses
-from accessory.train.objective import NextToken
-from accessory.train.optim import make_optimizer
-from accessory.train.save import gathered
-from accessory.train.step import train_step
 
 TINY = replace(
     SMALL,
@@ -74,34 +66,9 @@ def samples(count, seed, args=TINY, longest=14):
     return result
 
 
-def build(
-    args,
-    layout,
-    source,
-    *,
-    mesh=ONE_RANK,
-    mode="fsdp",
-    dtype=torch.float64,
-    compute=None,
-    recompute=False,
-    kernel="auto",
-    adapters=None,
-    trains=None,
-):
+def build(args, layout, source, *, adapters=None, **options):
     """A decoder, sharded over data-parallel ranks as in a run."""
-    return build_model(
-        LogicalModel(args, adapters or {}),
-        get_layout(layout),
-        source,
-        mesh=mesh,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        recompute=recompute,
-        kernel=kernel,
-        frozen_dtype=compute,
-        trains=trains,
-        shard=lambda model: wrap(model, mesh, mode, compute or dtype, "cpu"),
-    )
+    return harness.build(LogicalModel(args, adapters or {}), layout, source, **options)
 
 
 def mesh_for(mp, mode="fsdp"):
@@ -109,90 +76,43 @@ def mesh_for(mp, mode="fsdp"):
     return make_mesh(mp, ParallelSection(data_parallel=mode).dp_shard())
 
 
-def local_parts(model):
-    """{name: (region, tensor)} of this model-parallel rank; gathered over data-parallel ranks."""
-    rank, size = model.mesh.mp.rank, model.mesh.mp.size
-    return {name: (model.cuts[name].region(rank, size), tensor.detach().clone()) for name, tensor in gathered(model)}
-
-
 def assemble(parts, args=TINY, adapters=None):
     """Full logical tensors from what the ranks returned; where several hold the same part they must agree bitwise."""
-    shapes = LogicalModel(args, adapters or {}).shapes
-    full = {name: torch.full(shapes[name], torch.nan) for name in parts[0]}
-    for part in parts:
-        for name, (region, tensor) in part.items():
-            full[name] = full[name].to(tensor.dtype)
-            box = tensor.view([s.stop - s.start for s in region])
-            before = full[name][region]
-            assert before.isnan().all() or torch.equal(before, box), f"ranks disagree about {name}"
-            full[name][region] = box
+    full, differ = harness.assemble(parts, LogicalModel(args, adapters or {}).shapes)
+    assert not differ, f"ranks disagree about {sorted(differ)}"
     assert not any(tensor.isnan().any() for tensor in full.values())
     return full
 
 
 def train(
-    args,
-    layout,
-    mp,
-    mode,
-    steps,
-    *,
-    accumulation,
-    balance,
-    z_weight=0.01,
-    width=None,
-    recompute=False,
-    dtype=torch.float64,
-    compute=None,
-    **tuning,
+    args, layout, mp, mode, steps, *, accumulation, balance, z_weight=0.01, width=None, w=None, optim=OPTIM, **options
 ):
     """Train on ``steps`` (lists of samples, one global batch each) and return what happened on this rank.
 
-    ``width``: pack them into rows of so many tokens.
+    ``w``: the first weights. ``width``: pack samples into rows of so many tokens. ``options``: of ``build``.
     """
-    mesh = mesh_for(mp, mode)
-    dp = mesh.dp
-    source = Tensors(weights(args, adapters=tuning.get("adapters")))
-    model = build(args, layout, source, mesh=mesh, mode=mode, dtype=dtype, compute=compute, recompute=recompute, **tuning)
+    source = Tensors(weights(args, adapters=options.get("adapters")) if w is None else w)
+    model = build(args, layout, source, mesh=mesh_for(mp, mode), mode=mode, **options)
     logits = [evaluate(model, sample.tokens) for sample in steps[0][:2]]
-    optimizer = make_optimizer(model, OPTIM)
-    seen = {}
-    optimizer.register_step_pre_hook(lambda *_: seen.setdefault("gradients", _gradients(model)) and None)
-    results = []
-    for batch in steps:
-        order = range(len(batch))
-        rows = Rows.packed(order, sample_lengths(batch), width) if width else Rows.alone(order)
-        plan = BatchPlan(-(-len(rows) // (accumulation * dp.size)), accumulation, dp.rank, dp.size)
-        (micro_batches,) = plan.epoch(batch, rows)
-        result = train_step(
-            model,
-            optimizer,
-            micro_batches,
-            NextToken(),
-            RouterLosses(balance, z_weight),
-            clip_grad=OPTIM.clip_grad,
-        )
-        sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
-        counts = dp.all_reduce(result.counts.clone())
-        loss = sums[0] / result.targets + args.load_balancing_weight * sums[1] + z_weight * sums[2]
-        results.append({"loss": loss.item(), "grad_norm": result.grad_norm.item(), "counts": counts})
-    return {"logits": logits, "steps": results, "gradients": seen["gradients"], "weights": local_parts(model)}
+    how = {"accumulation": accumulation, "balance": balance, "z_weight": z_weight, "width": width}
+    return {"logits": logits} | harness.train(model, steps, optim, **how)
+
+
+def train_in_one_process(w, steps, args=TINY, **options):
+    """(weights, first gradients, norms) of the plain reference, trained with OPTIM."""
+    batches = [[(sample.tokens, sample.trained) for sample in batch] for batch in steps]
+    optim = {name: getattr(OPTIM, name) for name in ("lr", "weight_decay", "betas", "eps")}
+    return reference.train(w, args, batches, clip=OPTIM.clip_grad, **optim, **options)
+
+
+def check_close(ours, expected, bound, where=""):
+    """No tensor of ``expected`` is further from ours than ``bound`` of its largest value."""
+    for name, tensor in expected.items():
+        error = (ours[name] - tensor).abs().max().item() / (tensor.abs().max().item() or 1.0)
+        assert error <= bound, f"{where}: {name} differs by {error:.1e}"
 
 
 @torch.no_grad()
 def evaluate(model, tokens):
     """Logits [S, V] of one sequence."""
     return model(Inputs(torch.tensor(tokens), Documents.of([len(tokens)])), Logits())[0]
-
-
-def _gradients(model):
-    parts = {}
-    rank, size = model.mesh.mp.rank, model.mesh.mp.size
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        if not parameter.requires_grad:
-            assert gradient is None, f"{name} is frozen but has a gradient"
-            continue
-        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        parts[name] = (model.cuts[name].region(rank, size), full.clone())
-    return parts

@@ -12,7 +12,6 @@ from models import (
     OPTIM,
     TINY,
     Tensors,
-    _gradients,
     assemble,
     build,
     evaluate,
@@ -25,7 +24,7 @@ from models import (
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from accessory.certify import reference
+from accessory.certify import harness, reference
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.verify import compare
@@ -294,7 +293,7 @@ def one_step(part, batch, balance, weight=0.0, z_weight=0.0, as_reference=False)
     (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
     optimizer = torch.optim.SGD(model.parameters())
     seen = {}
-    optimizer.register_step_pre_hook(lambda *_: seen.update(gradients=_gradients(model)))
+    optimizer.register_step_pre_hook(lambda *_: seen.update(gradients=harness.gradients(model)))
     objective = MeanOfMeans(NextToken()) if as_reference else NextToken()
     result = train_step(model, optimizer, micro_batches, objective, RouterLosses(balance, z_weight), clip_grad=1e9)
     loss_sum, balance = dp.all_reduce(result.loss_sum), dp.all_reduce(result.balance)

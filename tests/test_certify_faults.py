@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import mesh_for
+from models import assemble, mesh_for
 from ranks import run_ranks
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from accessory.certify import run
+from accessory.certify import harness, run
 from accessory.certify.judge import Judge
 from accessory.certify.matrix import Cell, FileCell
 from accessory.certify.parity import ParityCell, TransformersJudge, run_parity
@@ -65,7 +65,7 @@ def norm_of_each_rank(patch):
 
 def mean_of_means(patch):
     """Each micro-batch's loss as a mean over its own targets, and the mean of those."""
-    patch.setattr(run, "NextToken", lambda: MeanOfMeans(NextToken()))
+    patch.setattr(harness, "NextToken", lambda: MeanOfMeans(NextToken()))
 
 
 def counted_on_the_side(patch):
@@ -85,7 +85,7 @@ def counted_on_the_side(patch):
         return replace(result, counts=torch.stack([layer.feed_forward.seen for layer in model.layers]))
 
     patch.setattr(moe.MoE, "forward", noting)
-    patch.setattr(run, "train_step", faulty)
+    patch.setattr(harness, "train_step", faulty)
 
 
 def documents_pooled(patch):
@@ -108,7 +108,7 @@ def weighted_twice(patch):
         model.args = args
         return result
 
-    patch.setattr(run, "train_step", faulty)
+    patch.setattr(harness, "train_step", faulty)
 
 
 def layers_pooled(patch):
@@ -242,7 +242,8 @@ def spoiled(ranks, key, change):
 
 def copies_differ(tensors):
     """By less than the tolerance, in a tensor that every rank holds whole."""
-    return tensors | {"norm.weight": tensors["norm.weight"] * (1 + 1e-6)}
+    region, norm = tensors["norm.weight"]
+    return tensors | {"norm.weight": (region, norm * (1 + 1e-6))}
 
 
 def test_values_that_are_no_numbers_are_red(planted, judge):
@@ -250,8 +251,9 @@ def test_values_that_are_no_numbers_are_red(planted, judge):
     row = judge.row(SPARSE_FILES, spoiled(outcomes[SPARSE_FILES], "logits", lambda x: x * torch.nan))
     assert not row.passed and not row.passes("logits")
     ranks = outcomes[FULL]
-    nothing = ranks[0] | {"weights": ranks[0]["weights"] | {"norm.weight": torch.full((SMALL.dim,), torch.nan).double()}}
-    row = judge.row(FULL, [nothing, ranks[1]])
+    region, norm = ranks[0]["weights"]["norm.weight"]
+    nothing = ranks[0]["weights"] | {"norm.weight": (region, norm * torch.nan)}
+    row = judge.row(FULL, [ranks[0] | {"weights": nothing}, ranks[1]])
     assert not row.passed and "norm.weight" in row.reason
 
 
@@ -273,7 +275,7 @@ def planted_gradients():
     Together 256, so that the norm is 16. Were what is whole counted by each of two ranks: sqrt(204 + 2 * 52) = 17.5, of
     four: sqrt(204 + 4 * 52) = 20.3; were only a rank's own experts counted, experts 0 and 1 of four ranks: sqrt(5 + 52).
     """
-    gradients = {name: torch.zeros(cut.shape, dtype=torch.float64) for name, cut in CUTS.items()}
+    gradients = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in LogicalModel(SMALL).shapes.items()}
     for e in range(8):
         gradients["layers.1.feed_forward.experts.w1"][e, 3 * e, 4 * e] = e + 1
     gradients["layers.0.feed_forward.gate.weight"][7, 31] = 6
@@ -281,50 +283,40 @@ def planted_gradients():
     return gradients
 
 
-CUTS = LogicalModel(SMALL).cuts(layouts.EXPERT)
-
-
 def plant(parameter, gradient):
     local_part(parameter.grad).copy_(local_part(gradient.detach()))
 
 
 def step_with_planted_gradients(partitions):
-    """[(norm, this rank's parts of how far plain gradient descent at rate 1 moved each weight)]"""
+    """[(norm, how far plain gradient descent at rate 1 moved this rank's parts of each weight)]"""
     results = []
     for layout, mp, mode in partitions:
         mesh = mesh_for(mp, mode)
-        tuning = Problem().tuning("full")
-        zeros = run.Tensors({name: torch.zeros_like(t) for name, t in planted_gradients().items()})
+        zeros = {name: torch.zeros_like(t) for name, t in planted_gradients().items()}
         model, planted = (
-            run.build(Problem(), layout, source, CPU, mesh, tuning, mode)
-            for source in (zeros, run.Tensors(planted_gradients()))
+            harness.build(LogicalModel(SMALL), layout, harness.Tensors(w), mesh=mesh, mode=mode)
+            for w in (zeros, planted_gradients())
         )
         for p, g in zip(model.parameters(), planted.parameters(), strict=True):
             p.register_post_accumulate_grad_hook(lambda p, g=g: plant(p, g))
-        ranks, rank = mesh.dp.size, mesh.dp.rank
-        samples = Problem().batches(False)[0]
-        (micro_batches,) = run.BatchPlan(8 // ranks, 1, rank, ranks).epoch(samples, run.Rows.alone(range(8)))
         result = step.train_step(
             model,
             torch.optim.SGD(model.parameters(), lr=1.0),
-            micro_batches,
+            harness.micro_batches(Problem().batches(False)[0][:8], 1, mesh.dp.rank, mesh.dp.size),
             NextToken(),
             RouterLosses("global"),
             clip_grad=4.0,
         )
-        results.append((result.grad_norm.item(), {name: -t.detach() for name, t in run.gathered(model)}))
+        results.append((result.grad_norm.item(), harness.weights(model)))
     return results
 
 
 def test_norm_and_clipping_by_hand():
     partitions = [(layout, mp, "fsdp") for layout in layouts.LAYOUTS for mp in (4, 2)] + [("mixtral", 2, "ddp")]
     ranks = run_ranks(4, step_with_planted_gradients, partitions)
-    for number, (layout, mp, _) in enumerate(partitions):
-        cuts = LogicalModel(SMALL).cuts(layouts.get_layout(layout))
-        for place, rank in enumerate(ranks):
-            norm, moved = rank[number]
-            assert norm == 16.0
-            for name, gradient in planted_gradients().items():
-                part = gradient[cuts[name].region(place % mp, mp)]
-                clipped = part / 4  # to a norm of 4: but for 1e-6 beside the norm, which keeps zero from dividing
-                torch.testing.assert_close(moved[name].view(part.shape), clipped, rtol=1e-7, atol=0)
+    for number in range(len(partitions)):
+        assert {rank[number][0] for rank in ranks} == {16.0}
+        weights = assemble([rank[number][1] for rank in ranks], SMALL)
+        for name, gradient in planted_gradients().items():
+            # to a norm of 4: but for 1e-6 beside the norm, which keeps zero from dividing
+            torch.testing.assert_close(-weights[name], gradient / 4, rtol=1e-7, atol=0)

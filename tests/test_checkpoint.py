@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, Tensors, build, evaluate, local_parts, mesh_for, weights
+from models import TINY, Tensors, build, evaluate, mesh_for, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from accessory.certify import formats, reference
+from accessory.certify import formats, harness, reference
 from accessory.checkpoint.open import Checkpoint
 from accessory.errors import UserError
 from accessory.model.build import RandomWeights
@@ -57,7 +57,7 @@ def read_file(path):
 
 def wrong(model, w):
     """Names of this rank's parameters that are not, bit for bit, their part of ``w``."""
-    parts = local_parts(model).items()
+    parts = harness.weights(model).items()
     return [name for name, (region, tensor) in parts if not torch.equal(tensor.view(w[name][region].shape), w[name][region])]
 
 

@@ -16,27 +16,23 @@ from models import (
     Tensors,
     assemble,
     build,
-    local_parts,
+    check_close,
     make_tokenizer,
     mesh_for,
     samples,
+    train,
+    train_in_one_process,
     weights,
 )
 from ranks import run_ranks
 
-from accessory.certify import reference
-from accessory.data.loader import BatchPlan, collate
+from accessory.certify import harness, reference
+from accessory.data.loader import collate
 from accessory.data.mix import Sample
-from accessory.data.packing import Rows
 from accessory.model.head import LossSum
-from accessory.parallel.fsdp import local_part
 from accessory.parallel.launch import Launch
 from accessory.settings import RunConfig
-from accessory.train.balance import RouterLosses
 from accessory.train.loop import finetune
-from accessory.train.objective import NextToken
-from accessory.train.optim import make_optimizer
-from accessory.train.step import train_step
 
 LAYOUTS = ("mixtral", "mixtral_sparse")
 PARTITIONS = {1: [(1, "fsdp")], 2: [(2, "fsdp"), (1, "fsdp"), (1, "ddp")]}  # world: (model parallel, data parallel)
@@ -104,46 +100,8 @@ EMPTY_ROWS = ("fewer sequences than ranks", "fewer sequences than micro-batches"
 NO_TARGETS = [untrained(samples(4, 1)), samples(4, 2)]
 
 
-def step_through(args, layout, mp, mode, w, batches, accumulation, *, balance="global", lr=OPTIM.lr, **options):
-    """Train from ``w``; returns per step loss, norm and counts, whether gradients were finite, and the last weights."""
-    mesh = mesh_for(mp, mode)
-    model = build(args, layout, Tensors(w), mesh=mesh, mode=mode, **options)
-    optimizer = make_optimizer(model, replace(OPTIM, lr=lr))
-    finite, steps = [], []
-    optimizer.register_step_pre_hook(lambda *_: finite.extend(bool(g.isfinite().all()) for g in gradients(model).values()))
-    for batch in batches:
-        dp = mesh.dp
-        plan = BatchPlan(-(-len(batch) // (accumulation * dp.size)), accumulation, dp.rank, dp.size)
-        (micro_batches,) = plan.epoch(batch, Rows.alone(range(len(batch))))
-        result = train_step(
-            model,
-            optimizer,
-            micro_batches,
-            NextToken(),
-            RouterLosses(balance, args.load_balancing_weight / 10),
-            clip_grad=OPTIM.clip_grad,
-        )
-        sums = dp.all_reduce(torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()]))
-        counts = dp.all_reduce(result.counts.clone())
-        step = {
-            "loss": (
-                sums[0] / result.targets.clamp(min=1)
-                + args.load_balancing_weight * sums[1]
-                + args.load_balancing_weight / 10 * sums[2]
-            ).item(),
-            "grad_norm": result.grad_norm.item(),
-            "counts": counts,
-            "targets": int(result.targets),
-            "tokens": int(result.tokens),
-            "micro_batches": [(b.real_tokens, b.target_tokens) for b in micro_batches],
-        }
-        steps.append(step)
-    return {"steps": steps, "finite": all(finite), "weights": local_parts(model)}
-
-
-def gradients(model):
-    """This rank's shards."""
-    return {name: local_part(p.grad) for name, p in model.named_parameters()}
+def train_on(part, w, batches, accumulation, *, args=TINY, balance="global", **options):
+    return train(args, *part, batches, w=w, accumulation=accumulation, balance=balance, **options)
 
 
 def partitions(world):
@@ -160,7 +118,7 @@ def run_cases(world):
             if part[-1] == "ddp" and name not in EMPTY_ROWS:
                 continue  # routing does not meet the way gradients are kept
             for balance in BALANCES if name in EMPTY_ROWS else BALANCES[:1]:
-                results[*part, balance, name] = step_through(TINY, *part, w, batches, accumulation, balance=balance)
+                results[*part, balance, name] = train_on(part, w, batches, accumulation, balance=balance)
     return results
 
 
@@ -169,9 +127,9 @@ def without_targets(world):
     silent, results = replace(TINY, load_balancing_weight=0.0), {}
     for part in partitions(world):
         results[part] = (
-            step_through(TINY, *part, plain(), NO_TARGETS, 2),
-            step_through(silent, *part, plain(), NO_TARGETS[:1], 2),
-            step_through(TINY, *part, plain(), NO_TARGETS, 1, balance="document"),
+            train_on(part, plain(), NO_TARGETS, 2),
+            train_on(part, plain(), NO_TARGETS[:1], 2, args=silent, z_weight=0.0),
+            train_on(part, plain(), NO_TARGETS, 1, balance="document"),
         )
     return results
 
@@ -182,7 +140,8 @@ def loss_and_gradients(layout, mp, mode, dtype, compute, recompute):
     batch = collate(samples(6, 4))
     loss, stats = model(batch.inputs(), LossSum(batch.targets))
     (loss + stats.probs.square().sum()).backward()
-    return {"loss": loss.detach(), "counts": stats.counts, "probs": stats.probs.detach()} | gradients(model)
+    gradients = {name: tensor for name, (_, tensor) in harness.gradients(model).items()}
+    return {"loss": loss.detach(), "counts": stats.counts, "probs": stats.probs.detach()} | gradients
 
 
 def recompute_differences(world):
@@ -204,9 +163,9 @@ def learn(world):
     w = {name: t / 2 if t.dim() > 1 else t for name, t in plain().items() if not name.startswith("layers.1.")}
     for part in partitions(world)[:4]:
         for compute in (torch.bfloat16, torch.float32)[: 3 - world]:
-            options = {"dtype": torch.float32, "compute": compute, "lr": 3e-3}
-            result = step_through(args, *part, w, [samples(4, 5)] * 20, 1, **options)
-            assert result["finite"]
+            options = {"args": args, "dtype": torch.float32, "compute": compute, "optim": replace(OPTIM, lr=3e-3)}
+            result = train_on(part, w, [samples(4, 5)] * 20, 1, **options)
+            assert all(math.isfinite(step["norm"]) for step in result["steps"])
             results[*part, compute] = [step["loss"] for step in result["steps"]]
     return results
 
@@ -225,12 +184,11 @@ def worlds():
 def expected():
     """{case, balance: (weights, norms, and counts and loss of the first step) of the plain reference}"""
     results = {}
-    optim = {"lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "betas": OPTIM.betas, "eps": OPTIM.eps}
     for name, (w, batches, _) in cases().items():
         pairs = [[(s.tokens, s.trained) for s in batch] for batch in batches]
         counts = sum(route_counts(w, s.tokens) for s in batches[0])
         for balance in BALANCES:
-            trained, _, norms = reference.train(w, TINY, pairs, balance=balance, clip=OPTIM.clip_grad, **optim)
+            trained, _, norms = train_in_one_process(w, batches, balance=balance)
             loss = reference.loss(w, TINY, pairs[0], balance).item()
             results[name, balance] = trained, norms, counts, loss
     return results
@@ -250,19 +208,16 @@ def test_extremes_equal_one_process(world, worlds, expected):
         trained, norms, counts, loss = expected[name, balance]
         parts = [rank[key] for rank in ranks]
         steps = parts[0]["steps"]
-        assert all(part["finite"] for part in parts), key
-        assert steps[0]["loss"] == pytest.approx(loss, rel=1e-10), key
-        assert [s["grad_norm"] for s in steps] == pytest.approx(norms, rel=1e-9), key
+        training_loss = steps[0]["loss"] + TINY.load_balancing_weight * steps[0]["balance"] + 0.01 * steps[0]["z-loss"]
+        assert training_loss == pytest.approx(loss, rel=1e-10), key
+        assert [s["norm"] for s in steps] == pytest.approx(norms, rel=1e-9), key
         for step, batch in zip(steps, cases()[name][1], strict=True):
             tokens = sum(len(s.tokens) for s in batch)
             assert step["tokens"] == tokens and step["targets"] == sum(sum(s.trained[1:]) for s in batch), key
             assert (step["counts"].sum(1) == tokens * TINY.moe.num_experts_per_tok).all(), key
         if name != "saturated router":  # there all but one expert are as unlikely, and any may be second
             assert torch.equal(steps[0]["counts"], counts), key
-        full = assemble([part["weights"] for part in parts])
-        for weight, tensor in trained.items():
-            error = (full[weight] - tensor).abs().max().item() / tensor.abs().max().item()
-            assert error <= 1e-9, f"{key}: {weight} differs by {error:.1e}"
+        check_close(assemble([part["weights"] for part in parts]), trained, 1e-9, key)
 
 
 def test_the_cases_are_as_extreme_as_they_say(worlds):
@@ -270,14 +225,17 @@ def test_the_cases_are_as_extreme_as_they_say(worlds):
     for name, experts in (("all to experts 0 and 1", [0, 1]), ("all to experts 7 and 6", [6, 7])):
         for step in results[0]["mixtral", 2, "fsdp", "global", name]["steps"]:
             assert step["counts"].sum(0).nonzero().flatten().tolist() == experts
-    steps = results[0]["mixtral", 2, "fsdp", "global", "micro-batch without a target"]["steps"]
-    assert [targets > 0 for _, targets in steps[0]["micro_batches"]] == [False, True]
-    idle = [
-        rank["mixtral", 1, "fsdp", "global", "fewer sequences than ranks"]["steps"][0]["micro_batches"] for rank in results
-    ]
-    assert idle[0][0][0] > 0 and idle[1] == [(0, 0)]
-    steps = results[1]["mixtral", 2, "fsdp", "global", "fewer sequences than micro-batches"]["steps"]
-    assert [tokens > 0 for tokens, _ in steps[0]["micro_batches"]] == [True, False, False]
+
+
+def test_the_batches_are_as_empty_as_they_say():
+    def counts(name, ranks=1):
+        _, batches, accumulation = cases()[name]
+        cut = [harness.micro_batches(batches[0], accumulation, rank, ranks) for rank in range(ranks)]
+        return [[(batch.real_tokens > 0, batch.target_tokens > 0) for batch in mine] for mine in cut]
+
+    assert counts("micro-batch without a target") == [[(True, False), (True, True)]]
+    assert counts("fewer sequences than ranks", ranks=2) == [[(True, True)], [(False, False)]]
+    assert counts("fewer sequences than micro-batches") == [[(True, True), (False, False), (False, False)]]
 
 
 def test_a_whole_batch_without_targets(worlds):
@@ -286,10 +244,10 @@ def test_a_whole_batch_without_targets(worlds):
         for key in ranks[0]["without_targets"]:
             balanced, silent, document = ([rank["without_targets"][key][i] for rank in ranks] for i in range(3))
             for parts, same in ((balanced, one[0]), (document, one[2])):
-                norms = [step["grad_norm"] for step in parts[0]["steps"]]
-                assert all(part["finite"] for part in parts) and norms[0] > 0, key
-                assert norms == pytest.approx([step["grad_norm"] for step in same["steps"]], rel=1e-9), key
-            assert silent[0]["steps"][0]["loss"] == 0 and silent[0]["steps"][0]["grad_norm"] == 0
+                norms = [step["norm"] for step in parts[0]["steps"]]
+                assert norms[0] > 0, key
+                assert norms == pytest.approx([step["norm"] for step in same["steps"]], rel=1e-9), key
+            assert silent[0]["steps"][0]["loss"] == 0 and silent[0]["steps"][0]["norm"] == 0
             for name, tensor in assemble([part["weights"] for part in silent]).items():
                 decay = 1 - OPTIM.lr * OPTIM.weight_decay if tensor.dim() > 1 else 1.0
                 torch.testing.assert_close(tensor, plain()[name] * decay, rtol=1e-14, atol=0)

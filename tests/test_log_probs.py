@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TINY, Tensors, _gradients, assemble, build, samples, weights
+from models import TINY, Tensors, assemble, build, samples, weights
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accessory.certify import reference
+from accessory.certify import harness, reference
 from accessory.data.loader import collate
 from accessory.model.adapter import Adapter
 from accessory.model.head import LogProbs, LossSum
@@ -127,7 +127,7 @@ def run_head(mp):
         log_probs, _ = model(batch.inputs(), LogProbs(batch.targets))
         loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
         preference(log_probs, sizes).backward()
-        results.append((log_probs.detach(), loss_sum.item(), _gradients(model)))
+        results.append((log_probs.detach(), loss_sum.item(), harness.gradients(model)))
     return results
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import OPTIM, TINY, assemble, samples, train, weights
+from models import OPTIM, TINY, assemble, check_close, samples, train, train_in_one_process, weights
 from ranks import run_ranks
 
 from accessory.certify import reference
@@ -28,18 +28,7 @@ def run_all(partitions, steps, balance):
 @pytest.fixture(scope="module", params=["global", "document"])
 def one_process(request):
     """(balance, weights, gradients, norms) of the plain reference."""
-    batches = [[(s.tokens, s.trained) for s in batch] for batch in STEPS]
-    trained, gradients, norms = reference.train(
-        weights(),
-        TINY,
-        batches,
-        balance=request.param,
-        clip=OPTIM.clip_grad,
-        lr=OPTIM.lr,
-        weight_decay=OPTIM.weight_decay,
-        betas=OPTIM.betas,
-        eps=OPTIM.eps,
-    )
+    trained, gradients, norms = train_in_one_process(weights(), STEPS, balance=request.param)
     assert min(norms) > OPTIM.clip_grad, "clipping must be on"
     return request.param, trained, gradients, norms
 
@@ -51,14 +40,11 @@ def test_three_steps_equal_one_process(world, one_process):
     ranks = run_ranks(world, run_all, partitions, STEPS, balance, timeout=240)
     for index, partition in enumerate(partitions):
         parts = [rank[index] for rank in ranks]
-        assert all(p["steps"][0]["grad_norm"] == parts[0]["steps"][0]["grad_norm"] for p in parts), "norm differs by rank"
+        assert all(p["steps"][0]["norm"] == parts[0]["steps"][0]["norm"] for p in parts), "norm differs by rank"
         for sample, logits in zip(STEPS[0], parts[-1]["logits"], strict=False):
             expected = reference.forward(weights(), TINY, torch.tensor(sample.tokens))[0]
             torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
         for step, norm in enumerate(norms):
-            assert parts[0]["steps"][step]["grad_norm"] == pytest.approx(norm, rel=1e-10), (partition, step)
+            assert parts[0]["steps"][step]["norm"] == pytest.approx(norm, rel=1e-10), (partition, step)
         for what, expected in (("gradients", gradients), ("weights", trained)):
-            full = assemble([part[what] for part in parts])
-            for name, tensor in expected.items():
-                error = (full[name] - tensor).abs().max().item() / tensor.abs().max().item()
-                assert error <= 1e-10, f"{partition}: {what} of {name} differ by {error:.1e}"
+            check_close(assemble([part[what] for part in parts]), expected, 1e-10, (partition, what))

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import command
-from models import OPTIM, TINY, WORDS, Tensors, assemble, build, local_parts, make_tokenizer, mesh_for, samples, weights
+from models import OPTIM, TINY, WORDS, Tensors, assemble, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from test_commands import MODEL
 
+from accessory.certify import harness
 from accessory.checkpoint.state import KINDS, StateNotes, TrainingState
-from accessory.data.loader import BatchPlan
-from accessory.data.packing import Rows
 from accessory.model.logical import Overlaid, whole_region
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken
@@ -70,21 +69,20 @@ def train(layout, mp, mode, batches, state=None):
     optimizer = make_optimizer(model, OPTIM)
     if state:
         load_moments(model, optimizer, state)
-    plan = BatchPlan(4 // mesh.dp.size, 1, mesh.dp.rank, mesh.dp.size)
     for batch in batches:
-        (micro_batches,) = plan.epoch(batch, Rows.alone(range(4)))
+        micro_batches = harness.micro_batches(batch, 1, mesh.dp.rank, mesh.dp.size)
         train_step(model, optimizer, micro_batches, NextToken(), RouterLosses("global"), clip_grad=0.5)
     return model, optimizer
 
 
 def train_on(home):
     """The weights after all steps at a stretch, and with a change from one way to the next in the middle."""
-    results = [local_parts(train("mixtral", 1, "fsdp", BATCHES)[0])]
+    results = [harness.weights(train("mixtral", 1, "fsdp", BATCHES)[0])]
     for number, (before, after) in enumerate(zip(WAYS, WAYS[1:] + WAYS[:1], strict=True)):
         directory = home / f"{number}/step2"
-        notes = StateNotes(dist.get_world_size(), steps=2, rows=8, of_steps=4, global_batch=4, data="")
+        notes = StateNotes(dist.get_world_size(), steps=2, rows=8, of_steps=4, global_batch=4, data_digest="")
         save_state(*train(*before, BATCHES[:2]), directory, notes, keep=1)
-        results.append(local_parts(train(*after, BATCHES[2:], TrainingState(directory))[0]))
+        results.append(harness.weights(train(*after, BATCHES[2:], TrainingState(directory))[0]))
     return results
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from accessory.certify import reference
 from accessory.certify.formats import largest
+from accessory.certify.harness import assemble
 from accessory.certify.matrix import CacheCell, Cell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.data.store import Sample
-from accessory.model.logical import Cut
-from accessory.model.moe.layouts import get_layout
 from accessory.settings import OptimSection
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -88,9 +87,8 @@ class Judge:
             errors = {name: largest((errors[name], step_errors[name])) for name in errors}
 
         tuning = self.problem.tuning(cell.tuning)
-        cuts = tuning.logical.cuts(get_layout(cell.layout))
-        gradients, differ = assemble([rank["gradients"] for rank in ranks], cuts, cell.model_parallel)
-        weights, also = assemble([rank["weights"] for rank in ranks], cuts, cell.model_parallel)
+        gradients, differ = assemble([rank["gradients"] for rank in ranks], tuning.logical.shapes)
+        weights, also = assemble([rank["weights"] for rank in ranks], tuning.logical.shapes)
         first = expected[0]
         # what was applied, whatever the norm that it was made from
         applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
@@ -142,26 +140,6 @@ def reference_steps(
         trains=tuning.trains,
         scaling=next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0),
     )
-
-
-def assemble(parts: list[dict[str, Tensor]], cuts: Mapping[str, Cut], size: int) -> tuple[dict[str, Tensor], set[str]]:
-    """Full logical tensors from every rank's, and the names of those of which ranks do not hold bitwise the same.
-
-    What only some ranks have is such a name, and no full tensor.
-    """
-    full: dict[str, Tensor] = {}
-    everywhere = set.intersection(*(set(part) for part in parts))
-    differ = set().union(*parts) - everywhere
-    for name in everywhere:
-        full[name] = torch.full(cuts[name].shape, torch.nan, dtype=parts[0][name].dtype)
-        filled = torch.zeros(cuts[name].shape, dtype=torch.bool)
-        for rank, others in enumerate(parts):
-            region = cuts[name].region(rank % size, size)
-            given = others[name].view(full[name][region].shape)
-            if filled[region].all() and not torch.equal(full[name][region], given):
-                differ.add(name)
-            full[name][region], filled[region] = given, True
-    return full, differ
 
 
 def disagreement(names: set[str]) -> str | None:

@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
-from accessory.certify.judge import Verdict, assemble, bounds, disagreement, distance, relative
+from accessory.certify.harness import assemble, gradients
+from accessory.certify.judge import Verdict, bounds, disagreement, distance, relative
 from accessory.certify.problem import Problem
 from accessory.certify.processes import Failure
-from accessory.certify.run import Tensors, build, gradients
+from accessory.certify.run import build_problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
@@ -23,7 +24,7 @@ from accessory.data.loader import Batch, collate
 from accessory.errors import UserError
 from accessory.model.head import Logits, LossSum
 from accessory.model.logical import LogicalModel, region_shape, whole_region
-from accessory.model.moe.layouts import LAYOUTS, get_layout
+from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import make_mesh
 
 
@@ -45,7 +46,7 @@ def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
 def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
     """Logits, loss and gradients of a batch, as one of the cell's ranks."""
     mesh = make_mesh(cell.world)
-    model = build(problem, cell.layout, Tensors(problem.weights()), device, mesh, problem.tuning("full"))
+    model = build_problem(problem, cell.layout, device, mesh)
     batch = _batch(problem).to(device)
     with torch.no_grad():
         logits, _ = model(batch.inputs(), Logits())
@@ -86,8 +87,7 @@ class TransformersJudge:
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
             return Verdict(cell, {}, self.bounds, outcome.reason)
-        cuts = self.logical.cuts(get_layout(cell.layout))
-        ours, differ = assemble([rank["gradients"] for rank in outcome], cuts, cell.world)
+        ours, differ = assemble([rank["gradients"] for rank in outcome], self.logical.shapes)
         logits = (distance({"": rank["logits"]}, {"": self.logits}) for rank in outcome)
         losses = (relative(rank["loss"], self.loss) for rank in outcome)
         errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}

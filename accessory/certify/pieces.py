@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from accessory.certify import reference
 from accessory.certify.formats import largest
-from accessory.certify.run import gradients
+from accessory.certify.harness import Parts, gradients
 from accessory.checkpoint.state import KINDS, TrainingState
 from accessory.model.decoder import Decoder
 from accessory.model.documents import Documents
@@ -145,12 +145,12 @@ class Masters:
         start = {name: weights[name][box].clone() for name, box in self._boxes.items()}
         zeros = ({name: torch.zeros_like(t) for name, t in start.items()} for _ in KINDS[1:])
         self._kept = dict(zip(KINDS, (start, *zeros), strict=True))
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients: Parts = {}
         optimizer.register_step_pre_hook(lambda *_: self._step(gradients(model)))
 
-    def _step(self, parts: dict[str, Tensor]) -> None:
+    def _step(self, parts: Parts) -> None:
         self._steps, self.gradients, settings = self._steps + 1, parts, self._settings
-        for name, part in parts.items():
+        for name, (_, part) in parts.items():
             weight, *moments = (self._kept[kind][name] for kind in KINDS)
             decay = settings.weight_decay if weight.dim() > 1 and not name.endswith("bias") else 0.0
             options = {"rate": settings.lr, "weight_decay": decay, "betas": settings.betas, "eps": settings.eps}
@@ -159,7 +159,7 @@ class Masters:
     def norm(self) -> float:
         """The 2-norm of the whole gradient (a collective)."""
         squares = torch.zeros(2, dtype=torch.float64)  # of what is whole on every rank, and of what is cut
-        for name, part in self.gradients.items():
+        for name, (_, part) in self.gradients.items():
             squares[int(self._cuts[name].dim_over(self._mp.size) is not None)] += wide(part).square().sum()
         self._mp.all_reduce(squares[1:])
         return math.sqrt(squares.sum())

@@ -11,22 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accessory.certify.formats import largest
+from accessory.certify.harness import Tensors, gradients, micro_batches
 from accessory.certify.judge import Verdict, reference_steps, relative
 from accessory.certify.matrix import Mode, mode_settings, model_parallel_sizes, modes, partition
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
 from accessory.certify.processes import Failure
-from accessory.certify.run import Tensors, build, gradients
+from accessory.certify.run import build_problem
 from accessory.checkpoint.state import StateNotes, TrainingState
-from accessory.data.loader import Batch, BatchPlan
-from accessory.data.packing import Rows
-from accessory.data.store import Sample
+from accessory.data.loader import Batch
 from accessory.model.build import build_model
 from accessory.model.head import LossSum
 from accessory.model.moe.layouts import LAYOUTS, get_layout
@@ -92,14 +90,14 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     """
     ranks, rank = cell.world // cell.model_parallel, dist.get_rank() // cell.model_parallel
     batches = problem.long_then_short()
-    first = [_micro_batches(batches[0], cell.accumulation, r, ranks, device) for r in range(ranks)]
-    summed = _summed_gradients(problem, cell, [*itertools.chain(*first)], device) if cell.model_parallel == 1 else {}
+    first = [batch.to(device) for r in range(ranks) for batch in micro_batches(batches[0], cell.accumulation, r, ranks)]
+    summed = _summed_gradients(problem, cell, first, device) if cell.model_parallel == 1 else {}
 
     parallel = mode_settings(cell.data_parallel)
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
     weights = problem.weights(cell.tuning)
-    model = build(problem, cell.layout, Tensors(weights), device, mesh, tuning, parallel.data_parallel)
+    model = build_problem(problem, cell.layout, device, mesh, tuning=cell.tuning, mode=parallel.data_parallel)
     optimizer = make_optimizer(model, SETTINGS)
     masters, pieces = Masters(model, optimizer, weights, SETTINGS), Pieces(model, weights, tuning)
     errors: dict[str, float] = {}
@@ -108,7 +106,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
         result = train_step(
             model,
             optimizer,
-            _micro_batches(batch, cell.accumulation, rank, ranks, device),
+            [part.to(device) for part in micro_batches(batch, cell.accumulation, rank, ranks)],
             NextToken(),
             RouterLosses("document", Z_WEIGHT),
             clip_grad=SETTINGS.clip_grad,
@@ -120,7 +118,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
             errors |= {"balance": relative(result.balance.item(), uneven), "z-loss": relative(result.z.item(), large)}
             errors["norm"] = relative(result.grad_norm.item(), masters.norm())
             if summed:
-                errors["reduced"] = largest(_rms(masters.gradients[name], tensor) for name, tensor in summed.items())
+                errors["reduced"] = largest(_rms(masters.gradients[name][1], tensor) for name, tensor in summed.items())
         loss_sum = mesh.dp.all_reduce(result.loss_sum.double())
         losses.append(loss_sum.item() / int(result.targets))
     notes = StateNotes(cell.world, len(batches), 0, len(batches), 0, "")
@@ -128,26 +126,20 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     return {"errors": errors | {"masters": masters.error(TrainingState(scratch / "state"))}, "losses": losses}
 
 
-def _micro_batches(samples: list[Sample], accumulation: int, rank: int, ranks: int, device: torch.device) -> list[Batch]:
-    plan = BatchPlan(-(-len(samples) // (accumulation * ranks)), accumulation, rank, ranks)
-    (micro_batches,) = plan.epoch(samples, Rows.alone(np.arange(len(samples))))
-    return [batch.to(device) for batch in micro_batches]
-
-
 def _summed_gradients(
-    problem: Problem, cell: PrecisionCell, micro_batches: list[Batch], device: torch.device
+    problem: Problem, cell: PrecisionCell, batches: list[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
     tuning = problem.tuning(cell.tuning)
     source, layout = Tensors(problem.weights(cell.tuning)), get_layout(cell.layout)
     model = build_model(tuning.logical, layout, source, dtype=problem.dtype, device=device, trains=tuning.trains)
-    targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in micro_batches], device=device).sum(0)
+    targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in batches], device=device).sum(0)
     total: dict[str, Tensor] = {}
-    for batch in micro_batches:
+    for batch in batches:
         loss, stats = model(batch.inputs(), LossSum(batch.targets))
         share = document_balance(stats, tokens, model.args.moe.num_experts_per_tok)
         (loss / targets + model.args.load_balancing_weight * share + Z_WEIGHT * z_loss(stats, tokens)).backward()
-        total = {name: wide(gradient) + total.get(name, 0.0) for name, gradient in gradients(model).items()}
+        total = {name: wide(gradient) + total.get(name, 0.0) for name, (_, gradient) in gradients(model).items()}
         model.zero_grad()
     return total
 

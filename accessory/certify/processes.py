@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from accessory.parallel.forkserver import fork_server
 
 Job = TypeVar("Job")
 Body = Callable[[Any, torch.device, Path], Any]
-"""Does a job on one rank: (job, device, a directory that all ranks of the job see) -> plain data and CPU tensors."""
+"""Does a job on one rank: (job, device, a directory that all ranks of the job see) -> what can be pickled, on the CPU."""
 
 LIMIT_S = 300.0
 START_S = 120.0
@@ -28,13 +29,19 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no result."""
+    """Why there is no result: in one line, and what the rank that failed wrote last, if it could."""
 
     reason: str
+    log: str = field(default="", compare=False)
 
 
 def run_jobs(
-    world: int, device: str, body: Body, jobs: Sequence[Job], limit_s: float = LIMIT_S
+    world: int,
+    device: str,
+    body: Body,
+    jobs: Sequence[Job],
+    limit_s: float = LIMIT_S,
+    imports: Sequence[str] = ("accessory.certify.run",),
 ) -> Iterator[tuple[Job, list[Any] | Failure]]:
     """Do each job on ``world`` ranks; yield it with what the ranks returned, in their order, or with a Failure.
 
@@ -44,12 +51,13 @@ def run_jobs(
         device: "cpu" (gloo) or "cuda" (NCCL, a GPU for each rank).
         body: can be pickled; all ranks call it with the same jobs, each job in a process group of its own.
         limit_s: seconds for each job; the first of a set of processes has ``START_S`` more.
+        imports: what the processes have imported when they start, if they are the first that this program forks.
     """
     left = list(jobs)
     while left:
         with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:
             folder = Path(name)
-            context = fork_server("accessory.certify.run")
+            context = fork_server(*imports)
             ranks = [
                 context.Process(target=_rank, args=(rank, world, device, body, left, folder), daemon=True)
                 for rank in range(world)
@@ -78,15 +86,16 @@ def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> li
         # a rank's death or error makes the others' collectives fail: of several, the first is the cause
         ended = [rank for rank, process in enumerate(ranks) if process.exitcode is not None and not paths[rank].exists()]
         if dead := [rank for rank in ended if not (folder / f"{rank}.error").exists()]:
-            last = (folder / f"{dead[0]}.log").read_text(errors="replace").strip().rpartition("\n")[2]
-            return Failure(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}: {last}".removesuffix(": "))
+            log = (folder / f"{dead[0]}.log").read_text(errors="replace").strip()
+            last = log.rpartition("\n")[2]
+            return Failure(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}: {last}".removesuffix(": "), log)
         if errors := sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns):
-            return Failure(errors[0].read_text())
+            return Failure(errors[0].read_text(), errors[0].with_suffix(".log").read_text(errors="replace"))
         if time.monotonic() > deadline:
             late = [str(rank) for rank, path in enumerate(paths) if not path.exists()]
             return Failure(f"no result of rank {', '.join(late)} within {limit_s:.0f} s")
         time.sleep(0.01)
-    results = [torch.load(path, weights_only=True) for path in paths]
+    results = [torch.load(path, weights_only=False) for path in paths]  # this program's own ranks wrote them
     for path in paths:
         path.unlink()
     return results
@@ -114,6 +123,8 @@ def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], f
             dist.barrier()
             dist.destroy_process_group()
         except BaseException as error:
+            traceback.print_exc()
+            sys.stderr.flush()
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"rank {rank}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             (folder / f"{rank}.part").write_text(reason)

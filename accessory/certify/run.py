@@ -4,47 +4,26 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from accessory.certify import formats
+from accessory.certify.harness import Tensors, build, train
 from accessory.certify.matrix import CacheCell, Cell, FileCell, mode_settings
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
-from accessory.data.loader import BatchPlan
-from accessory.data.packing import Rows
 from accessory.dtypes import at_least
 from accessory.infer.generate import make_cache
-from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.logical import Region, Source
-from accessory.model.moe.layouts import get_layout
-from accessory.parallel.fsdp import wrap
-from accessory.parallel.mesh import Axis, Mesh, make_mesh
-from accessory.settings import DataParallel
-from accessory.train.balance import RouterLosses
-from accessory.train.objective import NextToken
-from accessory.train.optim import learning_rate, make_optimizer
+from accessory.model.logical import Source
+from accessory.parallel.mesh import Mesh, make_mesh
+from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan
-from accessory.train.save import gathered, save_model
-from accessory.train.step import StepResult, train_step
-from accessory.tuning.spec import Tuning
-
-
-class Tensors:
-    """A dictionary of logical tensors as a source."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-
-    def read(self, name: str, region: Region) -> Tensor:
-        return self.tensors[name][region]
+from accessory.train.save import save_model
 
 
 def run_cell(problem: Problem, cell: Cell | FileCell | CacheCell, device: torch.device, scratch: Path) -> dict[str, Any]:
@@ -53,74 +32,33 @@ def run_cell(problem: Problem, cell: Cell | FileCell | CacheCell, device: torch.
         return pass_through_files(problem, cell, device, scratch)
     if isinstance(cell, CacheCell):
         return {"logits": run_in_chunks(problem, cell, device)}
-    return train(problem, cell, device)
+    return train_on_problem(problem, cell, device)
 
 
-def train(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Train through the problem's global batches.
-
-    Returns:
-        steps: of each what ``_numbers`` says. gradients: of the first step, clipped; weights: after the last; both this
-        model-parallel rank's parts of logical tensors, whole over data-parallel ranks.
-    """
+def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
+    """Train through the problem's global batches, an epoch each; returns what ``harness.train`` does."""
     parallel = mode_settings(cell.data_parallel)
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
-    tuning = problem.tuning(cell.tuning)
-    source = Tensors(problem.weights(cell.tuning))
-    model = build(problem, cell.layout, source, device, mesh, tuning, parallel.data_parallel, cell.recompute)
-    optimizer = make_optimizer(model, OPTIM)
-    first: dict[str, Tensor] = {}
-    optimizer.register_step_pre_hook(lambda *_: None if first else first.update(gradients(model)))
-    batches = problem.batches(cell.masks)
-    rows = [_rows([len(sample.tokens) for sample in batch], cell.packing) for batch in batches]
-    most = max(len(some) for some in rows)
-    cut_to = BatchPlan(-(-most // (cell.accumulation * mesh.dp.size)), cell.accumulation, mesh.dp.rank, mesh.dp.size)
+    model = build_problem(
+        problem,
+        cell.layout,
+        device,
+        mesh,
+        tuning=cell.tuning,
+        mode=parallel.data_parallel,
+        recompute=cell.recompute,
+    )
     plan = Plan(BATCHES, max(BATCHES))
-    steps = []
-    for step, samples, some in zip(plan.steps(), batches, rows, strict=True):
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(step, plan, OPTIM)
-        (micro_batches,) = cut_to.epoch(samples, some)
-        result = train_step(
-            model,
-            optimizer,
-            [batch.to(device) for batch in micro_batches],
-            NextToken(),
-            RouterLosses(cell.balance, Z_WEIGHT),
-            clip_grad=OPTIM.clip_grad,
-        )
-        steps.append(_numbers(result, mesh.dp))
-    weights = {name: tensor.detach().cpu() for name, tensor in gathered(model)}
-    return {"steps": steps, "gradients": first, "weights": weights}
-
-
-def _rows(lengths: list[int], packing: bool) -> Rows:
-    order = np.arange(len(lengths))
-    return Rows.packed(order, np.array(lengths), PACKED_WIDTH) if packing else Rows.alone(order)
-
-
-def _numbers(result: StepResult, dp: Axis) -> dict[str, Any]:
-    """A step's losses and counts over all ranks, reduced as the log reduces them, and its gradient norm."""
-    sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
-    loss, balance, z = dp.all_reduce(sums).tolist()
-    return {
-        "loss": loss / int(result.targets),
-        "balance": balance,
-        "z-loss": z,
-        "counts": dp.all_reduce(result.counts.clone()).cpu(),
-        "norm": result.grad_norm.item(),
-    }
-
-
-@torch.no_grad()
-def gradients(model: Decoder) -> dict[str, Tensor]:
-    parts = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None:
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            parts[name] = whole.to("cpu", copy=True)
-    return parts
+    return train(
+        model,
+        problem.batches(cell.masks),
+        OPTIM,
+        accumulation=cell.accumulation,
+        balance=cell.balance,
+        z_weight=Z_WEIGHT,
+        rates=[learning_rate(step, plan, OPTIM) for step in plan.steps()],
+        width=PACKED_WIDTH if cell.packing else None,
+    )
 
 
 def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
@@ -136,7 +74,7 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
         formats.write(scratch / "given", weights, problem.args, cell.given, cell.size)
     dist.barrier()
     mesh = make_mesh(cell.model_parallel)
-    model = build(problem, cell.layout, Checkpoint(scratch / "given"), device, mesh, problem.tuning("full"))
+    model = build_problem(problem, cell.layout, device, mesh, source=Checkpoint(scratch / "given"))
     tokens = problem.batches(False)[0][0].tokens
     with torch.no_grad():
         inputs = Inputs(torch.tensor(tokens, device=device), Documents.of([len(tokens)]).to(device))
@@ -158,7 +96,7 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
 def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> list[Tensor]:
     """Logits [S, V] of the first step's sequences, each from chunks of one token or several; not all go on in each round."""
     mesh = make_mesh(cell.world)
-    model = build(problem, cell.layout, Tensors(problem.weights()), device, mesh, problem.tuning("full"))
+    model = build_problem(problem, cell.layout, device, mesh)
     sequences = [sample.tokens.tolist() for sample in problem.batches(False)[0]]
     cache = make_cache(model, len(sequences), problem.args.max_seq_len)
     rng, done = random.Random(problem.seed), [0] * len(sequences)
@@ -175,25 +113,26 @@ def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> li
     return [torch.cat(parts) for parts in logits]
 
 
-def build(
+def build_problem(
     problem: Problem,
     layout: str,
-    source: Source,
     device: torch.device,
     mesh: Mesh,
-    tuning: Tuning,
-    mode: DataParallel = "fsdp",
-    recompute: bool = False,
+    *,
+    tuning: str = "full",
+    source: Source | None = None,
+    **options: Any,
 ) -> Decoder:
-    return build_model(
-        tuning.logical,
-        get_layout(layout),
-        source,
+    """The problem's model, trained as ``tuning`` says; ``source``: of its weights, if not the problem's own."""
+    spec = problem.tuning(tuning)
+    return build(
+        spec.logical,
+        layout,
+        source or Tensors(problem.weights(tuning)),
         mesh=mesh,
         dtype=at_least(problem.dtype),
+        compute=problem.dtype,
         device=device,
-        recompute=recompute,
-        trains=tuning.trains,
-        frozen_dtype=problem.dtype,
-        shard=lambda model: wrap(model, mesh, mode, problem.dtype, device.type),
+        trains=spec.trains,
+        **options,
     )

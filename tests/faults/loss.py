@@ -128,7 +128,7 @@ FAULTS = (
         "the third and later micro-batches count half",
         STEP,
         "z_weight * z).backward()",
-        "z_weight * z).div(2 if number > 1 else 1).backward()",
+        "z_weight * z).div(2 if index > 1 else 1).backward()",
         "certify --only world=1 accum=3 tuning=full",
     ),
     Fault(

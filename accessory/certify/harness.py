@@ -1,0 +1,163 @@
+"""A model and its steps, made of a run's own parts; what each rank has of the results, and the whole of it."""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from accessory.data.loader import Batch, BatchPlan, sample_lengths
+from accessory.data.packing import Rows
+from accessory.data.store import Sample
+from accessory.model.build import build_model
+from accessory.model.decoder import Decoder
+from accessory.model.logical import LogicalModel, Region, Shape, Source
+from accessory.model.moe.layouts import get_layout
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.mesh import ONE_RANK, Axis, Mesh
+from accessory.settings import BalanceMode, DataParallel, OptimSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken, Objective
+from accessory.train.optim import make_optimizer
+from accessory.train.save import gathered
+from accessory.train.step import StepResult, train_step
+
+CPU = torch.device("cpu")
+Parts = dict[str, tuple[Region, Tensor]]
+"""What a model-parallel rank holds of logical tensors: of each the region, and what stands there."""
+
+
+class Tensors:
+    """A dictionary of logical tensors as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return self.tensors[name][region]
+
+
+def build(
+    logical: LogicalModel,
+    layout: str,
+    source: Source,
+    *,
+    mesh: Mesh = ONE_RANK,
+    mode: DataParallel = "fsdp",
+    dtype: torch.dtype = torch.float64,
+    compute: torch.dtype | None = None,
+    device: torch.device = CPU,
+    recompute: bool = False,
+    kernel: str = "auto",
+    trains: Set[str] | None = None,
+) -> Decoder:
+    """A decoder as a run has it: masters in ``dtype``, sharded over data-parallel ranks, computing in ``compute``."""
+    return build_model(
+        logical,
+        get_layout(layout),
+        source,
+        mesh=mesh,
+        dtype=dtype,
+        device=device,
+        recompute=recompute,
+        kernel=kernel,
+        frozen_dtype=compute,
+        trains=trains,
+        shard=lambda model: wrap(model, mesh, mode, compute or dtype, device.type),
+    )
+
+
+def micro_batches(
+    samples: Sequence[Sample], accumulation: int, rank: int, ranks: int, width: int | None = None
+) -> list[Batch]:
+    """A data-parallel rank's part of a global batch; ``width``: packed into rows of so many tokens; None: a row each."""
+    order = np.arange(len(samples))
+    rows = Rows.packed(order, sample_lengths(samples), width) if width else Rows.alone(order)
+    (batches,) = BatchPlan(-(-len(rows) // (accumulation * ranks)), accumulation, rank, ranks).epoch(samples, rows)
+    return batches
+
+
+def train(
+    model: Decoder,
+    batches: Sequence[Sequence[Sample]],
+    optim: OptimSection,
+    *,
+    accumulation: int,
+    balance: BalanceMode,
+    z_weight: float,
+    rates: Sequence[float] | None = None,
+    width: int | None = None,
+    objective: Objective | None = None,
+) -> dict[str, Any]:
+    """A step of each global batch, at its rate; without ``rates`` at ``optim.lr``.
+
+    Returns:
+        steps: what ``measured`` says of each. gradients: Parts, of the first step, clipped. weights: Parts, after the last.
+    """
+    optimizer = make_optimizer(model, optim)
+    first: Parts = {}
+    optimizer.register_step_pre_hook(lambda *_: None if first else first.update(gradients(model)))
+    device, dp = next(model.parameters()).device, model.mesh.dp
+    steps = []
+    for samples, rate in zip(batches, rates or [optim.lr] * len(batches), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        mine = [batch.to(device) for batch in micro_batches(samples, accumulation, dp.rank, dp.size, width)]
+        losses = RouterLosses(balance, z_weight)
+        result = train_step(model, optimizer, mine, objective or NextToken(), losses, clip_grad=optim.clip_grad)
+        steps.append(measured(result, dp))
+    return {"steps": steps, "gradients": first, "weights": weights(model)}
+
+
+def measured(result: StepResult, dp: Axis) -> dict[str, Any]:
+    """A step's losses and counts over all ranks, reduced as the log reduces them, and its gradient norm."""
+    sums = torch.stack([result.loss_sum.double(), result.balance.double(), result.z.double()])
+    loss, balance, z = dp.all_reduce(sums).tolist()
+    return {
+        "loss": loss / max(1, int(result.targets)),
+        "balance": balance,
+        "z-loss": z,
+        "counts": dp.all_reduce(result.counts.clone()).cpu(),
+        "norm": result.grad_norm.item(),
+        "tokens": int(result.tokens),
+        "targets": int(result.targets),
+    }
+
+
+def gradients(model: Decoder) -> Parts:
+    """Whole over data-parallel ranks; of what trains, and of what should not but has one."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+    return _parts(model, whole)
+
+
+def weights(model: Decoder) -> Parts:
+    """Whole over data-parallel ranks."""
+    return _parts(model, dict(gathered(model)))
+
+
+def _parts(model: Decoder, tensors: Mapping[str, Tensor]) -> Parts:
+    mp = model.mesh.mp
+    regions = {name: model.cuts[name].region(mp.rank, mp.size) for name in tensors}
+    return {name: (regions[name], tensor.detach().to("cpu", copy=True)) for name, tensor in tensors.items()}
+
+
+def assemble(ranks: Sequence[Parts], shapes: Mapping[str, Shape]) -> tuple[dict[str, Tensor], set[str]]:
+    """Full logical tensors from every rank's parts, and the names of those of which ranks do not hold bitwise the same.
+
+    What only some ranks have is such a name, and no full tensor; what no rank has of a tensor is NaN.
+    """
+    full: dict[str, Tensor] = {}
+    everywhere = set.intersection(*(set(parts) for parts in ranks))
+    differ = set().union(*ranks) - everywhere
+    for name in everywhere:
+        full[name] = torch.full(shapes[name], torch.nan, dtype=ranks[0][name][1].dtype)
+        filled = torch.zeros(shapes[name], dtype=torch.bool)
+        for region, tensor in (parts[name] for parts in ranks):
+            given = tensor.view(full[name][region].shape)
+            if filled[region].all() and not torch.equal(full[name][region], given):
+                differ.add(name)
+            full[name][region], filled[region] = given, True
+    return full, differ
