@@ -99,11 +99,10 @@ class LoraSection:
 
 @dataclass(frozen=True)
 class TuningSection:
-    """What trains. With lora, bias, norm and train all left alone, everything does; else their union, and nothing else."""
+    """What trains. With lora, bias and train all left alone, everything does; else their union, and nothing else."""
 
     lora: LoraSection | None = None  # lora: {} takes its defaults
     bias: bool = False  # add biases, starting at zero, to wq, wk, wv, wo and the experts' w1, w2, w3
-    norm: bool = False  # train the norms
     # experts | attention | router | norms | embeddings | output, or regular expressions found in logical names
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()  # the same words: what of the above does not train

@@ -31,7 +31,7 @@ from accessory.tuning.spec import resolve
 LAYOUTS = ("mixtral", "mixtral_sparse")
 ALL_TARGETS = ("attention", "experts", "router", "embeddings", "output")
 LORA = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS))
-LORA_NORM = replace(LORA, norm=True)
+LORA_NORM = replace(LORA, train=("norms",))
 UNION = replace(LORA_NORM, bias=True)
 
 
@@ -308,7 +308,7 @@ def peft_file(t, rank, size):
 @pytest.mark.parametrize("size", [1, 2])
 def test_mixtral_peft_directories(size, base, tmp_path):
     """Adapters alone behind a base, and all in one directory; y = W x + b + B (A x), without alpha."""
-    section = TuningSection(lora=LoraSection(rank=4), bias=True, norm=True)
+    section = TuningSection(lora=LoraSection(rank=4), bias=True, train=("norms",))
     t = trained_tensors(section)
     expected = reference.forward({k: v.double() for k, v in t.items()}, ARGS, torch.tensor(TOKENS))[0]
     config = ARGS.to_dict() | {"lora_rank": 4, "bias_tuning": True, "norm_tuning": True}
@@ -395,7 +395,7 @@ out: {home}/run
 
 def test_parts_of_the_base_alone(base, tmp_path):
     """What trains may be tensors of the base: saved alone, they stand behind it; nothing trained before is lost."""
-    run = run_file(base, tmp_path, "tuning: {train: router, norm: true}", "save: {only_trainable: true}")
+    run = run_file(base, tmp_path, "tuning: {train: [router, norms]}", "save: {only_trainable: true}")
     codes, _, err = command("finetune", run)
     assert codes == [0], err
     saved = tmp_path / "run/epoch0"
@@ -410,7 +410,7 @@ def test_parts_of_the_base_alone(base, tmp_path):
     both = f"model.checkpoint=[{base}, {saved}]"
     codes, _, err = command("finetune", run, both, "tuning={lora: {}}", f"out={tmp_path}/lora")
     assert codes == [1] and "this run would not save them" in err, err
-    codes, _, err = command("finetune", run, both, "tuning={lora: {}, train: router, norm: true}", f"out={tmp_path}/lora")
+    codes, _, err = command("finetune", run, both, "tuning={lora: {}, train: [router, norms]}", f"out={tmp_path}/lora")
     assert codes == [0], err
     assert cli("merge", base, tmp_path / "lora/epoch0", tmp_path / "again") == 0
 
@@ -484,7 +484,7 @@ def test_finetune_go_on_generate_merge(base, tmp_path):
 model: {{checkpoint: {base}, layout: mixtral_sparse}}
 data: {{mix: {tmp_path}/mix.yaml, max_seq_len: 512, validation: 0}}
 parallel: {{model_parallel: 2, precision: fp32}}
-tuning: {{lora: {{rank: 2}}, norm: true}}
+tuning: {{lora: {{rank: 2}}, train: norms}}
 optim: {{lr: 1e-2, warmup_epochs: 0}}
 train: {{max_steps: 3, batch_size: 8}}
 log: {{every: 1}}

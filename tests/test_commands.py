@@ -137,7 +137,7 @@ def test_finetune_starts_from_a_checkpoint(runs, home):
 
 def test_adapters_train_alike_in_both_layouts(home, runs):
     base = next(runs[0].glob("epoch*"))
-    tuning = ["tuning.lora.rank=4", "tuning.lora.dropout=0.1", "tuning.bias=true", "tuning.norm=true"]
+    tuning = ["tuning.lora.rank=4", "tuning.lora.dropout=0.1", "tuning.bias=true", "tuning.train=norms"]
     for layout in ("mixtral_peft", "mixtral_sparse"):
         words = [f"model.checkpoint={base}", f"model.layout={layout}", f"out={home}/lora_{layout}", "log.wandb=off"]
         codes, out, err = command("finetune", home / "run.yaml", *tuning, *words, ranks=2)

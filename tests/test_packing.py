@@ -37,7 +37,7 @@ PARTITIONS = {1: [(1, "fsdp")], 2: [(2, "fsdp"), (1, "fsdp")], 4: [(2, "fsdp")]}
 def tuning():
     """LoRA with dropout on every matrix, biases, and the norms."""
     lora = LoraSection(rank=3, dropout=0.3, targets=("attention", "experts", "router", "output"))
-    section = TuningSection(lora=lora, bias=True, norm=True)
+    section = TuningSection(lora=lora, bias=True, train=("norms",))
     spec = resolve(section, TINY, seed=5)
     return {"adapters": spec.logical.adapters, "trains": spec.trains}
 

@@ -189,7 +189,7 @@ RUNS = {  # changes of the good run file: the sentence
     "tuning.train=[router] tuning.freeze=[experts]": "tuning.freeze: 'experts' does not train anyway",
     "save.only_trainable=true": "adapters belong to a base",
     "save.format=bin": "run.yaml: save.format: 'bin' is not one of 'safetensors', 'pth'",
-    "save.format=pth tuning.norm=true save.only_trainable=true " + CHECKPOINT: "save.format=pth is of whole models",
+    "save.format=pth tuning.train=norms save.only_trainable=true " + CHECKPOINT: "save.format=pth is of whole models",
     "save.state_every=null save.keep_states=3": "run.yaml: save.keep_states 3 keeps nothing while state_every is null",
     "log.wandb=on": "run.yaml: log.wandb: 'on' is not one of 'off', 'offline', 'online'",
     "log.alarms=3": "run.yaml: log.alarms: expected a group of keys, found 3",

@@ -260,7 +260,6 @@ REFUSED = {
     "tuning.lora.rank": "the adapters' shape",
     "tuning.lora.targets": "names",
     "tuning.bias": "names",
-    "tuning.norm": "names",
     "tuning.train": "names",
     "tuning.freeze": "names",
 }

@@ -49,7 +49,7 @@ PARTITIONS = {  # world size: (model parallel, data parallel mode)
     8: [(4, "fsdp")],
 }
 ALL_TARGETS = ("attention", "experts", "router", "embeddings", "output")
-EVERYTHING = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS), bias=True, norm=True)
+EVERYTHING = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS), bias=True, train=("norms",))
 
 
 def tuning(section):
@@ -226,7 +226,7 @@ PARTS = {
         TuningSection(train=("experts",), freeze=(r"^layers\.0\.",)),
         lambda name: "layers.1.feed_forward.experts" in name,
     ),
-    "norms": (TuningSection(norm=True), lambda name: "norm" in name),
+    "norms": (TuningSection(train=("norms",)), lambda name: "norm" in name),
 }
 
 
@@ -336,7 +336,7 @@ def test_what_an_adapter_is():
         (TuningSection(train=("experts(",)), "tuning.train: .* not a regular expression"),
         (TuningSection(freeze=("routers",)), "tuning.freeze: 'routers' matches none.*'router'"),
         (TuningSection(lora=LoraSection(), freeze=("router",)), "tuning.freeze: 'router' does not train anyway"),
-        (TuningSection(norm=True, freeze=("norms",)), "tuning.norm: all of 'norms' is frozen"),
+        (TuningSection(train=("norms",), freeze=("norms",)), "tuning.train: all of 'norms' is frozen"),
         (TuningSection(train=("router", "experts"), freeze=("experts",)), "tuning.train: all of 'experts' is frozen"),
         (TuningSection(freeze=(".",)), "nothing to train"),
         (

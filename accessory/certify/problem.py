@@ -45,7 +45,7 @@ TUNINGS = {
     "lora": TuningSection(
         lora=LoraSection(rank=3, alpha=2.0, targets=("attention", "experts", "router", "embeddings", "output")),
         bias=True,
-        norm=True,
+        train=("norms",),
     ),
 }
 BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full

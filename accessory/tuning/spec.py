@@ -45,19 +45,17 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     plain = LogicalModel(args)
     names = [name for name in plain.shapes if not is_buffer(name)]
     adapters = _adapters(section, plain.matrices, seed)
-    wanted = [("tuning.norm", "norms")] if section.norm else []
-    wanted += [("tuning.train", entry) for entry in section.train]
-    full = not (section.lora or section.bias or wanted)
-    chosen = set(names) if full else set().union(*(_matching(entry, names, where) for where, entry in wanted))
+    full = not (section.lora or section.bias or section.train)
+    chosen = set(names) if full else set().union(*(_matching(entry, names, "tuning.train") for entry in section.train))
     frozen: set[str] = set()
     for entry in section.freeze:
         matched = _matching(entry, names, "tuning.freeze")
         if not matched & chosen:
             raise UserError(f"tuning.freeze: '{entry}' does not train anyway; take it out")
         frozen |= matched
-    for where, entry in wanted:
-        if not _matching(entry, names, where) - frozen:
-            raise UserError(f"{where}: all of '{entry}' is frozen by tuning.freeze; take one of them out")
+    for entry in section.train:
+        if not _matching(entry, names, "tuning.train") - frozen:
+            raise UserError(f"tuning.train: all of '{entry}' is frozen by tuning.freeze; take one of them out")
     trains = chosen - frozen
     if both := sorted(name for name in trains if name in adapters and adapters[name].rank):
         raise UserError(f"tuning: {listed(both)} would train both itself and by LoRA: take it out of train or lora.targets")

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # LoRA, biases and norms (normBiasLora), expert layout.
 # srun -n16 --gres=gpu:8 --ntasks-per-node=8 --kill-on-bad-exit=1 bash $0 CKPT_DIR CONFIG_JSON TOKENIZER [key.sub=value ...]
-. "$(dirname "$0")/../recipe.sh" sg/dialog_ultrachat200kWizardcode_mixtralPeft model.layout=mixtral out=runs/dialog_ultrachat200kWizardcode_mixtralPeft -- "$@"
+. "$(dirname "$0")/../recipe.sh" sg/dialog_ultrachat200kWizardcode_part \
+    model.layout=mixtral tuning.lora.rank=16 tuning.bias=true tuning.train=norms out=runs/dialog_ultrachat200kWizardcode_mixtralPeft -- "$@"
