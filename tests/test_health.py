@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import command
+from matplotlib.figure import Figure
 from models import OPTIM, TINY, WORDS, Tensors, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ from accessory.train.health import Alarms, RouterHealth, RoutingProbe, probe_doc
 from accessory.train.metrics import Window
 from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
+from accessory.train.picture import picture
+from accessory.train.report import History, plot
 from accessory.train.step import train_step
 
 STEPS = [
@@ -306,11 +309,35 @@ def test_a_router_forced_to_two_experts_rings(home):
 def test_old_metrics_are_compared_too(home, tmp_path):
     known = {"step", "loss", "tokens", "seconds", "loads", "load_max", "load_min", "val_loss"}
     old = [{name: value for name, value in row.items() if name in known} for row in lines(home / "plain")]
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/metrics.jsonl").write_text("\n".join(map(json.dumps, old)))
-    codes, out, err = command("compare", tmp_path / "old", home / "plain", "--png", tmp_path / "c.png")
-    assert codes == [0], err
+    run = tmp_path / "旧 $1$"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, old)))
+    codes, out, err = command("compare", run, home / "plain", "--png", tmp_path / "c.png")
+    assert codes == [0] and "Glyph" not in err, err
     assert "largest difference of the loss: 0.0e+00" in out and (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_every_panel_of_a_picture_shows_something(home, tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure), save(figure, *args, **kw)))
+    without = {"routing_change", "layer_entropy_share", "val_loss"}
+    rows = [{name: value for name, value in row.items() if name not in without} for row in lines(home / "plain")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for directory in (home / "plain", tmp_path):
+        plot([History.load(directory)], tmp_path / "picture.png")
+    whole, part = ([axis for axis in figure.axes if axis.get_title()] for figure in figures)
+    assert [len(whole), len(part)] == [5, 3], "what was not measured has no panel"
+    for axis in (*whole, *part):
+        assert axis.has_data()
+        if "busiest" in axis.get_title() or "entropy" in axis.get_title():  # as tall as what it shows
+            values = np.array([line.get_ydata() for line in axis.lines])
+            assert np.ptp(axis.get_ylim()) < 1.2 * np.ptp(values)
+
+
+def test_letters_that_no_font_has_are_escaped(tmp_path):
+    with picture(tmp_path / "a.png", 2, 2, ["plain", "\U000e0fff.jsonl"]) as (_, names):
+        assert names == ["plain", "\\U000e0fff.jsonl"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bad_threshold_is_one_sentence(home):

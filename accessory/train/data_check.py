@@ -17,9 +17,10 @@ from accessory.data.packing import Rows
 from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
-from accessory.files import check_writable, replacing
+from accessory.files import check_writable
 from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
+from accessory.train.picture import picture
 
 DEFAULT_MAX_SEQ_LEN = 4096
 """Of a mix without a run."""
@@ -34,8 +35,9 @@ def check(arguments: argparse.Namespace) -> None:
     sources = tokenise_mix(mix, tokenizer, max_seq_len)
     print(f"samples of at most {max_seq_len:,} tokens\n")
     print(_table(sources))
-    _draw(sources, arguments.png)
-    print(f"\nlengths: {arguments.png}")
+    if any(len(source) for source in sources):
+        _draw(sources, arguments.png)
+        print(f"\nlengths: {arguments.png}")
     bad, dropped = (sum(getattr(s.report, what) for source in sources for s in source.stores) for what in ("bad", "dropped"))
     _list((line for source in sources for line in source.dropped()), dropped, arguments.n)
     _list((line for source in sources for line in source.bad()), bad, arguments.n)
@@ -173,21 +175,17 @@ def _measured_rate(metrics: Path) -> float | None:
 
 
 def _draw(sources: list[Tokenised], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    """How many samples of each source are how long; no bar is wider or narrower than others."""
     lengths = [np.concatenate([store.lengths() for store in source.stores]) for source in sources]
-    edges = np.linspace(0, max([1, *(own.max(initial=0) for own in lengths)]), 61)
-    below = np.zeros(60)
-    for source, own in zip(sources, lengths, strict=True):
-        counts = np.histogram(own, edges)[0]
-        axis.bar(edges[:-1], counts, edges[1], bottom=below, align="edge", label=source.source.name)
-        below += counts
-    axis.set(xlabel="tokens", ylabel="samples", title="length of samples")
-    axis.legend()
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png")
-    plt.close(figure)
+    longest = max(int(own.max()) for own in lengths if len(own))
+    wide = math.ceil((longest + 1) / 60)
+    edges = np.arange(0, longest + 1 + wide, wide)
+    with picture(path, 8, 4 + 0.2 * len(sources), [source.source.name for source in sources]) as (figure, names):
+        axis = figure.subplots()
+        below = np.zeros(len(edges) - 1)
+        for name, own in zip(names, lengths, strict=True):
+            counts = np.histogram(own, edges)[0]
+            axis.bar(edges[:-1], counts, wide, bottom=below, align="edge", label=f"{name}: {len(own):,}")
+            below += counts
+        axis.set(xlabel="tokens", ylabel="samples", title="length of samples")
+        figure.legend(loc="outside lower left")

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from accessory.errors import UserError
-from accessory.files import check_directory, check_file, check_writable, replacing
+from accessory.files import check_directory, check_file, check_writable
 from accessory.train.health import STARVED
 from accessory.train.loggers import METRICS, read_metrics
+from accessory.train.picture import picture
 
 MEASURED = {"step", "loss", "tokens", "seconds", "loads"}
 """What every training step has been logged with, always."""
+MOST_NUMBERS = 128
+"""So many fit into a map of loads."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class History:
         loads = [[count / sum(layer) for count in layer] for layer in totals]
         validation, routing = ([row for row in rows if key in row] for key in ("val_loss", "routing_change"))
         return cls(directory.name, train, validation, routing, loads)
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.train]
 
     @property
     def largest_loads(self) -> np.ndarray:
@@ -97,66 +104,76 @@ def compare_table(runs: list[History]) -> str:
 
 
 def plot(runs: list[History], path: Path) -> None:
-    """Draw loss curves, the change of routing, and maps of each run's expert load and router entropy into one PNG.
+    """Draw into one PNG: the loss curves, how far the routing moved, and below for each run its experts' load, the load of
+    each layer's busiest expert and the entropy of its router. What was not measured is left out."""
+    columns = 2 if any(run.routing for run in runs) else 1
+    with picture(path, 14, 3.8 * (1 + len(runs)), [run.name for run in runs]) as (figure, names):
+        above, *rows = figure.subfigures(1 + len(runs), 1, squeeze=False)[:, 0]
+        loss, *routing = above.subplots(1, columns, squeeze=False, width_ratios=(2, 1)[:columns])[0]
+        for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+            style = {"color": f"C{number}", "linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "."}
+            loss.plot(run.steps, [row["loss"] for row in run.train], label=name, **style)
+            if run.validation:
+                steps, losses = [r["step"] for r in run.validation], [r["val_loss"] for r in run.validation]
+                loss.plot(steps, losses, "o", color=style["color"], markerfacecolor="none", label=f"{name}, validation")
+            for row in run.routing:
+                last = row is run.routing[-1]
+                label, alpha = (f"{name}, step {row['step']}", 1) if last else (None, 0.25)
+                routing[0].plot(row["layer_routing_change"], label=label, alpha=alpha, **style)
+        loss.set(xlabel="step", ylabel="nats per target token", title="loss")
+        for axis in routing:
+            axis.set(xlabel="layer", ylabel="share of the probe's choices", ylim=(0, None))
+            axis.set_title("routing that changed since the start\n(pale: at earlier validations)")
+        for axis in (loss, *routing):
+            axis.xaxis.set_major_locator(_whole_numbers())
+            axis.grid(alpha=0.3)
+            axis.legend()
+        for row, run, name in zip(rows, runs, names, strict=True):
+            row.suptitle(name, fontweight="bold")
+            _plot_routers(row, run)
 
-    In every map white is healthy.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def _plot_routers(figure: Any, run: History) -> None:
+    """The row of one run."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    figure, axes = plt.subplots(1 + len(runs), 3, figsize=(14, 3.6 * (1 + len(runs))), layout="constrained")
-    grid = axes[0, 0].get_gridspec()
-    for axis in axes[0, :2]:
-        axis.remove()
-    curve, routing = figure.add_subplot(grid[0, :2]), axes[0, 2]
-    for run, style in zip(runs, ("-", "--", ":", "-.") * len(runs), strict=False):
-        (line,) = curve.plot([r["step"] for r in run.train], [r["loss"] for r in run.train], style, label=run.name)
-        if run.validation:
-            steps, losses = [r["step"] for r in run.validation], [r["val_loss"] for r in run.validation]
-            curve.plot(steps, losses, "o", color=line.get_color(), label=f"{run.name}, validation")
-        if run.routing:
-            steps = [0, *(r["step"] for r in run.routing)]
-            layers = np.array([[0.0] * len(run.loads), *(r["layer_routing_change"] for r in run.routing)])
-            routing.plot(steps, layers.mean(1), style, marker="o", color=line.get_color())
-            routing.fill_between(steps, layers.min(1), layers.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
-    curve.set(xlabel="step", ylabel="loss (nats per target token)", title="loss")
-    curve.legend()
-    routing.set(xlabel="step", ylabel="share of the probe's choices", ylim=(0, None))
-    routing.set_title("routing that changed since the start\n(line: mean, shade: from least to most changed layer)")
-    for axis in (curve, routing):
+    measured = {"load of each layer's busiest expert\n(fair shares: 1 = all alike)": run.largest_loads}
+    if run.entropy_shares is not None:
+        measured["entropy of each layer's router\n(share of log E: 1 = no preference, 0 = always sure)"] = run.entropy_shares
+    load, *curves = figure.subplots(1, 1 + len(measured))
+    _plot_loads(load, np.array(run.loads) * len(run.loads[0]))
+    depth = ScalarMappable(Normalize(0, max(1, len(run.loads) - 1)), "viridis")
+    colours = depth.to_rgba(np.arange(len(run.loads)))
+    for axis, (title, layers) in zip(curves, measured.items(), strict=True):
+        for values, colour in zip(layers, colours, strict=True):
+            axis.plot(run.steps, values, color=colour, marker=".")
+        axis.set(xlabel="step", title=title)
+        axis.xaxis.set_major_locator(_whole_numbers())
         axis.grid(alpha=0.3)
-    for run, (load, busiest, entropy) in zip(runs, axes[1:], strict=True):
-        experts, steps = len(run.loads[0]), [0, *(row["step"] for row in run.train)]
-        shares = np.array(run.loads) * experts
-        _map(load, np.arange(experts + 1) - 0.5, shares, "bwr", 0, 2)
-        for layer, expert in zip(*np.nonzero(shares < STARVED), strict=True):
-            load.text(expert, layer, "\N{MULTIPLICATION SIGN}", color="white", ha="center", va="center")
-        load.set(
-            xlabel="expert", title=f"{run.name}: expert load of the run\n(1 = fair share, \N{MULTIPLICATION SIGN} = starved)"
-        )
-        _map(busiest, steps, run.largest_loads, "Reds", 1, 3)
-        busiest.set(xlabel="step", title=f"{run.name}: load of each layer's busiest expert\n(1 = all alike)")
-        if run.entropy_shares is None:
-            entropy.set_axis_off()
-        else:
-            _map(entropy, steps, run.entropy_shares, "Reds_r", 0, 1)
-            entropy.set(
-                xlabel="step", title=f"{run.name}: entropy of each layer's router\n(1 = no preference, 0 = always sure)"
-            )
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png")
-    plt.close(figure)
+    figure.colorbar(depth, ax=curves, label="layer", ticks=_whole_numbers())
 
 
-def _map(axis: Any, edges: Any, values: np.ndarray, colours: str, least: float, most: float) -> None:
-    """Draw ``values`` [L, n]; column i lies between ``edges`` i and i + 1."""
+def _plot_loads(axis: Any, shares: np.ndarray) -> None:
+    """A map of ``shares`` [L, E], in fair shares; red is busy, blue idle."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    spread = max(0.25, float(abs(shares - 1).max()))  # a load that is even stays pale
+    image = axis.imshow(shares, cmap="coolwarm", norm=TwoSlopeNorm(1, max(0.0, 1 - spread), 1 + spread), aspect="auto")
+    for layer, expert in np.ndindex(*shares.shape):
+        starved = shares[layer, expert] < STARVED
+        if starved or shares.size <= MOST_NUMBERS:
+            text = "\N{MULTIPLICATION SIGN}" if starved else f"{shares[layer, expert]:.2f}"
+            axis.text(expert, layer, text, ha="center", va="center", fontsize=8)
+    axis.set(
+        xlabel="expert", ylabel="layer", title="expert load of the run\n(1 = fair share, \N{MULTIPLICATION SIGN} = starved)"
+    )
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(_whole_numbers())
+    axis.figure.colorbar(image, ax=axis)
+
+
+def _whole_numbers() -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    rows = np.arange(len(values) + 1) - 0.5
-    image = axis.pcolormesh(edges, rows, values, cmap=colours, vmin=least, vmax=most)
-    axis.set(ylabel="layer", ylim=(rows[-1], rows[0]))
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(integer=True))
-    axis.figure.colorbar(image, ax=axis, extend="max" if most > 1 else "neither")
+    return MaxNLocator(integer=True)
