@@ -172,7 +172,7 @@ def _using_verbs(verbs: Verbs) -> None:
         "Answer each prompt with a model: a checkpoint of any format, with adapters laid over it. The prompt is put into "
         "the template that the model was trained with. With torchrun or srun the processes hold the model together. It "
         "prints the answers and writes nothing.",
-        'accessory generate runs/quickstart/mixtral/epoch0-iter100 "What does the function json.dumps do?"',
+        'accessory generate runs/quickstart/merged "What does json.dumps do?" --template mixtral-instruct',
         'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
     )
     verb.add_argument("checkpoint", type=_path, help="directory")
@@ -211,7 +211,7 @@ def _checkpoint_verbs(verbs: Verbs) -> None:
         "Write a model in another format, layout, number of parts or dtype: a directory of any format (recognised from "
         "its files), or a base and what changes it. One tensor at a time is in memory. DESTINATION appears when it is "
         "whole, with tokenizer and generation settings; nothing is left behind if it fails.",
-        "accessory convert runs/quickstart/mixtral/epoch0-iter100 hf --to hf",
+        "accessory convert runs/quickstart/model/epoch5 hf --to hf",
         "accessory convert SRC DST --to mixtral_sparse --mp 8 --dtype bf16",
         "accessory convert BASE ADAPTER DST --to peft",
     )
@@ -256,7 +256,7 @@ def _checkpoint_verbs(verbs: Verbs) -> None:
         "whether two checkpoints of any formats are the same model; exit code 1 if not",
         "Compare two checkpoints tensor by tensor, in whatever formats, layouts and parts they are: bit for bit, or once "
         "rounded to the narrower dtype, or within --tolerance. It prints what differs. Exit code 1 if something does.",
-        "accessory verify runs/quickstart/mixtral/epoch0-iter100 hf",
+        "accessory verify runs/quickstart/model/epoch5 hf",
     )
     verb.add_argument("a", type=_path, help="directory")
     verb.add_argument("b", type=_path, help="directory")
@@ -343,7 +343,7 @@ def _data_verbs(verbs: Verbs) -> None:
         "a corpus from the documentation of Python's standard library",
         "Write a corpus that every machine with Python holds: questions and answers on the functions and classes of the "
         "standard library, from its sources, and a mix that names them.",
-        "accessory data stdlib runs/quickstart/data",
+        "accessory data stdlib runs/stdlib",
     )
     verb.add_argument("out", type=_path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
     verb = _verb(
@@ -352,7 +352,7 @@ def _data_verbs(verbs: Verbs) -> None:
         _tokenizer,
         "train a byte-fallback BPE SentencePiece tokenizer on a mix",
         "Train a tokenizer on the texts of a mix, and write it as a tokenizer.model.",
-        "accessory data tokenizer runs/quickstart/data/mix.yaml tokenizer.model --vocab-size 2048",
+        "accessory data tokenizer runs/quickstart/data/later.yaml tokenizer.model --vocab-size 2048",
     )
     verb.add_argument("mix", type=_path, help="YAML data mix")
     verb.add_argument("out", type=_path, help="tokenizer.model to write")

@@ -79,7 +79,7 @@ def check(folder: Path) -> None:
         right += is_right
         print(f"> {question}\n{answer.strip()}\n{'right' if is_right else f'wrong: {answers[question]}'}\n")
     print(f"{right} of {len(given)} answers are right; none of the questions was trained on in these words")
-    sys.exit(right < len(given))
+    sys.exit(not 0 < right == len(given))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,17 +81,17 @@ def workshop(tmp_path_factory):
     for name in ("ultrachat_200k_train_sft.json", "wizardcode_evol_instruct.json"):  # of another content each
         (home / name).write_text(records.replace("the", name[:4]))
     quickstart = place / "runs/quickstart"
-    run(place, ["data", "stdlib", quickstart / "data"])
-    for name in ("dialog.jsonl", "instruction.jsonl"):
-        some = (quickstart / "data" / name).read_text().splitlines()[:400]
-        (quickstart / "data" / name).write_text("\n".join(some))
-    run(
-        place, ["data", "tokenizer", quickstart / "data/mix.yaml", quickstart / "data/tokenizer.model", "--vocab-size", 2048]
-    )
-    for layout in ("mixtral", "mixtral_sparse"):
-        settings = [f"model.layout={layout}", f"out={quickstart}/{layout}", *SMALL["finetune"], "parallel.model_parallel=1"]
+    subprocess.run([sys.executable, ROOT / "exps/quickstart_questions.py", "write", quickstart / "data"], check=True)
+    held_out = quickstart / "data/first_held_out.jsonl"
+    held_out.write_text("".join(held_out.open().readlines()[:8]))
+    mix, tokenizer = quickstart / "data/later.yaml", quickstart / "data/tokenizer.model"
+    run(place, ["data", "tokenizer", mix, tokenizer, "--vocab-size", 2048])
+    for out, layout in (("model", "mixtral"), ("mixtral_sparse", "mixtral_sparse")):
+        settings = [f"model.layout={layout}", f"out={quickstart}/{out}", *SMALL["finetune"], "parallel.model_parallel=1"]
         run(place, ["finetune", "configs/finetune/quickstart.yaml", *settings])
-        (quickstart / layout / "epoch0-iter1").rename(quickstart / layout / "epoch0-iter100")
+    (quickstart / "mixtral").symlink_to("model")
+    (quickstart / "model/epoch0-iter1").rename(quickstart / "model/epoch5")
+    run(place, ["convert", quickstart / "model/epoch5", quickstart / "merged", "--to", "hf"])
     lora = [f"model.checkpoint={home}/ckpt", f"out={home}/lora", "tuning.lora.rank=2", *SMALL["finetune"]]
     run(place, ["finetune", home / "run.yaml", *lora, "parallel.model_parallel=1"])
     (home / "lora/epoch0-iter1").rename(home / "adapter")
