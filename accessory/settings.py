@@ -36,6 +36,8 @@ class ModelSection:
     # directory to start from, of any format, or several in order; null: random weights from the seed
     checkpoint: Text | tuple[Text, ...] | None = None
     config: Text | None = None  # config.json; null: the checkpoint's own
+    # train a classifier: the names of the records' labels, in the order of its logits; empty: the next token is learnt
+    labels: tuple[Text, ...] = ()
     tokenizer: Text | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
     strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
     kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
@@ -206,6 +208,10 @@ class RunConfig:
             raise UserError(
                 "train.reference_loss gives LLaMA2-Accessory's numbers: set train.balance=microbatch and "
                 "data.packing=false with it, as that has it"
+            )
+        if self.train.reference_loss and self.model.labels:
+            raise UserError(
+                "train.reference_loss gives LLaMA2-Accessory's numbers, and that trains no classifier: take it out"
             )
         if self.train.balance == "bias" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(

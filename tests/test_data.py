@@ -666,7 +666,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, monkeypatch):
 def killed():
     if multiprocessing.parent_process():
         os.kill(os.getpid(), signal.SIGKILL)
-    return lambda record: [([1, 2], [False, True])]
+    return lambda record: [Sample(np.array([1, 2]), np.array([False, True]))]
 
 
 def test_a_killed_worker_is_told_and_nothing_hangs(tmp_path):

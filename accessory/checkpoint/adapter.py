@@ -1,7 +1,7 @@
 """What a run trained beside a base model: adapters, and those of the base's own tensors that it changed.
 
 DIR/adapter.safetensors   every tensor whole, under its logical name, in the precision it was trained in
-DIR/adapter.json          which base it belongs to, and what each adapter is
+DIR/adapter.json          which base it belongs to, what each adapter is, and the labels if it is a classifier's
 
 A is [rank, in], B is [out, rank], a bias is [out]; of experts, all of them in order in front: [E, ...].
 """
@@ -42,7 +42,9 @@ class AdapterDirectory(Directory):
                 for name, entry in manifest["adapters"].items()
             }
             self._digests: dict[str, str] = dict(manifest["tensors"])
-            if not isinstance(self.fingerprint, str) or not all(map(_is_sound, self._adapters.values())):
+            self.labels = tuple(manifest.get("labels", ()))
+            known = isinstance(self.fingerprint, str) and all(isinstance(label, str) for label in self.labels)
+            if not known or not all(map(_is_sound, self._adapters.values())):
                 raise TypeError("a value of another kind than expected")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{directory / MANIFEST}: not the description of an adapter ({error})") from error
@@ -107,5 +109,7 @@ def write_adapter(
             file.write(name, tensor)
             digests[name] = digest(tensor)
     described = {name: {"rank": a.rank, "scaling": a.scaling, "bias": a.bias} for name, a in logical.adapters.items()}
-    manifest = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": digests}
+    manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": digests}
+    if logical.args.labels:
+        manifest["labels"] = logical.args.labels
     write_json(directory / MANIFEST, manifest)

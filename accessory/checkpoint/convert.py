@@ -54,6 +54,8 @@ class Target:
                 f"the format '{self.format}' has no place for the routers' score biases (train.balance: bias): "
                 "write mixtral or mixtral_sparse"
             )
+        if self.format == "mistral" and args.labels:
+            raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
         check_suffix(args, self.suffix)
         if not self.shard_bytes > 0:
             raise UserError("--shard-gb must be above 0")

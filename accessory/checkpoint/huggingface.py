@@ -1,4 +1,5 @@
-"""Hugging Face's ``MixtralForCausalLM``: safetensors, an index where there are several, and config.json.
+"""Hugging Face's ``MixtralForCausalLM`` and ``MixtralForSequenceClassification``: safetensors, an index where there are
+several, and config.json.
 
 Two namings are read: a matrix per expert (``block_sparse_moe.experts.{e}.w1.weight``, what the Hub holds), and fused
 (``mlp.experts.gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``, what transformers 5 holds in memory). The first is
@@ -6,7 +7,7 @@ written. Rotary rows of q and k are stored there as two halves of each head.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "score.weight": "score.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
@@ -51,6 +53,7 @@ _CONFIG = {
 }
 _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 DEFAULT_ROPE_THETA = 1e6
+CLASSIFIER = "MixtralForSequenceClassification"
 
 
 class HuggingFaceDirectory(Directory):
@@ -167,7 +170,32 @@ def args_from(config: dict[str, Any], where: str) -> ModelArgs:
     values["head_dim"] = config.get("head_dim")
     if values["head_dim"] is None and all(isinstance(values[name], int) and values[name] > 0 for name in ("dim", "n_heads")):
         values["head_dim"] = values["dim"] // values["n_heads"]
+    if CLASSIFIER in (config.get("architectures") or ()):
+        values["labels"] = _labels(config, where)
     return from_mapping(ModelArgs, values, where)
+
+
+def _labels(config: dict[str, Any], where: str) -> list[Any]:
+    """The labels of a classifier in their order. transformers leaves them out where they are LABEL_0 and LABEL_1."""
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise UserError(f"{where}: problem_type is {config['problem_type']!r}; a document has one label here")
+    names = config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(config.get("num_labels") or 2)}
+    if not isinstance(names, dict) or set(names) != set(map(str, range(len(names)))):
+        raise UserError(f"{where}: id2label is {names!r}, expected a label for each number from 0")
+    return [names[str(number)] for number in range(len(names))]
+
+
+def _label_settings(labels: Sequence[str], template: Mapping[str, Any], special_ids: Mapping[str, int]) -> dict[str, Any]:
+    """What config.json says of a classifier. transformers classifies by the last token that is not the padding's, so that
+    must be none that ends a text."""
+    ends = special_ids.get("eos_token_id", 2)
+    padding = template.get("pad_token_id")
+    return {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": padding if padding not in (None, ends) else int(ends == 0),
+    }
 
 
 def write_description(
@@ -193,7 +221,7 @@ def write_description(
     named = {key: getattr(args, name) for key, name in _CONFIG.items()}
     config: dict[str, Any] = {
         **kept,
-        "architectures": ["MixtralForCausalLM"],
+        "architectures": [CLASSIFIER if args.labels else "MixtralForCausalLM"],
         "model_type": "mixtral",
         **named,
         "head_dim": args.head_dim,
@@ -204,6 +232,7 @@ def write_description(
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         **ids,
+        **(_label_settings(args.labels, template, ids) if args.labels else {}),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_json(directory / "config.json", config)

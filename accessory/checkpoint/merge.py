@@ -21,7 +21,7 @@ class Merged:
         self.checkpoint = checkpoint
         biased = {name: Adapter(bias=True) for name, adapter in checkpoint.logical.adapters.items() if adapter.bias}
         self.logical = LogicalModel(checkpoint.logical.args, biased)
-        self._replaced = set(checkpoint.changed)
+        self._replaced = checkpoint.base_model.base.keys() & checkpoint.changed
         self._changed: dict[str, bool] = {}
 
     def read(self, name: str, region: Region) -> Tensor:

@@ -71,7 +71,7 @@ class Checkpoint:
 
     Attributes:
         args: the model's shape.
-        logical: its tensors, those of all adapters among them.
+        logical: its tensors, those of all adapters among them. base_model: the first directory's, maybe with another head.
         layout: the layout to run it in, if the user names none.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
         companions: files to be copied along, by name.
@@ -89,15 +89,18 @@ class Checkpoint:
         base = self.directories[0]
         if base.adds or base.format in ("adapter", "peft"):
             raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
-        self.args = load_args(config or own_config(base.directory))
+        below = load_args(config or own_config(base.directory))
+        own = [below]  # each directory's
+        for directory in self.directories[1:]:
+            own.append(dataclasses.replace(below, labels=directory.labels or own[-1].labels))
+        self.args, self.base_model = own[-1], LogicalModel(below)
         self.layout = base.layout
         self.companions: dict[str, Path] = {}
         for directory in reversed(self.directories):
             self.companions |= companion_files(directory.directory)
         tokenizers = (d.directory / name for name in TOKENIZERS for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
-        without = LogicalModel(self.args)
-        self._added = [directory.adapters(without) for directory in self.directories]
+        self._added = [d.adapters(LogicalModel(args)) for d, args in zip(self.directories, own, strict=True)]
         adapters: dict[str, Adapter] = {}
         for number, (directory, added) in enumerate(zip(self.directories, self._added, strict=True)):
             both = adapters.keys() & added.keys()
@@ -108,11 +111,11 @@ class Checkpoint:
             adapters |= added
         self.logical = LogicalModel(self.args, adapters)
         self.readers = [
-            TileReader(str(directory.directory), directory.tiles(LogicalModel(self.args, added)), directory.stored)
-            for directory, added in zip(self.directories, self._added, strict=True)
+            TileReader(str(directory.directory), directory.tiles(LogicalModel(args, added)), directory.stored)
+            for directory, args, added in zip(self.directories, own, self._added, strict=True)
         ]
         self.sound = True
-        self._random = None if strict else RandomWeights(self.logical, seed=0)
+        self._strict = strict
         self._check(strict)
 
     def _check(self, strict: bool) -> None:
@@ -146,13 +149,13 @@ class Checkpoint:
             reader, adds = self.readers[number], self.directories[number].adds
             if name in reader.complete and not adds:
                 return reader.read(name, region)
-            if reader.tiles[name] and not (number == 0 and self._random):
+            if reader.tiles[name] and (number or self._strict):
                 value = self._read(name, region, number)
                 value = value.to(torch.promote_types(value.dtype, reader.dtype(name)), copy=True)
                 reader.lay_over(value, name, region, adds)
                 return value
-        assert self._random is not None
-        return self._random.read(name, region)
+        assert not self._strict
+        return RandomWeights(self.logical if name in self.logical.shapes else self.base_model, seed=0).read(name, region)
 
     @functools.cached_property
     def base_layers(self) -> int:
@@ -172,7 +175,7 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the base."""
-        return fingerprint(self.read_base, self.logical)
+        return fingerprint(self.read_base, self.base_model)
 
     def hf_config(self) -> dict[str, Any]:
         """The first directory's config.json, if it is Hugging Face's."""

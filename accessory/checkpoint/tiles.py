@@ -88,6 +88,7 @@ class Directory:
     adds = False  # its values are to be added to another checkpoint's
     may_lack = True  # behind a base, it need not hold all that the format has a place for
     fingerprint: str | None = None  # of the base that it belongs to, if it says so
+    labels: tuple[str, ...] = ()  # of the classifier that it makes of a base
     directory: Path
     stored: dict[str, dict[str, Stored]]  # file -> key -> tensor
 

@@ -18,7 +18,7 @@ from accessory.model.moe.layouts import LAYOUTS
 from accessory.tuning.spec import PRESETS, matches
 
 TITLES = {
-    "hf": "Hugging Face (MixtralForCausalLM)",
+    "hf": "Hugging Face",
     "mistral": "Mistral's own",
     "mixtral": "Accessory, expert layout (mixtral)",
     "mixtral_sparse": "Accessory, sparse layout (mixtral_sparse)",
@@ -61,8 +61,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     for directory in checkpoint.directories:
         print(f"{directory.directory}: {TITLES[directory.format]}, in {directory.size} model-parallel part(s)")
     print(f"  files       {len(paths)}, {nbytes / 1e9:,.2f} GB")
-    shape = {k: v for k, v in args.to_dict().items() if k != "moe"} | args.to_dict()["moe"]
+    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels")} | args.to_dict()["moe"]
     print("  model       " + ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None))
+    if args.labels:
+        print(f"  labels      {', '.join(args.labels)}")
     if checkpoint.tokenizer:
         tokenizer = Tokenizer(checkpoint.tokenizer)
         print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")

@@ -48,7 +48,8 @@ class Comparison:
 def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
     """Settings of the two models' shape or maths that are not the same: name -> (of a, of b)."""
     first, second = a.args.to_dict(), b.args.to_dict()
-    return {k: (first[k], second[k]) for k in first if k not in _NOT_COMPARED and first[k] != second[k]}
+    names = [name for name in first | second if name not in _NOT_COMPARED]
+    return {k: (first.get(k), second.get(k)) for k in names if first.get(k) != second.get(k)}
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:

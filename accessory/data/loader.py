@@ -23,6 +23,7 @@ class Batch:
     documents: Documents
     targets: Targets  # the n positions that must predict a trained token
     sample_keys: Tensor  # [documents] each one's place in the run, all epochs through: its dropout is made of it
+    labels: Tensor  # [documents] the number of each one's label, -1 where it has none
     real_tokens: int
     target_tokens: int
 
@@ -31,9 +32,8 @@ class Batch:
         return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None)
 
     def to(self, device: torch.device) -> "Batch":
-        tokens, sample_keys = (x.to(device, non_blocking=True) for x in (self.tokens, self.sample_keys))
-        documents, targets = self.documents.to(device), self.targets.to(device)
-        return replace(self, tokens=tokens, sample_keys=sample_keys, documents=documents, targets=targets)
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "sample_keys", "labels")}
+        return replace(self, **tensors, documents=self.documents.to(device), targets=self.targets.to(device))
 
 
 def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0) -> Batch:
@@ -54,7 +54,8 @@ def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded
     places = (np.concatenate(trained or [np.zeros(1, bool)]) & (documents.positions.numpy() > 0)).nonzero()[0]
     targets = Targets(torch.from_numpy(places - 1), torch.from_numpy(ids[places]))
     numbers = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
-    return Batch(torch.from_numpy(ids), documents, targets, numbers, len(ids) if samples else 0, len(places))
+    labels = torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.int64)
+    return Batch(torch.from_numpy(ids), documents, targets, numbers, labels, len(ids) if samples else 0, len(places))
 
 
 @dataclass(frozen=True)

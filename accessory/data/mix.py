@@ -21,7 +21,7 @@ from accessory.config import nearest
 from accessory.console import progress, say
 from accessory.data.held_out import hold_out
 from accessory.data.order import Part, Shuffled
-from accessory.data.records import Conversation, Document, read_record, shortened
+from accessory.data.records import Conversation, Document, label_number, read_record, shortened
 from accessory.data.sources import MixEntry, MixSource, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
 from accessory.data.templates import default_template, get_template
@@ -34,20 +34,24 @@ URL = re.compile("(data|https?):", re.IGNORECASE)
 """How an image begins that is no file."""
 
 
-def make_encoder(path: Path, entry: MixEntry, max_seq_len: int) -> Encoder:
-    """What turns a record of ``entry`` into samples: one; of a text that is too long, several."""
+def make_encoder(path: Path, entry: MixEntry, max_seq_len: int, labels: Sequence[str]) -> Encoder:
+    """What turns a record of ``entry`` into samples: one; or several, of a text that is too long and is not classified."""
     tokenizer = Tokenizer(path)
     template = get_template(entry.template, tokenizer) if entry.template else None
 
-    def encode(raw: object) -> list[tuple[list[int], list[bool]]]:
+    def encode(raw: object) -> list[Sample]:
         record = read_record(raw, entry.form)
+        label = label_number(record, labels)
         segments = (template or default_template(record)).render(record, entry.train_on)
-        tokens, trained = tokenizer.encode_segments(segments)
+        tokens, trained = map(np.array, tokenizer.encode_segments(segments))
+        if label is not None:
+            return [Sample(tokens, np.zeros_like(trained), label)]
         if not isinstance(record, Document) or len(tokens) <= max_seq_len:
-            return [(tokens, trained)]
+            return [Sample(tokens, trained)]
         # the last token of a part is the first of the next, so that every token is predicted once
         starts = range(0, len(tokens) - 1, max_seq_len - 1)
-        return [(tokens[start : start + max_seq_len], trained[start : start + max_seq_len]) for start in starts]
+        parts = (slice(start, start + max_seq_len) for start in starts)
+        return [Sample(tokens[part], trained[part]) for part in parts]
 
     return encode
 
@@ -177,8 +181,11 @@ def check_columns(source: MixSource, mix: str | Path) -> None:
             seen |= record.keys() if isinstance(record, dict) else set()
 
 
-def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[Tokenised]:
-    """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports."""
+def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, labels: Sequence[str] = ()) -> list[Tokenised]:
+    """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports.
+
+    ``labels``: of a classifier; each record must have one. Empty: the next token is learnt, and none may have one.
+    """
     if max_seq_len < 2:
         raise UserError(f"max_seq_len must be at least 2, for a token is learnt from those before it; found {max_seq_len}")
     sources, result = read_sources(path), list[Tokenised]()
@@ -192,11 +199,11 @@ def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> li
         for source in sources:
             entry = source.entry
             try:
-                encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len)
+                encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len, labels)
                 encoder()
             except UserError as error:
                 raise UserError(f"{path}: {entry.path}: {error}") from error
-            settings = {"tokenizer": files, "max_seq_len": max_seq_len, "entry": entry.encoding}
+            settings = {"tokenizer": files, "max_seq_len": max_seq_len, "entry": entry.encoding, "labels": labels}
             check_columns(source, path)
             stores = [make_store(file, settings, encoder, count) for file in source.files]
             if not any(store.report.records for store in stores):
@@ -212,6 +219,7 @@ def load_mix(
     seed: int,
     validation: float = 0.0,
     bad_records: BadRecords = "error",
+    labels: Sequence[str] = (),
 ) -> Dataset:
     """A mix's samples.
 
@@ -221,11 +229,12 @@ def load_mix(
         validation: share of the samples that is held out, whole records of them, chosen by ``seed``; if entries of the
             mix are marked ``split: validation``, they are what is held out, and nothing else.
         bad_records: "skip": say how many are bad, and go on without them.
+        labels: of a classifier (see ``tokenise_mix``).
 
     Raises:
         UserError: naming file and line, for anything that cannot be read.
     """
-    sources = tokenise_mix(path, tokenizer, max_seq_len)
+    sources = tokenise_mix(path, tokenizer, max_seq_len, labels)
     first = next((line for source in sources for line in source.bad()), None)
     if first:
         count = sum(store.report.bad for source in sources for store in source.stores)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from accessory.console import listed
 from accessory.data.fields import Fields, RecordError, whole_text
 from accessory.data.tool_use import ToolCall, answered_call, parse_calls, read_calls, read_tools
 from accessory.errors import UserError
@@ -184,14 +185,38 @@ def _recognise(record: Fields) -> Kind:
 _KTO = "it is a KTO record (its label says whether the answer is good), and there is no such objective yet"
 
 
+def label_number(record: Record, labels: Sequence[str]) -> int | None:
+    """Which of a classifier's ``labels`` a record has, from 0; None if there are none: the run predicts the next token.
+
+    A record says it by name; or by number, if no name is one.
+
+    Raises:
+        RecordError: it has no label, or another; or has one that would be lost.
+    """
+    if not labels:
+        refuse_label(record)
+        return None
+    among = f"the run's labels are {listed(labels)}"
+    if record.label is None:
+        raise RecordError(
+            f"it has no label, and {among}: name the key that says it in the mix entry, columns: {{label: KEY}}"
+        )
+    said = str(record.label).lower() if isinstance(record.label, bool) else str(record.label)
+    if said in labels:
+        return labels.index(said)
+    if said.isdecimal() and int(said) < len(labels) and not any(map(str.isdecimal, labels)):
+        return int(said)
+    raise RecordError(f"its label is {said[:40]!r}, and {among}")
+
+
 def refuse_label(record: Record) -> None:
     """Of a run that learns to predict the next token."""
     if isinstance(record, Conversation) and _is_verdict(record.label):
         raise RecordError(f"{_KTO}: to learn every answer, good or bad, set ignore: [label] in the mix entry")
     if record.label is not None:
         raise RecordError(
-            f"it has a label ({str(record.label)[:40]!r}), but the run trains next-token prediction: to do without the "
-            "label, set ignore: [label] in the mix entry"
+            f"it has a label ({str(record.label)[:40]!r}), but the run trains next-token prediction: set model.labels to "
+            "train a classifier, or ignore: [label] in the mix entry to do without the label"
         )
 
 

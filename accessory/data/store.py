@@ -3,7 +3,8 @@
 CACHE/<key>/tokens.i32    tokens one behind the other; a token that is not trained is stored as its complement (~t)
 CACHE/<key>/ends.i64      per sample: where its tokens end
 CACHE/<key>/places.i64    per sample: which record it is from
-CACHE/<key>/digests.u64   per sample: equal for equal samples
+CACHE/<key>/digests.u64   per sample: equal for equal tokens
+CACHE/<key>/labels.i32    per sample: the number of its label, -1 if it has none
 CACHE/<key>/dropped.i64   the records (or parts of one) that hold nothing to learn within max_seq_len
 CACHE/<key>/bad.jsonl     the records that cannot be used, and why
 CACHE/<key>/report.json   what happened to the records, in numbers
@@ -30,17 +31,18 @@ from accessory.data.sources import SourceRow, content_digest, file_kind, place_n
 from accessory.errors import UserError
 from accessory.parallel.forkserver import Killed, NotStarted, fork_server, map_in_processes
 
-VERSION = 4
+VERSION = 5
 """Of the files and of how samples are made; part of the key."""
 CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record, ``<s>`` first, and which of them are trained: each [n]."""
+    """Tokens of one record, ``<s>`` first, and which of them are trained: each [n]; ``label``: the number of its label."""
 
     tokens: np.ndarray
     trained: np.ndarray
+    label: int | None = None
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Report:
     """What became of a file's records, in numbers."""
 
     records: int = 0
-    targets: int = 0  # tokens that are predicted
+    targets: int = 0  # tokens, or labels, that are predicted
     truncated: int = 0  # cut to fit
     dropped: int = 0  # nothing trained was left in them
     bad: int = 0
@@ -66,7 +68,7 @@ class Bad(NamedTuple):
     image: str | None
 
 
-Encoder = Callable[[object], list[tuple[list[int], list[bool]]]]
+Encoder = Callable[[object], list[Sample]]
 """A record to its samples (several for a long document). Raises ValueError with the reason if it is bad."""
 
 
@@ -77,6 +79,7 @@ class Encoded(NamedTuple):
     ends: np.ndarray
     places: np.ndarray
     digests: np.ndarray
+    labels: np.ndarray
     dropped: np.ndarray
     bad: list[Bad]
     report: Report
@@ -85,27 +88,29 @@ class Encoded(NamedTuple):
 def encode_rows(rows: list[SourceRow], encode: Encoder, max_seq_len: int) -> Encoded:
     """Samples of some rows, cut to ``max_seq_len``."""
     report, parts, places = Report(records=len(rows)), [np.zeros(0, np.int32)], []
-    digests, dropped, bad = [], [], []
+    digests, labels, dropped, bad = [], [], [], []
     for row in rows:
         try:
             samples = encode(row.parse())
         except ValueError as error:
             bad.append(Bad(row.place, str(error), error.image if isinstance(error, ImageError) else None))
             continue
-        for tokens, trained in samples:
-            report.truncated += len(tokens) > max_seq_len
-            mask = np.array(trained[:max_seq_len], dtype=bool)
-            if not mask[1:].any():  # <s> has no prediction
+        for sample in samples:
+            report.truncated += len(sample.tokens) > max_seq_len
+            mask = sample.trained[:max_seq_len]
+            targets = int(mask[1:].sum()) + (sample.label is not None)  # <s> has no prediction
+            if not targets:
                 dropped.append(row.place)
                 continue
-            ids = np.array(tokens[:max_seq_len], dtype=np.int32)
+            ids = sample.tokens[:max_seq_len].astype(np.int32)
             parts.append(np.where(mask, ids, ~ids))
             places.append(row.place)
             digests.append(hashlib.blake2b(parts[-1].tobytes(), digest_size=8).digest())
-            report.targets += int(mask[1:].sum())
+            labels.append(-1 if sample.label is None else sample.label)
+            report.targets += targets
     report.dropped, report.bad = len(dropped), len(bad)
     ends = np.cumsum([len(part) for part in parts[1:]], dtype=np.int64)
-    index = ends, np.array(places, np.int64), np.frombuffer(b"".join(digests), np.uint64)
+    index = ends, np.array(places, np.int64), np.frombuffer(b"".join(digests), np.uint64), np.array(labels, np.int32)
     return Encoded(np.concatenate(parts), *index, np.array(dropped, np.int64), bad, report)
 
 
@@ -116,6 +121,7 @@ class Store:
         self.file, self._directory = file, directory
         self._values, self._ends = _map(directory / "tokens.i32", np.int32), _map(directory / "ends.i64", np.int64)
         self._places, self.digests = _map(directory / "places.i64", np.int64), _map(directory / "digests.u64", np.uint64)
+        self._labels = _map(directory / "labels.i32", np.int32)
         self.report = Report(**read_mapping(directory / "report.json"))
 
     def __len__(self) -> int:
@@ -124,8 +130,8 @@ class Store:
     def __getitem__(self, number: int) -> Sample:
         start = int(self._ends[number - 1]) if number else 0
         values = np.array(self._values[start : int(self._ends[number])])
-        trained = values >= 0
-        return Sample(np.where(trained, values, ~values), trained)
+        trained, label = values >= 0, int(self._labels[number])
+        return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label)
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int32."""
@@ -202,13 +208,15 @@ def _write(
 ) -> None:
     total, end = Report(), 0
     with ExitStack() as stack:
-        names = "tokens.i32", "ends.i64", "places.i64", "digests.u64", "dropped.i64", "bad.jsonl"
-        tokens, ends, places, digests, dropped, bad = (stack.enter_context(open(directory / name, "wb")) for name in names)
+        names = "tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32", "dropped.i64", "bad.jsonl"
+        files = (stack.enter_context(open(directory / name, "wb")) for name in names)
+        tokens, ends, places, digests, labels, dropped, bad = files
         for part in _encoded(file, make_encoder, max_seq_len):
             tokens.write(part.values.tobytes())
             ends.write((part.ends + end).tobytes())
             places.write(part.places.tobytes())
             digests.write(part.digests.tobytes())
+            labels.write(part.labels.tobytes())
             dropped.write(part.dropped.tobytes())
             bad.writelines(json.dumps(record).encode() + b"\n" for record in part.bad)
             end += len(part.values)

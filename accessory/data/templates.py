@@ -12,7 +12,7 @@ from typing import Any, Literal
 from accessory.config import nearest
 from accessory.data.chat_template import chat_template
 from accessory.data.fields import RecordError
-from accessory.data.records import Conversation, Document, ImageError, Record, refuse_label
+from accessory.data.records import Conversation, Document, ImageError, Record
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.errors import UserError
 
@@ -49,7 +49,6 @@ class Template:
         if isinstance(record, Document) != self.documents:
             fits, found = ("documents", "a conversation") if self.documents else ("conversations", "a document")
             raise RecordError(f"the template '{self.name}' is for {fits}, and this is {found}")
-        refuse_label(record)
         if record.images:
             raise ImageError(record.images[0])
         if isinstance(record, Document):
@@ -205,7 +204,8 @@ def _vicuna(conversation: Conversation) -> Iterator[Segment]:
 def _plain(document: Document) -> Iterator[Segment]:
     yield _begin()
     yield Segment(document.text, True)
-    yield Segment(EOS, True, special=True)
+    if document.label is None:  # what is classified has no end to be learnt: as Hugging Face's tokenizers write it
+        yield Segment(EOS, True, special=True)
 
 
 def _begin() -> Segment:

@@ -56,7 +56,7 @@ def generate_ids(
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     documents = Documents.of(lengths).to(device)
     for _ in range(steps):
-        last, _ = model(Inputs(tokens, documents, cache), Logits(documents.borders[1:] - 1))
+        last, _ = model(Inputs(tokens, documents, cache), Logits(documents.ends))
         tokens = _choose(last[:, :vocab_size], temperature, top_p, model.mesh.mp)
         yield tokens.cpu()
         past = [min(behind + n, cache.length - 1) for behind, n in zip(documents.past, documents.lengths, strict=True)]

@@ -146,6 +146,7 @@ class MetaModel:
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each token, every prompt's answer so far and whether it has ended; stops when all have."""
         _refuse_images(images)
+        self._refuse_classifier()
         encoded = self._encode(prompts, bos=True, eos=False)
         answers: list[list[int]] = [[] for _ in prompts]
         state = [("", False)] * len(prompts)
@@ -190,12 +191,36 @@ class MetaModel:
             examples: texts, or token ids (which are taken as they are; ``bos`` and ``eos`` are for texts).
         """
         _refuse_images(images)
-        ids = self._encode(examples, bos, eos)
-        lengths = [len(example) for example in ids]
-        device = self.llma.norm.weight.device
-        tokens = torch.tensor([token for example in ids for token in example], device=device)
-        logits, _ = self.llma(Inputs(tokens, Documents.of(lengths).to(device)), Logits())
-        return list(logits.split(lengths))
+        self._refuse_classifier()
+        inputs = self._inputs(self._encode(examples, bos, eos))
+        logits, _ = self.llma(inputs, Logits())
+        return list(logits.split(inputs.documents.lengths))
+
+    @torch.inference_mode()
+    def classify(self, examples: Sequence[str] | Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """The probability of each of a classifier's labels, by name and the likeliest first, for each example.
+
+        Args:
+            examples: texts, or token ids (which are taken as they are, as templates make them).
+
+        Raises:
+            UserError: the model is no classifier, or an example is too long.
+        """
+        labels = self.llma.args.labels
+        if not labels:
+            raise UserError(
+                "this model predicts tokens and knows no labels: use generate, or train a classifier (model.labels)"
+            )
+        ids = self._encode(examples, bos=True, eos=False)
+        for number, example in enumerate(ids):
+            if not 0 < len(example) <= self.max_seq_len:
+                raise UserError(
+                    f"example {number} has {len(example)} tokens; from 1 to max_seq_len {self.max_seq_len} are read"
+                )
+        inputs = self._inputs(ids)
+        logits, _ = self.llma(inputs, Logits(inputs.documents.ends))
+        found = (zip(labels, shares, strict=True) for shares in logits.softmax(1).tolist())
+        return [dict(sorted(pairs, key=lambda pair: -pair[1])) for pairs in found]
 
     def evaluate_examples(
         self,
@@ -236,6 +261,17 @@ class MetaModel:
             result["max_equal"].append(bool((scored.argmax(-1) == labels).all()))
             result["non_context_logits"].append(scored)
         return result
+
+    def _inputs(self, ids: Sequence[Sequence[int]]) -> Inputs:
+        device = self.llma.norm.weight.device
+        tokens = torch.tensor([token for example in ids for token in example], device=device)
+        return Inputs(tokens, Documents.of([len(example) for example in ids]).to(device))
+
+    def _refuse_classifier(self) -> None:
+        if labels := self.llma.args.labels:
+            raise UserError(
+                f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: use MetaModel.classify"
+            )
 
     def _encode(self, examples: Sequence[Any], bos: bool, eos: bool) -> list[list[int]]:
         if isinstance(examples, str) or not examples:

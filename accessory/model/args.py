@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from accessory.config import Bounds, Count, NonNegative, Positive, from_mapping, read_mapping
+from accessory.config import Bounds, Count, NonNegative, Positive, Text, from_mapping, read_mapping
 from accessory.errors import UserError
 
 FewThousand = Annotated[int, Bounds(least=1, below=10_000)]
@@ -26,7 +26,8 @@ class ModelArgs:
     """A Mixtral-class decoder; the defaults are Mixtral 8x7B's.
 
     ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
-    ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss.
+    ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss. A model with ``labels``
+    says which of them a document has, rather than its next token: their order is that of its logits.
     """
 
     dim: Count = 4096
@@ -44,6 +45,7 @@ class ModelArgs:
     max_seq_len: Count = 4096
     moe: MoEArgs = MoEArgs()
     load_balancing_weight: NonNegative = 0.1
+    labels: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -54,6 +56,8 @@ class ModelArgs:
             raise UserError(
                 f"moe.num_experts_per_tok {self.moe.num_experts_per_tok} lies above moe.num_experts {self.moe.num_experts}"
             )
+        if self.labels and not 1 < len(self.labels) == len(set(self.labels)):
+            raise UserError(f"labels must be two or more, each named once; found {', '.join(self.labels)}")
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelArgs":
@@ -65,13 +69,17 @@ class ModelArgs:
         values = dataclasses.asdict(self)
         if not self.moe.score_bias:
             del values["moe"]["score_bias"]
+        if not self.labels:
+            del values["labels"]
         return values
 
     def active_parameters(self) -> int:
         """Parameters that one token meets, embedding look-up excluded (FLOPs per trained token = 6 x this + attention)."""
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
         experts = 3 * self.moe.num_experts_per_tok * self.dim * self.hidden_dim
-        return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * self.vocab_size
+        return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * (
+            len(self.labels) or self.vocab_size
+        )
 
     def train_flops_per_token(self, seq_len: int, trained: float = 1.0) -> float:
         """Forward + backward FLOPs of one token in a causal sequence of ``seq_len`` (recompute not counted).

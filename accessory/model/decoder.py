@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Mixtral-class language model, cut over the model-parallel ranks of ``mesh`` as ``layout`` says.
+    """A Mixtral-class language model or classifier, cut over the model-parallel ranks of ``mesh`` as ``layout`` says.
 
     ``recompute`` drops the activations inside each block and computes them again in backward.
 
@@ -81,7 +81,10 @@ class Decoder(nn.Module):
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim, mp)
         self.layers = nn.ModuleList(Block(args, layout, mp, kernel) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
+        if args.labels:
+            self.score = ColumnParallelLinear(args.dim, len(args.labels), Axis())  # so small that each rank has it whole
+        else:
+            self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
         for name, adapter in logical.adapters.items():
             owner, matrix = name.rsplit(".", 1)
             layer = self.get_submodule(owner)
@@ -108,7 +111,7 @@ class Decoder(nn.Module):
             else:
                 x, layer_stats = layer(*arguments)
             stats.append(layer_stats)
-        return head(x, self.norm, self.output, dropout_draw), RouterStats.stacked(stats)
+        return head(x, self.norm, self.score if args.labels else self.output, dropout_draw), RouterStats.stacked(stats)
 
     def _dropout_draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
         """[T] what decides each token's dropout, if anything is dropped."""

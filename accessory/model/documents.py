@@ -56,6 +56,11 @@ class Documents:
         slot_of = torch.tensor(slots).repeat_interleave(length)
         return cls(number.repeat_interleave(length), positions, borders, slot_of, lengths, past, slots, count)
 
+    @property
+    def ends(self) -> Tensor:
+        """[count] the place of each document's last token."""
+        return self.borders[1 : self.count + 1] - 1
+
     @cached_property
     def singles(self) -> Tensor:
         """The places of tokens that are their document's only one here; made once, for all layers."""

@@ -14,7 +14,8 @@ from accessory.parallel.regions import copy_to_model_parallel_region, gather_fro
 
 class Head(Protocol):
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
-        """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules.
+        """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules
+        (of a classifier, V is the number of its labels, and no rank has only a part of them).
 
         ``dropout_draw`` [T] is the adapters', for dropout.
         """

@@ -32,6 +32,8 @@ Region = tuple[slice, ...]
 Adapters = Mapping[str, Adapter]
 """The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
 EMBEDDING = "tok_embeddings.weight"
+SCORE = "score.weight"
+"""Of a classifier, in the place of the output layer: never adapted, for it is new and small."""
 
 
 class Source(Protocol):
@@ -104,7 +106,7 @@ class LogicalModel:
     @cached_property
     def matrices(self) -> dict[str, Shape]:
         """Those of them that can have an adapter."""
-        return {name: shape for name, shape in self.base.items() if len(shape) > 1}
+        return {name: shape for name, shape in self.base.items() if len(shape) > 1 and name != SCORE}
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -164,7 +166,7 @@ def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
         }
         if args.moe.score_bias:
             shapes[f"{layer}.feed_forward.gate.score_bias"] = (e,)
-    return shapes | {"norm.weight": (d,), "output.weight": (v, d)}
+    return shapes | {"norm.weight": (d,)} | ({SCORE: (len(args.labels), d)} if args.labels else {"output.weight": (v, d)})
 
 
 _CUT_DIMS = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "output": 0}

@@ -1,5 +1,6 @@
 """The data of a run: its samples, and the rows of each epoch."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -24,10 +25,19 @@ class RunData:
         rows: of each epoch. bad_records: every record that is bad or dropped, with the reason.
     """
 
-    def __init__(self, section: DataSection, tokenizer: Tokenizer, max_seq_len: int, epochs: int, seed: int, launch: Launch):
+    def __init__(
+        self,
+        section: DataSection,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        labels: Sequence[str],
+        epochs: int,
+        seed: int,
+        launch: Launch,
+    ):
         progressed("reading the data")
         self.packing, self.max_seq_len = section.packing, max_seq_len
-        arguments = (section.mix, tokenizer, max_seq_len, seed, section.validation, section.bad_records)
+        arguments = (section.mix, tokenizer, max_seq_len, seed, section.validation, section.bad_records, labels)
         data = first_on_each_node(lambda: load_mix(*arguments), launch)
         self.training, self.validation = data.training, data.validation
         self.lengths = sample_lengths(self.training)

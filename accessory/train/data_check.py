@@ -31,8 +31,8 @@ def check(arguments: argparse.Namespace) -> None:
     """Validate every record of a mix and print a table; exit code 1 if one is bad, or nothing is left to train on."""
     check_writable(arguments.png)
     run = _run(arguments.mix)
-    mix, tokenizer, max_seq_len = _what(arguments, run)
-    sources = tokenise_mix(mix, tokenizer, max_seq_len)
+    mix, tokenizer, max_seq_len, labels = _what(arguments, run)
+    sources = tokenise_mix(mix, tokenizer, max_seq_len, labels)
     print(f"samples of at most {max_seq_len:,} tokens\n")
     print(_table(sources))
     if any(len(source) for source in sources):
@@ -59,13 +59,13 @@ def _list(lines: Iterator[str], count: int, most: int) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the first samples of each source, what is trained in colour (or between brackets where there is none)."""
-    mix, tokenizer, max_seq_len = _what(arguments, _run(arguments.mix))
-    for source in tokenise_mix(mix, tokenizer, max_seq_len):
+    mix, tokenizer, max_seq_len, labels = _what(arguments, _run(arguments.mix))
+    for source in tokenise_mix(mix, tokenizer, max_seq_len, labels):
         samples = ((store, number) for store in source.stores for number in range(len(store)))
         for _, (store, number) in zip(range(arguments.n), samples, strict=False):
             sample = store[number]
-            trained = int(sample.trained.sum())
-            print(f"== {store.where(number)}: {len(sample.tokens)} tokens, {trained} of them trained")
+            learnt = f"{int(sample.trained.sum())} of them trained" if sample.label is None else labels[sample.label]
+            print(f"== {store.where(number)}: {len(sample.tokens)} tokens, {learnt}")
             print(coloured(sample, tokenizer, sys.stdout.isatty()) + "\n")
 
 
@@ -87,8 +87,8 @@ def _run(path: Path) -> RunConfig | None:
     return None if "META" in read_mapping(path) else RunConfig.load(path, [])
 
 
-def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, Tokenizer, int]:
-    """Mix, tokenizer and longest sample: the run's, unless the command says otherwise."""
+def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, Tokenizer, int, tuple[str, ...]]:
+    """Mix, tokenizer, longest sample and labels: the run's, unless the command says otherwise."""
     tokenizer, max_seq_len = arguments.tokenizer, arguments.max_seq_len
     if run is not None:
         tokenizer = tokenizer or run.model.tokenizer
@@ -98,7 +98,8 @@ def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, T
     if tokenizer is None:
         raise UserError(f"{arguments.mix}: give --tokenizer, so that lengths are known")
     mix = Path(run.data.mix) if run is not None else arguments.mix
-    return mix, Tokenizer(tokenizer), DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len
+    labels = run.model.labels if run is not None else ()
+    return mix, Tokenizer(tokenizer), DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len, labels
 
 
 def _max_seq_len(run: RunConfig) -> int:

@@ -29,7 +29,7 @@ from accessory.train.loggers import Loggers
 from accessory.train.metrics import Window, speed
 from accessory.train.model import RunModel, Start
 from accessory.train.nonfinite import NotFinite, blame
-from accessory.train.objective import MeanOfMeans, NextToken, Objective, shown
+from accessory.train.objective import Classification, MeanOfMeans, NextToken, Objective, shown
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
@@ -50,7 +50,7 @@ class Trainer:
             for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
-        self.data = RunData(config.data, start.tokenizer, start.width, train.epochs, train.seed, launch)
+        self.data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
         dp = mesh.dp
         self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
@@ -60,7 +60,8 @@ class Trainer:
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
         resumed_from = self.state.directory.parents[1] if self.state else None
-        objective: Objective = NextToken()  # what is held out has one mean, however a run takes that of its steps
+        # what is held out has one mean, however a run takes that of its steps
+        objective: Objective = Classification() if start.args.labels else NextToken()
         self.objective: Objective = MeanOfMeans(objective) if train.reference_loss else objective
         self.router_losses = RouterLosses(train.balance, train.z_loss_weight, train.bias_rate)
         self.validation = Validation(self.built.model, objective, self.data, self.batches, config, self.alarms, resumed_from)

@@ -80,6 +80,12 @@ class Start:
 
 def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
     """The model's description as the run trains and saves it."""
+    if args.labels and args.labels != config.model.labels:
+        raise UserError(
+            f"the model that the run starts from classifies into {', '.join(args.labels)}: name them in this order, "
+            "model.labels: [...]"
+        )
+    args = dataclasses.replace(args, labels=config.model.labels)
     if config.train.balance_weight is not None:
         args = dataclasses.replace(args, load_balancing_weight=config.train.balance_weight)
     if config.train.balance == "bias":

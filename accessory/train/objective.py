@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
-from accessory.model.head import LossSum
+from accessory.model.head import Logits, LossSum
 from accessory.model.moe.router import RouterStats
 
 
@@ -51,6 +53,27 @@ class NextToken:
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
         return {"perplexity": math.exp(min(700.0, loss))}
+
+
+class Classification:
+    """Cross-entropy of each document's label, given all of its tokens; measures which label was taken for which."""
+
+    def targets(self, batch: Batch) -> int:
+        return batch.documents.count
+
+    def loss(self, model: Decoder, batch: Batch, dropout: bool = False) -> BatchLoss:
+        logits, router = model(batch.inputs(dropout), Logits(batch.documents.ends))
+        count = logits.shape[1]
+        pairs = batch.labels * count + logits.argmax(1)
+        confusion = torch.bincount(pairs, minlength=count * count).view(count, count)
+        return BatchLoss(F.cross_entropy(logits, batch.labels, reduction="sum"), confusion.double(), router)
+
+    def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
+        """``measures`` [labels, labels]: how many documents of the first are taken for the second."""
+        right, there, said = measures.diag(), measures.sum(1), measures.sum(0)
+        met = there + said > 0
+        f1 = 2 * right[met] / (there + said)[met]
+        return {"accuracy": float(right.sum() / there.sum().clamp(min=1)), "macro_f1": float(f1.mean()) if len(f1) else 0.0}
 
 
 @dataclass(frozen=True)

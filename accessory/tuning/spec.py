@@ -11,7 +11,7 @@ from accessory.console import listed
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
-from accessory.model.logical import Adapters, LogicalModel, is_buffer
+from accessory.model.logical import SCORE, Adapters, LogicalModel, is_buffer
 from accessory.settings import LoraSection, TuningSection
 
 PRESETS = {
@@ -20,7 +20,7 @@ PRESETS = {
     "router": r"\.gate\.",
     "experts": r"\.experts\.",
     "norms": r"norm\.weight$",
-    "output": r"^output\.",
+    "output": r"^(output|score)\.",
 }
 BIASED = ("attention", "experts")
 
@@ -47,6 +47,7 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     adapters = _adapters(section, plain.matrices, seed)
     full = not (section.lora or section.bias or section.train)
     chosen = set(names) if full else set().union(*(_matching(entry, names, "tuning.train") for entry in section.train))
+    chosen |= {SCORE} & set(names)  # a classifier's is new: without it nothing else could learn
     frozen: set[str] = set()
     for entry in section.freeze:
         matched = _matching(entry, names, "tuning.freeze")
