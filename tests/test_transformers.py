@@ -63,7 +63,7 @@ def transformers_model(w, args=ARGS):
 def by_logical_name(g, args=ARGS):
     """Tensors under transformers' names, each the shape of a parameter, by our logical names."""
     out = {"tok_embeddings.weight": g["model.embed_tokens.weight"], "norm.weight": g["model.norm.weight"]}
-    out["output.weight"] = g["lm_head.weight"]
+    out |= {"score.weight": g["score.weight"]} if args.labels else {"output.weight": g["lm_head.weight"]}
     for n in range(args.n_layers):
         ours, theirs = f"layers.{n}.", f"model.layers.{n}."
         out[f"{ours}attention.wq.weight"] = interleaved(g[f"{theirs}self_attn.q_proj.weight"], args.n_heads)

@@ -30,7 +30,7 @@ def rank_tensors(w: dict[str, Tensor], args: ModelArgs, layout: str, rank: int, 
     More ranks than key heads, which those cannot do, all have them whole.
     """
     out = {"tok_embeddings.weight": w["tok_embeddings.weight"].chunk(size, 1)[rank]}
-    out["output.weight"] = w["output.weight"].chunk(size, 0)[rank]
+    out |= {"score.weight": w["score.weight"]} if args.labels else {"output.weight": w["output.weight"].chunk(size, 0)[rank]}
     out["norm.weight"] = w["norm.weight"]
     for n in range(args.n_layers):
         layer = f"layers.{n}"
@@ -59,7 +59,8 @@ def huggingface_tensors(w: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     def halves(weight: Tensor) -> Tensor:
         return torch.cat([torch.cat([head[0::2], head[1::2]]) for head in weight.split(args.head_dim)])
 
-    out = {"model.embed_tokens.weight": w["tok_embeddings.weight"], "lm_head.weight": w["output.weight"]}
+    out = {"model.embed_tokens.weight": w["tok_embeddings.weight"]}
+    out |= {"score.weight": w["score.weight"]} if args.labels else {"lm_head.weight": w["output.weight"]}
     out["model.norm.weight"] = w["norm.weight"]
     for n in range(args.n_layers):
         ours, theirs = f"layers.{n}", f"model.layers.{n}"
@@ -89,7 +90,7 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
     """What the JSON files must say of the model, key by key."""
     if format == "hf":
         config: dict[str, Any] = {
-            "architectures": ["MixtralForCausalLM"],
+            "architectures": [f"MixtralFor{'SequenceClassification' if args.labels else 'CausalLM'}"],
             "model_type": "mixtral",
             "hidden_size": args.dim,
             "intermediate_size": args.hidden_dim,
@@ -108,6 +109,8 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
             "hidden_act": "silu",
             "tie_word_embeddings": False,
         }
+        if args.labels:
+            config["id2label"] = {str(number): label for number, label in enumerate(args.labels)}
         return {"config.json": config}
     config = {
         "dim": args.dim,
@@ -126,6 +129,8 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
         "moe": {"num_experts": args.moe.num_experts, "num_experts_per_tok": args.moe.num_experts_per_tok},
         "load_balancing_weight": args.load_balancing_weight,
     }
+    if args.labels:
+        config["labels"] = list(args.labels)
     return {"config.json": config, "meta.json": {"llama_type": format}}
 
 
