@@ -1,15 +1,16 @@
-"""A classifier: the numbers of transformers' MixtralForSequenceClassification, and a run from labelled records to its use."""
+"""A classifier: the numbers of transformers' MixtralForSequenceClassification; a run from labelled records to its use."""
 
 import json
+import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from models import TINY, Tensors, build, mesh_for, samples, weights
+from jobs import command
+from models import TINY, Tensors, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from test_transformers import by_logical_name
-from transformers import MixtralForSequenceClassification
+from transformers import AutoTokenizer, MixtralForSequenceClassification, pipeline
 from transformers.models.mixtral import modeling_mixtral
 
 from accessory.certify import formats
@@ -17,8 +18,10 @@ from accessory.certify.judge import assemble, distance, relative
 from accessory.certify.parity import grid
 from accessory.certify.run import gradients
 from accessory.checkpoint.convert import Target, convert
-from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.data.loader import collate
+from accessory.errors import UserError
+from accessory.infer.meta import MetaModel
 from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import get_layout
@@ -72,7 +75,9 @@ def test_logits_loss_and_gradients_are_those_of_transformers(layout, mp, tmp_pat
     ranks = run_ranks(mp, run_ours, layout, mp, w, batch)
 
     convert(Checkpoint(write(tmp_path / "ours", w)), tmp_path / "hf", Target("hf"))
-    model = MixtralForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float64, experts_implementation="eager")
+    model = MixtralForSequenceClassification.from_pretrained(
+        tmp_path / "hf", dtype=torch.float64, experts_implementation="eager"
+    )
     assert model.config.id2label == dict(enumerate(LABELS)) and model.config.label2id["yes"] == 2
     tokens, _, real = grid(batch)
     padded = tokens.masked_fill(~real, model.config.pad_token_id)
@@ -85,3 +90,155 @@ def test_logits_loss_and_gradients_are_those_of_transformers(layout, mp, tmp_pat
     for rank in ranks:
         assert distance({"": rank["logits"]}, {"": out.logits}) < 1e-12
         assert relative(rank["loss"], out.loss.item()) < 1e-12
+
+
+def test_hugging_face_in_and_out(tmp_path):
+    """What transformers saves comes back byte for byte through both layouts, with its labels."""
+    torch.manual_seed(0)
+    config = MixtralForSequenceClassification.config_class(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        id2label={"2": "yes", "0": "no", "1": "so"},
+        pad_token_id=9,
+    )
+    MixtralForSequenceClassification(config).save_pretrained(tmp_path / "a")
+    convert(Checkpoint(tmp_path / "a"), tmp_path / "b", Target("mixtral_sparse", 2))
+    convert(Checkpoint(tmp_path / "b"), tmp_path / "c", Target("mixtral", 4))
+    convert(Checkpoint(tmp_path / "a"), tmp_path / "d", Target("hf"))
+    convert(Checkpoint(tmp_path / "c"), tmp_path / "e", Target("hf"))
+    assert {Checkpoint(tmp_path / name).args.labels for name in "abcde"} == {LABELS}
+    assert (tmp_path / "d/model.safetensors").read_bytes() == (tmp_path / "e/model.safetensors").read_bytes()
+    back = MixtralForSequenceClassification.from_pretrained(tmp_path / "d")
+    assert (back.config.id2label, back.config.pad_token_id) == ({0: "no", 1: "so", 2: "yes"}, 9)
+    first = MixtralForSequenceClassification.from_pretrained(tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), back.parameters(), strict=True))
+    code, out, _ = command("inspect", tmp_path / "c")
+    assert code == [0] and "labels      no, so, yes" in out
+    code, out, _ = command("verify", tmp_path / "c", tmp_path / "a")
+    assert code == [0] and "bit for bit" in out
+
+
+def test_unnamed_labels_and_other_problems(tmp_path):
+    """transformers writes no id2label for LABEL_0 and LABEL_1, and lets a model have another problem."""
+    w = weights(replace(ARGS, labels=("a", "b")), dtype=torch.float32)
+    path = write(tmp_path / "a", w, replace(ARGS, labels=("a", "b")), "hf") / "config.json"
+    settings = json.loads(path.read_text())
+
+    def labels(**changes):
+        path.write_text(json.dumps(settings | changes))
+        return load_args(path).labels
+
+    assert labels(id2label=None) == ("LABEL_0", "LABEL_1")
+    assert labels(id2label=None, num_labels=3) == ("LABEL_0", "LABEL_1", "LABEL_2")
+    for changes, told in (
+        ({"problem_type": "regression"}, "problem_type is 'regression'; a document has one label here"),
+        ({"id2label": {"0": "a", "2": "b"}}, "expected a label for each number from 0"),
+        ({"id2label": {"0": "a", "1": "a"}}, "labels must be two or more, each named once; found a, a"),
+    ):
+        with pytest.raises(UserError, match=told):
+            labels(**changes)
+
+
+def corpus(home, count=96):
+    """Texts whose mood is that of their last word, in two files under different keys, and the same to be held out."""
+    make_tokenizer(home / "tokenizer.model")
+    rng = random.Random(0)
+    moods = {"list": "bad", "answer": "good", "tokens": "fine"}
+    files = {"a": [], "b": [], "held": []}
+    for number in range(count):
+        last = rng.choice(list(moods))
+        text = " ".join([*rng.choices(["the", "a", "is", "and"], k=rng.randint(1, 6)), last])
+        name = ("a", "b", "held")[number % 3]
+        label = moods[last] if name != "b" else ["bad", "good", "fine"].index(moods[last])
+        files[name].append({"sentence": text, "mood": label} if name == "b" else {"text": text, "label": label})
+    for name, records in files.items():
+        (home / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    columns = "columns: {text: sentence, label: mood}"
+    entries = f"[{{path: a.jsonl}}, {{path: b.jsonl, {columns}}}, {{path: held.jsonl, split: validation}}]"
+    (home / "mix.yaml").write_text(f"META: {entries}")
+    args = replace(TINY, vocab_size=304, dim=16, n_heads=4, n_kv_heads=2, head_dim=4, rope_scaling=None, n_layers=1)
+    (home / "model.json").write_text(json.dumps(args.to_dict()))
+    (home / "run.yaml").write_text(RUN.format(home=home))
+    return files["held"]
+
+
+RUN = """
+model: {{config: {home}/model.json, tokenizer: {home}/tokenizer.model, layout: mixtral, labels: [bad, good, fine]}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 64}}
+parallel: {{precision: fp64, recompute: false}}
+optim: {{lr: 2e-2, warmup_epochs: 0.1}}
+train: {{epochs: 6, batch_size: 4, accumulation: 2}}
+log: {{tensorboard: false, every: 4}}
+save: {{every_epochs: 6}}
+out: {home}/run
+"""
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def scores(pairs):
+    """Accuracy and macro F1 of (right, said) pairs, by the definition."""
+    f1 = []
+    for label in {label for pair in pairs for label in pair}:
+        hits = sum(right == said == label for right, said in pairs)
+        precision = hits / max(1, sum(said == label for _, said in pairs))
+        recall = hits / sum(right == label for right, _ in pairs) if any(r == label for r, _ in pairs) else 0.0
+        f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    return {"accuracy": sum(a == b for a, b in pairs) / len(pairs), "macro_f1": sum(f1) / len(f1)}
+
+
+def said_of(model, held):
+    found = model.classify([record["text"] for record in held])
+    return [(record["label"], next(iter(shares))) for record, shares in zip(held, found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run in each layout, on two model-parallel and on two data-parallel ranks; the records held out."""
+    home = tmp_path_factory.mktemp("classify")
+    held = corpus(home)
+    for layout, mp, rows in (("mixtral", 2, 4), ("mixtral_sparse", 1, 2)):
+        more = f"model.layout={layout}", f"parallel.model_parallel={mp}", f"train.batch_size={rows}", f"out={home}/{layout}"
+        codes, out, err = command("finetune", home / "run.yaml", *more, ranks=2)
+        assert codes == [0, 0], err
+        assert "  accuracy 0." in out and "  macro f1 0." in out
+    return home, held
+
+
+def test_a_run_learns_and_says_how_well(runs):
+    """In both layouts the same; accuracy and F1 of the validation are those of the saved model's own answers."""
+    home, held = runs
+    rows, others = rows_of(home / "mixtral"), rows_of(home / "mixtral_sparse")
+    trained, validated = ([row for row in rows if key in row] for key in ("loss", "val_loss"))
+    assert trained[-1]["loss"] < 0.5 * trained[0]["loss"] and "perplexity" not in trained[0]
+    assert trained[0]["targets"] == 32, "a document is one target"
+    assert validated[-1]["val_accuracy"] > 0.9
+    for row, other in zip(rows, others, strict=True):
+        for key in row.keys() & {"loss", "balance", "grad_norm", "accuracy", "macro_f1", "val_loss", "val_macro_f1"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-9), key
+    model = MetaModel.from_pretrained(home / "mixtral/epoch5", "mixtral_sparse", dtype=torch.float64)
+    pairs = said_of(model, held)
+    assert scores(pairs) == pytest.approx({key: validated[-1][f"val_{key}"] for key in ("accuracy", "macro_f1")})
+    start = scores([(right, "good") for right, _ in pairs])
+    assert 0 < start["macro_f1"] < start["accuracy"] < 1, "what would be said of a model that always says the same"
+    code, out, _ = command("compare", home / "mixtral", home / "mixtral_sparse", "--png", home / "c.png")
+    assert code == [0] and "validation accuracy" in out and "perplexity" not in out
+
+
+def test_transformers_says_the_same_of_texts(runs, tmp_path):
+    """With its own tokenizer, padding and pipeline."""
+    home, held = runs
+    assert command("convert", home / "mixtral/epoch5", tmp_path / "hf", "--to", "hf", "--dtype", "fp32")[0] == [0]
+    texts = [record["text"] for record in held]
+    ours = MetaModel.from_pretrained(tmp_path / "hf", dtype=torch.float32).classify(texts)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", pad_token="<unk>")
+    classify = pipeline("text-classification", str(tmp_path / "hf"), tokenizer=tokenizer, batch_size=8, top_k=None)
+    for mine, theirs in zip(ours, classify(texts), strict=True):
+        assert mine == pytest.approx({entry["label"]: entry["score"] for entry in theirs}, abs=1e-5)

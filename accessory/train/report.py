@@ -1,7 +1,6 @@
 """Pictures and tables of runs, from their metrics.jsonl."""
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def load_table(loads: list[list[float]]) -> str:
 
 
 def compare_table(runs: list[History]) -> str:
-    """Loss curves side by side, largest difference, perplexity before and after, speed."""
+    """Loss curves side by side, largest difference, measures of the validation before and after, speed."""
     width = max(14, *(len(run.name) for run in runs))
     by_step = [{row["step"]: row["loss"] for row in run.train} for run in runs]
     steps = sorted(set.intersection(*(set(losses) for losses in by_step)))
@@ -94,10 +93,11 @@ def compare_table(runs: list[History]) -> str:
         lines.append(f"{step:6d}" + "".join(f"  {x:{width}.6f}" for x in losses) + f"    {differences[-1]:.1e}")
     if differences:
         lines.append(f"largest difference of the loss: {max(differences):.1e}")
-    for label, row in (("before", 0), ("after", -1)):
-        if all(run.validation for run in runs):
-            values = (f"{math.exp(min(700.0, run.validation[row]['val_loss'])):{width}.3f}" for run in runs)
-            lines.append(f"validation perplexity {label:>6}: " + "  ".join(values))
+    for measure in ("perplexity", "accuracy", "macro_f1"):
+        for label, row in (("before", 0), ("after", -1)):
+            if all(run.validation and f"val_{measure}" in run.validation[row] for run in runs):
+                values = (f"{run.validation[row][f'val_{measure}']:{width}.3f}" for run in runs)
+                lines.append(f"{f'validation {measure} {label:>6}':>28}: " + "  ".join(values))
     rates = (sum(r["tokens"] for r in run.train) / sum(r["seconds"] for r in run.train) for run in runs)
     lines.append(f"{'tokens/s':>29}: " + "  ".join(f"{rate:{width}.0f}" for rate in rates))
     return "\n".join(lines)
@@ -120,7 +120,7 @@ def plot(runs: list[History], path: Path) -> None:
                 last = row is run.routing[-1]
                 label, alpha = (f"{name}, step {row['step']}", 1) if last else (None, 0.25)
                 routing[0].plot(row["layer_routing_change"], label=label, alpha=alpha, **style)
-        loss.set(xlabel="step", ylabel="nats per target token", title="loss")
+        loss.set(xlabel="step", ylabel="nats per target", title="loss")
         for axis in routing:
             axis.set(xlabel="layer", ylabel="share of the probe's choices", ylim=(0, None))
             axis.set_title("routing that changed since the start\n(pale: at earlier validations)")
