@@ -2,13 +2,16 @@
 
 import json
 import random
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from jobs import command
+from jobs import command, run_each
 from models import TINY, Tensors, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_transformers import by_logical_name
 from transformers import AutoTokenizer, MixtralForSequenceClassification, pipeline
 from transformers.models.mixtral import modeling_mixtral
@@ -20,6 +23,8 @@ from accessory.certify.run import gradients
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.data.loader import collate
+from accessory.data.mix import load_mix
+from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.infer.meta import MetaModel
 from accessory.model.head import Logits
@@ -242,3 +247,141 @@ def test_transformers_says_the_same_of_texts(runs, tmp_path):
     classify = pipeline("text-classification", str(tmp_path / "hf"), tokenizer=tokenizer, batch_size=8, top_k=None)
     for mine, theirs in zip(ours, classify(texts), strict=True):
         assert mine == pytest.approx({entry["label"]: entry["score"] for entry in theirs}, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapted(runs):
+    """A language model, and what a LoRA run makes of it, in the sparse layout on two ranks."""
+    home, held = runs
+    args = replace(load_args(home / "model.json"), labels=())
+    write(home / "base", weights(args, scale=4.0), args, "mixtral")
+    shutil.copy(home / "tokenizer.model", home / "base")
+    more = ["model.config=null", "model.tokenizer=null", f"model.checkpoint={home}/base", f"out={home}/lora"]
+    more += ["tuning.lora={rank: 4, targets: [attention]}", "model.layout=mixtral_sparse", "parallel.model_parallel=2"]
+    codes, out, err = command("finetune", home / "run.yaml", *more, ranks=2)
+    assert codes == [0, 0], err
+    assert re.search(r"^output +48 ", out, re.M), "the score, which is new, trains whole"
+    return home, held, more
+
+
+def test_an_adapter_keeps_the_score(adapted, tmp_path):
+    """It stands behind its base, is merged, and is gone on from; the fingerprint is that of the language model."""
+    home, held, more = adapted
+    both = home / "base", home / "lora/epoch5"
+    assert Checkpoint(both).args.labels == ("bad", "good", "fine") and not Checkpoint(both[0]).args.labels
+    assert "score.weight" in load_file(both[1] / "adapter.safetensors")
+    assert command("merge", *both, tmp_path / "hf", "--to", "hf")[0] == [0]
+    assert command("merge", *both, tmp_path / "own")[0] == [0]
+    assert command("verify", tmp_path / "hf", tmp_path / "own")[0] == [0]
+    beside, merged = (MetaModel.from_pretrained(where, dtype=torch.float64) for where in (both, tmp_path / "hf"))
+    texts = [record["text"] for record in held]
+    for ours, theirs in zip(beside.classify(texts), merged.classify(texts), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-12)
+    (validated,) = [row for row in rows_of(home / "lora") if "val_loss" in row][-1:]
+    assert scores(said_of(beside, held))["accuracy"] == pytest.approx(validated["val_accuracy"])
+    on = [f"model.checkpoint=[{both[0]}, {both[1]}]", f"out={tmp_path}/on", "train.max_steps=1", "optim.lr=1e-12"]
+    codes, _, err = command("finetune", home / "run.yaml", *more, *on, ranks=2)
+    assert codes == [0, 0], err
+    first = rows_of(tmp_path / "on")[0]
+    assert first["val_loss"] == pytest.approx(validated["val_loss"], rel=1e-9), "the score goes on, it is not new again"
+    assert command("inspect", *both)[1].count("labels      bad, good, fine") == 1
+
+
+WRONG = {
+    "label": (
+        "finetune {run} data.mix={home}/mix_label.yaml",
+        "a_label.jsonl:2: its label is 'awful', and the run's labels are",
+    ),
+    "none": (
+        "finetune {run} data.mix={home}/mix_none.yaml",
+        "a_none.jsonl:1: it has no label, and the run's labels are bad",
+    ),
+    "number": ("finetune {run} data.mix={home}/mix_number.yaml", "a_number.jsonl:1: its label is '3', and the run's labels"),
+    "no classifier": ("finetune {run} model.labels=[]", "a.jsonl:1: it has a label ('"),
+    "one": ("finetune {run} model.labels=bad", "labels must be two or more, each named once; found bad"),
+    "twice": ("finetune {run} model.labels=[bad,bad]", "labels must be two or more, each named once; found bad, bad"),
+    "order": (
+        "finetune {run} {start} model.labels=[good,bad,fine]",
+        "classifies into bad, good, fine: name them in this order",
+    ),
+    "left out": ("finetune {run} {start} model.labels=[]", "classifies into bad, good, fine: name them in this order"),
+    "reference": (
+        "finetune {run} train.reference_loss=true train.balance=microbatch",
+        "train.reference_loss gives LLaMA2-Accessory's numbers, and that trains no classifier",
+    ),
+    "generate": (
+        "generate {home}/mixtral/epoch5 Why?",
+        "this model is a classifier (bad, good, fine) and predicts no tokens",
+    ),
+    "mistral": ("convert {home}/mixtral/epoch5 {home}/m --to mistral", "the format 'mistral' is of language models"),
+    "peft": ("convert {home}/base {home}/lora/epoch5 {home}/p --to peft", "no place for trained weights of the base: score"),
+    "other": ("verify {home}/base {home}/mixtral/epoch5", "DIFFERENT: the models' settings are not the same"),
+}
+
+
+def test_what_is_wrong_is_told_in_a_sentence(adapted, tmp_path):
+    home, _, _ = adapted
+    odd = {"label": ["fine", "awful"], "none": [None], "number": [3]}
+    for name, labels in odd.items():
+        records = [{"text": "a list"} | ({} if label is None else {"label": label}) for label in labels]
+        (home / f"a_{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (home / f"mix_{name}.yaml").write_text(f"META: [{{path: a_{name}.jsonl}}]")
+    start = f"model.checkpoint={home}/mixtral/epoch5 model.config=null model.tokenizer=null"
+    places = {"home": home, "run": f"{home}/run.yaml out={home}/wrong", "start": start}
+    commands = [(line.format(**places).split(), "") for line, _ in WRONG.values()]
+    for (code, _, err), (name, (_, told)) in zip(run_each(commands, tmp_path), WRONG.items(), strict=True):
+        assert code == 1 and told in err and "Traceback" not in err, (name, err)
+    model = MetaModel.from_pretrained(home / "base", dtype=torch.float64)
+    with pytest.raises(UserError, match="this model predicts tokens and knows no labels: use generate"):
+        model.classify(["a list"])
+    classifier = MetaModel.from_pretrained(home / "mixtral/epoch5", dtype=torch.float64, max_seq_len=4)
+    with pytest.raises(UserError, match="example 1 has 30 tokens; from 1 to max_seq_len 4 are read"):
+        classifier.classify(["a", "a list of tokens is made from words"])
+    for refused in (classifier.generate, classifier.compute_logits, classifier.evaluate_examples):
+        with pytest.raises(UserError, match="is a classifier"):
+            refused(["a list"])
+
+
+def test_samples_have_their_labels(runs, tmp_path):
+    """By name, by number, of an answer as well; what is too long is cut and counted; the order of the labels is known."""
+    home, _ = runs
+    tokenizer = Tokenizer(home / "tokenizer.model")
+    turns = [{"from": "human", "value": "the list"}, {"from": "gpt", "value": "an answer"}]
+    records = [
+        {"text": "the list", "label": "b"},
+        {"text": "the list", "label": 0},
+        {"text": "the list " * 50, "label": "1"},
+        {"conversations": turns, "label": "a"},
+        {"instruction": "the list", "output": "an answer", "label": "b"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "mix.yaml").write_text("META: [{path: a.jsonl}]")
+    data, turned = (load_mix(tmp_path / "mix.yaml", tokenizer, 200, 0, labels=labels) for labels in ("ab", "ba"))
+    samples = list(data.training)
+    assert [sample.label for sample in samples] == [1, 0, 1, 0, 1]
+    assert [sample.label for sample in turned.training] == [0, 0, 1, 1, 0], "a name stands for another number"
+    assert not any(sample.trained.any() for sample in samples)
+    assert samples[0].tokens.tolist() == tokenizer.encode("the list", bos=True, eos=False)
+    long = tokenizer.encode("the list " * 50, bos=True, eos=False)
+    assert samples[2].tokens.tolist() == long[:200] and len(long) > 200 and data.count("truncated") == 1
+    assert samples[4].tokens[-1] == tokenizer.eos_id, "an answer ends as its template ends it"
+    batch = collate(samples[:2])
+    assert batch.labels.tolist() == [1, 0] and batch.target_tokens == 0
+    assert batch.documents.ends.tolist() == [len(samples[0].tokens) - 1, len(samples[0].tokens) * 2 - 1]
+    run = tmp_path / "run.yaml"
+    model = {"config": str(home / "model.json"), "tokenizer": str(home / "tokenizer.model"), "labels": ["a", "b"]}
+    run.write_text(
+        json.dumps({"model": model | {"layout": "mixtral"}, "data": {"mix": str(tmp_path / "mix.yaml")}, "out": "o"})
+    )
+    out = command("data", "show", run, "-n", 1)[1]
+    assert f"{tmp_path}/a.jsonl:1: {len(samples[0].tokens)} tokens, b" in out
+
+
+def test_f1_counts_only_labels_that_occur():
+    """In the records, or in the answers."""
+    for pairs in ([(0, 0), (0, 1), (1, 1), (1, 1)], [(0, 0)], [(0, 1)], [(2, 1), (1, 1), (0, 2), (2, 2)]):
+        confusion = torch.zeros(3, 3)
+        for right, said in pairs:
+            confusion[right, said] += 1
+        assert Classification().metrics(0.0, confusion) == pytest.approx(scores(pairs)), pairs
+    assert Classification().metrics(0.0, torch.zeros(3, 3)) == {"accuracy": 0.0, "macro_f1": 0.0}
