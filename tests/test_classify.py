@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import command, run_each
-from models import TINY, Tensors, build, make_tokenizer, mesh_for, samples, weights
+from models import TINY, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_transformers import by_logical_name
@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, MixtralForSequenceClassification, pipeli
 from transformers.models.mixtral import modeling_mixtral
 
 from accessory.certify import formats
-from accessory.certify.judge import assemble, distance, relative
+from accessory.certify.harness import Tensors, assemble, gradients
+from accessory.certify.judge import distance, relative
 from accessory.certify.parity import grid
-from accessory.certify.run import gradients
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint, load_args
 from accessory.data.loader import collate
@@ -29,7 +29,6 @@ from accessory.errors import UserError
 from accessory.infer.meta import MetaModel
 from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel
-from accessory.model.moe.layouts import get_layout
 from accessory.train.objective import Classification
 
 LABELS = ("no", "so", "yes")
@@ -89,7 +88,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(layout, mp, tmp_pat
     out = model(input_ids=padded, attention_mask=real.long(), labels=batch.labels)
     out.loss.backward()
     theirs = by_logical_name({name: p.grad for name, p in model.named_parameters()}, ARGS)
-    ours, differ = assemble([rank["gradients"] for rank in ranks], LogicalModel(ARGS).cuts(get_layout(layout)), mp)
+    ours, differ = assemble([rank["gradients"] for rank in ranks], LogicalModel(ARGS).shapes)
     assert not differ and "score.weight" in theirs
     assert distance(ours, theirs) < 1e-12
     for rank in ranks:

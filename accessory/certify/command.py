@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from accessory.certify.judge import TOLERANCES, Judge, Verdict
-from accessory.certify.matrix import cache_cells, check_fits, file_cells, training_cells
+from accessory.certify.matrix import cache_cells, check_fits, classifier_cells, file_cells, training_cells
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
 from accessory.certify.precision import PrecisionJudge, precision_cells, run_precision
 from accessory.certify.problem import SMALL, WIDE, Problem
@@ -87,7 +87,8 @@ def _worlds(arguments: argparse.Namespace) -> list[int]:
 def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
     """Training and files against the plain reference."""
     judge, strength = Judge(problem), 2 if arguments.quick else 3
-    cells = _only(arguments, [*training_cells(worlds, strength), *file_cells(worlds), *cache_cells(worlds)])
+    kinds = training_cells(worlds, strength), classifier_cells(worlds), file_cells(worlds), cache_cells(worlds)
+    cells = _only(arguments, [cell for kind in kinds for cell in kind])
     about = {
         "model": str(arguments.model or "the small one that is built in"),
         "reference": "one plain process in fp64 that shares no distributed code with what is certified",

@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.certify import reference
 from accessory.certify.formats import largest
 from accessory.certify.harness import assemble
-from accessory.certify.matrix import CacheCell, Cell, FileCell
+from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.data.store import Sample
@@ -71,12 +71,13 @@ class Judge:
             return self._cached(cell, outcome)
         return self._training(cell, outcome)
 
-    def _compute(self, masks: bool, tuning_name: str, balance: str) -> list[reference.ReferenceStep]:
+    def _compute(self, problem: Problem, masks: bool, tuning_name: str, balance: str) -> list[reference.ReferenceStep]:
         rates = reference.schedule(BATCHES, OPTIM.lr, OPTIM.min_lr, OPTIM.warmup_epochs * BATCHES[0])
-        return list(reference_steps(self.problem, tuning_name, self.problem.batches(masks), balance, OPTIM, rates))
+        return list(reference_steps(problem, tuning_name, problem.batches(masks), balance, OPTIM, rates))
 
     def _training(self, cell: Cell, ranks: list[Any]) -> Verdict:
-        expected = self._expected(cell.masks, cell.tuning, cell.balance)
+        problem = self.problem.of_labels() if isinstance(cell, ClassifierCell) else self.problem
+        expected = self._expected(problem, cell.masks, cell.tuning, cell.balance)
         self.margin = min(self.margin, *(step.parts.margin for step in expected))
         errors = dict.fromkeys(("loss", "balance", "z-loss", "counts", "norm"), 0.0)
         for (number, step), rank in itertools.product(enumerate(expected), ranks):
@@ -86,7 +87,7 @@ class Judge:
             step_errors["counts"] = float((numbers["counts"] - parts.counts).abs().max())
             errors = {name: largest((errors[name], step_errors[name])) for name in errors}
 
-        tuning = self.problem.tuning(cell.tuning)
+        tuning = problem.tuning(cell.tuning)
         gradients, differ = assemble([rank["gradients"] for rank in ranks], tuning.logical.shapes)
         weights, also = assemble([rank["weights"] for rank in ranks], tuning.logical.shapes)
         first = expected[0]
@@ -94,7 +95,7 @@ class Judge:
         applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
         errors["clipping"] = relative(applied, first.scale)
         errors["gradients"] = distance(gradients, first.gradients)
-        start = self.problem.weights(cell.tuning)
+        start = problem.weights(cell.tuning)
         errors["weights"] = distance(weights, {name: t for name, t in start.items()} | expected[-1].weights)
         frozen = weights.keys() & start.keys() - tuning.trains
         changed = [name for name in frozen if not torch.equal(weights[name].double(), start[name])]
@@ -130,7 +131,7 @@ def reference_steps(
     return reference.train_steps(
         problem.weights(tuning_name),
         problem.args,
-        [[(sample.tokens, sample.trained) for sample in batch] for batch in batches],
+        [[(s.tokens, s.trained if s.label is None else s.label) for s in batch] for batch in batches],
         balance=balance,
         clip=optim.clip_grad,
         lr=rates,

@@ -42,6 +42,13 @@ class Cell:
         }
 
 
+class ClassifierCell(Cell):
+    """The same of a classifier."""
+
+    def settings(self) -> dict[str, str]:
+        return {"learns": "labels"} | super().settings()
+
+
 @dataclass(frozen=True)
 class FileCell:
     """A checkpoint ``given`` in a format, cut into ``size``, is loaded into a layout, saved there, and converted to hf."""
@@ -125,6 +132,19 @@ def _meetings(cell: Cell, strength: int) -> set[frozenset[tuple[str, object]]]:
     if cell.model_parallel == 1:
         del acting["layout"]
     return {always} | {frozenset(some) for some in itertools.combinations((mesh, *acting.items()), strength)}
+
+
+def classifier_cells(worlds: Sequence[int]) -> list[ClassifierCell]:
+    """For every mesh both layouts, one trained in full and one by adapters; the other settings by turns."""
+    meshes = [(world, size) for world in worlds for size in model_parallel_sizes(world)]
+    cells = []
+    for number, (world, size) in enumerate(meshes):
+        possible = modes(world // size)
+        pairs = zip(LAYOUTS, (possible[0], possible[-1]), TUNINGS if number % 2 else reversed(TUNINGS), strict=True)
+        for turn, (layout, mode, tuning) in enumerate(pairs, number):
+            flags = turn % 2 == 0, False, number % 2 == 0  # packing, masks, recompute
+            cells.append(ClassifierCell(world, size, mode, layout, 3, *flags, tuning, BALANCES[number % 2]))
+    return cells
 
 
 def file_cells(worlds: Sequence[int]) -> list[FileCell]:

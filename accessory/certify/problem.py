@@ -61,9 +61,17 @@ class Problem:
     dtype: torch.dtype = torch.float64
     seed: int = 333  # of hundreds one whose closest routing decision is so clear that fp32 decides like fp64
 
+    def of_labels(self) -> "Problem":
+        """The same with a label to be learnt of each sequence."""
+        return replace(self, args=replace(self.args, labels=("no", "so", "yes")))
+
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
-        return resolve(TUNINGS[name], self.args, self.seed)
+        section = TUNINGS[name]
+        if section.lora and self.args.labels:  # whose score is trained whole
+            targets = tuple(target for target in section.lora.targets if target != "output")
+            section = replace(section, lora=replace(section.lora, targets=targets))
+        return resolve(section, self.args, self.seed)
 
     def weights(self, tuning: str = "full") -> dict[str, Tensor]:
         """Logical tensors, a tuning's adapters among them, in fp64, whose values fp32 holds exactly.
@@ -102,4 +110,4 @@ class Problem:
         prompt = rng.randint(1, length - 1)
         tokens = [rng.randrange(self.args.vocab_size) for _ in range(length)]
         trained = [not masks or place >= prompt for place in range(length)]
-        return Sample(np.array(tokens), np.array(trained))
+        return Sample(np.array(tokens), np.array(trained), label=sum(tokens) % 3 if self.args.labels else None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 def forward(w, args, tokens, scaling=1.0):
     """One sequence [S] -> logits [S, V], router logits [L, S, E] and chosen experts [L, S, K].
 
-    Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A.
+    Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A. A classifier's V are its labels.
     """
     routers, chosen = [], []
     w = with_adapters(w, scaling)
@@ -23,7 +23,8 @@ def forward(w, args, tokens, scaling=1.0):
         x = x + experts(h, share, layer)
         routers.append(router)
         chosen.append(top)
-    return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T, torch.stack(routers), torch.stack(chosen)
+    head = w["score.weight" if args.labels else "output.weight"]
+    return norm(x, w["norm.weight"], args.norm_eps) @ head.T, torch.stack(routers), torch.stack(chosen)
 
 
 def layer_of(w, n):
@@ -116,14 +117,17 @@ class ReferenceStep(NamedTuple):
 
 
 def loss_parts(w, args, samples, balance, scaling=1.0):
-    """Parts of the loss over a whole global batch of (tokens, trained) pairs, as FORMATS defines them."""
+    """Parts of the loss over a whole global batch of (tokens, trained) or (tokens, label) pairs, as FORMATS defines them."""
     total, targets, documents = torch.zeros(()), 0, []
     margin, top_k = math.inf, args.moe.num_experts_per_tok
-    for tokens, trained in samples:
+    for tokens, learnt in samples:
         logits, routers, chosen = forward(w, args, torch.tensor(tokens), scaling)
-        places = torch.tensor([place for place in range(1, len(tokens)) if trained[place]], dtype=torch.int64)
-        total = total - logits.log_softmax(-1)[places - 1, torch.tensor(tokens)[places]].sum()
-        targets += len(places)
+        if args.labels:
+            wanted = [(len(tokens) - 1, learnt)]
+        else:
+            wanted = [(place - 1, tokens[place]) for place in range(1, len(tokens)) if learnt[place]]
+        total = total - sum(logits.log_softmax(-1)[place, number] for place, number in wanted)
+        targets += len(wanted)
         documents.append((routers, F.one_hot(chosen, args.moe.num_experts).sum(2)))
         if top_k < args.moe.num_experts:
             ranked = routers.detach().sort(-1, descending=True).values

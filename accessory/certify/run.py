@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.certify import formats
 from accessory.certify.harness import Tensors, build, train
-from accessory.certify.matrix import CacheCell, Cell, FileCell, mode_settings
+from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell, mode_settings
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
@@ -21,6 +21,7 @@ from accessory.model.documents import Documents
 from accessory.model.head import Logits
 from accessory.model.logical import Source
 from accessory.parallel.mesh import Mesh, make_mesh
+from accessory.train.objective import Classification
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan
 from accessory.train.save import save_model
@@ -32,7 +33,7 @@ def run_cell(problem: Problem, cell: Cell | FileCell | CacheCell, device: torch.
         return pass_through_files(problem, cell, device, scratch)
     if isinstance(cell, CacheCell):
         return {"logits": run_in_chunks(problem, cell, device)}
-    return train_on_problem(problem, cell, device)
+    return train_on_problem(problem.of_labels() if isinstance(cell, ClassifierCell) else problem, cell, device)
 
 
 def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict
         z_weight=Z_WEIGHT,
         rates=[learning_rate(step, plan, OPTIM) for step in plan.steps()],
         width=PACKED_WIDTH if cell.packing else None,
+        objective=Classification() if problem.args.labels else None,
     )
 
 
