@@ -123,7 +123,7 @@ def _parity(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
     judge = TransformersJudge(problem)
     about = {
         "model": str(arguments.model or "the small one that is built in"),
-        "reference": f"MixtralForCausalLM of transformers {judge.version}, in one process",
+        "reference": f"Mixtral of transformers {judge.version}, in one process",
         "precision": "fp32",
     }
     certificate = Certificate("accessory certify --against hf", about | environment(arguments.device))

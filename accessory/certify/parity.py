@@ -1,5 +1,6 @@
-"""The same weights in Hugging Face's MixtralForCausalLM, by way of a converted checkpoint: same logits, loss, gradients."""
+"""The same weights in Hugging Face's Mixtral, by way of a converted checkpoint: same logits, loss, gradients."""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,36 +23,39 @@ from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import Batch, collate
 from accessory.errors import UserError
-from accessory.model.head import Logits, LossSum
+from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel, region_shape, whole_region
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import make_mesh
+from accessory.train.objective import Classification, NextToken, Objective
 
 
 @dataclass(frozen=True)
 class ParityCell:
-    """One model on ``world`` model-parallel ranks."""
+    """One model, a language model or a classifier, on ``world`` model-parallel ranks."""
 
     world: int
     layout: str
+    classifies: bool = False
 
     def settings(self) -> dict[str, str]:
-        return {"mp": str(self.world), "layout": self.layout}
+        return {"learns": "labels" if self.classifies else "tokens", "mp": str(self.world), "layout": self.layout}
 
 
 def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
-    return [ParityCell(world, layout) for world in worlds for layout in LAYOUTS]
+    return [ParityCell(world, layout, classifies) for world in worlds for layout in LAYOUTS for classifies in (False, True)]
 
 
 def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
     """Logits, loss and gradients of a batch, as one of the cell's ranks."""
     mesh = make_mesh(cell.world)
+    problem = problem.of_labels() if cell.classifies else problem
+    objective: Objective = Classification() if cell.classifies else NextToken()
     model = build_problem(problem, cell.layout, device, mesh)
     batch = _batch(problem).to(device)
     with torch.no_grad():
-        logits, _ = model(batch.inputs(), Logits())
-    loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
-    loss = loss_sum / batch.target_tokens
+        logits, _ = model(batch.inputs(), Logits(batch.documents.ends if cell.classifies else None))
+    loss = objective.loss(model, batch).loss_sum / objective.targets(batch)
     loss.backward()
     return {"logits": logits.cpu(), "loss": loss.item(), "gradients": gradients(model)}
 
@@ -76,43 +80,56 @@ class TransformersJudge:
     bounds = bounds(1e-5)
 
     def __init__(self, problem: Problem):
-        self.logical = LogicalModel(problem.args)
-        model, self.version = _load(problem)
-        tokens, labels, real = grid(_batch(problem))
-        out = model(input_ids=tokens, attention_mask=real.long(), labels=labels)
-        out.loss.backward()
-        self.logits, self.loss = out.logits.detach()[real].double(), out.loss.item()
-        self.gradients = self._by_logical_name({name: p.grad for name, p in model.named_parameters()})
+        self.version = _transformers().__version__
+        self._expected = functools.cache(lambda classifies: _run(problem.of_labels() if classifies else problem))
 
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
             return Verdict(cell, {}, self.bounds, outcome.reason)
-        ours, differ = assemble([rank["gradients"] for rank in outcome], self.logical.shapes)
-        logits = (distance({"": rank["logits"]}, {"": self.logits}) for rank in outcome)
-        losses = (relative(rank["loss"], self.loss) for rank in outcome)
-        errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, self.gradients)}
+        expected = self._expected(cell.classifies)
+        shapes = {name: gradient.shape for name, gradient in expected["gradients"].items()}
+        ours, differ = assemble([rank["gradients"] for rank in outcome], shapes)
+        logits = (distance({"": rank["logits"]}, {"": expected["logits"]}) for rank in outcome)
+        losses = (relative(rank["loss"], expected["loss"]) for rank in outcome)
+        errors = {"logits": largest(logits), "loss": largest(losses), "gradients": distance(ours, expected["gradients"])}
         return Verdict(cell, errors, self.bounds, disagreement(differ))
 
-    def _by_logical_name(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """transformers holds the experts fused, and halves for rotary pairs: the tiles of its files say where."""
-        result = {}
-        for tile in model_tiles(self.logical, fused=True):
-            result[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region))).double()
-        return result
+
+def _run(problem: Problem) -> dict[str, Any]:
+    """What transformers makes of the problem: logits, loss and gradients, these by logical name."""
+    model, batch = _load(problem), _batch(problem)
+    tokens, labels, real = grid(batch)
+    if problem.args.labels:  # it finds a document's end by the padding, of which the problem's documents have some inside
+        padding = min(set(range(problem.args.vocab_size)) - set(batch.tokens[batch.documents.ends].tolist()))
+        model.config.pad_token_id, model.model.embed_tokens.padding_idx = padding, None
+        out = model(input_ids=tokens.masked_fill(~real, padding), attention_mask=real.long(), labels=batch.labels)
+    else:
+        out = model(input_ids=tokens, attention_mask=real.long(), labels=labels)
+    out.loss.backward()
+    logits = out.logits.detach() if problem.args.labels else out.logits.detach()[real]
+    stored, found = {name: p.grad for name, p in model.named_parameters()}, {}
+    for tile in model_tiles(LogicalModel(problem.args), fused=True):  # which say where in its tensors ours are
+        found[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region))).double()
+    return {"logits": logits.double(), "loss": out.loss.item(), "gradients": found}
 
 
-def _load(problem: Problem) -> tuple[Any, str]:
-    """The problem's weights in transformers' hands, and its version."""
+def _transformers() -> Any:
     try:
-        from transformers import MixtralForCausalLM, __version__
+        import transformers
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(
             "--against hf compares with transformers, which is not here: pip install 'transformers>=5,<6'"
         ) from error
     logging.disable_progress_bar()
+    return transformers
+
+
+def _load(problem: Problem) -> Any:
+    """The problem's weights in transformers' hands."""
+    kind = f"MixtralFor{'SequenceClassification' if problem.args.labels else 'CausalLM'}"
     with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:
         weights = {key: tensor.float() for key, tensor in problem.weights().items()}
         formats.write(Path(name, "given"), weights, problem.args, "mixtral")
         convert(Checkpoint(Path(name, "given")), Path(name, "hf"), Target("hf"))
-        return MixtralForCausalLM.from_pretrained(Path(name, "hf"), dtype=torch.float32), __version__
+        return getattr(_transformers(), kind).from_pretrained(Path(name, "hf"), dtype=torch.float32)
