@@ -139,6 +139,7 @@ def test_unnamed_labels_and_other_problems(tmp_path):
 
     assert labels(id2label=None) == ("LABEL_0", "LABEL_1")
     assert labels(id2label=None, num_labels=3) == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert labels(id2label={"1": "b", "0": "a"}) == ("a", "b"), "in the order of the numbers"
     for changes, told in (
         ({"problem_type": "regression"}, "problem_type is 'regression'; a document has one label here"),
         ({"id2label": {"0": "a", "2": "b"}}, "expected a label for each number from 0"),
@@ -240,6 +241,8 @@ def test_transformers_says_the_same_of_texts(runs, tmp_path):
     """With its own tokenizer, padding and pipeline."""
     home, held = runs
     assert command("convert", home / "mixtral/epoch5", tmp_path / "hf", "--to", "hf", "--dtype", "fp32")[0] == [0]
+    settings = json.loads((tmp_path / "hf/config.json").read_text())
+    assert settings["pad_token_id"] not in (None, settings["eos_token_id"]), "an answer may end with the latter"
     texts = [record["text"] for record in held]
     ours = MetaModel.from_pretrained(tmp_path / "hf", dtype=torch.float32).classify(texts)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", pad_token="<unk>")

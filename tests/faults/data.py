@@ -91,9 +91,9 @@ FAULTS = (
     ),
     Fault(
         "a label is dropped in silence, though it says that the answer is bad",
-        "accessory/data/templates.py",
-        "        refuse_label(record)",
-        "        pass",
+        "accessory/data/records.py",
+        "        refuse_label(record)\n        return None",
+        "        return None",
         "tests/test_formats.py::test_a_file_is_refused_by_name",
     ),
     Fault(

@@ -48,8 +48,8 @@ FAULTS = (
     Fault(
         "a prompt goes on from its last token but one",
         FILE,
-        "Logits(documents.borders[1:] - 1)",
-        "Logits((documents.borders[1:] - 2).clamp(min=0))",
+        "Logits(documents.ends)",
+        "Logits((documents.ends - 1).clamp(min=0))",
         GREEDY,
     ),
     Fault(
