@@ -164,7 +164,7 @@ def _training_verbs(verbs: Verbs) -> None:
 
 
 def _using_verbs(verbs: Verbs) -> None:
-    verb = _verb(
+    generate = _verb(
         verbs,
         "generate",
         _in("accessory.infer.chat", "run_generate"),
@@ -175,25 +175,35 @@ def _using_verbs(verbs: Verbs) -> None:
         'accessory generate runs/quickstart/merged "What does json.dumps do?" --template mixtral-instruct',
         'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
     )
-    verb.add_argument("checkpoint", type=_path, help="directory")
-    verb.add_argument("--adapter", type=_path, action="append", default=[], help="directory laid over it; can be repeated")
-    verb.add_argument("prompts", nargs="+", type=_checked(Text), metavar="PROMPT")
-    verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
-    verb.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
-    verb.add_argument("--template", default="dialog", help="as the model was trained with; default: %(default)s")
-    verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
-    verb.add_argument("--max-gen-len", type=_count, default=512, help="tokens; default: %(default)s")
-    verb.add_argument(
-        "--temperature", type=_checked(NonNegative), default=0.0, help="0: the likeliest token; default: %(default)s"
+    generate.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
+    generate.add_argument("--template", default="dialog", help="as the model was trained with; default: %(default)s")
+    generate.add_argument("--max-gen-len", type=_count, default=512, help="tokens; default: %(default)s")
+    generate.add_argument("--temperature", type=_checked(NonNegative), default=0.0, help="default: 0, the likeliest token")
+    generate.add_argument("--top-p", type=_fraction, default=0.95, help="default: %(default)s")
+    classify = _verb(
+        verbs,
+        "classify",
+        _in("accessory.infer.chat", "run_classify"),
+        "the labels of texts, by a classifier (with torchrun, srun, or plain)",
+        "Say how likely each label is for each text, by a model that a run with model.labels has trained, or transformers. "
+        "It is a checkpoint of any format, with adapters laid over it. It prints the labels and writes nothing.",
+        'accessory classify BASE --adapter runs/classify/epoch3 "How can I turn a list into JSON?"',
     )
-    verb.add_argument("--top-p", type=_fraction, default=0.95, help="default: %(default)s")
+    for verb, name in ((generate, "PROMPT"), (classify, "TEXT")):
+        verb.add_argument("checkpoint", type=_path, help="directory")
+        verb.add_argument(
+            "--adapter", type=_path, action="append", default=[], help="directory laid over it; can be repeated"
+        )
+        verb.add_argument("texts", nargs="+", type=_checked(Text), metavar=name)
+        verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
+        verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
 
     verb = _verb(
         verbs,
         "compare",
         _in("accessory.train.report", "run_compare"),
-        "loss curves, perplexity and expert load of runs, side by side",
-        "Print the losses of several runs side by side with their largest difference, their perplexity before and after, "
+        "loss curves, validation and expert load of runs, side by side",
+        "Print the losses of several runs side by side with their largest difference, their validation before and after, "
         "their speed, and each one's load by layer and expert; draw them. It needs run directories of finetune or pretrain.",
         "accessory compare runs/quickstart/mixtral runs/quickstart/mixtral_sparse --png compare.png",
     )

@@ -287,6 +287,9 @@ def test_an_adapter_keeps_the_score(adapted, tmp_path):
     first = rows_of(tmp_path / "on")[0]
     assert first["val_loss"] == pytest.approx(validated["val_loss"], rel=1e-9), "the score goes on, it is not new again"
     assert command("inspect", *both)[1].count("labels      bad, good, fine") == 1
+    codes, out, err = command("classify", both[0], "--adapter", both[1], texts[0], "--precision", "fp64", ranks=2)
+    shares = ", ".join(f"{label} {share:.1%}" for label, share in beside.classify(texts[:1])[0].items())
+    assert codes == [0, 0] and f"> {texts[0]}\n{shares}\n" in out, err
 
 
 WRONG = {

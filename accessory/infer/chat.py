@@ -1,4 +1,4 @@
-"""The ``generate`` verb."""
+"""The verbs ``generate`` and ``classify``."""
 
 import argparse
 
@@ -22,18 +22,12 @@ def answer(arguments: argparse.Namespace, launch: Launch) -> None:
     """Load a checkpoint over all ranks of the job and print an answer to each prompt."""
     if arguments.template != "chat_template":
         get_template(arguments.template)  # a name that is none is told before the model is read
-    model = MetaModel.from_pretrained(
-        [arguments.checkpoint, *arguments.adapter],
-        arguments.layout,
-        mp_group=dist.group.WORLD,
-        dtype=get_dtype(arguments.precision),
-        device=launch.device,
-    )
-    prompts: list[str] | list[list[int]] = arguments.prompts
+    model = _load(arguments, launch)
+    prompts: list[str] | list[list[int]] = arguments.texts
     stop: tuple[str, ...] = ()
     if not arguments.raw:
         template = get_template(arguments.template, model.tokenizer)
-        questions = [Conversation(None, (Turn("user", question),)) for question in arguments.prompts]
+        questions = [Conversation(None, (Turn("user", question),)) for question in arguments.texts]
         prompts = [model.tokenizer.encode_segments(template.prompt(question))[0] for question in questions]
         stop = template.stop
     texts = model.generate(
@@ -43,5 +37,26 @@ def answer(arguments: argparse.Namespace, launch: Launch) -> None:
         top_p=arguments.top_p,
         additional_stop_symbols=stop,
     )
-    for prompt, text in zip(arguments.prompts, texts, strict=True):
+    for prompt, text in zip(arguments.texts, texts, strict=True):
         say(f"> {prompt}\n{text.strip()}\n")
+
+
+def run_classify(arguments: argparse.Namespace) -> None:
+    """The ``classify`` verb."""
+    run_job(lambda launch: classify(arguments, launch), ParallelSection.stall_timeout_s)
+
+
+def classify(arguments: argparse.Namespace, launch: Launch) -> None:
+    """Load a classifier over all ranks of the job and print the labels of each text, the likeliest first."""
+    for text, shares in zip(arguments.texts, _load(arguments, launch).classify(arguments.texts), strict=True):
+        say(f"> {text}\n{', '.join(f'{label} {share:.1%}' for label, share in shares.items())}\n")
+
+
+def _load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
+    return MetaModel.from_pretrained(
+        [arguments.checkpoint, *arguments.adapter],
+        arguments.layout,
+        mp_group=dist.group.WORLD,
+        dtype=get_dtype(arguments.precision),
+        device=launch.device,
+    )

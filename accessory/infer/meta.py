@@ -269,9 +269,7 @@ class MetaModel:
 
     def _refuse_classifier(self) -> None:
         if labels := self.llma.args.labels:
-            raise UserError(
-                f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: use MetaModel.classify"
-            )
+            raise UserError(f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: let it classify")
 
     def _encode(self, examples: Sequence[Any], bos: bool, eos: bool) -> list[list[int]]:
         if isinstance(examples, str) or not examples:
