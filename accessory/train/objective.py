@@ -63,10 +63,11 @@ class Classification:
 
     def loss(self, model: Decoder, batch: Batch, dropout: bool = False) -> BatchLoss:
         logits, router = model(batch.inputs(dropout), Logits(batch.documents.ends))
-        count = logits.shape[1]
-        pairs = batch.labels * count + logits.argmax(1)
-        confusion = torch.bincount(pairs, minlength=count * count).view(count, count)
-        return BatchLoss(F.cross_entropy(logits, batch.labels, reduction="sum"), confusion.double(), router)
+        loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+        pairs = batch.labels, logits.argmax(1)
+        confusion = logits.new_zeros(logits.shape[1], logits.shape[1], dtype=torch.float64)
+        confusion.index_put_(pairs, confusion.new_ones(()), accumulate=True)
+        return BatchLoss(loss_sum, confusion, router)
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
         """``measures`` [labels, labels]: how many documents of the first are taken for the second."""
