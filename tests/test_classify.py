@@ -177,9 +177,9 @@ model: {{config: {home}/model.json, tokenizer: {home}/tokenizer.model, layout: m
 data: {{mix: {home}/mix.yaml, max_seq_len: 64}}
 parallel: {{precision: fp64, recompute: false}}
 optim: {{lr: 2e-2, warmup_epochs: 0.1}}
-train: {{epochs: 6, batch_size: 4, accumulation: 2}}
+train: {{epochs: 3, batch_size: 4, accumulation: 2}}
 log: {{tensorboard: false, every: 4}}
-save: {{every_epochs: 6}}
+save: {{every_epochs: 3}}
 out: {home}/run
 """
 
@@ -228,7 +228,7 @@ def test_a_run_learns_and_says_how_well(runs):
     for row, other in zip(rows, others, strict=True):
         for key in row.keys() & {"loss", "balance", "grad_norm", "accuracy", "macro_f1", "val_loss", "val_macro_f1"}:
             assert row[key] == pytest.approx(other[key], rel=1e-9), key
-    model = MetaModel.from_pretrained(home / "mixtral/epoch5", "mixtral_sparse", dtype=torch.float64)
+    model = MetaModel.from_pretrained(home / "mixtral/epoch2", "mixtral_sparse", dtype=torch.float64)
     pairs = said_of(model, held)
     assert scores(pairs) == pytest.approx({key: validated[-1][f"val_{key}"] for key in ("accuracy", "macro_f1")})
     start = scores([(right, "good") for right, _ in pairs])
@@ -240,7 +240,7 @@ def test_a_run_learns_and_says_how_well(runs):
 def test_transformers_says_the_same_of_texts(runs, tmp_path):
     """With its own tokenizer, padding and pipeline."""
     home, held = runs
-    assert command("convert", home / "mixtral/epoch5", tmp_path / "hf", "--to", "hf", "--dtype", "fp32")[0] == [0]
+    assert command("convert", home / "mixtral/epoch2", tmp_path / "hf", "--to", "hf", "--dtype", "fp32")[0] == [0]
     settings = json.loads((tmp_path / "hf/config.json").read_text())
     assert settings["pad_token_id"] not in (None, settings["eos_token_id"]), "an answer may end with the latter"
     texts = [record["text"] for record in held]
@@ -269,7 +269,7 @@ def adapted(runs):
 def test_an_adapter_keeps_the_score(adapted, tmp_path):
     """It stands behind its base, is merged, and is gone on from; the fingerprint is that of the language model."""
     home, held, more = adapted
-    both = home / "base", home / "lora/epoch5"
+    both = home / "base", home / "lora/epoch2"
     assert Checkpoint(both).args.labels == ("bad", "good", "fine") and not Checkpoint(both[0]).args.labels
     assert "score.weight" in load_file(both[1] / "adapter.safetensors")
     assert command("merge", *both, tmp_path / "hf", "--to", "hf")[0] == [0]
@@ -315,12 +315,12 @@ WRONG = {
         "train.reference_loss gives LLaMA2-Accessory's numbers, and that trains no classifier",
     ),
     "generate": (
-        "generate {home}/mixtral/epoch5 Why?",
+        "generate {home}/mixtral/epoch2 Why?",
         "this model is a classifier (bad, good, fine) and predicts no tokens",
     ),
-    "mistral": ("convert {home}/mixtral/epoch5 {home}/m --to mistral", "the format 'mistral' is of language models"),
-    "peft": ("convert {home}/base {home}/lora/epoch5 {home}/p --to peft", "no place for trained weights of the base: score"),
-    "other": ("verify {home}/base {home}/mixtral/epoch5", "DIFFERENT: the models' settings are not the same"),
+    "mistral": ("convert {home}/mixtral/epoch2 {home}/m --to mistral", "the format 'mistral' is of language models"),
+    "peft": ("convert {home}/base {home}/lora/epoch2 {home}/p --to peft", "no place for trained weights of the base: score"),
+    "other": ("verify {home}/base {home}/mixtral/epoch2", "DIFFERENT: the models' settings are not the same"),
 }
 
 
@@ -331,15 +331,15 @@ def test_what_is_wrong_is_told_in_a_sentence(adapted, tmp_path):
         records = [{"text": "a list"} | ({} if label is None else {"label": label}) for label in labels]
         (home / f"a_{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
         (home / f"mix_{name}.yaml").write_text(f"META: [{{path: a_{name}.jsonl}}]")
-    start = f"model.checkpoint={home}/mixtral/epoch5 model.config=null model.tokenizer=null"
-    places = {"home": home, "run": f"{home}/run.yaml out={home}/wrong", "start": start}
+    start = f"model.checkpoint={home}/mixtral/epoch2 model.config=null model.tokenizer=null"
+    places = {"home": home, "run": f"{home}/run.yaml out=wrong", "start": start}
     commands = [(line.format(**places).split(), "") for line, _ in WRONG.values()]
     for (code, _, err), (name, (_, told)) in zip(run_each(commands, tmp_path), WRONG.items(), strict=True):
         assert code == 1 and told in err and "Traceback" not in err, (name, err)
     model = MetaModel.from_pretrained(home / "base", dtype=torch.float64)
     with pytest.raises(UserError, match="this model predicts tokens and knows no labels: use generate"):
         model.classify(["a list"])
-    classifier = MetaModel.from_pretrained(home / "mixtral/epoch5", dtype=torch.float64, max_seq_len=4)
+    classifier = MetaModel.from_pretrained(home / "mixtral/epoch2", dtype=torch.float64, max_seq_len=4)
     with pytest.raises(UserError, match="example 1 has 30 tokens; from 1 to max_seq_len 4 are read"):
         classifier.classify(["a", "a list of tokens is made from words"])
     for refused in (classifier.generate, classifier.compute_logits, classifier.evaluate_examples):
