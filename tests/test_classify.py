@@ -304,6 +304,10 @@ WRONG = {
     "number": ("finetune {run} data.mix={home}/mix_number.yaml", "a_number.jsonl:1: its label is '3', and the run's labels"),
     "no classifier": ("finetune {run} model.labels=[]", "a.jsonl:1: it has a label ('"),
     "one": ("finetune {run} model.labels=bad", "labels must be two or more, each named once; found bad"),
+    "adapted": (
+        "finetune {run} tuning.lora.targets=[output] model.config=null model.checkpoint={home}/base",
+        "'output' matches",
+    ),
     "twice": ("finetune {run} model.labels=[bad,bad]", "labels must be two or more, each named once; found bad, bad"),
     "order": (
         "finetune {run} {start} model.labels=[good,bad,fine]",
@@ -380,6 +384,9 @@ def test_samples_have_their_labels(runs, tmp_path):
     )
     out = command("data", "show", run, "-n", 1)[1]
     assert f"{tmp_path}/a.jsonl:1: {len(samples[0].tokens)} tokens, b" in out
+    codes, out, _ = command("data", "check", run, "--png", tmp_path / "lengths.png")
+    columns, numbers = (line.split() for line in out.splitlines()[2:4])
+    assert codes == [0] and dict(zip(["name", *columns], numbers, strict=True))["targets"] == "5"
 
 
 def test_f1_counts_only_labels_that_occur():

@@ -106,7 +106,8 @@ def _matching(entry: str, names: Sequence[str], where: str) -> set[str]:
     except re.error as error:
         raise UserError(f"{where}: '{entry}' is not a regular expression: {error}") from error
     if not found:
-        raise UserError(f"{where}: '{entry}' matches none of the model's tensors here{nearest(entry, list(PRESETS))}")
+        hint = "" if entry in PRESETS else nearest(entry, list(PRESETS))
+        raise UserError(f"{where}: '{entry}' matches none of the model's tensors here{hint}")
     return found
 
 
