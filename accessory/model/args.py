@@ -77,9 +77,8 @@ class ModelArgs:
         """Parameters that one token meets, embedding look-up excluded (FLOPs per trained token = 6 x this + attention)."""
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
         experts = 3 * self.moe.num_experts_per_tok * self.dim * self.hidden_dim
-        return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * (
-            len(self.labels) or self.vocab_size
-        )
+        outputs = len(self.labels) or self.vocab_size
+        return self.n_layers * (attention + experts + self.dim * self.moe.num_experts) + self.dim * outputs
 
     def train_flops_per_token(self, seq_len: int, trained: float = 1.0) -> float:
         """Forward + backward FLOPs of one token in a causal sequence of ``seq_len`` (recompute not counted).
