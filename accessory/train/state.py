@@ -90,7 +90,7 @@ def check_state(state: TrainingState, args: ModelArgs, shapes: dict[str, Shape],
     if notes.data_digest != data_digest:
         raise UserError(
             f"{where}: was saved with other samples, or another order or length of them: resume with the mix, tokenizer, "
-            "train.seed, data.max_seq_len, data.packing and data.validation that it was saved with"
+            "model.labels, train.seed, data.max_seq_len, data.packing and data.validation that it was saved with"
         )
     if odd := sorted(state.names.keys() ^ shapes.keys()):
         has = "holds" if odd[0] in state.names else "lacks"
