@@ -139,11 +139,22 @@ def classifier_cells(worlds: Sequence[int]) -> list[ClassifierCell]:
     meshes = [(world, size) for world in worlds for size in model_parallel_sizes(world)]
     cells = []
     for number, (world, size) in enumerate(meshes):
-        possible = modes(world // size)
-        pairs = zip(LAYOUTS, (possible[0], possible[-1]), TUNINGS if number % 2 else reversed(TUNINGS), strict=True)
-        for turn, (layout, mode, tuning) in enumerate(pairs, number):
-            flags = turn % 2 == 0, False, number % 2 == 0  # packing, masks, recompute
-            cells.append(ClassifierCell(world, size, mode, layout, 3, *flags, tuning, BALANCES[number % 2]))
+        possible, odd = modes(world // size), number % 2
+        tunings = TUNINGS if odd else reversed(TUNINGS)
+        for layout, mode, packing, tuning in zip(LAYOUTS, (possible[0], possible[-1]), (not odd, odd), tunings, strict=True):
+            cell = ClassifierCell(
+                world,
+                size,
+                mode,
+                layout,
+                accumulation=3,
+                packing=bool(packing),
+                masks=False,
+                recompute=not odd,
+                tuning=tuning,
+                balance=BALANCES[odd],
+            )
+            cells.append(cell)
     return cells
 
 
