@@ -181,7 +181,7 @@ def test_a_merge_rounds_once():
     logical = resolve(LORA, args).logical
     drawn = {name: torch.randn(shape, generator=generator) for name, shape in logical.shapes.items()}
     tensors = {name: t if "lora" in name else t.bfloat16() for name, t in drawn.items()}
-    read = SimpleNamespace(logical=logical, changed=[], read=lambda name, region: tensors[name][region])
+    read = SimpleNamespace(logical=logical, base_model=logical, changed=[], read=lambda name, region: tensors[name][region])
     exact = reference.with_adapters({name: tensor.double() for name, tensor in tensors.items()}, 2 / 3)
     for name in logical.adapters:
         merged = Merged(read).read(name, logical.whole(name))
