@@ -9,6 +9,7 @@ is the limit.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from accessory.certify.problem import SMALL
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import Axis
 
-SHAPE = ModelArgs(dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
+SHAPE = replace(SMALL, dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
 
 
 class Dense(nn.Module):

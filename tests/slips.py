@@ -131,6 +131,7 @@ CONFIGS = {
     "vocabulary": {"vocab_size": 10**12},
     "width": {"dim": 10**9, "hidden_dim": 10**9},
     "negative": {"hidden_dim": -1},
+    "narrow": {"hidden_dim": 12},
     "odd_head": {"head_dim": 5},
     "heads": {"n_kv_heads": 3},
     "nan": {"norm_eps": float("nan")},

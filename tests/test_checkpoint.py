@@ -285,14 +285,14 @@ def test_a_config_of_another_shape(sound):
     directory, _ = sound
     (directory / "config.json").write_text(json.dumps(asdict(replace(TINY, hidden_dim=48))))
     message = refusal(directory)
-    assert "feed_forward" in message and "has shape" in message and "config.json asks for" in message
+    assert "config.json: hidden_dim is 48, but by " in message and " it is 24: " in message
 
 
 def test_a_tensor_of_another_shape(sound):
     directory, file = sound
     rewrite(file, lambda tensors: tensors.update({"llma.norm.weight": torch.ones(31)}))
     message = refusal(directory)
-    assert str(file) in message and "llma.norm.weight has shape [31], config.json asks for [32]" in message
+    assert str(file) in message and "llma.norm.weight" in message and "[31]" in message and "32" in message
 
 
 def test_a_missing_tensor(sound):
@@ -312,7 +312,7 @@ def test_an_unexpected_tensor(sound):
 def test_a_config_with_more_layers(sound):
     directory, _ = sound
     (directory / "config.json").write_text(json.dumps(asdict(replace(TINY, n_layers=3))))
-    assert "lacks llma.layers.2." in refusal(directory)
+    assert "n_layers is 3, but by" in refusal(directory)
 
 
 def test_an_unknown_key_in_the_config(sound):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import rank_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from accessory.checkpoint.open import Checkpoint, load_args
+from accessory.checkpoint.description import load_args
+from accessory.checkpoint.open import Checkpoint
 from accessory.cli import main
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
@@ -266,7 +267,7 @@ def test_config_json_of_old_and_new_transformers(home, tmp_path):
     assert (
         load_args(tmp_path / "old.json")
         == load_args(tmp_path / "new.json")
-        == replace(ARGS, dim=64, rope_theta=1e4, load_balancing_weight=0.1)
+        == replace(ARGS, dim=64, rope_theta=1e4, load_balancing_weight=config["router_aux_loss_coef"])
     )
 
 
@@ -373,7 +374,12 @@ def test_settings_survive_a_way_through_every_format(home, tmp_path):
     converts(tmp_path / "mistral", tmp_path / "hf", "--to", "hf")
     converts(tmp_path / "hf", tmp_path / "sparse", "--to", "mixtral_sparse")
     for directory in (home / "hf", source, *(tmp_path / name for name in ("mistral", "hf", "sparse"))):
-        assert Checkpoint(directory).args == ARGS, directory.name
+        assert replace(Checkpoint(directory).args, load_balancing_weight=0.1) == ARGS, directory.name
+    converts(source, tmp_path / "expert", "--to", "mixtral")
+    converts(tmp_path / "expert", tmp_path / "back", "--to", "hf")
+    for directory, weight in ((home / "hf", 0.001), (tmp_path / "expert", 0.5), (tmp_path / "back", 0.5)):
+        assert Checkpoint(directory).args.load_balancing_weight == weight, directory.name
+    assert MixtralConfig.from_pretrained(tmp_path / "back").router_aux_loss_coef == 0.5
     theirs = MixtralConfig.from_pretrained(tmp_path / "hf")
     assert (theirs.sliding_window, theirs.rope_parameters["factor"]) == (ARGS.sliding_window, 1 / ARGS.rope_scaling)
     converts(source, tmp_path / "again", "--to", "hf")
@@ -459,7 +465,7 @@ def test_a_config_of_another_model(sound, change):
         config[name] = value
     path.write_text(json.dumps(config))
     message = refused(directory)
-    assert "does config.json describe this checkpoint" in message and str(directory) in message
+    assert f"is {value}, but by {directory}" in message or f"{path}: head_dim is" in message
 
 
 def test_a_tokenizer_of_another_model(sound, tmp_path):
@@ -546,8 +552,8 @@ def test_weights_of_another_kind(name, home, tmp_path):
     assert ("not quantised" if name == "quantised" else "save it anew") in refused(directory)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "num_local_experts", "rms_norm_eps"])
-@pytest.mark.parametrize("value", [None, "x", -1])
+@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps"])
+@pytest.mark.parametrize("value", [0, "x", -5])
 def test_a_config_with_a_bad_value(key, value, home, tmp_path):
     converts(home / "hf", tmp_path / "hf", "--to", "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {key: value}

@@ -1,11 +1,14 @@
 """Experts whose weights are packed, or lie elsewhere: kernels ask for what they need of them, when they need it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import run_ranks
 
+from accessory.certify.problem import SMALL
 from accessory.model.adapter import Adapter
-from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.args import MoEArgs
 from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.kernels import KERNELS
@@ -145,7 +148,7 @@ def test_what_trains_is_frozen_where_no_gradient_is_taken(without_gradients):
         assert all(w.asked == [2] for w in watched)
 
 
-ARGS = ModelArgs(dim=DIM, hidden_dim=HIDDEN, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
+ARGS = replace(SMALL, dim=DIM, hidden_dim=HIDDEN, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
 ADAPTER = Adapter(rank=3, scaling=0.5, bias=True)
 
 

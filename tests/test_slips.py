@@ -289,6 +289,8 @@ VERBS = {  # other command lines: the sentence
     "convert {odd}/ckpt_pointer {out} --to hf": "safetensors: a Git-LFS pointer",
     "convert {odd}/pickle {out} --to hf": "refused, it holds more than tensors",
     "convert {home}/ckpt {out} --to hf --config nowhere.json": "nowhere.json: no such file",
+    "convert {home}/ckpt {out} --to hf --config {odd}/config_vocabulary.json": "vocab_size is 1000000000000, but",
+    "convert {home}/hf {out} --to mixtral --config {odd}/config_narrow.json": "hidden_dim is 12, but by {home}/hf",
     "merge {home}/ckpt {home}/hf {out}": "no adapter in it; accessory convert lays whole directories over one another",
     "merge nowhere {home}/hf {out}": "nowhere: no such directory",
     "merge {home}/ckpt nowhere {out}": "nowhere: no such directory",

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import command
+from models import TINY
 from test_commands import MODEL
 from test_resume import home, refused  # noqa: F401 (home is a fixture)
 
 from accessory.checkpoint.state import KINDS, TrainingState
 from accessory.errors import UserError
-from accessory.model.args import ModelArgs
 from accessory.model.logical import whole_region
 from accessory.settings import DataSection, LoraSection, RunConfig, TrainSection, TuningSection
 from accessory.train.state import number_settings
@@ -283,7 +283,7 @@ def test_every_setting_is_said_refused_or_of_no_matter():
         for name, value in values.items():
             yield from names(value, f"{above}{name}.") if isinstance(value, dict) else [f"{above}{name}"]
 
-    said = number_settings(config, ModelArgs(), 1).keys()
+    said = number_settings(config, TINY, 1).keys()
     assert "load_balancing_weight" in said
     elsewhere = [*said, "train.balance_weight", *REFUSED, *SAME_NUMBERS]
     for name in names(dataclasses.asdict(config)):

@@ -17,7 +17,7 @@ from accessory.certify.problem import SMALL, WIDE, Problem
 from accessory.certify.processes import Body, run_jobs
 from accessory.certify.run import run_cell
 from accessory.certify.table import Certificate, environment, quantities, text_header, text_line, to_html
-from accessory.checkpoint.open import load_args
+from accessory.checkpoint.description import load_args
 from accessory.config import write_json
 from accessory.console import progress, say
 from accessory.dtypes import get_dtype

@@ -108,6 +108,7 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
             "rope_scaling": {"type": "linear", "factor": 1 / args.rope_scaling} if args.rope_scaling else None,
             "hidden_act": "silu",
             "tie_word_embeddings": False,
+            "router_aux_loss_coef": args.load_balancing_weight,
         }
         if args.labels:
             config["id2label"] = {str(number): label for number, label in enumerate(args.labels)}

@@ -16,7 +16,7 @@ import torch
 from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Directory, Tile
-from accessory.config import from_mapping, read_mapping, write_json
+from accessory.config import read_mapping, write_json
 from accessory.console import say
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
@@ -50,9 +50,13 @@ _CONFIG = {
     "rms_norm_eps": "norm_eps",
     "max_position_embeddings": "max_seq_len",
     "sliding_window": "sliding_window",
+    "router_aux_loss_coef": "load_balancing_weight",
 }
 _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
+CONFIG_KEYS = {name: key for key, name in _CONFIG.items()} | {f"moe.{name}": key for name, key in _MOE.items()}
+"""What config.json calls a field of ModelArgs."""
 DEFAULT_ROPE_THETA = 1e6
+DEFAULT_BALANCE_WEIGHT = 0.001  # transformers'
 CLASSIFIER = "MixtralForSequenceClassification"
 
 
@@ -140,21 +144,21 @@ def row_order(matrix: str, args: ModelArgs) -> Encoding:
     return AS_IS
 
 
-def args_from(config: dict[str, Any], where: str) -> ModelArgs:
-    """ModelArgs from Hugging Face's config.json.
+def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """What Hugging Face's config.json says, under the names of ModelArgs.
 
     Raises:
-        UserError: a key is missing, or asks for what this decoder does not do.
+        UserError: a key is missing that the tensors do not tell, or asks for what this decoder does not do.
     """
     expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False, "quantization_config": None}
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]!r}, this decoder does {value!r}")
-    for key in (*_CONFIG.keys() - {"sliding_window"}, "num_local_experts", "num_experts_per_tok"):
+    for key in ("rms_norm_eps", "max_position_embeddings", "num_attention_heads", "num_experts_per_tok"):
         if config.get(key) is None:
             raise UserError(f"{where}: the key '{key}' is missing")
-    values: dict[str, Any] = {name: config.get(key) for key, name in _CONFIG.items()}
-    values["moe"] = {key: config[theirs] for key, theirs in _MOE.items()}
+    values: dict[str, Any] = {name: config[key] for key, name in _CONFIG.items() if key in config}
+    values["moe"] = {name: config[key] for name, key in _MOE.items() if key in config}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters is {rope!r}, expected a mapping")
@@ -167,12 +171,11 @@ def args_from(config: dict[str, Any], where: str) -> ModelArgs:
             raise UserError(f"{where}: linear rotary scaling needs a factor above 0, found {factor!r}")
         values["rope_scaling"] = 1.0 / factor
     values["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_ROPE_THETA
-    values["head_dim"] = config.get("head_dim")
-    if values["head_dim"] is None and all(isinstance(values[name], int) and values[name] > 0 for name in ("dim", "n_heads")):
-        values["head_dim"] = values["dim"] // values["n_heads"]
+    if values.get("load_balancing_weight") is None:
+        values["load_balancing_weight"] = DEFAULT_BALANCE_WEIGHT
     if CLASSIFIER in (config.get("architectures") or ()):
         values["labels"] = _labels(config, where)
-    return from_mapping(ModelArgs, values, where)
+    return values | {"head_dim": config.get("head_dim")}
 
 
 def _labels(config: dict[str, Any], where: str) -> list[Any]:

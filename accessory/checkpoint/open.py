@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,22 @@ from torch import Tensor
 
 from accessory.checkpoint.accessory import AccessoryDirectory
 from accessory.checkpoint.adapter import AdapterDirectory
+from accessory.checkpoint.description import Description, Paths, described, own_config
 from accessory.checkpoint.fingerprint import fingerprint
-from accessory.checkpoint.huggingface import HuggingFaceDirectory, args_from
+from accessory.checkpoint.huggingface import HuggingFaceDirectory
 from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import companion_files
 from accessory.checkpoint.tiles import Directory, TileReader
-from accessory.config import from_mapping, read_mapping
+from accessory.config import read_mapping
 from accessory.console import listed, say
 from accessory.errors import UserError
 from accessory.files import check_directory
 from accessory.model.adapter import Adapter
-from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights
 from accessory.model.logical import LogicalModel, Region
 
-Paths = str | Path | Sequence[str | Path]
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
-# of the reference's config.json: what it adds to a model, which its files show as well
-_PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
 
 def recognise(path: str | Path) -> Directory:
@@ -44,19 +40,6 @@ def recognise(path: str | Path) -> Directory:
         f"{directory}: no checkpoint in it; expected consolidated.RR-of-MM.model.pth or .safetensors, "
         "consolidated.00.pth, consolidated.safetensors, or model.safetensors (one file or several)"
     )
-
-
-def load_args(paths: Paths) -> ModelArgs:
-    """Read the model's shape from a config.json of any format, or a params.json; of several, later keys win."""
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = {key: value for path in paths for key, value in read_mapping(path).items() if key not in _PEFT_KEYS}
-    where = ", ".join(map(str, paths))
-    if "hidden_size" in config:
-        return args_from(config, where)
-    if Path(paths[0]).name == "params.json":  # what is switched off need not be known
-        known = {field.name for field in dataclasses.fields(ModelArgs)}
-        config = {key: value for key, value in config.items() if key in known or value not in (None, False)}
-    return from_mapping(ModelArgs, config, where)
 
 
 class Checkpoint:
@@ -89,7 +72,7 @@ class Checkpoint:
         base = self.directories[0]
         if base.adds or base.format in ("adapter", "peft"):
             raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
-        below = load_args(config or own_config(base.directory))
+        below = described(base, Description.read(config or own_config(base.directory)), strict)
         own = [below]  # each directory's
         for directory in self.directories[1:]:
             own.append(dataclasses.replace(below, labels=directory.labels or own[-1].labels))
@@ -195,11 +178,3 @@ class Checkpoint:
         for reader in self.readers:
             if names := reader.differing_replicas():
                 say(f"warning: {reader.where}: the files do not agree about {listed(names)}; do they belong together?")
-
-
-def own_config(directory: Path) -> Path:
-    """The description of the model in ``directory``. Raises UserError if there is none."""
-    for name in ("config.json", "params.json"):
-        if (directory / name).is_file():
-            return directory / name
-    raise UserError(f"{directory}: neither config.json nor params.json in it; name a config.json")

@@ -16,34 +16,34 @@ FewThousand = Annotated[int, Bounds(least=1, below=10_000)]
 class MoEArgs:
     """``score_bias``: each router adds a vector [E] to its probabilities where it chooses experts (Wang et al. 2024)."""
 
-    num_experts: FewThousand = 8
-    num_experts_per_tok: Count = 2
+    num_experts: FewThousand
+    num_experts_per_tok: Count
     score_bias: bool = False
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """A Mixtral-class decoder; the defaults are Mixtral 8x7B's.
+    """A Mixtral-class decoder. Its sizes have no defaults; those of the others are LLaMA2-Accessory's.
 
     ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
     ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss. A model with ``labels``
     says which of them a document has, rather than its next token: their order is that of its logits.
     """
 
-    dim: Count = 4096
-    hidden_dim: Count = 14336
-    head_dim: Count = 128
-    n_layers: FewThousand = 32
-    n_heads: Count = 32
-    n_kv_heads: Count = 8
-    vocab_size: Count = 32000
+    dim: Count
+    hidden_dim: Count
+    head_dim: Count
+    n_layers: FewThousand
+    n_heads: Count
+    n_kv_heads: Count
+    vocab_size: Count
+    moe: MoEArgs
     norm_eps: Positive = 1e-5
     rope_theta: Positive = 1e6
     rope_scaling: Positive | None = None
     sliding_window: Count | None = None
     max_batch_size: int = 32
     max_seq_len: Count = 4096
-    moe: MoEArgs = MoEArgs()
     load_balancing_weight: NonNegative = 0.1
     labels: tuple[Text, ...] = ()
 

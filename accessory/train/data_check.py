@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from accessory.checkpoint.open import TOKENIZERS, load_args, own_config
+from accessory.checkpoint.description import Description, own_config
+from accessory.checkpoint.open import TOKENIZERS
 from accessory.config import read_mapping
 from accessory.data.mix import Dataset, Tokenised, split_mix, tokenise_mix
 from accessory.data.packing import Rows
@@ -18,6 +19,7 @@ from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 from accessory.files import check_writable
+from accessory.model.args import ModelArgs
 from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
 from accessory.train.picture import picture
@@ -106,7 +108,8 @@ def _max_seq_len(run: RunConfig) -> int:
     """The run's own, else its model's, as the trainer takes it."""
     if run.data.max_seq_len is not None:
         return run.data.max_seq_len
-    return load_args(run.model.config or own_config(_checkpoint(run))).max_seq_len
+    described = Description.read(run.model.config or own_config(_checkpoint(run)))
+    return int(described.values.get("max_seq_len", ModelArgs.max_seq_len))
 
 
 def _checkpoint(run: RunConfig) -> Path:

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from accessory.checkpoint.accessory import check_suffix
-from accessory.checkpoint.open import Checkpoint, load_args
+from accessory.checkpoint.description import Description
+from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.state import TrainingState
 from accessory.console import say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
@@ -52,8 +53,9 @@ class Start:
             companions = {} if section.tokenizer else self.checkpoint.companions
         else:
             assert section.config and section.tokenizer and section.layout  # RunConfig has checked
-            self.args, self.layout, tokenizer = load_args(section.config), get_layout(section.layout), section.tokenizer
-            companions = {}
+            self.layout, tokenizer, companions = get_layout(section.layout), section.tokenizer, {}
+            # as the reference does where config.json does not say it
+            self.args = Description.read(section.config).args({"vocab_size": Tokenizer(tokenizer).n_words})
         self.args = _as_trained(self.args, config)
         self.tokenizer = Tokenizer(tokenizer)
         self.companions = companions | self.tokenizer.files
