@@ -252,7 +252,8 @@ def _checkpoint_verbs(verbs: Verbs) -> None:
         _in(tools, "run_inspect"),
         "what a checkpoint is: format, shape, sizes, and whether it is whole",
         "Print a checkpoint's format, shape, tokenizer, fingerprint, adapters, the sizes it can run at, and the parameters "
-        "of each part. Exit code 1 if a tensor is missing, misshapen or unexpected. Only descriptions are read.",
+        "of each part; then read all values. Exit code 1 if a tensor is missing, misshapen or unexpected, or a value NaN or "
+        "infinite.",
         "accessory inspect hf",
         "accessory inspect BASE ADAPTER",
     )

@@ -39,7 +39,8 @@ class ModelSection:
     # train a classifier: the names of the records' labels, in the order of its logits; empty: the next token is learnt
     labels: tuple[Text, ...] = ()
     tokenizer: Text | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
-    strict: bool = True  # false: go on if tensors of the checkpoint are missing, misshapen or unexpected
+    # false: go on if tensors of the checkpoint are missing, misshapen or unexpected, or hold NaN or infinite values
+    strict: bool = True
     kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The verbs ``convert``, ``inspect`` and ``verify``: what they print."""
 
 import argparse
+import itertools
 import math
 import sys
 from collections import Counter
@@ -10,8 +11,9 @@ import torch
 from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.verify import compare, different_settings
+from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.dtypes import get_dtype
+from accessory.dtypes import all_finite, get_dtype
 from accessory.errors import UserError
 from accessory.model.logical import allowed_sizes
 from accessory.model.moe.layouts import LAYOUTS
@@ -87,8 +89,26 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         total += size
     print(f"  {'all':<12}{len(logical.base):>6}  {total:>16,}  {args.active_parameters():,} active per token")
     checkpoint.warn_of_differing_replicas()
+    damaged = _damaged(checkpoint, nbytes)
+    for where in damaged:
+        say(f"warning: {where} holds NaN or infinite values")
     if not checkpoint.sound:
         sys.exit("accessory: error: files and config.json do not fit together (see the warnings)")
+    if damaged:
+        sys.exit(f"accessory: error: {len(damaged)} tensors hold NaN or infinite values (see the warnings)")
+
+
+def _damaged(checkpoint: Checkpoint, nbytes: int) -> list[str]:
+    """Where a value is no number: all ``nbytes`` of the tensors are read for it."""
+    found = []
+    with progress(total=nbytes, unit="B", unit_scale=True, desc="reading") as bar:
+        files = (tensors for directory in checkpoint.directories for tensors in directory.stored.values())
+        for key, stored in itertools.chain.from_iterable(tensors.items() for tensors in files):
+            tensor = stored.map()
+            if not all_finite(tensor):
+                found.append(f"{stored.parts}: {key}")
+            bar.update(tensor.nbytes)
+    return found
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

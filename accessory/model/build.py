@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from accessory.console import listed
 from accessory.dtypes import all_finite
+from accessory.errors import UserError
 from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
 from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
@@ -30,6 +32,7 @@ def build_model(
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
+    refuse_damaged: bool = False,
 ) -> Decoder:
     """Build a decoder cut over ``mesh`` and fill it from ``source``.
 
@@ -42,9 +45,10 @@ def build_model(
         trains: names of the parameters that train; None: all.
         frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
         shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
+        refuse_damaged: values that are no numbers are refused; else they are only told.
 
     Raises:
-        UserError: the model-parallel size does not divide what the layout cuts.
+        UserError: the model-parallel size does not divide what the layout cuts; values are no numbers.
     """
     check_divides(logical.args, layout, mesh.mp.size)
     with torch.device("meta"):
@@ -57,23 +61,33 @@ def build_model(
         shard(model)
     model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}
     model.to_empty(device=device)
-    fill(model, source)
+    damaged = mesh.world.gather(fill(model, source))
+    if damaged and refuse_damaged:
+        raise UserError(
+            f"model.checkpoint: {listed(damaged)} hold NaN or infinite values (accessory inspect names the files): get the "
+            "checkpoint anew, or set model.strict=false to train on it as it is"
+        )
+    if damaged and mesh.world.rank == 0:
+        print(f"accessory: warning: {listed(damaged, None)} hold NaN or infinite values", file=sys.stderr)
     return model
 
 
 @torch.no_grad()
-def fill(model: Decoder, source: Source) -> None:
+def fill(model: Decoder, source: Source) -> list[str]:
     """Copy the logical tensors of ``source`` into parameters and buffers; an FSDP-sharded parameter reads only its rows.
 
-    Values that are no numbers are told, not refused: what to do about them is the user's to decide.
+    Returns:
+        The names of those of which this rank has values that are no numbers.
     """
+    damaged = []
     for name, parameter in model.named_tensors():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for rows, box in model.holdings[name].boxes:
             local[rows] = source.read(name, box).reshape(local[rows].shape).to(local)
             progressed()
         if not all_finite(local):
-            print(f"accessory: warning: {name} holds NaN or infinite values", file=sys.stderr)
+            damaged.append(name)
+    return damaged
 
 
 class RandomWeights:

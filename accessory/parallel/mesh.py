@@ -35,6 +35,13 @@ class Axis:
             dist.all_reduce(x, operation, group=self.group)
         return x
 
+    def gather(self, names: list[str]) -> list[str]:
+        """The names that any rank of the axis gives, in order, each once (a collective)."""
+        everyones = [names] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyones, names, group=self.group)
+        return list(dict.fromkeys(name for some in everyones for name in some))
+
     def broadcast(self, x: Tensor) -> Tensor:
         """``x``, as the first rank of the axis has it, in place (a collective)."""
         if self.size > 1:

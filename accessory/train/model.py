@@ -131,6 +131,7 @@ class RunModel:
             recompute=parallel.recompute,
             trains=tuning.trains,
             frozen_dtype=compute,
+            refuse_damaged=config.model.strict,
             shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
         )
         self.model.register_forward_pre_hook(lambda *_: progressed())

@@ -36,6 +36,11 @@ class Objective(Protocol):
         ...
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean cross-entropy in nats; NaN of NaN, and infinite where it is beyond all numbers."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
 def shown(metrics: dict[str, float]) -> str:
     """For a line of the console."""
     return "".join(f"  {name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items())
@@ -52,7 +57,7 @@ class NextToken:
         return BatchLoss(loss_sum, loss_sum.new_zeros(0), router)
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
-        return {"perplexity": math.exp(min(700.0, loss))}
+        return {"perplexity": perplexity(loss)}
 
 
 class Classification:
