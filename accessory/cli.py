@@ -176,7 +176,7 @@ def _using_verbs(verbs: Verbs) -> None:
         'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
     )
     generate.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
-    generate.add_argument("--template", default="dialog", help="as the model was trained with; default: %(default)s")
+    generate.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
     generate.add_argument("--max-gen-len", type=_count, default=512, help="tokens; default: %(default)s")
     generate.add_argument("--temperature", type=_checked(NonNegative), default=0.0, help="default: 0, the likeliest token")
     generate.add_argument("--top-p", type=_fraction, default=0.95, help="default: %(default)s")

@@ -26,13 +26,8 @@ def home(tmp_path_factory):
 
 
 def trains(home, checkpoint, *words, ranks=1):
-    settings = [
-        f"model.checkpoint={home / checkpoint}",
-        "model.config=null",
-        "model.tokenizer=null",
-        f"out={home}/{checkpoint}run",
-    ]
-    return command("finetune", home / "run.yaml", *settings, *words, ranks=ranks)
+    settings = [f"model.checkpoint={home / checkpoint}", "model.config=null", "model.tokenizer=null"]
+    return command("finetune", home / "run.yaml", *settings, f"out={home}/{checkpoint}run", *words, ranks=ranks)
 
 
 def test_inspect_names_the_file_and_the_tensor(home):

@@ -100,6 +100,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
             accessory.write_description(temporary, checkpoint.args, layout, bool(biased))
         else:
             mistral.write_description(temporary, checkpoint.args)
+        checkpoint.training.write(temporary, tokenizer)
     if source.unchanged:
         say(f"warning: nothing changed in {listed(source.unchanged)}: what is added is lost in rounding, or is nothing")
 
@@ -117,6 +118,7 @@ def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
     with _written_whole(destination, _nbytes(files)) as temporary:
         _write_files(checkpoint, temporary, files, {})
         peft.write_description(temporary, logical.adapters, str(checkpoint.directories[0].directory.resolve()))
+        checkpoint.training.write(temporary, None)
 
 
 def _free(destination: Path) -> Path:

@@ -17,15 +17,16 @@ from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import companion_files
 from accessory.checkpoint.tiles import Directory, TileReader
+from accessory.checkpoint.training import Training
 from accessory.config import read_mapping
 from accessory.console import listed, say
+from accessory.data.chat_template import has_chat_template
+from accessory.data.tokenizer import TOKENIZERS, Tokenizer
 from accessory.errors import UserError
 from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.build import RandomWeights
 from accessory.model.logical import LogicalModel, Region
-
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
 
 
 def recognise(path: str | Path) -> Directory:
@@ -57,7 +58,7 @@ class Checkpoint:
         logical: its tensors, those of all adapters among them. base_model: the first directory's, maybe with another head.
         layout: the layout to run it in, if the user names none.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
-        companions: files to be copied along, by name.
+        companions: files to be copied along, by name. training: how it was trained, as the last directory says.
         sound: whether everything fitted.
 
     Raises:
@@ -83,6 +84,7 @@ class Checkpoint:
             self.companions |= companion_files(directory.directory)
         tokenizers = (d.directory / name for name in TOKENIZERS for d in self.directories)
         self.tokenizer = next((path for path in tokenizers if path.is_file()), None)
+        self.training = Training.read(directory.directory for directory in self.directories)
         self._added = [d.adapters(LogicalModel(args)) for d, args in zip(self.directories, own, strict=True)]
         adapters: dict[str, Adapter] = {}
         for number, (directory, added) in enumerate(zip(self.directories, self._added, strict=True)):
@@ -121,6 +123,11 @@ class Checkpoint:
         for name in self.logical.added:
             if not any(name in reader.complete for reader in self.readers):
                 raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
+
+    def template(self) -> str | None:
+        """The name of what it is asked in unless another is named; None: it does not say."""
+        own = self.tokenizer is not None and has_chat_template(Tokenizer(self.tokenizer))
+        return self.training.template or ("chat_template" if own else None)
 
     def read(self, name: str, region: Region) -> Tensor:
         """The values of logical tensor ``name`` in ``region``."""

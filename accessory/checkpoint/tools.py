@@ -10,7 +10,7 @@ import torch
 
 from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
-from accessory.checkpoint.verify import compare, different_settings
+from accessory.checkpoint.verify import compare, different_settings, different_training
 from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, get_dtype
@@ -120,6 +120,11 @@ def run_verify(arguments: argparse.Namespace) -> None:
         print(f"{name}: {ours} | {theirs}")
     if settings:
         sys.exit("DIFFERENT: the models' settings are not the same")
+    training = different_training(a, b)
+    for name, (ours, theirs) in training.items():
+        print(f"{name}: {_said(ours)} | {_said(theirs)}")
+    if training:
+        print("they would train differently, or be asked differently, as these say")
     results = compare(a, b)
     differing = [r for r in results if not (r.exact or r.rounded or r.error <= arguments.tolerance)]
     for r in differing:
@@ -134,6 +139,10 @@ def run_verify(arguments: argparse.Namespace) -> None:
     elif rounded:
         how = f"bit for bit, once rounded to the narrower dtype ({_dtypes(rounded[0].dtypes)})"
     print(f"the same model: {len(results)} tensors, {how}")
+
+
+def _said(value: object) -> object:
+    return "not said" if value is None else value
 
 
 def _dtypes(pair: tuple[torch.dtype, torch.dtype]) -> str:

@@ -52,6 +52,17 @@ def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, 
     return {k: (first.get(k), second.get(k)) for k in names if first.get(k) != second.get(k)}
 
 
+def different_training(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
+    """What makes two models train or be asked differently, be they the same or not: name -> (of a, of b)."""
+    said: list[dict[str, object]] = []
+    for checkpoint in (a, b):
+        training = checkpoint.training
+        losses = {"train.balance": training.balance, "train.z_loss_weight": training.z_loss_weight}
+        weight = {"load_balancing_weight": checkpoint.args.load_balancing_weight}
+        said.append({**weight, **losses, "template": checkpoint.template()})
+    return {name: (value, said[1][name]) for name, value in said[0].items() if value != said[1][name]}
+
+
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
     """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory."""
     merged = Merged(a), Merged(b)

@@ -22,6 +22,7 @@ from accessory.data.records import Conversation, Turn
 from accessory.data.tokenizer import CHAT_TEMPLATES, Segment, Tokenizer
 from accessory.data.tokenizer_models import special_names
 from accessory.errors import UserError
+from accessory.files import check_file
 
 Write = Callable[[Conversation], Iterator[Segment]]
 Message = dict[str, Any]
@@ -29,14 +30,17 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
 
-def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
+def chat_template(tokenizer: Tokenizer, text: str | None = None) -> tuple[Write, tuple[str, ...]]:
     """What writes a conversation as the template beside ``tokenizer`` says, and the special token that ends an answer.
+
+    Args:
+        text: of another template.
 
     Raises:
         UserError: there is none, or it is of no use.
     """
     lacking = [name for name in special_names(tokenizer.settings).values() if name not in tokenizer.special]
-    where, sources = _sources(tokenizer)
+    where, sources = ("", {"default": text}) if text else _sources(tokenizer)
     if lacking:  # the template would write them as text
         raise UserError(
             f"{tokenizer.path}: lacks the special tokens {', '.join(lacking)}, which tokenizer_config.json names; "
@@ -51,6 +55,11 @@ def chat_template(tokenizer: Tokenizer) -> tuple[Write, tuple[str, ...]]:
     if not trained:
         raise UserError(f"{where}: the chat template writes no answers")
     return write, (trained[-1].text,) if trained[-1].special else ()
+
+
+def has_chat_template(tokenizer: Tokenizer) -> bool:
+    """Whether one lies beside ``tokenizer``."""
+    return CHAT_TEMPLATES["default"] in tokenizer.files or bool(tokenizer.settings.get("chat_template"))
 
 
 _EXAMPLE = Conversation(None, (Turn("user", "Why?", train=False), Turn("assistant", "Because.")))
@@ -73,7 +82,7 @@ def _sources(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return check_file(file, "a chat template").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
@@ -91,8 +100,11 @@ def _environment() -> jinja2.Environment:
 class _ChatTemplate:
     def __init__(self, templates: dict[str, jinja2.Template], tokenizer: Tokenizer):
         self._templates = templates
-        self._names = special_names(tokenizer.settings)
-        self._joined = tokenizer.settings.get("legacy") is False  # Hugging Face's word for what it did to SentencePiece's
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        own = {key: name for key, number in ids.items() for name in tokenizer.special if tokenizer.special[name] == number}
+        self._names = special_names(tokenizer.settings) if tokenizer.settings else own
+        # a tokenizer.json says itself where blanks are put; of a tokenizer.model, Hugging Face's word is this
+        self._joined = tokenizer.path.suffix == ".json" or tokenizer.settings.get("legacy") is False
         known = sorted(tokenizer.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, known)))
         # special tokens in what a record says stand under names that no text can hold and JSON leaves as they are, until

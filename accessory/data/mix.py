@@ -8,6 +8,7 @@ META:
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,6 +112,14 @@ class Tokenised:
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
 
+    @property
+    def template(self) -> str:
+        """The template of its records; where the mix names none, that of the first that can be used."""
+        for row in itertools.chain.from_iterable(map(read_rows, self.source.files)):
+            with suppress(ValueError):
+                return self.source.entry.template or default_template(read_record(row.parse(), self.source.entry.form)).name
+        raise AssertionError("a source without samples")
+
     def bad(self) -> Iterator[str]:
         """Every bad record: file, line and reason."""
         for store in self.stores:
@@ -151,6 +160,14 @@ class Dataset:
 
     def count(self, what: Literal["truncated", "dropped"]) -> int:
         return sum(getattr(store.report, what) for source in self.sources for store in source.stores)
+
+    def templates(self) -> Counter[str]:
+        """How many samples of what is trained on are in each template."""
+        counts: Counter[str] = Counter()
+        for source in self.sources:
+            if len(source) and source.source.entry.split == "train":
+                counts[source.template] += len(source)
+        return counts
 
     def epoch(self, epoch: int) -> Shuffled:
         """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size."""

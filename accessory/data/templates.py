@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from accessory.config import nearest
-from accessory.data.chat_template import chat_template
+from accessory.data.chat_template import chat_template, has_chat_template
 from accessory.data.fields import RecordError
 from accessory.data.records import Conversation, Document, ImageError, Record
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
@@ -110,6 +110,13 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     return TEMPLATES[name]
 
 
+def model_template(trained: str | None, tokenizer: Tokenizer) -> Template:
+    """What a model is asked in, if nothing else is said: the template of its training, else its tokenizer's own, else the
+    reference project's."""
+    own = "chat_template" if has_chat_template(tokenizer) else "dialog"
+    return get_template(trained or own, tokenizer)
+
+
 DIALOG_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -128,10 +135,10 @@ def _dialog(conversation: Conversation) -> Iterator[Segment]:
             yield Segment(f" {turn.text}{DIALOG_STOP}", turn.train)
 
 
-_ALPACA = (
+ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request.\n\n"
 )
-_ALPACA_CONTEXT = ", paired with an input that provides further context"
+ALPACA_CONTEXT = ", paired with an input that provides further context"
 
 
 def _alpaca(conversation: Conversation) -> Iterator[Segment]:
@@ -140,7 +147,7 @@ def _alpaca(conversation: Conversation) -> Iterator[Segment]:
         raise RecordError("the template 'alpaca' has no place for a system prompt: name another one in the mix entry")
     first = conversation.turns[0]
     yield _begin()
-    before = _ALPACA.format(context=_ALPACA_CONTEXT if first.context else "")
+    before = ALPACA.format(context=ALPACA_CONTEXT if first.context else "")
     for turn in conversation.turns:
         if turn.role == "user":
             given = f"### Input:\n{turn.context}\n\n" if turn.context else ""

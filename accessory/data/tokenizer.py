@@ -13,6 +13,8 @@ from accessory.data.tokenizer_models import BOS, EOS, HuggingFace, Model, Segmen
 from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""A tokenizer's file: of both, the first is read here, the last by transformers."""
 CHAT_TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
 """Where transformers keeps a tokenizer's chat template, and the one for conversations with tools if that is another."""
 

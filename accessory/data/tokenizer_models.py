@@ -1,6 +1,7 @@
 """How each kind of tokenizer file turns segments into tokens: SentencePiece's and Hugging Face's."""
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -97,7 +98,11 @@ class SentencePiece:
 
 class HuggingFace:
     """Special tokens are switched off in text. A template's own are written under private names, which no text can hold,
-    so that the whole of a run is encoded at once as Hugging Face's tokenizers do."""
+    so that the whole of a run is encoded at once as Hugging Face's tokenizers do.
+
+    Where a tokenizer puts SentencePiece's blank before the first text alone (Metaspace, prepend_scheme "first"), it is put
+    before each text that follows a special token, too: the tokens are those of the tokenizer.model that it stands for.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         try:
@@ -122,6 +127,7 @@ class HuggingFace:
             private = tokenizers.AddedToken(self._private[t.content], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
             self._model.add_tokens([private])
         self._public = {self._id(private): self.special[name] for name, private in self._private.items()}
+        self._lacks_blank = self._puts_blank_once()
         for alias, key in ((BOS, "bos_token"), (EOS, "eos_token")):
             if names.get(key) in self._private:
                 self._private[alias] = self._private[names[key]]
@@ -134,17 +140,29 @@ class HuggingFace:
         return self._private[segment.text] if segment.special else segment.text
 
     def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        text = "".join(map(self.written, run))
+        text, blanks = "", list[int]()  # where those are that are put here
+        for number, segment in enumerate(run):
+            begins = not segment.special and (number == 0 or run[number - 1].special)
+            if self._lacks_blank and begins and not segment.joined:
+                blanks.append(len(text))
+                text += " "
+            text += self.written(segment)
         encoded = self._model.encode(text, add_special_tokens=False)
         ids, offsets = encoded.ids, encoded.offsets
-        ends = [end for _, end in offsets]
+        ends = [max(end, begin + 2) if begin in blanks else end for begin, end in offsets]  # a blank belongs to its text
         if any(segment.special for segment in run):
             for index, number in enumerate(ids):
                 if number in self._public:
                     ids[index] = self._public[number]
                     # some special tokens swallow the blanks around them, which do not move them into another segment
                     ends[index] = text.index("\0", text.index("\0", offsets[index][0]) + 1) + 1
-        return ids, ends
+        return ids, [end - bisect_left(blanks, end) for end in ends]
+
+    def _puts_blank_once(self) -> bool:
+        mark = next(iter(self._private.values()))
+        texts = "x", f"{mark}x", f"{mark} x"
+        first, behind, blank = (self._model.encode(text, add_special_tokens=False).ids[-1] for text in texts)
+        return bool(first != behind and first == blank)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)

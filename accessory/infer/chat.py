@@ -5,7 +5,6 @@ import argparse
 import torch.distributed as dist
 
 from accessory.console import say
-from accessory.data.records import Conversation, Turn
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.infer.meta import MetaModel
@@ -20,23 +19,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def answer(arguments: argparse.Namespace, launch: Launch) -> None:
     """Load a checkpoint over all ranks of the job and print an answer to each prompt."""
-    if arguments.template != "chat_template":
+    if arguments.template not in (None, "chat_template"):
         get_template(arguments.template)  # a name that is none is told before the model is read
     model = _load(arguments, launch)
-    prompts: list[str] | list[list[int]] = arguments.texts
-    stop: tuple[str, ...] = ()
-    if not arguments.raw:
-        template = get_template(arguments.template, model.tokenizer)
-        questions = [Conversation(None, (Turn("user", question),)) for question in arguments.texts]
-        prompts = [model.tokenizer.encode_segments(template.prompt(question))[0] for question in questions]
-        stop = template.stop
-    texts = model.generate(
-        prompts,
-        max_gen_len=arguments.max_gen_len,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        additional_stop_symbols=stop,
-    )
+    options = (arguments.max_gen_len, arguments.temperature, arguments.top_p)
+    if arguments.raw:
+        texts = model.generate(arguments.texts, None, *options)
+    else:
+        texts = model.chat(arguments.texts, arguments.template, *options)
     for prompt, text in zip(arguments.texts, texts, strict=True):
         say(f"> {prompt}\n{text.strip()}\n")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
+from accessory.data.records import Conversation, Turn
+from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.generate import generate_ids
@@ -30,10 +33,16 @@ class MetaModel:
 
     Attributes:
         llma: the decoder. tokenizer: its tokenizer. max_seq_len: longest sequence, prompt and answer together.
+        template: what it is asked in unless another is named: that of its training, else its tokenizer's chat template.
     """
 
-    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int):
+    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, trained_template: str | None = None):
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+        self._trained_template = trained_template
+
+    @cached_property
+    def template(self) -> Template:
+        return model_template(self._trained_template, self.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -91,7 +100,33 @@ class MetaModel:
             device=where,
             trains=frozenset(),
         )
-        return cls(llma, tokenizer, max_seq_len)
+        return cls(llma, tokenizer, max_seq_len, checkpoint.training.template)
+
+    def chat(
+        self,
+        conversations: Sequence[str | Sequence[Mapping[str, Any]]],
+        template: str | None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+    ) -> list[str]:
+        """Answer each conversation in the template that the model was trained with.
+
+        Args:
+            conversations: questions, or lists of messages ``{"role": "system" | "user" | "assistant", "content": text}`` of
+                which the last is the user's.
+            template: the name of another one.
+
+        Raises:
+            UserError: the template has no place for what a conversation holds, or it is too long.
+        """
+        if isinstance(conversations, str):
+            raise UserError("chat takes a list of questions or conversations, not one text: write [question]")
+        chosen = get_template(template, self.tokenizer) if template else self.template
+        if chosen.documents:  # a model of texts goes on with one
+            return self.generate([str(text) for text in conversations], None, max_gen_len, temperature, top_p)
+        prompts = [self.tokenizer.encode_segments(chosen.prompt(_conversation(c)))[0] for c in conversations]
+        return self.generate(prompts, None, max_gen_len, temperature, top_p, chosen.stop)
 
     def generate(
         self,
@@ -275,6 +310,16 @@ class MetaModel:
         if isinstance(examples, str) or not examples:
             raise UserError("expected a list of texts or of lists of token ids")
         return [self.tokenizer.encode(e, bos, eos) if isinstance(e, str) else list(e) for e in examples]
+
+
+def _conversation(said: str | Sequence[Mapping[str, Any]]) -> Conversation:
+    messages: list[Mapping[str, Any]] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
+    roles = [message["role"] for message in messages]
+    if roles != [("user", "assistant")[number % 2] for number in range(len(roles))] or len(roles) % 2 == 0:
+        raise UserError(f"the roles of a conversation are user, assistant, ..., user, perhaps after system; found {roles}")
+    turns = (Turn(message["role"], message["content"]) for message in messages)
+    return Conversation(system, tuple(turns))
 
 
 def _refuse_images(images: Any) -> None:

@@ -22,6 +22,7 @@ class RunData:
 
     Attributes:
         training, validation: the samples. lengths: tokens of each training sample.
+        template: the model's own from now on: that of most samples which are conversations.
         rows: of each epoch. bad_records: every record that is bad or dropped, with the reason.
     """
 
@@ -48,6 +49,12 @@ class RunData:
             f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
             f"{data.count('truncated')} truncated to {max_seq_len} tokens, {data.count('dropped')} dropped (no target left)"
         )
+        found = data.templates().most_common()
+        chats = [name for name, _ in found if name != "plain"]
+        self.template = chats[0] if chats else "plain"
+        if len(found) > 1:
+            told = ", ".join(f"{name} for {count} samples" for name, count in found)
+            say(f"templates: {told}; the model's own, which accessory generate and an export take, is {self.template}")
         if section.packing:
             full = self.rows[0].tokens(self.lengths) / (len(self.rows[0]) * max_seq_len)
             say(f"packing: {len(self.rows[0])} rows of {max_seq_len} tokens, {full:.1%} full")

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from accessory.checkpoint.description import Description, own_config
-from accessory.checkpoint.open import TOKENIZERS
 from accessory.config import read_mapping
 from accessory.data.mix import Dataset, Tokenised, split_mix, tokenise_mix
 from accessory.data.packing import Rows
 from accessory.data.store import Report, Sample
-from accessory.data.tokenizer import Tokenizer
+from accessory.data.tokenizer import TOKENIZERS, Tokenizer
 from accessory.errors import UserError
 from accessory.files import check_writable
 from accessory.model.args import ModelArgs

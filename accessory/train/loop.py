@@ -14,6 +14,7 @@ import yaml
 
 from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
+from accessory.checkpoint.training import Training
 from accessory.console import is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
@@ -178,12 +179,18 @@ class Trainer:
         if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
-            save_trainable(self.built.model, directory, companions, {"fingerprint": checkpoint.fingerprint, "path": below})
+            base = {"fingerprint": checkpoint.fingerprint, "path": below}
+            save_trainable(self.built.model, directory, companions, base, self._describe)
             say(f"saved {directory} (what was trained; it belongs to the base model)")
             return
         dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.built.model, directory, companions, dtype, self.config.save.format)
+        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe)
         say(f"saved {directory}")
+
+    def _describe(self, directory: Path) -> None:
+        """Say beside a saved model how it was trained."""
+        train = self.config.train
+        Training(self.data.template, train.balance, train.z_loss_weight).write(directory, self.start.tokenizer)
 
     def _save_state(self, done: Position) -> None:
         progressed(f"saving the training state of step {done.steps}")

@@ -1,7 +1,7 @@
 """Write the trained model as a converted directory, or what was trained as an adapter directory."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from accessory.settings import FileFormat
 
 
 @torch.no_grad()
-def save_model(model: Decoder, directory: Path, companions: dict[str, Path], dtype: torch.dtype, suffix: FileFormat) -> None:
+def save_model(
+    model: Decoder,
+    directory: Path,
+    companions: dict[str, Path],
+    dtype: torch.dtype,
+    suffix: FileFormat,
+    finish: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write one file per model-parallel rank, in the layout the model runs in. Every rank must call this.
 
     Parameters are gathered and written one by one, so a rank never holds more than its share and one whole parameter.
@@ -33,6 +40,7 @@ def save_model(model: Decoder, directory: Path, companions: dict[str, Path], dty
 
     Args:
         companions: files to be copied into the directory, by the names that they get: the tokenizer.
+        finish: writes what else belongs into it.
     """
     rank, size, writes = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp.rank == 0
     if is_main():
@@ -56,12 +64,19 @@ def save_model(model: Decoder, directory: Path, companions: dict[str, Path], dty
     if is_main():
         write_description(temporary_name(directory), model.args, model.layout)
         copy_companions(companions, temporary_name(directory))
+        finish(temporary_name(directory))
         publish_directory(directory)
     dist.barrier()
 
 
 @torch.no_grad()
-def save_trainable(model: Decoder, directory: Path, companions: dict[str, Path], base: dict[str, Any]) -> None:
+def save_trainable(
+    model: Decoder,
+    directory: Path,
+    companions: dict[str, Path],
+    base: dict[str, Any],
+    finish: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write what trains as an adapter directory, every tensor whole and in its masters' precision.
 
     Args:
@@ -72,6 +87,7 @@ def save_trainable(model: Decoder, directory: Path, companions: dict[str, Path],
         temporary = prepare_directory(directory)
         write_adapter(temporary, model.logical, trained, gathered_whole(model, trained.keys()), base)
         copy_companions(companions, temporary)
+        finish(temporary)
         publish_directory(directory)
     else:
         for _ in gathered_whole(model, trained.keys()):

@@ -1,0 +1,98 @@
+"""The named templates as chat templates, in Jinja, for transformers and what serves its models.
+
+Each writes, from messages, the text that its function in ``templates`` writes as segments. A tokenizer encodes that text at
+once, and not all of them put a blank before a text that follows a special token, or encode an answer ``apart``: ``blank``
+and ``apart`` are what has to be written there, so that the tokens are those of training.
+"""
+
+from itertools import product
+
+from accessory.data.chat_template import chat_template
+from accessory.data.fields import RecordError
+from accessory.data.records import Conversation, Turn
+from accessory.data.templates import ALPACA, ALPACA_CONTEXT, DIALOG_SYSTEM, VICUNA_SYSTEM, Template
+from accessory.data.tokenizer import Tokenizer
+from accessory.errors import UserError
+
+_BEGIN = r"""
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
+{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+"""
+_NO_SYSTEM = "{%- if system %}{{ raise_exception('this template has no place for a system prompt') }}{% endif -%}\n"
+_SPEAKERS = r"""
+{%- for turn in turns -%}
+{%- if turn['role'] not in ['user', 'assistant'] %}{{ raise_exception('this template has no place for ' + turn['role']) }}
+{%- elif turn['role'] == 'user' %}{{ <question> }}
+{%- else %}{{ <answer> }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def _of_two(user: str, assistant: str, before: str = "") -> str:
+    """A template that knows questions and answers alone."""
+    return f"{{{{ bos_token }}}}{before}" + _SPEAKERS.replace("<question>", user).replace("<answer>", assistant)
+
+
+_CHATML = r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+{{ '<|im_start|>' + blank + message['role'] + '\n' + message['content'] + '<|im_end|>' + blank + '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>' + blank + 'assistant\n' }}{% endif -%}
+"""
+_JINJA = {
+    "mixtral-instruct": _of_two(
+        r"blank + '[INST] ' + (system + '\n\n' if loop.first and system else '') + turn['content'] + ' [/INST]'",
+        "apart + turn['content'] + eos_token",
+    ),
+    "dialog": _of_two(
+        r"' Human: ' + turn['content'] + '\n### Assistant:'",
+        r"' ' + turn['content'] + '\n###'",
+        before=f"{{{{ blank + (system or {DIALOG_SYSTEM!r}) + '\\n\\n###' }}}}",
+    ),
+    "alpaca": _NO_SYSTEM
+    + _of_two(
+        f"blank + (({ALPACA.format(context=ALPACA_CONTEXT)!r} if turn['input'] else {ALPACA.format(context='')!r}) "
+        r"if loop.first else '\n\n') + '### Instruction:\n' + turn['content'] + '\n\n' "
+        r"+ ('### Input:\n' + turn['input'] + '\n\n' if turn['input'] else '') + '### Response:'",
+        "turn['content'] + eos_token",
+    ),
+    "chatml": _CHATML,
+    "vicuna": _of_two(
+        "('' if loop.first else blank) + 'USER: ' + turn['content'] + ' ASSISTANT:'",
+        "' ' + turn['content'] + eos_token",
+        before=f"{{{{ blank + (system or {VICUNA_SYSTEM!r}) + ' ' }}}}",
+    ),
+}
+
+_TURNS = (Turn("user", "Why?"), Turn("assistant", "Because it is."), Turn("user", "And?"), Turn("assistant", "No."))
+_EXAMPLES = (Conversation(None, _TURNS), Conversation("Be brief.", _TURNS), Conversation(None, _TURNS[:1]))
+
+
+def as_chat_template(template: Template, trained: Tokenizer, read: Tokenizer) -> str | None:
+    """A chat template whose tokens are those of ``template``.
+
+    Args:
+        trained: the tokenizer of training. read: the same as whoever uses the chat template reads it.
+
+    Returns:
+        None if there is none: the template is for documents, or ``read`` makes other tokens of any text.
+    """
+    for blank, apart in product(("", " "), repeat=2) if template.name in _JINJA else ():
+        text = f"{{%- set blank, apart = '{blank}', '{apart}' -%}}" + _BEGIN.lstrip() + _JINJA[template.name].lstrip()
+        if all(_same(template, text, trained, read, example) for example in _EXAMPLES):
+            return text
+    return None
+
+
+def _same(template: Template, text: str, trained: Tokenizer, read: Tokenizer, example: Conversation) -> bool:
+    try:
+        expected = trained.encode_segments(list(template.write(example)))[0]
+    except UserError as error:
+        return isinstance(error, RecordError)  # it has no place for a system prompt
+    try:
+        write, _ = chat_template(read, text)
+        return read.encode_segments(list(write(example)))[0] == expected
+    except UserError:
+        return False
