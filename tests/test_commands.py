@@ -81,11 +81,13 @@ def test_a_run_leaves_what_it_promises(runs):
         assert (run / "config.yaml").is_file()
         saved = run / "epoch0-iter6"
         assert sorted(p.name for p in saved.iterdir()) == [
+            "chat_template.jinja",
             "config.json",
             "consolidated.00-of-02.model.safetensors",
             "consolidated.01-of-02.model.safetensors",
             "meta.json",
             "tokenizer.model",
+            "training.json",
         ]
         assert json.loads((saved / "meta.json").read_text()) == {"llama_type": run.name}
 

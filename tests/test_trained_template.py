@@ -15,6 +15,7 @@ from test_convert import cli
 from texts import MARKS, add_token
 from transformers import AutoTokenizer
 
+from accessory.checkpoint.training import Training
 from accessory.data.records import Conversation, Turn
 from accessory.data.templates import TEMPLATES
 from accessory.data.tokenizer import Tokenizer
@@ -22,16 +23,17 @@ from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.model.meta import MetaModel
 
 CHAT = [name for name in TEMPLATES if name != "plain"]
-KINDS = {"model": [name for name in CHAT if name != "chatml"], "prepended": ["chatml", "dialog"], "metaspace": CHAT}
-RUNS = [(kind, name) for kind, names in KINDS.items() for name in names]
-"""Of tokenizer.model, and of tokenizer.json that puts SentencePiece's blank before every text, or the first alone."""
+RUNS = [("prepended" if name == "chatml" else "model", name) for name in CHAT]
+"""The kind of tokenizer: tokenizer.model, or a tokenizer.json that puts SentencePiece's blank before every text."""
+WRITTEN = [("metaspace", name) for name in CHAT]
+"""Of a tokenizer.json that puts it before the first text alone, as newer ones do."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """For each kind of tokenizer and each template, a model trained with it, and the same as Hugging Face's."""
+    """For each template a model trained with it, and the same as Hugging Face's; and what is put beside a tokenizer.json."""
     home = make_home(tmp_path_factory.mktemp("templates"))
-    for kind in KINDS:
+    for kind in ("model", "prepended", "metaspace"):
         (home / kind).mkdir()
         make_tokenizer(home / kind / "tokenizer.model", 300)
         if kind != "model":
@@ -55,13 +57,16 @@ def home(tmp_path_factory):
         (saved,) = (home / f"{kind}-{name}").glob("epoch*")
         saved.rename(home / f"{kind}-{name}-model")
         assert cli("convert", home / f"{kind}-{name}-model", home / f"{kind}-{name}-hf", "--to", "hf") == 0
+    for kind, name in WRITTEN:
+        shutil.copytree(home / kind, home / f"{kind}-{name}-hf")
+        Training(name).write(home / f"{kind}-{name}-hf", Tokenizer(home / kind / "tokenizer.json"))
     return home
 
 
 TEXT = st.lists(st.sampled_from([*WORDS, "Why?", "42", "é", "\n", "  "]), min_size=1, max_size=5).map(" ".join)
 
 
-@pytest.mark.parametrize(("kind", "name"), RUNS)
+@pytest.mark.parametrize(("kind", "name"), RUNS + WRITTEN)
 def test_transformers_makes_the_tokens_of_training(kind, name, home):
     (trained,) = (path for f in ("tokenizer.model", "tokenizer.json") if (path := home / kind / f).is_file())
     trained, template = Tokenizer(trained), TEMPLATES[name]
@@ -86,9 +91,8 @@ def test_transformers_makes_the_tokens_of_training(kind, name, home):
 def test_an_instructions_input(home):
     turns = (Turn("user", "Count.", context="a list of"), Turn("assistant", "Two."))
     messages = [{"role": "user", "content": "Count.", "input": "a list of"}, {"role": "assistant", "content": "Two."}]
-    expected = Tokenizer(home / "model/tokenizer.model").encode_segments(
-        TEMPLATES["alpaca"].render(Conversation(None, turns))
-    )
+    segments = TEMPLATES["alpaca"].render(Conversation(None, turns))
+    expected = Tokenizer(home / "model/tokenizer.model").encode_segments(segments)
     theirs = AutoTokenizer.from_pretrained(home / "model-alpaca-hf")
     assert theirs.apply_chat_template(messages, return_dict=False) == expected[0]
 
@@ -122,8 +126,8 @@ def test_the_command_takes_it_unasked(home):
 
 
 def test_what_serves_a_model_of_chatml_knows_where_an_answer_ends(home):
-    settings = json.loads((home / "metaspace-chatml-hf/generation_config.json").read_text())
-    special = Tokenizer(home / "metaspace/tokenizer.json").special
+    settings = json.loads((home / "prepended-chatml-hf/generation_config.json").read_text())
+    special = Tokenizer(home / "prepended/tokenizer.json").special
     assert settings["eos_token_id"] == [special["</s>"], special["<|im_end|>"]]
 
 
