@@ -3,7 +3,8 @@
 DIR/adapter.safetensors   every tensor whole, under its logical name, in the precision it was trained in
 DIR/adapter.json          which base it belongs to, what each adapter is, and the labels if it is a classifier's
 
-A is [rank, in], B is [out, rank], a bias is [out]; of experts, all of them in order in front: [E, ...].
+A is [rank, in], B is [out, rank], a bias is [out]; of experts, all of them in order in front: [E, ...]. A w3 that is tied
+has no A of its own: it is w1's.
 """
 
 import hashlib
@@ -38,7 +39,9 @@ class AdapterDirectory(Directory):
         try:
             axes, self.fingerprint = manifest["axes"], manifest["base"]["fingerprint"]
             self._adapters: Adapters = {
-                name: Adapter(rank=entry["rank"], scaling=entry["scaling"], bias=entry["bias"])
+                name: Adapter(
+                    rank=entry["rank"], scaling=entry["scaling"], bias=entry["bias"], tied=entry.get("tied", False)
+                )
                 for name, entry in manifest["adapters"].items()
             }
             self._digests: dict[str, str] = dict(manifest["tensors"])
@@ -83,7 +86,7 @@ class AdapterDirectory(Directory):
 def _is_sound(adapter: Adapter) -> bool:
     rank, scaling = adapter.rank, adapter.scaling
     numbers = type(rank) is int and rank >= 0 and type(scaling) in (int, float) and 0 < scaling < math.inf
-    return numbers and isinstance(adapter.bias, bool) and (rank > 0 or adapter.bias)
+    return numbers and isinstance(adapter.bias, bool) and isinstance(adapter.tied, bool) and (rank > 0 or adapter.bias)
 
 
 def digest(tensor: Tensor) -> str:
@@ -108,7 +111,8 @@ def write_adapter(
         for name, tensor in source:
             file.write(name, tensor)
             digests[name] = digest(tensor)
-    described = {name: {"rank": a.rank, "scaling": a.scaling, "bias": a.bias} for name, a in logical.adapters.items()}
+    told = ("rank", "scaling", "bias", "tied")
+    described = {name: {key: getattr(a, key) for key in told} for name, a in logical.adapters.items()}
     manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": digests}
     if logical.args.labels:
         manifest["labels"] = logical.args.labels

@@ -114,6 +114,14 @@ def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
         raise UserError(f"PEFT's LoRA has no place for trained weights of the base: {listed(more)}")
     Target("peft").check(checkpoint.args)
     files = planned_tensors(peft.planned_tiles(logical), {name: checkpoint.dtype(name) for name in logical.added})
+    if apart := peft.untied(logical.adapters):
+        rank = logical.adapters[apart[0]].rank
+        zeros = sum(2 * logical.sizes[adapter_name(name, "lora_b")] for name in apart)
+        say(
+            f"PEFT has one A for gate and up of the experts, and here each has its own: gate_up_proj is written at rank "
+            f"{2 * rank}, not {rank}: the same function, but {zeros / 1e6:,.2f} M numbers of its B are zeros that take "
+            "memory and time to serve, and that PEFT would train. (What comes from PEFT has one A here, too, and keeps its rank.)"
+        )
     destination = _free(destination)
     with _written_whole(destination, _nbytes(files)) as temporary:
         _write_files(checkpoint, temporary, files, {})

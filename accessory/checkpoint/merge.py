@@ -5,7 +5,7 @@ from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.dtypes import at_least
-from accessory.model.adapter import Adapter, adapter_name
+from accessory.model.adapter import Adapter, adapter_name, name_of_a
 from accessory.model.logical import EMBEDDING, LogicalModel, Region, as_matrix
 
 
@@ -33,7 +33,7 @@ class Merged:
             return value
         *groups, rows, columns = as_matrix(name, region)
         ranks = slice(0, adapter.rank)
-        name_a, name_b = adapter_name(name, "lora_a"), adapter_name(name, "lora_b")
+        name_a, name_b = name_of_a(name, adapter), adapter_name(name, "lora_b")
         a = self.checkpoint.read(name_a, (*groups, ranks, columns))
         b = self.checkpoint.read(name_b, (*groups, rows, ranks))
         wide = value.to(torch.promote_types(at_least(value.dtype), a.dtype))

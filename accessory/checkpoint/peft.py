@@ -1,8 +1,9 @@
 """Adapters of Hugging Face's PEFT library (0.21): adapter_config.json and adapter_model.safetensors.
 
 PEFT's axes: of a linear layer A is [R, in] and B [out, R]. Of stacked experts, A is [E * R, in], row ``e * R + r``, and B
-[out, R * E], column ``r * E + e``. ``gate_up_proj`` holds w1 above w3, so one adapter serves both: read, w1 and w3 share its
-A and halve its B; written, its A is theirs one above the other, [2R, D], and its B has theirs as two blocks on the diagonal.
+[out, R * E], column ``r * E + e``. ``gate_up_proj`` holds w1 above w3, so one adapter serves both: they are tied to its A
+and have the halves of its B. Of w1 and w3 that are not tied, A is written as theirs one above the other, [2R, D], and B has
+theirs as two blocks on the diagonal.
 Rows of q and k are in the order of Hugging Face's rotary halves.
 """
 
@@ -62,7 +63,7 @@ class PeftDirectory(Directory):
 
     def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
         keys = {matrix: self._keys(matrix, logical.args) for matrix in logical.adapters}
-        yield from adapter_tiles(logical, {matrix: found for matrix, found in keys.items() if found}, shared=True)
+        yield from adapter_tiles(logical, {matrix: found for matrix, found in keys.items() if found})
         for matrix in (EMBEDDING, "output.weight"):  # PEFT may save these whole beside their adapter
             module, _ = peft_name(matrix)
             for key in (f"{HEAD}{module}.weight", f"{HEAD}{module}.base_layer.weight"):
@@ -97,7 +98,8 @@ class PeftDirectory(Directory):
                 f"{inner} inputs: it is another model's, or its axes are in an older PEFT's order (save it anew with 0.21)"
             )
         module, parameter = peft_name(matrix)
-        return Adapter(rank=rank, scaling=self._scaling(f"{module}.{parameter}" if parameter else module, rank))
+        scaling = self._scaling(f"{module}.{parameter}" if parameter else module, rank)
+        return Adapter(rank=rank, scaling=scaling, tied=matrix.endswith("experts.w3"))
 
     def _scaling(self, name: str, rank: int) -> float:
         patterns = self.config.get("alpha_pattern") or {}
@@ -131,22 +133,23 @@ def peft_keys(matrix: str, nested: bool) -> tuple[str, str]:
     return f"{HEAD}{module}{inner}.lora_A.weight", f"{HEAD}{module}{inner}.lora_B.weight"
 
 
-def adapter_tiles(logical: LogicalModel, keys: Mapping[str, tuple[str, str]], shared: bool) -> Iterator[Tile]:
-    """The tiles of all adapters.
+def untied(adapters: Adapters) -> list[str]:
+    """The w1 whose w3 has an A of its own: in PEFT's one matrix there are zeros in B beside the block of each."""
+    return [name for name in adapters if name.endswith(".w1") and not adapters[f"{name[:-2]}w3"].tied]
 
-    Args:
-        keys: of A and B, by matrix.
-        shared: w1 and w3 have one A, as PEFT trains it; else each has its own, and zeros in B beside its block.
-    """
+
+def adapter_tiles(logical: LogicalModel, keys: Mapping[str, tuple[str, str]]) -> Iterator[Tile]:
+    """The tiles of all adapters. ``keys``: of A and B, by matrix."""
+    apart = untied(logical.adapters)
     for matrix, pair in keys.items():
         encodings = AS_IS, row_order(matrix, logical.args)
         if (weight := matrix.rpartition(".")[2]) in FUSED:
             _, rows = FUSED[weight]
-            ranks = (0, 1) if shared else rows
+            ranks = rows if f"{matrix[:-2]}w1" in apart else (0, 1)
             encodings = Encoding("e r d -> (e t r) d", t=ranks), Encoding("e f r -> (s f) (t r e)", s=rows, t=ranks)
         for part, key, encoding in zip(("lora_a", "lora_b"), pair, encodings, strict=True):
-            name = adapter_name(matrix, part)
-            yield Tile(name, logical.whole(name), TENSORS, key, encoding)
+            if (name := adapter_name(matrix, part)) in logical.shapes:
+                yield Tile(name, logical.whole(name), TENSORS, key, encoding)
 
 
 def planned_tiles(logical: LogicalModel) -> Iterator[Tile]:
@@ -166,7 +169,7 @@ def planned_tiles(logical: LogicalModel) -> Iterator[Tile]:
             raise UserError(f"PEFT adapts w1 and w3 together, but only one of them has an adapter: {alone[0]}")
     nested = any(name.endswith(".w2") for name in adapters)
     keys = {matrix: peft_keys(matrix, nested) for matrix in logical.matrices if matrix in adapters}
-    return adapter_tiles(logical, keys, shared=False)
+    return adapter_tiles(logical, keys)
 
 
 def write_description(directory: Path, adapters: Adapters, base: str) -> None:
@@ -175,7 +178,7 @@ def write_description(directory: Path, adapters: Adapters, base: str) -> None:
     rank, alpha = adapter.rank, adapter.rank * adapter.scaling
     names = [peft_name(matrix) for matrix in adapters]
     parameters = {re.sub(r"^model\.layers\.\d+\.", "", f"{module}.{parameter}") for module, parameter in names if parameter}
-    fused = [r".*\.gate_up_proj"] if any(name.endswith(".w1") for name in adapters) else []  # has the ranks of both
+    fused = [r".*\.gate_up_proj"] if untied(adapters) else []  # has the ranks of both
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

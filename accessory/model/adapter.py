@@ -14,20 +14,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one matrix gets; ``rank`` 0 is no LoRA. ``seed`` sets this matrix' dropout apart from the others'."""
+    """What one matrix gets; ``rank`` 0 is no LoRA. ``seed`` sets this matrix' dropout apart from the others'.
+
+    ``tied``: of the experts' w3, whose A is that of w1; its gradient is then the sum of both uses. So PEFT has it.
+    """
 
     rank: int = 0
     scaling: float = 1.0
     dropout: float = 0.0
     bias: bool = False
     seed: int = 0
+    tied: bool = False
 
     def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Of its tensors, beside a ``matrix`` [..., out, in]."""
         *groups, out, inner = matrix
         shapes = {"bias": (*groups, out)} if self.bias else {}
         if self.rank:
-            shapes |= {"lora_a": (*groups, self.rank, inner), "lora_b": (*groups, out, self.rank)}
+            shapes |= {} if self.tied else {"lora_a": (*groups, self.rank, inner)}
+            shapes |= {"lora_b": (*groups, out, self.rank)}
         return shapes
 
 
@@ -41,6 +46,11 @@ def adapter_cut_dims(dims: int, cut: int | None) -> dict[str, int | None]:
 def adapter_name(matrix: str, part: str) -> str:
     """``wq.weight`` -> ``wq.lora_a``; a matrix that is not called weight keeps its name: ``experts.w1_lora_a``."""
     return matrix.removesuffix("weight") + part if matrix.endswith("weight") else f"{matrix}_{part}"
+
+
+def name_of_a(matrix: str, adapter: Adapter) -> str:
+    """Of the A that the matrix' adapter multiplies with."""
+    return adapter_name(matrix.removesuffix("w3") + "w1" if adapter.tied else matrix, "lora_a")
 
 
 def add_parameters(layer: nn.Module, matrix: str, adapter: Adapter, shape: Sequence[int]) -> None:

@@ -64,12 +64,12 @@ class Start:
         row = torch.empty(1, self.args.dim, dtype=compute, device=launch.device)
         hidden_dim = self.layout.local_hidden_dim(self.args.hidden_dim, mesh.mp)
         pick_kernel(section.kernel, row, hidden_dim)  # refused now if it cannot be had, not in the first step
-        self.tuning = resolve(config.tuning, self.args, config.train.seed)
+        given = self.checkpoint.logical.adapters if self.checkpoint else {}
+        self.tuning = resolve(config.tuning, self.args, config.train.seed, given)
         logical = self.tuning.logical
         self.only_trainable = bool(logical.adapters) or config.save.only_trainable
         if self.checkpoint:
-            adapters = self.checkpoint.logical.adapters
-            check_goes_on(adapters, self.checkpoint.changed, self.tuning, self.only_trainable)
+            check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
         check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
         self.width = config.data.max_seq_len or self.args.max_seq_len

@@ -4,7 +4,8 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from accessory.config import nearest
 from accessory.console import listed
@@ -33,11 +34,11 @@ class Tuning:
     trains: frozenset[str]
 
 
-def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
+def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapters = MappingProxyType({})) -> Tuning:
     """Apply the settings to a model's logical names.
 
     Args:
-        seed: of the run; dropout depends on it.
+        seed: of the run; dropout depends on it. given: the checkpoint's adapters; what is tied there stays tied.
 
     Raises:
         UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
@@ -45,6 +46,10 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0) -> Tuning:
     plain = LogicalModel(args)
     names = [name for name in plain.shapes if not is_buffer(name)]
     adapters = _adapters(section, plain.matrices, seed)
+    for name in adapters.keys() & given.keys():
+        first = adapters.get(f"{name[:-2]}w1")
+        if given[name].tied and first:  # one A, and so one dropout of what it is given
+            adapters[name] = replace(adapters[name], tied=True, seed=first.seed)
     full = not (section.lora or section.bias or section.train)
     chosen = set(names) if full else set().union(*(_matching(entry, names, "tuning.train") for entry in section.train))
     chosen |= {SCORE} & set(names)  # a classifier's is new: without it nothing else could learn

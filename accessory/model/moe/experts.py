@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped
+from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped, name_of_a
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
@@ -59,7 +59,7 @@ class GroupedExperts(nn.Module):
         if adapter.rank:
             first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
             x = dropped(x, adapter, rows.draw_n, first_column)
-            low_nR = rows.matmul(x, self.expert_weights(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling
+            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e) * adapter.scaling
             y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b"), rows.ends_e)
         if adapter.bias:
             bias = self._stack(f"{matrix}_bias")
