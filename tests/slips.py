@@ -88,6 +88,9 @@ def make_odd(home):
         for base, file in (("ckpt", "consolidated.00-of-01.model.safetensors"), ("hf", "model.safetensors")):
             shutil.copytree(home / base, odd / f"{base}_{name}")
             (odd / f"{base}_{name}" / file).write_text(text)
+    for number, file in enumerate(STAND_INS):
+        shutil.copytree(home / file.partition("/")[0], odd / f"beside_{number}")
+        (odd / f"beside_{number}" / file.partition("/")[2]).write_text(POINTER if number % 2 else PAGE)
     shutil.copytree(home / "ckpt", odd / "pickle")
     (odd / "pickle/consolidated.00-of-01.model.safetensors").unlink()
     torch.save({"model": {"a": print}}, odd / "pickle/consolidated.00-of-01.model.pth")
@@ -124,6 +127,11 @@ def make_odd(home):
     return odd
 
 
+STAND_INS = [
+    *("ckpt/config.json", "ckpt/meta.json", "ckpt/tokenizer.model", "ckpt/training.json", "hf/config.json"),
+    *("hf/tokenizer.json", "hf/tokenizer_config.json", "hf/chat_template.jinja", "hf/generation_config.json"),
+]
+"""Files beside the weights in whose place a page or a pointer lies, by the model."""
 CONFIGS = {
     "layers": {"n_layers": 10**9},
     "no_layers": {"n_layers": 0},

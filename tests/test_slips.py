@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jobs import run_each
-from slips import make_home, make_odd
+from slips import STAND_INS, make_home, make_odd
 
 from accessory.settings import RunConfig
 
@@ -403,6 +403,9 @@ def table():
         yield run + words, 1, sentence
     for name, sentence in MODELS.items():
         yield f"{run} model.config={{odd}}/config_{name}.json", 1, sentence
+    for number, file in enumerate(STAND_INS):
+        sentence = f"{file.partition('/')[2]}: a {'Git-LFS pointer' if number % 2 else 'web page'} and not the file itself"
+        yield f"convert {{odd}}/beside_{number} {{out}} --to mixtral", 1, sentence
     for words, sentence in VERBS.items():
         yield words, 1, sentence
     for words, sentence in USAGE.items():

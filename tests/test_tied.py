@@ -43,15 +43,8 @@ def run_ours(w, x, probe, size):
     tuning, mesh = tied_adapters(), make_mesh(size)
     results = {}
     for layout in LAYOUTS.values():
-        model = build_model(
-            tuning.logical,
-            layout,
-            Tensors(w),
-            mesh=mesh,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
-            trains=tuning.trains,
-        )
+        options = {"dtype": torch.float64, "device": torch.device("cpu"), "trains": tuning.trains}
+        model = build_model(tuning.logical, layout, Tensors(w), mesh=mesh, **options)
         out, _ = model.layers[0].feed_forward(x, Documents.of([len(x)]))
         (out * probe).sum().backward()
         parts = {}
@@ -120,9 +113,8 @@ def test_its_gradient_is_the_sum_of_both_uses_as_pefts(size):
             out, parts = rank[layout]
             assert (out - expected).abs().max() < 1e-12 * expected.abs().max()
             for name, (region, gradient) in parts.items():
-                whole.setdefault(name, torch.full(tuning.logical.shapes[name], torch.nan, dtype=torch.float64))[region] = (
-                    gradient
-                )
+                shape = tuning.logical.shapes[name]
+                whole.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))[region] = gradient
         for name, gradient in as_peft(whole).items():
             assert (gradient - gradients[name]).abs().max() < 1e-12 * gradients[name].abs().max(), (layout, name)
 

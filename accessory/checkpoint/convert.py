@@ -88,8 +88,8 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     layout = LAYOUTS.get(target.format)
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     with _written_whole(destination, _nbytes(files)) as temporary:
-        _write_files(source, temporary, files, notes)
         copy_companions(checkpoint.companions, temporary)
+        _write_files(source, temporary, files, notes)
         if target.format == "hf":
             special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
             special = {key: number for key, number in special.items() if number >= 0}
@@ -118,9 +118,9 @@ def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
         rank = logical.adapters[apart[0]].rank
         zeros = sum(2 * logical.sizes[adapter_name(name, "lora_b")] for name in apart)
         say(
-            f"PEFT has one A for gate and up of the experts, and here each has its own: gate_up_proj is written at rank "
+            "PEFT has one A for gate and up of the experts, and here each has its own: gate_up_proj is written at rank "
             f"{2 * rank}, not {rank}: the same function, but {zeros / 1e6:,.2f} M numbers of its B are zeros that take "
-            "memory and time to serve, and that PEFT would train. (What comes from PEFT has one A here, too, and keeps its rank.)"
+            "memory and time to serve, and that PEFT would train. What comes from PEFT has one A here, too, and its rank"
         )
     destination = _free(destination)
     with _written_whole(destination, _nbytes(files)) as temporary:

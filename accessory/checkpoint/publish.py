@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accessory.errors import UserError
+from accessory.files import check_file
 
 # what a checkpoint carries along beside weights and configuration, whatever its format
 CARRIED = (
@@ -86,8 +87,15 @@ def companion_files(directory: Path) -> dict[str, Path]:
     return {path.relative_to(directory).as_posix(): path for path in paths}
 
 
+def check_companions(companions: dict[str, Path]) -> None:
+    """Raise UserError if one cannot be read, or is a stand-in."""
+    for path in companions.values():
+        check_file(path, "a file of the tokenizer or of generation settings")
+
+
 def copy_companions(companions: dict[str, Path], directory: Path) -> None:
     """Copy files into ``directory``, under the names that they get there."""
+    check_companions(companions)
     for name, path in companions.items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)

@@ -7,6 +7,7 @@ import torch
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.description import Description
 from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.publish import check_companions
 from accessory.checkpoint.state import TrainingState
 from accessory.console import say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
@@ -59,6 +60,7 @@ class Start:
         self.args = _as_trained(self.args, config)
         self.tokenizer = Tokenizer(tokenizer)
         self.companions = companions | self.tokenizer.files
+        check_companions(self.companions)
         check_vocabulary(self.tokenizer, self.args.vocab_size)
         check_divides(self.args, self.layout, mesh.mp.size)
         row = torch.empty(1, self.args.dim, dtype=compute, device=launch.device)
