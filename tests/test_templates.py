@@ -311,6 +311,25 @@ def test_a_document_is_trained_whole(mixtral, text):
 # tokenizers
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_both_kinds_of_file_are_one_tokenizer(legacy, mixtral, tmp_path):
+    """Also a tokenizer.json that puts SentencePiece's blank before the first text alone, as newer ones do."""
+    (tmp_path / "tokenizer.model").write_bytes(V1.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    assert write_tokenizer_json(tmp_path / "tokenizer.model", tmp_path)
+    other = Tokenizer(tmp_path / "tokenizer.json")
+
+    @given(conversations(), TEXTS)
+    @settings(max_examples=60, deadline=None)
+    def holds(conversation, text):
+        assert other.encode(text, bos=True, eos=True) == mixtral.encode(text, bos=True, eos=True)
+        for name in ("dialog", "vicuna", "mixtral-instruct"):
+            segments = TEMPLATES[name].render(conversation)
+            assert other.encode_segments(segments) == mixtral.encode_segments(segments)
+
+    holds()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_gives_the_text_back(kind, kinds):
     tokenizer = kinds[kind]

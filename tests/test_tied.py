@@ -102,6 +102,8 @@ def run_peft(w, x, probe):
 def test_its_gradient_is_the_sum_of_both_uses_as_pefts(size):
     tuning = tied_adapters()
     assert f"{EXPERTS}w3_lora_a" not in tuning.logical.shapes
+    seeds = [tuning.logical.adapters[f"{EXPERTS}{matrix}"].seed for matrix in ("w1", "w2", "w3")]
+    assert seeds[0] == seeds[2] != seeds[1]  # one A, of one dropout
     w = weights(ONE, scale=5.0, adapters=tuning.logical.adapters)
     generator = torch.Generator().manual_seed(3)
     x, probe = (torch.randn(23, ONE.dim, dtype=torch.float64, generator=generator) for _ in range(2))

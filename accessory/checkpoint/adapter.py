@@ -111,8 +111,9 @@ def write_adapter(
         for name, tensor in source:
             file.write(name, tensor)
             digests[name] = digest(tensor)
-    told = ("rank", "scaling", "bias", "tied")
-    described = {name: {key: getattr(a, key) for key in told} for name, a in logical.adapters.items()}
+    described = {
+        name: {"rank": a.rank, "scaling": a.scaling, "bias": a.bias, "tied": a.tied} for name, a in logical.adapters.items()
+    }
     manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": digests}
     if logical.args.labels:
         manifest["labels"] = logical.args.labels

@@ -141,11 +141,12 @@ class HuggingFace:
 
     def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
         text, blanks = "", list[int]()  # where those are that are put here
-        for number, segment in enumerate(run):
-            begins = not segment.special and (number == 0 or run[number - 1].special)
-            if self._lacks_blank and begins and not segment.joined:
+        begins = True
+        for segment in run:
+            if self._lacks_blank and begins and segment.text and not (segment.special or segment.joined):
                 blanks.append(len(text))
                 text += " "
+            begins = segment.special or (begins and not segment.text)
             text += self.written(segment)
         encoded = self._model.encode(text, add_special_tokens=False)
         ids, offsets = encoded.ids, encoded.offsets

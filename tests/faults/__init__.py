@@ -9,6 +9,7 @@ from faults import (
     balance,
     classify,
     data,
+    descriptions,
     experts,
     formats,
     generation,
@@ -34,6 +35,7 @@ _MODULES = (
     data,
     state,
     formats,
+    descriptions,
     generation,
     precision,
 )

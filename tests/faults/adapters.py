@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         "the experts' adapters are not scaled",
         EXPERTS,
-        'self.expert_weights(f"{matrix}_lora_a"), rows.ends_e) * adapter.scaling',
-        'self.expert_weights(f"{matrix}_lora_a"), rows.ends_e)',
+        "self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e) * adapter.scaling",
+        "self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e)",
         LORA,
     ),
     Fault(
