@@ -30,8 +30,8 @@ WRITTEN = [("metaspace", name) for name in CHAT]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """For each template a model trained with it, and the same as Hugging Face's; and what is put beside a tokenizer.json."""
+def written(tmp_path_factory):
+    """Each kind of tokenizer, and what is put beside the newer one for each template."""
     home = make_home(tmp_path_factory.mktemp("templates"))
     for kind in ("model", "prepended", "metaspace"):
         (home / kind).mkdir()
@@ -45,29 +45,36 @@ def home(tmp_path_factory):
             config = json.loads((home / kind / "tokenizer_config.json").read_text())
             old = {"chat_template": "{{ messages }}"}  # of the model that training changed
             (home / kind / "tokenizer_config.json").write_text(json.dumps(config | old))
-    lines = []
-    for kind, name in RUNS:
-        (home / f"{name}.yaml").write_text(f"META: [{{path: talks.jsonl, template: {name}}}]")
-        file = home / kind / ("tokenizer.model" if kind == "model" else "tokenizer.json")
-        words = f"data.mix={home}/{name}.yaml model.tokenizer={file} data.max_seq_len=256 out={home}/{kind}-{name}"
-        lines.append((["finetune", home / "run.yaml", *words.split()], ""))
-    ran = run_each(lines, tmp_path_factory.mktemp("ran"))
-    assert not [err for code, _, err in ran if code], ran
-    for kind, name in RUNS:
-        (saved,) = (home / f"{kind}-{name}").glob("epoch*")
-        saved.rename(home / f"{kind}-{name}-model")
-        assert cli("convert", home / f"{kind}-{name}-model", home / f"{kind}-{name}-hf", "--to", "hf") == 0
     for kind, name in WRITTEN:
         shutil.copytree(home / kind, home / f"{kind}-{name}-hf")
         Training(name).write(home / f"{kind}-{name}-hf", Tokenizer(home / kind / "tokenizer.json"))
     return home
 
 
+@pytest.fixture(scope="module")
+def home(written, tmp_path_factory):
+    """Beside these, a model trained with each template, and the same as Hugging Face's."""
+    lines = []
+    for kind, name in RUNS:
+        (written / f"{name}.yaml").write_text(f"META: [{{path: talks.jsonl, template: {name}}}]")
+        file = written / kind / ("tokenizer.model" if kind == "model" else "tokenizer.json")
+        words = f"data.mix={written}/{name}.yaml model.tokenizer={file} data.max_seq_len=256 out={written}/{kind}-{name}"
+        lines.append((["finetune", written / "run.yaml", *words.split()], ""))
+    ran = run_each(lines, tmp_path_factory.mktemp("ran"))
+    assert not [err for code, _, err in ran if code], ran
+    for kind, name in RUNS:
+        (saved,) = (written / f"{kind}-{name}").glob("epoch*")
+        saved.rename(written / f"{kind}-{name}-model")
+        assert cli("convert", written / f"{kind}-{name}-model", written / f"{kind}-{name}-hf", "--to", "hf") == 0
+    return written
+
+
 TEXT = st.lists(st.sampled_from([*WORDS, "Why?", "42", "é", "\n", "  "]), min_size=1, max_size=5).map(" ".join)
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS + WRITTEN)
-def test_transformers_makes_the_tokens_of_training(kind, name, home):
+def test_transformers_makes_the_tokens_of_training(kind, name, request):
+    home = request.getfixturevalue("written" if (kind, name) in WRITTEN else "home")
     (trained,) = (path for f in ("tokenizer.model", "tokenizer.json") if (path := home / kind / f).is_file())
     trained, template = Tokenizer(trained), TEMPLATES[name]
     theirs = AutoTokenizer.from_pretrained(home / f"{kind}-{name}-hf")

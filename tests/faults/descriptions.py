@@ -64,7 +64,7 @@ FAULTS = (
         JINJA,
         r"(system + '\n\n' if loop.first and system else '')",
         r"(system + '\n\n' if system else '')",
-        f"{TOKENS} -k mixtral",
+        f"{TOKENS} -k metaspace-mixtral",
     ),
     Fault(
         "a chat template is taken without a look at its tokens",
