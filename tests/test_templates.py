@@ -318,6 +318,7 @@ def test_both_kinds_of_file_are_one_tokenizer(legacy, mixtral, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
     assert write_tokenizer_json(tmp_path / "tokenizer.model", tmp_path)
     other = Tokenizer(tmp_path / "tokenizer.json")
+    assert other.encode("Why?", bos=True, eos=True) == mixtral.encode("Why?", bos=True, eos=True)
 
     @given(conversations(), TEXTS)
     @settings(max_examples=60, deadline=None)
