@@ -21,7 +21,8 @@ from accessory.certify.harness import Tensors, assemble, gradients
 from accessory.certify.judge import distance, relative
 from accessory.certify.parity import grid
 from accessory.checkpoint.convert import Target, convert
-from accessory.checkpoint.open import Checkpoint, load_args
+from accessory.checkpoint.description import load_args
+from accessory.checkpoint.open import Checkpoint
 from accessory.data.loader import collate
 from accessory.data.mix import load_mix
 from accessory.data.tokenizer import Tokenizer
