@@ -171,6 +171,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             if arguments[-1] is not Ellipsis and len(arguments) != len(value):
                 raise UserError(f"{where}: {name}: expected {len(arguments)} values, found {len(value)}")
             return tuple(_convert(arguments[0], item, where, name) for item in value)
+        if origin is dict and isinstance(value, Mapping):
+            key, item = arguments
+            return {_convert(key, k, where, name): _convert(item, v, where, f"{name}.{k}") for k, v in value.items()}
         plain, limits = (arguments[0], arguments[1:]) if origin is Annotated else (option, ())
         if not isinstance(plain, type) or (isinstance(value, bool) and plain is not bool):
             continue

@@ -4,12 +4,16 @@ import random
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from accessory.certify import harness, reference
 from accessory.certify.harness import Tensors
 from accessory.certify.problem import SMALL
+from accessory.certify.serving import Numbers
 from accessory.data.mix import Sample
 from accessory.data.tokenizer import train_tokenizer
+from accessory.infer.engine import Engine
+from accessory.infer.sampling import Sampling
 from accessory.model.args import MoEArgs
 from accessory.model.build import RandomWeights
 from accessory.model.decoder import Inputs
@@ -116,3 +120,20 @@ def check_close(ours, expected, bound, where=""):
 def evaluate(model, tokens):
     """Logits [S, V] of one sequence."""
     return model(Inputs(torch.tensor(tokens), Documents.of([len(tokens)])), Logits())[0]
+
+
+def answer_ids(model, prompts, max_tokens, max_seq_len, **sampling):
+    """Tokens of the answer to each prompt, on every rank."""
+    engine = Engine(model, Numbers(model.args.vocab_size), max_seq_len=max_seq_len)
+    if model.mesh.mp.rank:
+        engine.follow()
+        requests = []
+    else:
+        requests = [engine.submit(prompt, Sampling(max_tokens=max_tokens, **sampling)) for prompt in prompts]
+        for _ in engine.run():
+            pass
+        engine.close()
+    answers = [[request.answer for request in requests]]
+    if model.mesh.mp.size > 1:
+        dist.broadcast_object_list(answers, group=model.mesh.mp.group, group_src=0)
+    return answers[0]

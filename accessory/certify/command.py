@@ -16,6 +16,7 @@ from accessory.certify.precision import PrecisionJudge, precision_cells, run_pre
 from accessory.certify.problem import SMALL, WIDE, Problem
 from accessory.certify.processes import Body, run_jobs
 from accessory.certify.run import run_cell
+from accessory.certify.serving import serving_cells
 from accessory.certify.table import Certificate, environment, quantities, text_header, text_line, to_html
 from accessory.checkpoint.description import load_args
 from accessory.config import write_json
@@ -87,7 +88,13 @@ def _worlds(arguments: argparse.Namespace) -> list[int]:
 def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[int]) -> Certificate:
     """Training and files against the plain reference."""
     judge, strength = Judge(problem), 2 if arguments.quick else 3
-    kinds = training_cells(worlds, strength), classifier_cells(worlds), file_cells(worlds), cache_cells(worlds)
+    kinds = (
+        training_cells(worlds, strength),
+        classifier_cells(worlds),
+        file_cells(worlds),
+        cache_cells(worlds),
+        serving_cells(worlds),
+    )
     cells = _only(arguments, [cell for kind in kinds for cell in kind])
     about = {
         "model": str(arguments.model or "the small one that is built in"),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from accessory.certify.problem import Problem
 from accessory.data.loader import Batch, BatchPlan, sample_lengths
 from accessory.data.packing import Rows
 from accessory.data.store import Sample
+from accessory.dtypes import at_least
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder
 from accessory.model.logical import LogicalModel, Region, Shape, Source
@@ -66,6 +68,31 @@ def build(
         frozen_dtype=compute,
         trains=trains,
         shard=lambda model: wrap(model, mesh, mode, compute or dtype, device.type),
+    )
+
+
+def build_problem(
+    problem: Problem,
+    layout: str,
+    device: torch.device,
+    mesh: Mesh,
+    *,
+    tuning: str = "full",
+    source: Source | None = None,
+    **options: Any,
+) -> Decoder:
+    """The problem's model, trained as ``tuning`` says; ``source``: of its weights, if not the problem's own."""
+    spec = problem.tuning(tuning)
+    return build(
+        spec.logical,
+        layout,
+        source or Tensors(problem.weights(tuning)),
+        mesh=mesh,
+        dtype=at_least(problem.dtype),
+        compute=problem.dtype,
+        device=device,
+        trains=spec.trains,
+        **options,
     )
 
 

@@ -17,6 +17,7 @@ from accessory.certify.harness import assemble
 from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
+from accessory.certify.serving import ServingCell, wrong_tokens
 from accessory.data.store import Sample
 from accessory.settings import OptimSection
 
@@ -25,7 +26,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 def bounds(tolerance: float) -> Mapping[str, float]:
     """The largest error of each quantity that passes."""
-    return defaultdict(lambda: tolerance, {"counts": 0.0, "saved": 0.0, "hf": 0.0})
+    return defaultdict(lambda: tolerance, {"counts": 0.0, "saved": 0.0, "hf": 0.0, "tokens": 0.0})
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Judge:
         self.margin = math.inf
         self._expected = functools.cache(self._compute)
 
-    def row(self, cell: Cell | FileCell | CacheCell, outcome: list[Any] | Failure) -> Verdict:
+    def row(self, cell: Cell | FileCell | CacheCell | ServingCell, outcome: list[Any] | Failure) -> Verdict:
         """The verdict on what ``run_jobs`` yields for a cell."""
         if isinstance(outcome, Failure):
             return Verdict(cell, {}, self.bounds, outcome.reason)
@@ -69,6 +70,8 @@ class Judge:
             return self._files(cell, outcome)
         if isinstance(cell, CacheCell):
             return self._cached(cell, outcome)
+        if isinstance(cell, ServingCell):
+            return self._served(cell, outcome)
         return self._training(cell, outcome)
 
     def _compute(self, problem: Problem, masks: bool, tuning_name: str, balance: str) -> list[reference.ReferenceStep]:
@@ -121,6 +124,13 @@ class Judge:
         right = {str(n): reference.forward(weights, self.problem.args, t)[0] for n, t in enumerate(tokens)}
         errors = (distance({str(n): t for n, t in enumerate(rank["logits"])}, right) for rank in ranks)
         return Verdict(cell, {"logits": largest(errors)}, self.bounds)
+
+    def _served(self, cell: ServingCell, ranks: list[Any]) -> Verdict:
+        told = ranks[0]
+        reason = f"{told['leaked']} pages were not given back" if told["leaked"] else None
+        if not told["shared"]:
+            reason = "no beginning was shared"
+        return Verdict(cell, {"tokens": wrong_tokens(self.problem, cell, told)}, self.bounds, reason)
 
 
 def reference_steps(

@@ -13,11 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
-from accessory.certify.harness import assemble, gradients
+from accessory.certify.harness import assemble, build_problem, gradients
 from accessory.certify.judge import Verdict, bounds, disagreement, distance, relative
 from accessory.certify.problem import Problem
 from accessory.certify.processes import Failure
-from accessory.certify.run import build_problem
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
@@ -97,7 +96,7 @@ class TransformersJudge:
 
 def _run(problem: Problem) -> dict[str, Any]:
     """What transformers makes of the problem: logits, loss and gradients, these by logical name."""
-    model, batch = _load(problem), _batch(problem)
+    model, batch = load_in_transformers(problem), _batch(problem)
     tokens, labels, real = grid(batch)
     if problem.args.labels:  # it finds a document's end by the padding, of which the problem's documents have some inside
         padding = min(set(range(problem.args.vocab_size)) - set(batch.tokens[batch.documents.ends].tolist()))
@@ -125,7 +124,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _load(problem: Problem) -> Any:
+def load_in_transformers(problem: Problem) -> Any:
     """The problem's weights in transformers' hands."""
     kind = f"MixtralFor{'SequenceClassification' if problem.args.labels else 'CausalLM'}"
     with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:

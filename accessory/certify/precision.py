@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.certify.formats import largest
-from accessory.certify.harness import Tensors, gradients, micro_batches
+from accessory.certify.harness import Tensors, build_problem, gradients, micro_batches
 from accessory.certify.judge import Verdict, reference_steps, relative
 from accessory.certify.matrix import Mode, mode_settings, model_parallel_sizes, modes, partition
 from accessory.certify.pieces import Masters, Pieces, wide
 from accessory.certify.problem import OPTIM, Z_WEIGHT, Problem
 from accessory.certify.processes import Failure
-from accessory.certify.run import build_problem
 from accessory.checkpoint.state import StateNotes, TrainingState
 from accessory.data.loader import Batch
 from accessory.model.build import build_model

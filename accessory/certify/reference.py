@@ -1,5 +1,6 @@
 """A plain Mixtral in one process: full logical tensors, no autograd tricks, nothing shared with the code under test."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -165,6 +166,29 @@ def schedule(counts, lr, min_lr, warmup):
             rates.append(min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (seen - warmup) / (sum(counts) - warmup))) / 2)
         seen += count
     return rates
+
+
+def next_token(logits, prompt, answer, how):
+    """The token that a request's sampling chooses, by the definition of each setting; a draw is a place in [0, 1)."""
+    scores = dict(enumerate(logits.tolist()))
+    for token, bias in how["logit_bias"].items():
+        scores[token] += bias
+    for token in {*prompt, *answer}:
+        penalty = how["repetition_penalty"]
+        scores[token] *= penalty if scores[token] < 0 else 1 / penalty
+    for token in set(answer):
+        scores[token] -= how["presence_penalty"] + how["frequency_penalty"] * answer.count(token)
+    ranked = sorted(scores, key=lambda token: -scores[token])
+    if not how["temperature"]:
+        return ranked[0]
+    weights = [math.exp((scores[token] - scores[ranked[0]]) / how["temperature"]) for token in ranked]
+    weights = weights[: how["top_k"] or len(weights)]
+    count = 1
+    while count < len(weights) and sum(weights[:count]) < how["top_p"] * sum(weights) and weights[count] >= how["min_p"]:
+        count += 1
+    digest = hashlib.sha256(f"{how['seed']}/{len(answer)}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64 * sum(weights[:count])
+    return next(token for n, token in enumerate(ranked, 1) if place < sum(weights[:n]) or n == count)
 
 
 def adamw(tensor, g, moments, step, *, rate, weight_decay, betas, eps):

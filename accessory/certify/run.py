@@ -9,30 +9,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.certify import formats
-from accessory.certify.harness import Tensors, build, train
+from accessory.certify.harness import build_problem, train
 from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell, mode_settings
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
+from accessory.certify.serving import ServingCell, run_serving
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.open import Checkpoint
-from accessory.dtypes import at_least
-from accessory.infer.generate import make_cache
-from accessory.model.decoder import Decoder, Inputs
+from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.logical import Source
-from accessory.parallel.mesh import Mesh, make_mesh
+from accessory.parallel.mesh import make_mesh
 from accessory.train.objective import Classification
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan
 from accessory.train.save import save_model
 
+CACHE_PAGE = 4  # tokens: sequences go through many pages
 
-def run_cell(problem: Problem, cell: Cell | FileCell | CacheCell, device: torch.device, scratch: Path) -> dict[str, Any]:
+
+def run_cell(
+    problem: Problem, cell: Cell | FileCell | CacheCell | ServingCell, device: torch.device, scratch: Path
+) -> dict[str, Any]:
     """Do a cell as one of its ranks."""
     if isinstance(cell, FileCell):
         return pass_through_files(problem, cell, device, scratch)
     if isinstance(cell, CacheCell):
         return {"logits": run_in_chunks(problem, cell, device)}
+    if isinstance(cell, ServingCell):
+        return run_serving(problem, cell, device)
     return train_on_problem(problem.of_labels() if isinstance(cell, ClassifierCell) else problem, cell, device)
 
 
@@ -100,41 +104,20 @@ def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> li
     mesh = make_mesh(cell.world)
     model = build_problem(problem, cell.layout, device, mesh)
     sequences = [sample.tokens.tolist() for sample in problem.batches(False)[0]]
-    cache = make_cache(model, len(sequences), problem.args.max_seq_len)
     rng, done = random.Random(problem.seed), [0] * len(sequences)
+    longest = -(-problem.args.max_seq_len // CACHE_PAGE)
+    cache = model.make_cache(longest * len(sequences), CACHE_PAGE)
+    places = rng.sample(range(1, longest * len(sequences) + 1), longest * len(sequences))
+    pages = [places[n :: len(sequences)] for n in range(len(sequences))]
     logits: list[list[Tensor]] = [[] for _ in sequences]
     while unfinished := [n for n, sequence in enumerate(sequences) if done[n] < len(sequence)]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         lengths = [min(rng.choice((1, 1, 2, 7, 20)), len(sequences[n]) - done[n]) for n in chosen]
-        documents = Documents.of(lengths, [done[n] for n in chosen], chosen).to(device)
+        documents = Documents.of(lengths, [done[n] for n in chosen]).to(device)
         tokens = [t for n, length in zip(chosen, lengths, strict=True) for t in sequences[n][done[n] : done[n] + length]]
-        out, _ = model(Inputs(torch.tensor(tokens, device=device), documents, cache), Logits())
+        view = cache.at(documents, [pages[n] for n in chosen])
+        out, _ = model(Inputs(torch.tensor(tokens, device=device), documents, view), Logits())
         for n, length, part in zip(chosen, lengths, out.cpu().split(lengths), strict=True):
             done[n] += length
             logits[n].append(part)
     return [torch.cat(parts) for parts in logits]
-
-
-def build_problem(
-    problem: Problem,
-    layout: str,
-    device: torch.device,
-    mesh: Mesh,
-    *,
-    tuning: str = "full",
-    source: Source | None = None,
-    **options: Any,
-) -> Decoder:
-    """The problem's model, trained as ``tuning`` says; ``source``: of its weights, if not the problem's own."""
-    spec = problem.tuning(tuning)
-    return build(
-        spec.logical,
-        layout,
-        source or Tensors(problem.weights(tuning)),
-        mesh=mesh,
-        dtype=at_least(problem.dtype),
-        compute=problem.dtype,
-        device=device,
-        trains=spec.trains,
-        **options,
-    )

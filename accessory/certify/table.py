@@ -24,6 +24,7 @@ QUANTITIES = {
     "gradients": "of every tensor in the first step, after clipping",
     "weights": "of every tensor after the last step; what is frozen has not changed by a bit",
     "logits": "of every token of a sequence or batch",
+    "tokens": "of the answers of requests that run together, drawn ones too, against each alone: none is another",
     "saved": "every tensor of the checkpoint that the model saves, against the format's description: exactly the same",
     "hf": "the same of that checkpoint converted to Hugging Face's format",
     "router": "logits, probabilities and weights, given its input",

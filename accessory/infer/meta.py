@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
+from accessory.config import from_mapping
 from accessory.data.records import Conversation, Turn
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
-from accessory.infer.generate import generate_ids
+from accessory.infer.engine import Engine
+from accessory.infer.sampling import Sampling
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -179,38 +181,41 @@ class MetaModel:
         top_p: float,
         stops: Sequence[str],
     ) -> Iterator[list[tuple[str, bool]]]:
-        """Yield, after each token, every prompt's answer so far and whether it has ended; stops when all have."""
+        """Yield, after each step, every prompt's answer so far and whether it has ended; on all ranks the same."""
         _refuse_images(images)
         self._refuse_classifier()
-        encoded = self._encode(prompts, bos=True, eos=False)
-        answers: list[list[int]] = [[] for _ in prompts]
-        state = [("", False)] * len(prompts)
-        steps = generate_ids(
-            self.llma,
-            encoded,
-            max_gen_len=max_gen_len,
-            max_seq_len=self.max_seq_len,
-            vocab_size=self.tokenizer.n_words,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        for tokens in steps:
-            for index, token in enumerate(tokens.tolist()):
-                if not state[index][1]:
-                    room = len(encoded[index]) + len(answers[index]) < self.max_seq_len
-                    state[index] = self._extend(answers[index], token, stops) if room else (state[index][0], True)
-            yield state
-            if all(ended for _, ended in state):
-                return
+        values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": tuple(stops)}
+        sampling = from_mapping(Sampling, values, "generate")
+        requests = [self.engine.submit(ids, sampling) for ids in self._encode(prompts, bos=True, eos=False)]
+        if not self.llma.mesh.mp.rank:
+            try:
+                for _ in self.engine.run():
+                    yield self._share([(request.text, request.finish_reason is not None) for request in requests])
+            finally:
+                for request in requests:
+                    self.engine.cancel(request)
+                self.engine.close()
+        else:
+            self.engine.waiting.clear()  # the first rank's are the ones that run
+            follows = True
+            try:
+                while follows := self.engine.follow_step():
+                    yield self._share([])
+            finally:  # the caller may not have taken all
+                if follows:
+                    self.engine.follow()
 
-    def _extend(self, answer: list[int], token: int, stops: Sequence[str]) -> tuple[str, bool]:
-        """Add a token to an answer; return its text, and whether it ends here."""
-        if token in (self.tokenizer.eos_id, *(self.tokenizer.special.get(stop) for stop in stops)):
-            return self.tokenizer.decode(answer), True
-        answer.append(token)
-        text = self.tokenizer.decode(answer)
-        found = [text.index(stop) for stop in stops if stop in text]
-        return (text[: min(found)], True) if found else (text, False)
+    @cached_property
+    def engine(self) -> Engine:
+        """What all of this model's generation goes through (made in a collective)."""
+        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len)
+
+    def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        """``states`` as the first rank has them."""
+        shared = [states]
+        if self.llma.mesh.mp.size > 1:
+            dist.broadcast_object_list(shared, group=self.llma.mesh.mp.group, group_src=0)
+        return shared[0]
 
     @torch.inference_mode()
     def compute_logits(

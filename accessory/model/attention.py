@@ -47,11 +47,13 @@ class Attention(nn.Module):
         q, k, v = (w(x, dropout_draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
-            cache.keep(k, v, documents)
+            cache.keep(k, v)
         if cache is None or not any(documents.past):
             out = attend(q, k, v, documents, self.window)
+        elif varlen_runs(q.device, q.dtype, paged=True):
+            out = paged_varlen_attention(q, cache, self.window)
         else:
-            out = cache.attend(q, documents, self.window)
+            out = cache.attend(q, self.window)
         return self.wo(out.flatten(1), dropout_draw)
 
 
@@ -73,8 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
 
 
 @functools.cache
-def varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length attention does; says so once where a GPU must do without."""
+def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -> bool:
+    """Whether torch's variable-length attention does, over a cache's pages; says so once where a GPU must do without."""
     if device.type != "cuda":
         return False
     reason = None
@@ -82,6 +84,8 @@ def varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
         reason = f"has no {dtype}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"does not run on {torch.cuda.get_device_name(device)}"
+    elif paged and "block_table" not in inspect.signature(varlen_attn).parameters:
+        reason = "reads no pages before torch 2.13"
     if reason:
         say(f"attention runs document by document: torch's variable-length kernel {reason}")
     return reason is None
@@ -96,6 +100,27 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
     span = (-1 if window is None else window - 1, 0)  # keys seen before a token, and behind it; -1: all
     borders, longest = documents.borders, max(documents.lengths)
     out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=span, **shared_heads)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def paged_varlen_attention(q: Tensor, cache: LayerCache, window: int | None) -> Tensor:
+    """One kernel over all documents: ``q`` [T, H, head_dim] over the pages of a cache, in which their keys are already."""
+    view = cache.view
+    out = varlen_attn(
+        q,
+        cache.keys,
+        cache.values,
+        view.documents.borders,
+        None,
+        max(view.documents.lengths),
+        view.table.shape[1] * cache.keys.shape[1],
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+        seqused_k=view.used.int(),
+        block_table=view.table.int(),
+        num_splits=1,  # else a document's result depends on what others run with it
+    )
     assert isinstance(out, Tensor)
     return out
 

@@ -1,6 +1,8 @@
-"""Keys and values of tokens that came before."""
+"""Keys and values of tokens that came before, in pages that any sequence can have."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,44 +11,132 @@ from torch import Tensor
 from accessory.model.documents import Documents
 
 
+class PagedCache:
+    """Of all layers. Page 0 is nobody's, and stays zero: where one table of pages is shorter than others, it stands in.
+
+    Attributes:
+        keys, values: of each layer [pages, page_size, local kv heads, head_dim].
+    """
+
+    def __init__(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, like: Tensor):
+        """``kv_heads``: this rank's; ``like``: has the dtype and the device."""
+        shape = (pages, page_size, kv_heads, head_dim)
+        self.page_size = page_size
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)] for _ in range(2)
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(tensor[0].nbytes for tensor in (*self.keys, *self.values))
+
+    def at(self, documents: Documents, pages: Sequence[Sequence[int]], begins: Sequence[int] | None = None) -> "CacheView":
+        """The cache as the documents of a micro-batch see it.
+
+        Args:
+            pages: of each document, in order, enough for its tokens of before and of now.
+            begins: how many tokens of each lie before its first page, since no query will see them any more; None: 0.
+        """
+        past = [all_past - begin for all_past, begin in zip(documents.past, begins or [0] * len(pages), strict=True)]
+        spans = list(zip(documents.lengths, past, strict=True))
+        size = self.page_size
+        places = [
+            own[at // size] * size + at % size
+            for (length, before), own in zip(spans, pages, strict=True)
+            for at in range(before, before + length)
+        ]
+        longest = max(map(len, pages))
+        table = [[*own, *[0] * (longest - len(own))] for own in pages]
+        starts = [sum(documents.lengths[:n]) for n in range(len(spans))]
+        device = documents.positions.device
+        singles = [n for n, length in enumerate(documents.lengths) if length == 1]
+
+        def on_device(numbers: Sequence[object]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        return CacheView(
+            self,
+            documents,
+            places=on_device(places),
+            table=on_device(table),
+            used=on_device([before + length for length, before in spans]),
+            chunks=[Chunk(starts[n], length, n, before) for n, (length, before) in enumerate(spans) if length > 1],
+            singles=on_device(singles),
+            single_rows=on_device([starts[n] for n in singles]),
+        )
+
+
+class Chunk(NamedTuple):
+    """Several tokens of one document: rows ``start`` to ``start + length``, behind ``past`` others in its pages."""
+
+    start: int
+    length: int
+    document: int
+    past: int
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """A cache as the documents of a micro-batch see it; made once, for all layers.
+
+    Attributes:
+        places: [T] where each token's key goes, counted over all pages.
+        table: [documents, most pages] the pages of each, then zeros. used: [documents] tokens in them, those of now too.
+        chunks: the documents of several tokens. singles: [n] those of one; single_rows: [n] where that stands.
+    """
+
+    cache: PagedCache
+    documents: Documents
+    places: Tensor
+    table: Tensor
+    used: Tensor
+    chunks: list[Chunk]
+    singles: Tensor
+    single_rows: Tensor
+
+    def layer(self, index: int) -> "LayerCache":
+        return LayerCache(self, self.cache.keys[index], self.cache.values[index])
+
+
 @dataclass(frozen=True)
 class LayerCache:
-    """Of one layer: ``keys`` and ``values`` [slots, S, local kv heads, head_dim], where S is the longest sequence."""
+    """Of one layer: ``keys`` and ``values`` [pages, page_size, local kv heads, head_dim]."""
 
+    view: CacheView
     keys: Tensor
     values: Tensor
 
-    def keep(self, k: Tensor, v: Tensor, documents: Documents) -> None:
+    def keep(self, k: Tensor, v: Tensor) -> None:
         """Add ``k``, ``v`` [T, H_kv, head_dim]."""
-        slots, positions = documents.slot_of, documents.positions
-        self.keys[slots, positions], self.values[slots, positions] = k, v
+        self.keys.flatten(0, 1).index_copy_(0, self.view.places, k)
+        self.values.flatten(0, 1).index_copy_(0, self.view.places, v)
 
-    def attend(self, q: Tensor, documents: Documents, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, window: int | None) -> Tensor:
         """Attend ``q`` [T, H, head_dim], whose keys are kept already, over them and what came before."""
-        out, start = torch.empty_like(q), 0
-        for n, past, slot in zip(documents.lengths, documents.past, documents.slots, strict=True):
-            if n > 1:
-                out[start : start + n] = self._attend_chunk(q[start : start + n], slot, past, window)
-            start += n
-        rows = documents.singles
-        if len(rows):
-            longest = 1 + max(past for n, past in zip(documents.lengths, documents.past, strict=True) if n == 1)
-            out[rows] = self._attend_singles(q[rows], documents.slot_of[rows], documents.positions[rows], longest, window)
+        out = torch.empty_like(q)
+        for chunk in self.view.chunks:
+            rows = slice(chunk.start, chunk.start + chunk.length)
+            out[rows] = self._attend_chunk(q[rows], chunk, window)
+        if len(self.view.singles):
+            out[self.view.single_rows] = self._attend_singles(q[self.view.single_rows], window)
         return out
 
-    def _attend_singles(self, q: Tensor, slots: Tensor, positions: Tensor, length: int, window: int | None) -> Tensor:
-        """One token of each of ``slots`` [n], at ``positions`` [n] below ``length``, together: ``q`` [n, H, head_dim]."""
-        keys, values = (x[slots, :length].transpose(1, 2) for x in (self.keys, self.values))
-        behind = positions[:, None] - torch.arange(length, device=q.device)
+    def _attend_singles(self, q: Tensor, window: int | None) -> Tensor:
+        """One token of each of n documents, together: ``q`` [n, H, head_dim]."""
+        table, used = self.view.table[self.view.singles], self.view.used[self.view.singles]
+        keys, values = (x[table].flatten(1, 2).transpose(1, 2) for x in (self.keys, self.values))
+        behind = used[:, None] - 1 - torch.arange(keys.shape[2], device=q.device)
         seen = _seen(behind, window)[:, None, None]
         return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, enable_gqa=True).squeeze(2)
 
-    def _attend_chunk(self, q: Tensor, slot: int, past: int, window: int | None) -> Tensor:
-        """Several tokens of one slot, behind ``past`` others: ``q`` [n, H, head_dim]."""
-        first = max(0, past - window + 1) if window else 0
-        keys, values = (x[slot, first : past + len(q)].transpose(0, 1) for x in (self.keys, self.values))
-        steps = torch.arange(first, past + len(q), device=q.device)
-        seen = _seen(steps[past - first :, None] - steps, window)
+    def _attend_chunk(self, q: Tensor, chunk: Chunk, window: int | None) -> Tensor:
+        """Several tokens of one document: ``q`` [n, H, head_dim]."""
+        stop = chunk.past + chunk.length
+        first = max(0, chunk.past - window + 1) if window else 0
+        table = self.view.table[chunk.document]
+        keys, values = (x[table].flatten(0, 1)[first:stop].transpose(0, 1) for x in (self.keys, self.values))
+        places = torch.arange(first, stop, device=q.device)
+        seen = _seen(places[chunk.past - first :, None] - places, window)
         q = q.transpose(0, 1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True).transpose(0, 1)
 
@@ -54,17 +144,3 @@ class LayerCache:
 def _seen(behind: Tensor, window: int | None) -> Tensor:
     """Whether a key is seen that is so many tokens ``behind`` its query."""
     return (behind >= 0) & (behind < window) if window else behind >= 0
-
-
-class KVCache:
-    """Of all layers, for ``slots`` sequences of at most ``length`` tokens.
-
-    Attributes:
-        layers: a ``LayerCache`` each. length: S.
-    """
-
-    def __init__(self, layers: int, slots: int, length: int, kv_heads: int, head_dim: int, like: Tensor):
-        """``kv_heads``: this rank's; ``like``: has the dtype and the device."""
-        shape = (slots, length, kv_heads, head_dim)
-        self.length = length
-        self.layers = [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]

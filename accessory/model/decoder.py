@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from accessory.model.adapter import Adaptable, dropout_draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
-from accessory.model.cache import KVCache, LayerCache
+from accessory.model.cache import CacheView, LayerCache, PagedCache
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
@@ -39,7 +39,7 @@ class Inputs:
 
     tokens: Tensor
     documents: Documents
-    cache: KVCache | None = None
+    cache: CacheView | None = None
     dropout_keys: Tensor | None = None
 
 
@@ -96,6 +96,12 @@ class Decoder(nn.Module):
         yield from self.named_parameters()
         yield from self.named_buffers()
 
+    def make_cache(self, pages: int, page_size: int) -> PagedCache:
+        """Room for the keys and values of ``pages`` x ``page_size`` tokens, as far as they are this rank's."""
+        args = self.args
+        kv_heads = max(1, args.n_kv_heads // self.mesh.mp.size)
+        return PagedCache(args.n_layers, pages + 1, page_size, kv_heads, args.head_dim, like=self.norm.weight)
+
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
         """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""
         documents, cache = inputs.documents, inputs.cache
@@ -105,7 +111,7 @@ class Decoder(nn.Module):
         dropout_draw = self._dropout_draw(documents, inputs.dropout_keys)
         stats = []
         for index, layer in enumerate(self.layers):
-            arguments = (x, rotation, documents, cache.layers[index] if cache else None, dropout_draw)
+            arguments = (x, rotation, documents, cache.layer(index) if cache else None, dropout_draw)
             if self.recompute and torch.is_grad_enabled():
                 x, layer_stats = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,53 +19,39 @@ class Documents:
         document_of: [T] which document a token is of, counted from 1; 0: the one token that stands for no document.
         positions: [T] where a token stands in its document.
         borders: [n + 1] int32: where each document begins and ends.
-        slot_of: [T] where in a cache a token's document is.
         lengths: tokens of each, on the host, so that no attention waits for the device.
         past: how many tokens of each came before, on the host.
-        slots: where in a cache each is, on the host.
         count: how many documents there are: n, or 0 if the one of ``lengths`` is none.
     """
 
     document_of: Tensor
     positions: Tensor
     borders: Tensor
-    slot_of: Tensor
     lengths: tuple[int, ...]
     past: tuple[int, ...]
-    slots: tuple[int, ...]
     count: int
 
     @classmethod
-    def of(
-        cls, lengths: Sequence[int], past: Sequence[int] | None = None, slots: Sequence[int] | None = None
-    ) -> "Documents":
-        """Documents of ``lengths`` (at least 1), each behind ``past`` tokens (none) in its slot (the n-th in the n-th).
+    def of(cls, lengths: Sequence[int], past: Sequence[int] | None = None) -> "Documents":
+        """Documents of ``lengths`` (at least 1), each behind ``past`` tokens (none).
 
         A rank without documents runs one token that counts nowhere, so that it takes part in every collective.
         """
         count = len(lengths)
         lengths = tuple(lengths) or (1,)
-        past, slots = tuple(past or [0] * len(lengths)), tuple(slots or range(len(lengths)))
+        past = tuple(past or [0] * len(lengths))
         length = torch.tensor(lengths)
         number = torch.arange(1, count + 1) if count else torch.zeros(1, dtype=torch.int64)
         start = length.cumsum(0) - length - torch.tensor(past)
         positions = torch.arange(int(length.sum())) - start.repeat_interleave(length)
         borders = F.pad(length.cumsum(0), (1, 0)).int()
-        slot_of = torch.tensor(slots).repeat_interleave(length)
-        return cls(number.repeat_interleave(length), positions, borders, slot_of, lengths, past, slots, count)
+        return cls(number.repeat_interleave(length), positions, borders, lengths, past, count)
 
     @property
     def ends(self) -> Tensor:
         """[count] the place of each document's last token."""
         return self.borders[1 : self.count + 1] - 1
 
-    @cached_property
-    def singles(self) -> Tensor:
-        """The places of tokens that are their document's only one here; made once, for all layers."""
-        starts = accumulate(self.lengths[:-1], initial=0)
-        places = [start for start, n in zip(starts, self.lengths, strict=True) if n == 1]
-        return torch.tensor(places, dtype=torch.int64, device=self.document_of.device)
-
     def to(self, device: torch.device) -> "Documents":
-        names = ("document_of", "positions", "borders", "slot_of")
+        names = ("document_of", "positions", "borders")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})

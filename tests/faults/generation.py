@@ -1,62 +1,32 @@
-"""What a model says, with its cache and its choice of tokens."""
+"""What a model says: its cache, what runs together, its choice of tokens, their text."""
 
 from faults.checks import CACHED
 from faults.fault import Fault
 
-FILE, META, CACHE = "accessory/infer/generate.py", "accessory/infer/meta.py", "accessory/model/cache.py"
+ENGINE, PAGES, SAMPLING = "accessory/infer/engine.py", "accessory/infer/pages.py", "accessory/infer/sampling.py"
+META, CACHE, TEXT = "accessory/infer/meta.py", "accessory/model/cache.py", "accessory/infer/text.py"
+SERVED = 'certify --only "served on mp=1" layout=mixtral'
+SERVED_ON_2 = 'certify --only "served on mp=2" layout=mixtral'
+SERVED_LORA = 'certify --only "served on mp=1" layout=mixtral_sparse'
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
-CHOSEN = "tests/test_generate.py::test_temperature_and_nucleus"
-DRAWN = "'tests/test_generate.py::test_draws_are_those_of_the_nucleus[1]'"
+SCHEDULES = "'tests/test_engine.py::test_random_schedules[9]'"
+WHOLE_TEXT = "tests/test_engine.py::test_text_in_parts_is_the_text_as_a_whole"
+STOPPED = "tests/test_engine.py::test_a_stop_is_cut_off_and_nothing_of_it_is_given_out_before"
 
 FAULTS = (
+    # the cache
     Fault(
-        "the token that reaches top-p is cut off too",
-        FILE,
-        "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
-        "probs[(probs.cumsum(-1) > top_p) & (probs.cumsum(-1) > probs)] = 0.0",
-        CHOSEN,
-    ),
-    Fault(
-        "the nucleus is taken before the temperature",
-        FILE,
-        "probs[probs.cumsum(-1) - probs > top_p] = 0.0",
-        "cold = logits.softmax(-1).gather(1, order)\n        probs[cold.cumsum(-1) - cold > top_p] = 0.0",
-        CHOSEN,
-    ),
-    Fault("the temperature is ignored", FILE, "(logits / temperature).softmax(-1)", "logits.softmax(-1)", CHOSEN),
-    Fault(
-        "a drawn place is taken for a token",
-        FILE,
-        "chosen = order.gather(1, probs.multinomial(1)).squeeze(1)",
-        "chosen = probs.multinomial(1).squeeze(1)",
-        DRAWN,
-    ),
-    Fault(
-        "each rank draws for itself",
-        FILE,
-        "return mp.broadcast(chosen)",
-        "return chosen",
-        "'tests/test_generate.py::test_sampling_is_the_same_on_all_ranks_and_another_each_time[2]'",
-    ),
-    Fault(
-        "a new token leaves a place free in the cache",
+        "a value is kept where another token's key is",
         CACHE,
-        "self.keys[slots, positions], self.values[slots, positions] = k, v",
-        "self.keys[slots, positions] = k; self.values[slots, (positions + 1) % self.values.shape[1]] = v",
-        GREEDY,
-    ),
-    Fault(
-        "a prompt goes on from its last token but one",
-        FILE,
-        "Logits(documents.ends)",
-        "Logits((documents.ends - 1).clamp(min=0))",
-        GREEDY,
+        "self.values.flatten(0, 1).index_copy_(0, self.view.places, v)",
+        "self.values.flatten(0, 1).index_copy_(0, self.view.places.roll(1), v)",
+        CACHED,
     ),
     Fault(
         "a chunk is behind one token less than it is",
         CACHE,
-        "steps[past - first :, None] - steps",
-        "steps[past - first :, None] - steps - 1",
+        "places[chunk.past - first :, None] - places",
+        "places[chunk.past - first :, None] - places - 1",
         CACHED,
     ),
     Fault(
@@ -64,22 +34,185 @@ FAULTS = (
         CACHE,
         "(behind >= 0) & (behind < window) if window",
         "(behind >= 0) & (behind <= window) if window",
-        GREEDY,
-    ),
-    Fault(
-        "documents of a cache change places",
-        "accessory/model/documents.py",
-        "tuple(slots or range(len(lengths)))",
-        "tuple(sorted(slots or range(len(lengths))))",
         CACHED,
     ),
     Fault(
+        "a single token does not see itself",
+        CACHE,
+        "behind = used[:, None] - 1 - torch.arange",
+        "behind = used[:, None] - 2 - torch.arange",
+        CACHED,
+    ),
+    Fault(
+        "tokens are kept by their place in the document, not in its pages",
+        CACHE,
+        "past = [all_past - begin for",
+        "past = [all_past - 0 * begin for",
+        SCHEDULES,
+    ),
+    # what runs together
+    Fault(
+        "a page that is full is known by its own tokens alone",
+        PAGES,
+        "hashlib.sha256(before + repr(",
+        "hashlib.sha256(repr(",
+        "tests/test_engine.py::test_the_same_tokens_behind_others_are_no_shared_beginning",
+    ),
+    Fault(
+        "a page is given away while another holds it",
+        PAGES,
+        "if self._holders[page]:",
+        "if self._holders[page] > 1:",
+        SERVED,
+    ),
+    Fault("a shared page is not held", PAGES, "self._holders[page] += 1", "self._holders[page] += 0", SERVED),
+    Fault(
+        "a prompt that is known whole is not run at all",
+        ENGINE,
+        "page_keys(request.prompt[:-1], self._page)",
+        "page_keys(request.prompt, self._page)",
+        "tests/test_engine.py::test_a_prompt_that_the_cache_has_whole",
+    ),
+    Fault(
+        "what a cancelled request was promised stays promised",
+        ENGINE,
+        "self.pool.reserved -= request.promised",
+        "self.pool.reserved -= 0",
+        SERVED,
+    ),
+    Fault(
+        "a page is given back while the window still reaches it",
+        ENGINE,
+        "(request.in_cache - window + 1) // self._page",
+        "(request.in_cache - window + 2 + self._page // 2) // self._page",
+        SCHEDULES,
+    ),
+    Fault(
+        "the next token is taken of the last but one",
+        ENGINE,
+        "Logits(documents.ends[plan.ends].long())",
+        "Logits((documents.ends[plan.ends].long() - 1).clamp(min=0))",
+        GREEDY,
+    ),
+    Fault(
+        "a chunk in the middle of a prompt is answered",
+        ENGINE,
+        "if request.in_cache + count == len(request.tokens)",
+        "if request.in_cache + count <= len(request.tokens)",
+        SERVED,
+    ),
+    Fault(
+        "other ranks run what they planned themselves, which is nothing",
+        ENGINE,
+        "return known[:count]",
+        "return numbers",
+        SERVED_ON_2,
+    ),
+    Fault(
+        "answers get each other's tokens",
+        ENGINE,
+        "zip(ending, choices, strict=True)",
+        "zip(ending, choices[::-1], strict=True)",
+        SERVED,
+    ),
+    # the choice
+    Fault("the temperature is ignored", SAMPLING, "scaled = scores / column", "scaled = scores + 0 * column", SERVED),
+    Fault(
+        "the token that reaches top-p is cut off too",
+        SAMPLING,
+        "before = probs.cumsum(-1) - probs",
+        "before = probs.cumsum(-1)",
+        SERVED,
+    ),
+    Fault(
+        "top-p is of all, not of the top-k that are left",
+        SAMPLING,
+        "probs = probs / probs.sum(-1, keepdim=True)",
+        "probs = probs / 1.0",
+        SERVED,
+    ),
+    Fault(
+        "min-p is absolute",
+        SAMPLING,
+        "column([sampling.min_p for sampling in how]) * probs[:, :1]",
+        "column([sampling.min_p for sampling in how])",
+        SERVED,
+    ),
+    Fault(
+        "a drawn place is taken for a token",
+        SAMPLING,
+        "return order.gather(1, at).squeeze(1)",
+        "return at.squeeze(1)",
+        SERVED,
+    ),
+    Fault(
+        "a draw depends on the row that a request has in the batch",
+        SAMPLING,
+        "_uniform(how[n].seed, len(answers[n]))",
+        "_uniform(how[n].seed, len(answers[n]) + n)",
+        SERVED,
+    ),
+    Fault(
+        "every token of an answer is drawn alike",
+        SAMPLING,
+        "_uniform(how[n].seed, len(answers[n]))",
+        "_uniform(how[n].seed, 0)",
+        SERVED,
+    ),
+    Fault(
+        "a penalty for repetition makes what is unlikely likelier",
+        SAMPLING,
+        "torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)",
+        "logits / sampling.repetition_penalty",
+        SERVED,
+    ),
+    Fault(
+        "the prompt is no repetition",
+        SAMPLING,
+        "sorted({*prompt, *answer})",
+        "sorted({*prompt[:0], *answer}) or prompt[:1]",
+        SERVED,
+    ),
+    Fault(
+        "the frequency penalty counts once",
+        SAMPLING,
+        "sampling.frequency_penalty * times",
+        "sampling.frequency_penalty * times.clamp(max=1)",
+        SERVED,
+    ),
+    Fault("a bias takes the place of a logit", SAMPLING, "row[token] += bias", "row[token] = bias", SERVED),
+    Fault(
+        "log-probabilities are of what was drawn from",
+        SAMPLING,
+        "_told(logits[n], token, how[n].logprobs)",
+        "_told(scores[n], token, how[n].logprobs)",
+        "tests/test_engine.py::test_log_probabilities",
+    ),
+    Fault(
         "an answer may be a token that stands for nothing",
-        FILE,
-        "_choose(last[:, :vocab_size], temperature, top_p, model.mesh.mp)",
-        "_choose(last, temperature, top_p, model.mesh.mp)",
+        ENGINE,
+        "logits[:, : self.tokenizer.n_words]",
+        "logits[:, :]",
         "tests/test_generate.py::test_tokens_beyond_the_tokenizer_do_not_stop_generation",
     ),
+    # its text
+    Fault(
+        "a character is given out in pieces",
+        TEXT,
+        "(text.endswith(BROKEN) and not last)",
+        "(text.endswith(BROKEN) and last)",
+        WHOLE_TEXT,
+    ),
+    Fault(
+        "a piece is decoded without what stands before it",
+        TEXT,
+        "self._begin, self._decoded = self._decoded, len(self._ids)",
+        "self._begin = self._decoded = len(self._ids)",
+        WHOLE_TEXT,
+    ),
+    Fault("what begins like a stop is given out", TEXT, "keep = 0 if last else", "keep = 0 if True else", STOPPED),
+    Fault("what only began like a stop is lost", TEXT, "keep = 0 if last else", "keep = 0 if False else", STOPPED),
+    # scores
     Fault(
         "a text is scored by the logits behind each token",
         META,

@@ -1,0 +1,127 @@
+"""Requests that join and leave a running batch, each against its own tokens alone."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from accessory.certify import reference
+from accessory.certify.harness import build_problem
+from accessory.certify.problem import Problem
+from accessory.infer.engine import Engine, Running
+from accessory.infer.sampling import Sampling
+from accessory.model.moe.layouts import LAYOUTS
+from accessory.parallel.mesh import make_mesh
+
+LONGEST, REQUESTS = 100, 16
+EVERY: tuple[dict[str, Any], ...] = (  # one of every kind of setting, and all together
+    {},
+    {"temperature": 1.3},
+    {"temperature": 0.8, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.7},
+    {"temperature": 1.5, "min_p": 0.2},
+    {"repetition_penalty": 1.4},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {
+        "temperature": 1.1,
+        "top_k": 30,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 0.8,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.3,
+        "logit_bias": {7: 3.0, 9: -2.0},
+    },
+)
+
+
+@dataclass(frozen=True)
+class ServingCell:
+    """The engine on ``world`` model-parallel ranks."""
+
+    world: int
+    layout: str
+    tuning: str  # of problem.TUNINGS
+
+    def settings(self) -> dict[str, str]:
+        return {"served on mp": str(self.world), "layout": self.layout, "tuning": self.tuning}
+
+
+def serving_cells(worlds: Sequence[int]) -> list[ServingCell]:
+    tunings = ("full", "lora")
+    return [
+        ServingCell(world, layout, tunings[(i + j) % 2])
+        for i, world in enumerate(worlds)
+        for j, layout in enumerate(LAYOUTS)
+    ]
+
+
+class Numbers:
+    """A tokenizer for a model that has none: a text is its tokens' numbers."""
+
+    eos_id = -1
+    special: dict[str, int] = {}
+
+    def __init__(self, n_words: int):
+        self.n_words = n_words
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in ids)
+
+
+def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> dict[str, Any]:
+    """Answer requests in a cache that is too small for all, as one of the cell's ranks.
+
+    Returns:
+        requests: of the first rank: prompt, sampling, answer and finish_reason of each. leaked: pages that were not given
+        back. shared: tokens of prompts that were not computed, since others had the same beginning.
+    """
+    model = build_problem(problem, cell.layout, device, make_mesh(cell.world), tuning=cell.tuning)
+    engine = Engine(model, Numbers(problem.args.vocab_size), max_seq_len=LONGEST, cache_tokens=3 * LONGEST, chunk_tokens=23)
+    if model.mesh.mp.rank:
+        engine.follow()
+        return {}
+    rng = random.Random(problem.seed)
+    beginning = [rng.randrange(problem.args.vocab_size) for _ in range(40)]
+    waiting = [_request(rng, problem.args.vocab_size, beginning, n) for n in range(REQUESTS)]
+    requests: list[Running] = []
+    while waiting or not engine.is_idle:
+        for prompt, sampling in [waiting.pop() for _ in range(min(len(waiting), rng.choice((0, 0, 1, 3))))]:
+            requests.append(engine.submit(prompt, sampling))
+        engine.step()
+        if rng.random() < 0.1:
+            engine.cancel(rng.choice(requests))
+    engine.close()
+    told = [
+        {
+            "prompt": request.prompt,
+            "sampling": asdict(request.sampling),
+            "answer": request.answer,
+            "finish_reason": request.finish_reason,
+        }
+        for request in requests
+    ]
+    return {"requests": told, "leaked": engine.pool.count - engine.pool.free, "shared": engine.shared_tokens}
+
+
+def _request(rng: random.Random, vocabulary: int, beginning: list[int], number: int) -> tuple[list[int], Sampling]:
+    own = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 50))]
+    prompt = beginning + own if number % 3 else own
+    return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(2**40), **EVERY[number % len(EVERY)])
+
+
+def wrong_tokens(problem: Problem, cell: ServingCell, told: dict[str, Any]) -> float:
+    """How many tokens are others than the reference's, which runs each request alone; 1 more if an answer has no end."""
+    tuning, wrong = problem.tuning(cell.tuning), 0
+    scaling = next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0)
+    weights = problem.weights(cell.tuning)
+    for request in told["requests"]:
+        prompt, answer, how = request["prompt"], request["answer"], request["sampling"]
+        logits = reference.forward(weights, problem.args, torch.tensor(prompt + answer), scaling)[0][len(prompt) - 1 :]
+        right = [reference.next_token(logits[n], prompt, answer[:n], how) for n in range(len(answer))]
+        wrong += sum(ours != other for ours, other in zip(answer, right, strict=True))
+        whole = len(answer) == min(how["max_tokens"], LONGEST - len(prompt))
+        wrong += whole != (request["finish_reason"] == "length")
+    return float(wrong)

@@ -1,0 +1,334 @@
+"""The engine: requests join and leave a running batch at every step, whoever asks for them."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.errors import UserError
+from accessory.infer.pages import Key, PagePool, page_keys
+from accessory.infer.sampling import Sampling, TokenChoice, choose
+from accessory.infer.text import TextStream, Vocabulary
+from accessory.model.decoder import Decoder, Inputs
+from accessory.model.documents import Documents
+from accessory.model.head import Logits
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass
+class Running:
+    """A request, and how far it has come.
+
+    Attributes:
+        prompt, answer: token ids. text: the answer's. choices: its tokens, with what is told of them.
+        finish_reason: None while it goes on.
+        in_cache: how many of its tokens the cache has. pages, begin: where (see ``PagedCache.at``).
+        keys: of its full pages, the prompt's at first. promised: pages that it may still take.
+    """
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    stream: TextStream
+    answer: list[int] = field(default_factory=list)
+    choices: list[TokenChoice] = field(default_factory=list)
+    finish_reason: Reason | None = None
+    in_cache: int = 0
+    pages: list[int] = field(default_factory=list)
+    begin: int = 0
+    keys: list[Key] = field(default_factory=list)
+    promised: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.stream.text
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer
+
+
+class Progress(NamedTuple):
+    """What a step added to a request: a token, unless it ended the answer, and text, which can lag behind."""
+
+    request: Running
+    text: str
+    choice: TokenChoice | None
+
+
+class StepPlan(NamedTuple):
+    """What a model's ranks run in a step: of each document its new tokens, and where in the cache it is."""
+
+    tokens: list[list[int]]
+    past: list[int]
+    begins: list[int]
+    pages: list[list[int]]
+    ends: list[int]  # the documents whose next token is wanted
+
+    def to_numbers(self) -> list[int]:
+        numbers = [len(self.tokens), len(self.ends), *self.ends]
+        for tokens, past, begin, pages in zip(self.tokens, self.past, self.begins, self.pages, strict=True):
+            numbers += [len(tokens), past, begin, len(pages), *tokens, *pages]
+        return numbers
+
+    @classmethod
+    def from_numbers(cls, numbers: Iterable[int]) -> "StepPlan":
+        left = iter(numbers)
+
+        def some(count: int) -> list[int]:
+            return list(itertools.islice(left, count))
+
+        count, ends = some(2)
+        plan = cls([], [], [], [], some(ends))
+        for _ in range(count):
+            length, past, begin, pages = some(4)
+            plan.past.append(past)
+            plan.begins.append(begin)
+            plan.tokens.append(some(length))
+            plan.pages.append(some(pages))
+        return plan
+
+
+class Engine:
+    """Runs requests together, over a cache of pages that they share.
+
+    A request's answer is a function of the weights, its prompt, its sampling and its seed, and of nothing else that runs.
+    On a model cut over several ranks, the first one is asked, plans and chooses; the others ``follow``.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Vocabulary,
+        *,
+        max_seq_len: int,
+        cache_tokens: int | None = None,
+        most_running: int = 256,
+        chunk_tokens: int = 512,
+    ):
+        """
+        Args:
+            max_seq_len: tokens of a prompt and its answer. cache_tokens: of all that runs at a time; None: as many as the
+                GPU has room for; on a CPU those of 16 of the longest sequences.
+            chunk_tokens: of prompts in a step, beside the single tokens of answers, so that a long one stalls nobody.
+        """
+        self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
+        self.most_running, self.chunk_tokens = most_running, chunk_tokens
+        self._device = model.norm.weight.device
+        self._page = 256 if self._device.type == "cuda" else 16  # the smallest that the GPU's kernel takes
+        longest = -(-max_seq_len // self._page)
+        if cache_tokens is not None:
+            pages = cache_tokens // self._page
+        elif self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            pages = int(0.85 * free) // model.make_cache(1, self._page).page_bytes
+        else:
+            pages = 16 * longest
+        pages = int(model.mesh.mp.all_reduce(torch.tensor(pages, device=self._device), dist.ReduceOp.MIN))
+        if pages < longest:
+            raise UserError(
+                f"the cache has room for {pages * self._page} tokens, and one sequence may have {max_seq_len}: "
+                "lower max_seq_len, or give the cache more"
+            )
+        self._cache = model.make_cache(pages, self._page)
+        self.pool = PagePool(pages)
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self.shared_tokens = 0  # of prompts, which were not run, since the cache had them
+        self._ids = itertools.count()
+
+    # ---- asked on the first rank
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Running:
+        """Ask for an answer to token ids.
+
+        Raises:
+            UserError: the prompt is empty, holds a token that the model has not, or leaves no room to answer.
+        """
+        if not prompt:
+            raise UserError("a prompt must have at least one token")
+        if len(prompt) >= self.max_seq_len:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room to answer in max_seq_len {self.max_seq_len}")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
+            raise UserError(f"a prompt has tokens from 0 to {self.model.args.vocab_size - 1}")
+        if beyond := [token for token in sampling.logit_bias if not 0 <= token < self.tokenizer.n_words]:
+            raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
+        names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]
+        request = Running(next(self._ids), list(prompt), sampling.seeded(), TextStream(self.tokenizer, names))
+        request.keys = list(page_keys(request.prompt[:-1], self._page))  # the last token is run, whatever is known
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Running) -> None:
+        """End a request, wherever it stands."""
+        if request.finish_reason is None:
+            if request in self.waiting:
+                self.waiting.remove(request)
+            self._end(request, "cancelled")
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def step(self) -> list[Progress]:
+        """Run what is planned, on all ranks (a collective); says what became of the requests that got a token."""
+        self._admit()
+        chosen = self._planned()
+        if not chosen:
+            return []
+        plan = StepPlan(
+            [request.tokens[request.in_cache : request.in_cache + count] for request, count in chosen],
+            [request.in_cache for request, _ in chosen],
+            [request.begin for request, _ in chosen],
+            [request.pages for request, _ in chosen],
+            [n for n, (request, count) in enumerate(chosen) if request.in_cache + count == len(request.tokens)],
+        )
+        self._send(plan.to_numbers())
+        logits = self._run(plan)
+        for request, count in chosen:
+            self._advance(request, count)
+        ending = [chosen[n][0] for n in plan.ends]
+        if not ending:
+            return []
+        choices = choose(
+            logits[:, : self.tokenizer.n_words],
+            [request.prompt for request in ending],
+            [request.answer for request in ending],
+            [request.sampling for request in ending],
+        )
+        return [self._extend(request, choice) for request, choice in zip(ending, choices, strict=True)]
+
+    def run(self) -> Iterator[list[Progress]]:
+        """Step until nothing is left; other ranks ``follow`` meanwhile, and are released at the end."""
+        while not self.is_idle:
+            yield self.step()
+
+    def close(self) -> None:
+        """Release the ranks that follow (a collective)."""
+        self._send([0, 0])
+
+    # ---- done by all ranks
+
+    def follow(self) -> None:
+        """Run what the first rank plans, until it closes."""
+        while self.follow_step():
+            pass
+
+    def follow_step(self) -> bool:
+        """Run one plan of the first rank's; False: it has closed."""
+        plan = StepPlan.from_numbers(self._send([]))
+        if plan.tokens:
+            self._run(plan)
+        return bool(plan.tokens)
+
+    def _send(self, numbers: list[int]) -> list[int]:
+        """``numbers`` as the first rank has them: its length with the first of them, then the rest."""
+        mp = self.model.mesh.mp
+        if mp.size == 1:
+            return numbers
+        first = 1023
+        head = torch.tensor([len(numbers), *numbers[:first]], device=self._device)
+        head = mp.broadcast(torch.nn.functional.pad(head, (0, first + 1 - len(head))))
+        count, *known = head.tolist()
+        if count <= first:
+            return known[:count]
+        rest = torch.tensor(numbers[first:] or [0] * (count - first), device=self._device)
+        return known + mp.broadcast(rest).tolist()
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> Tensor:
+        """Logits [ends, V]."""
+        documents = Documents.of([len(tokens) for tokens in plan.tokens], plan.past).to(self._device)
+        tokens = torch.tensor([token for tokens in plan.tokens for token in tokens], device=self._device)
+        inputs = Inputs(tokens, documents, self._cache.at(documents, plan.pages, plan.begins))
+        logits, _ = self.model(inputs, Logits(documents.ends[plan.ends].long()))
+        return logits
+
+    # ---- planning
+
+    def _admit(self) -> None:
+        """Let requests in, the oldest first, while the pages that they may need can be promised."""
+        filling = {key for request in self.running for key in request.keys[self._full_pages(request) :]}
+        while self.waiting and len(self.running) < self.most_running:
+            request = self.waiting[0]
+            known = list(itertools.takewhile(self.pool.is_known, request.keys))
+            if set(request.keys[len(known) : len(known) + 1]) & filling:
+                return  # another one is about to fill the very page that comes next here
+            length = min(len(request.prompt) + request.sampling.max_tokens, self.max_seq_len)
+            needed = -(-length // self._page) - len(known)
+            if needed + sum(map(self.pool.is_idle, known)) > self.pool.free:
+                return
+            self.waiting.popleft()
+            request.pages = self.pool.share(known)
+            request.in_cache = len(known) * self._page
+            self.shared_tokens += request.in_cache
+            request.promised = needed
+            self.pool.reserved += needed
+            self.running.append(request)
+            filling.update(request.keys[len(known) :])
+            self._drop_passed(request)
+
+    def _planned(self) -> list[tuple[Running, int]]:
+        """What runs in this step, and how many of its tokens: one of each answer, and chunks of the oldest prompts."""
+        left, chosen = self.chunk_tokens, []
+        for request in self.running:
+            count = len(request.tokens) - request.in_cache
+            if count > 1 or not request.answer:
+                count = min(count, left)
+                left -= count
+            if count:
+                while len(request.pages) * self._page + request.begin < request.in_cache + count:
+                    request.pages.append(self.pool.take())
+                    request.promised -= 1
+                chosen.append((request, count))
+        return chosen
+
+    def _full_pages(self, request: Running) -> int:
+        return request.in_cache // self._page
+
+    def _advance(self, request: Running, count: int) -> None:
+        """The cache has ``count`` more of its tokens: full pages are known by what they hold, passed ones given back."""
+        before = self._full_pages(request)
+        request.in_cache += count
+        for number in range(before, self._full_pages(request)):
+            if number == len(request.keys):
+                last = request.keys[-1] if request.keys else b""
+                request.keys += page_keys(request.tokens[number * self._page : (number + 1) * self._page], self._page, last)
+            self.pool.learn(request.pages[number - request.begin // self._page], request.keys[number])
+        self._drop_passed(request)
+
+    def _drop_passed(self, request: Running) -> None:
+        """Give back the pages that no token to come will see, its window being beyond them."""
+        if window := self.model.args.sliding_window:
+            passed = max(0, (request.in_cache - window + 1) // self._page - request.begin // self._page)
+            self.pool.release(request.pages[:passed])
+            request.pages, request.begin = request.pages[passed:], request.begin + passed * self._page
+
+    def _extend(self, request: Running, choice: TokenChoice) -> Progress:
+        ending = {self.tokenizer.special[stop] for stop in request.sampling.stop if stop in self.tokenizer.special}
+        if choice.token in ending | {self.tokenizer.eos_id}:
+            return Progress(request, self._end(request, "stop"), None)
+        request.answer.append(choice.token)
+        request.choices.append(choice)
+        text = request.stream.add(choice.token)
+        if request.stream.stopped:
+            text += self._end(request, "stop")
+        elif len(request.answer) >= request.sampling.max_tokens or len(request.tokens) >= self.max_seq_len:
+            text += self._end(request, "length")
+        return Progress(request, text, choice)
+
+    def _end(self, request: Running, reason: Reason) -> str:
+        """Take a request out; the rest of its text."""
+        request.finish_reason = reason
+        if request in self.running:
+            self.running.remove(request)
+            self.pool.release(request.pages)
+            self.pool.reserved -= request.promised
+            request.pages, request.promised = [], 0
+        return request.stream.finish()

@@ -1,0 +1,122 @@
+"""How the next token is chosen: a function of the logits, the request and the place in its answer, and of nothing else."""
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from accessory.config import Bounds, Count, NonNegative, Positive, Seed, Share, WholeNumber
+
+TopP = Annotated[float, Bounds(above=0, most=1)]
+Penalty = Annotated[float, Bounds(least=-2, most=2)]
+Bias = Annotated[float, Bounds(least=-100, most=100)]
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks of its answer, by the names of vLLM and OpenAI; ``config.from_mapping`` checks it."""
+
+    max_tokens: Count = 512
+    temperature: NonNegative = 0.0  # 0: the likeliest token
+    top_k: WholeNumber = 0  # choose among so many; 0: all
+    top_p: TopP = 1.0  # choose among the likeliest whose probabilities reach this sum
+    min_p: Share = 0.0  # choose among those at least so probable, as a share of the likeliest one
+    repetition_penalty: Positive = 1.0  # divides (negative: multiplies) the logit of what is in the prompt or the answer
+    presence_penalty: Penalty = 0.0  # taken from the logit of what is in the answer
+    frequency_penalty: Penalty = 0.0  # the same, for each time
+    logit_bias: dict[int, Bias] = field(default_factory=dict)  # added to the logits of tokens
+    seed: Seed | None = None  # None: another one each time
+    stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
+    logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
+
+    def seeded(self, sample: int = 0) -> "Sampling":
+        """With a seed of its own for each of several samples."""
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        return replace(self, seed=(seed + sample) % 2**63)
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """A token, its log-probability, and those of the likeliest (token, log-probability), as far as they are asked for."""
+
+    token: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+def choose(
+    logits: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], how: Sequence[Sampling]
+) -> list[TokenChoice]:
+    """The next token of each of n answers.
+
+    Args:
+        logits: [n, V]. prompts, answers: tokens so far. how: with seeds.
+    """
+    logits = logits.double()
+    scores = logits.clone()
+    for row, prompt, answer, sampling in zip(scores, prompts, answers, how, strict=True):
+        _adjust(row, prompt, answer, sampling)
+    chosen = scores.argmax(-1)
+    drawn = [n for n, sampling in enumerate(how) if sampling.temperature > 0]
+    if drawn:
+        places = [_uniform(how[n].seed, len(answers[n])) for n in drawn]
+        chosen[drawn] = _draw(scores[drawn], places, [how[n] for n in drawn])
+    tokens = chosen.tolist()
+    return [_told(logits[n], token, how[n].logprobs) for n, token in enumerate(tokens)]
+
+
+def _adjust(row: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> None:
+    """Bias and penalties, in place, on a row of logits."""
+    for token, bias in sampling.logit_bias.items():
+        row[token] += bias
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*prompt, *answer}), device=row.device)
+        logits = row[seen]
+        row[seen] = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(answer)
+        seen, times = torch.tensor([list(counts), list(counts.values())], device=row.device)
+        row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+
+
+def _draw(scores: Tensor, places: Sequence[float], how: Sequence[Sampling]) -> Tensor:
+    """[n] tokens: those at ``places`` of the distributions, the likeliest first, that are left of ``scores`` [n, V]."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+
+    size = scores.shape[1]
+    scaled = scores / column([sampling.temperature for sampling in how])
+    probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(size, device=scores.device)
+    probs = probs.masked_fill(ranks >= column([sampling.top_k or size for sampling in how]), 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    before = probs.cumsum(-1) - probs
+    out = (before >= column([sampling.top_p for sampling in how])) | (
+        probs < column([sampling.min_p for sampling in how]) * probs[:, :1]
+    )
+    out[:, 0] = False
+    sums = probs.masked_fill(out, 0.0).cumsum(-1)
+    at = (sums <= column(places) * sums[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(1, at).squeeze(1)
+
+
+def _uniform(seed: int | None, place: int) -> float:
+    """A number in [0, 1) for each place of an answer with this seed."""
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _told(logits: Tensor, token: int, wanted: int | None) -> TokenChoice:
+    if wanted is None:
+        return TokenChoice(token)
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(min(wanted, len(logprobs)))
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return TokenChoice(token, logprobs[token].item(), likeliest)

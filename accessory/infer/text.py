@@ -1,0 +1,67 @@
+"""Tokens to text, one by one: no character in pieces, no text behind a stop, and nothing decoded twice over."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+BROKEN = "\ufffd"
+
+
+class Vocabulary(Protocol):
+    """What generation needs of a tokenizer."""
+
+    n_words: int
+    eos_id: int
+    special: dict[str, int]
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class TextStream:
+    """The text of a growing answer.
+
+    Attributes:
+        text: what has been given out. stopped: whether a stop string has ended it.
+    """
+
+    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = ()):
+        self.text, self.stopped = "", False
+        self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
+        self._ids: list[int] = []
+        self._begin = self._decoded = 0  # the tokens between give context: how a piece is written depends on those before
+        self._held = ""  # decoded, but it could become a stop string
+
+    def add(self, token: int) -> str:
+        """What of the text can be given out with this token."""
+        self._ids.append(token)
+        return self._give(self._decode(), last=False)
+
+    def finish(self) -> str:
+        """What is left."""
+        return self._give(self._decode(last=True), last=True)
+
+    def _decode(self, last: bool = False) -> str:
+        """The text of tokens not decoded yet; nothing while it may end in a character that is not whole."""
+        before = self._tokenizer.decode(self._ids[self._begin : self._decoded])
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        if len(text) <= len(before) or (text.endswith(BROKEN) and not last):
+            return ""
+        self._begin, self._decoded = self._decoded, len(self._ids)
+        return text[len(before) :]
+
+    def _give(self, new: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + new
+        if found := [held.index(stop) for stop in self._stops if stop in held]:
+            self.stopped, held, rest = True, held[: min(found)], ""
+        else:
+            keep = 0 if last else max((_overlap(held, stop) for stop in self._stops), default=0)
+            held, rest = held[: len(held) - keep], held[len(held) - keep :]
+        self._held = rest
+        self.text += held
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` can be the beginning of ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
