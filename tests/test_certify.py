@@ -30,7 +30,7 @@ def test_quick(tmp_path):
     assert lines[-1].startswith("PASS: ") and "allowed 1e-10" in lines[-1]
     certificate = json.loads((tmp_path / "c.json").read_text())
     assert certificate["passed"] and certificate["about"]["torch"] == torch.__version__
-    training = [row for row in certificate["rows"] if "tuning" in row["cell"]]
+    training = [row for row in certificate["rows"] if "accumulation" in row["cell"]]
     assert len(lines) > len(certificate["rows"]) > len(training) > 10
     for row in training:
         compared = {"loss", "balance", "z-loss", "counts", "norm", "clipping", "gradients", "weights"}
