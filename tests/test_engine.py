@@ -128,6 +128,21 @@ def test_the_same_tokens_behind_others_are_no_shared_beginning():
     assert apart.shared_tokens == 16, "the first page of the last prompt"
 
 
+def test_a_page_stays_while_one_of_its_holders_does():
+    """What waits for room gets none of a page that a second request still reads, although the first has given it back."""
+    prompt = list(range(33))
+    full = engine(cache_tokens=96)
+    short, long = (full.submit(prompt, Sampling(max_tokens=count)) for count in (2, 20))
+    waits = full.submit([5] * 50, Sampling(max_tokens=10))
+    finish(full)
+    for request in (short, long, waits):
+        alone = engine()
+        again = alone.submit(request.prompt, request.sampling)
+        finish(alone)
+        assert request.answer == again.answer
+    assert full.shared_tokens == 32 and leaked(full) == 0
+
+
 def test_a_prompt_that_the_cache_has_whole():
     """Its last token is run again: the next one is chosen from its logits."""
     twice = engine()

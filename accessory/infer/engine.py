@@ -1,8 +1,10 @@
 """The engine: requests join and leave a running batch at every step, whoever asks for them."""
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 
+NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
 Reason = Literal["stop", "length", "cancelled"]
 
 
@@ -165,12 +168,13 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    def cancel(self, request: Running) -> None:
-        """End a request, wherever it stands."""
-        if request.finish_reason is None:
-            if request in self.waiting:
-                self.waiting.remove(request)
-            self._end(request, "cancelled")
+    def cancel(self, request: Running) -> str:
+        """End a request, wherever it stands; the rest of its text."""
+        if request.finish_reason is not None:
+            return ""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        return self._end(request, "cancelled")
 
     @property
     def is_idle(self) -> bool:
@@ -211,7 +215,24 @@ class Engine:
 
     def close(self) -> None:
         """Release the ranks that follow (a collective)."""
-        self._send([0, 0])
+        self._send(CLOSE)
+
+    @contextmanager
+    def kept_awake(self, seconds: float = 60.0) -> Iterator[None]:
+        """While there is nothing to do: the others, who wait for a plan, get one to do nothing every so often."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(seconds):
+                self._send(NOTHING)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     # ---- done by all ranks
 
@@ -222,10 +243,11 @@ class Engine:
 
     def follow_step(self) -> bool:
         """Run one plan of the first rank's; False: it has closed."""
-        plan = StepPlan.from_numbers(self._send([]))
-        if plan.tokens:
-            self._run(plan)
-        return bool(plan.tokens)
+        numbers = self._send([])
+        if numbers in (NOTHING, CLOSE):
+            return numbers == NOTHING
+        self._run(StepPlan.from_numbers(numbers))
+        return True
 
     def _send(self, numbers: list[int]) -> list[int]:
         """``numbers`` as the first rank has them: its length with the first of them, then the rest."""

@@ -35,6 +35,10 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
     logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
 
+    def stopping_at(self, stops: Sequence[str]) -> "Sampling":
+        """With these among its stops."""
+        return replace(self, stop=(*self.stop, *stops))
+
     def seeded(self, sample: int = 0) -> "Sampling":
         """With a seed of its own for each of several samples."""
         seed = secrets.randbits(62) if self.seed is None else self.seed

@@ -54,6 +54,24 @@ class Launch:
         return -(-self.local_world // max(1, torch.cuda.device_count()))
 
 
+def start_ranks(count: int) -> None:
+    """Make this process the first of ``count`` ranks on this machine; the others run the same command beside it.
+
+    Nothing that is typed reaches them, Ctrl-C neither: they end when this one tells them, or is gone. Where torchrun or srun
+    has started the ranks, there is nothing to do.
+    """
+    if count == 1 or "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "RANK": "0"}
+    for rank in range(1, count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "accessory", *sys.argv[1:]]
+        subprocess.Popen(command, env=os.environ | place, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
 def read_environment() -> Launch:
     """Find rank and world size; set MASTER_ADDR and MASTER_PORT under srun. RANK, where set (torchrun), wins."""
     env = os.environ

@@ -63,7 +63,7 @@ FAULTS = (
         PAGES,
         "if self._holders[page]:",
         "if self._holders[page] > 1:",
-        SERVED,
+        "tests/test_engine.py::test_a_page_stays_while_one_of_its_holders_does",
     ),
     Fault("a shared page is not held", PAGES, "self._holders[page] += 1", "self._holders[page] += 0", SERVED),
     Fault(

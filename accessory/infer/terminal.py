@@ -1,0 +1,116 @@
+"""The ``chat`` verb: a conversation in the terminal, its answers as they grow."""
+
+import argparse
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from accessory.errors import UserError, sentence, stop_on_signals
+from accessory.infer.chat import load, sampling_of
+from accessory.infer.meta import MetaModel
+from accessory.infer.sampling import Sampling
+from accessory.parallel.launch import Launch, run_job, start_ranks
+from accessory.settings import ParallelSection
+
+HELP = """\
+/reset        begin anew        /undo         take the last question and its answer back
+/retry        another answer    /save FILE    write the conversation (JSON)
+/system TEXT  begin anew, with this system prompt; without TEXT: none
+/help         this              Ctrl-C        ends an answer; here, as Ctrl-D does, the chat"""
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    """The ``chat`` verb."""
+    start_ranks(arguments.mp)
+    run_job(lambda launch: chat(arguments, launch), ParallelSection.stall_timeout_s)
+
+
+def chat(arguments: argparse.Namespace, launch: Launch) -> None:
+    """Talk on rank 0; the other ranks follow."""
+    model = load(arguments, launch)
+    engine = model.engine
+    if launch.rank:
+        engine.follow()
+        return
+    try:
+        Chat(model, sampling_of(arguments), arguments.template, arguments.system).run()
+    finally:
+        engine.close()
+
+
+class Chat:
+    """A conversation: ``messages`` are its turns, as ``MetaModel.asked`` takes them."""
+
+    def __init__(self, model: MetaModel, sampling: Sampling, template: str | None, system: str | None):
+        self.model, self.sampling, self.template = model, sampling, template
+        self.messages: list[dict[str, Any]] = []
+        self.begin(system)
+
+    def begin(self, system: str | None) -> None:
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def run(self) -> None:
+        print("/help says what can be done here; Ctrl-D ends", flush=True)
+        while (line := self._line()) is not None:
+            try:
+                if line.startswith("/"):
+                    self.command(*line[1:].split(maxsplit=1))
+                elif line:
+                    self.messages.append({"role": "user", "content": line})
+                    self.answer()
+            except (UserError, OSError) as error:  # of this line; the chat goes on
+                print(sentence(error) or error, flush=True)
+
+    def command(self, name: str = "", rest: str = "") -> None:
+        """What a line that begins with / asks for."""
+        last = self.messages[-1]["role"] if self.messages else None
+        if name == "reset":
+            self.begin(next((m["content"] for m in self.messages if m["role"] == "system"), None))
+        elif name == "system":
+            self.begin(rest or None)
+        elif name in ("undo", "retry") and last == "assistant":
+            question = self.messages[-2]
+            del self.messages[-2:]
+            if name == "retry":
+                self.messages.append(question)
+                self.answer()
+        elif name == "save" and rest:
+            Path(rest.strip()).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
+        elif name in ("undo", "retry"):
+            raise UserError("nothing was answered yet")
+        else:
+            print(HELP, flush=True)
+
+    def answer(self) -> None:
+        """Write the answer to the last question as it grows; Ctrl-C ends it there."""
+        engine = self.model.engine
+        try:
+            prompt, stops = self.model.asked(self.messages, self.template)
+            request = engine.submit(prompt, self.sampling.stopping_at(stops))
+        except UserError:
+            del self.messages[-1]
+            raise
+        stopped = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True
+
+        signal.signal(signal.SIGINT, stop)
+        for step in engine.run():
+            for progress in step:
+                print(progress.text, end="", flush=True)
+            if stopped:
+                print(engine.cancel(request), end=" ...", flush=True)
+        stop_on_signals()
+        print(flush=True)
+        self.messages.append({"role": "assistant", "content": request.text.strip()})
+
+    def _line(self) -> str | None:
+        try:
+            with self.model.engine.kept_awake():
+                return input("> ").strip()
+        except EOFError:
+            print(flush=True)
+            return None
