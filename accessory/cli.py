@@ -1,18 +1,26 @@
 """The ``accessory`` command: a verb a feature. ``python -m accessory`` is the same, for torchrun and srun to launch."""
 
 import argparse
-import importlib
 import os
 import sys
-import textwrap
-import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from accessory import __version__
-from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
+from accessory.config import NonNegative, Positive, Text, WholeNumber
 from accessory.errors import Stopped, UserError, sentence, stop_on_signals
+from accessory.options import (
+    Run,
+    Verbs,
+    a_count,
+    a_path,
+    add_verb,
+    checked,
+    function_of,
+    model_arguments,
+    pieces_count,
+    sampling_arguments,
+)
 
 # Read when torch is imported: a lost peer is a sentence of the watchdog's, and not pages of C++ frames before it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -23,8 +31,6 @@ the same numbers, and convert, compare and use what comes out.
 """
 READ_ON = "accessory VERB --help says what a verb does, needs and writes. README.md begins with a run of five minutes."
 FORMATS = ["hf", "mistral", "mixtral", "mixtral_sparse"]
-Verbs = Any  # what argparse's add_subparsers returns
-Run = Callable[[argparse.Namespace], None]
 
 
 def main() -> None:
@@ -61,27 +67,6 @@ def _settle_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Callable[[str], Any]:
-    """What makes a value of an option's text: within the limits of one of config.py's aliases, then by ``make``."""
-    kind, limits = typing.get_args(alias)
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from error
-        if objection := limits.objection(value):
-            raise argparse.ArgumentTypeError(objection)
-        return make(value)
-
-    return convert
-
-
-_path, _count, _fraction = _checked(Text, Path), _checked(Count), _checked(Fraction)
-# at least the 256 bytes, the three special tokens and a letter
-_pieces = _checked(Annotated[int, Bounds(least=260, below=10_000_000)])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="accessory", description=ABOUT, epilog=READ_ON)
     parser.add_argument("--version", action="version", version=__version__)
@@ -91,42 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples: str) -> argparse.ArgumentParser:
-    """A verb.
-
-    Args:
-        line: in the list of verbs. about: what it does, needs and writes. examples: its command lines.
-    """
-    verb: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=line,
-        description=textwrap.fill(" ".join(about.split()), 100),
-        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.set_defaults(run=run)
-    return verb
-
-
-def _in(module: str, function: str) -> Run:
-    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
-
-    def run(arguments: argparse.Namespace) -> None:
-        getattr(importlib.import_module(module), function)(arguments)
-
-    return run
-
-
 def _training_verbs(verbs: Verbs) -> None:
     start = "Start it with torchrun or srun, a process for each GPU, or plainly for a single one."
     writes = (
         "It writes the run directory OUT: the model (accessory convert gives it any format), states to resume from, "
         "metrics.jsonl, report.png. Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from."
     )
-    finetune = _verb(
+    finetune = add_verb(
         verbs,
         "finetune",
-        _in("accessory.train.loop", "run_finetune"),
+        function_of("accessory.train.loop", "run_finetune"),
         "train a model as a run's YAML file says (with torchrun, srun, or plain)",
         "Train a model, all of it or LoRA, biases, norms or chosen parts, on a mix of conversations, instructions and "
         "texts. It needs a run file, which names the checkpoint to start from and the data mix; accessory config lists what "
@@ -135,23 +94,23 @@ def _training_verbs(verbs: Verbs) -> None:
         "torchrun --nproc-per-node 2 -m accessory finetune configs/finetune/quickstart.yaml",
         "accessory finetune RUN.yaml resume=auto model.layout=mixtral_sparse",
     )
-    pretrain = _verb(
+    pretrain = add_verb(
         verbs,
         "pretrain",
-        _in("accessory.train.loop", "run_pretrain"),
+        function_of("accessory.train.loop", "run_pretrain"),
         "the same with packing on: for texts, from random weights or a checkpoint",
         "Train on texts, cut to data.max_seq_len and packed into whole rows, from random weights or a checkpoint. It is "
         f"finetune with data.packing=true. {start} {writes}",
         "accessory pretrain configs/pretrain/tiny.yaml data.mix=MIX.yaml model.tokenizer=tokenizer.model",
     )
     for verb in (finetune, pretrain):
-        verb.add_argument("config", type=_path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
+        verb.add_argument("config", type=a_path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
 
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "config",
-        _in("accessory.listing", "run_config"),
+        function_of("accessory.listing", "run_config"),
         "list every setting of a run, with its default and what it means",
         "Print every setting that a run file can hold, as YAML: its value, its default where that is another, and what it "
         "means. With a run file (and settings to change) it checks that file, shows its values, and ends with those that "
@@ -159,64 +118,75 @@ def _training_verbs(verbs: Verbs) -> None:
         "accessory config",
         "accessory config configs/finetune/quickstart.yaml optim.lr=1e-4",
     )
-    verb.add_argument("config", nargs="?", type=_path, help="run YAML; default: none, the defaults alone")
+    verb.add_argument("config", nargs="?", type=a_path, help="run YAML; default: none, the defaults alone")
     verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
 
 
 def _using_verbs(verbs: Verbs) -> None:
-    generate = _verb(
+    verb = add_verb(
         verbs,
         "generate",
-        _in("accessory.infer.chat", "run_generate"),
-        "continue prompts with a trained model (with torchrun, srun, or plain)",
+        function_of("accessory.infer.chat", "run_generate"),
+        "answer prompts with a trained model",
         "Answer each prompt with a model: a checkpoint of any format, with adapters laid over it. The prompt is put into "
-        "the template that the model was trained with. With torchrun or srun the processes hold the model together. It "
-        "prints the answers and writes nothing.",
-        'accessory generate runs/quickstart/merged "What does json.dumps do?" --template mixtral-instruct',
+        "the template that the model was trained with. All prompts are answered together. It prints the answers, or writes "
+        "them to a file.",
+        'accessory generate runs/quickstart/merged "What does json.dumps do?"',
         'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
+        "accessory generate BASE @questions.jsonl --out answers.jsonl --mp 4",
     )
-    generate.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
-    generate.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
-    generate.add_argument("--max-gen-len", type=_count, default=512, help="tokens; default: %(default)s")
-    generate.add_argument("--temperature", type=_checked(NonNegative), default=0.0, help="default: 0, the likeliest token")
-    generate.add_argument("--top-p", type=_fraction, default=0.95, help="default: %(default)s")
-    classify = _verb(
+    model_arguments(verb)
+    about = "a text; or @FILE: lines of text, or .jsonl with a prompt or messages each"
+    verb.add_argument("texts", nargs="+", type=checked(Text), metavar="PROMPT", help=about)
+    verb.add_argument("--out", type=a_path, help="write the answers there, a line of JSON each, in place of printing them")
+    verb.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
+    sampling_arguments(verb, temperature=0.0)
+
+    verb = add_verb(
+        verbs,
+        "chat",
+        function_of("accessory.infer.terminal", "run_chat"),
+        "a conversation with a trained model, in the terminal",
+        "Talk with a model: a checkpoint of any format, with adapters laid over it, in the template that it was trained "
+        "with. Answers appear as they grow. /help says what else can be done, such as taking a turn back or saving all.",
+        "accessory chat runs/quickstart/merged",
+        "accessory chat BASE --adapter ADAPTER --mp 2 --system 'Answer in one sentence.'",
+    )
+    model_arguments(verb)
+    verb.add_argument("--system", type=checked(Text), metavar="TEXT", help="system prompt; default: the template's own")
+    sampling_arguments(verb, temperature=0.7)
+
+    verb = add_verb(
         verbs,
         "classify",
-        _in("accessory.infer.chat", "run_classify"),
-        "the labels of texts, by a classifier (with torchrun, srun, or plain)",
+        function_of("accessory.infer.chat", "run_classify"),
+        "the labels of texts, by a classifier",
         "Say how likely each label is for each text, by a model that a run with model.labels has trained, or transformers. "
         "It is a checkpoint of any format, with adapters laid over it. It prints the labels and writes nothing.",
         'accessory classify BASE --adapter runs/classify/epoch3 "How can I turn a list into JSON?"',
     )
-    for verb, name in ((generate, "PROMPT"), (classify, "TEXT")):
-        verb.add_argument("checkpoint", type=_path, help="directory")
-        verb.add_argument(
-            "--adapter", type=_path, action="append", default=[], help="directory laid over it; can be repeated"
-        )
-        verb.add_argument("texts", nargs="+", type=_checked(Text), metavar=name)
-        verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
-        verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
+    model_arguments(verb)
+    verb.add_argument("texts", nargs="+", type=checked(Text), metavar="TEXT")
 
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "compare",
-        _in("accessory.train.report", "run_compare"),
+        function_of("accessory.train.report", "run_compare"),
         "loss curves, validation and expert load of runs, side by side",
         "Print the losses of several runs side by side with their largest difference, their validation before and after, "
         "their speed, and each one's load by layer and expert; draw them. It needs run directories of finetune or pretrain.",
         "accessory compare runs/quickstart/mixtral runs/quickstart/mixtral_sparse --png compare.png",
     )
-    verb.add_argument("runs", nargs="+", type=_path, help="run directories")
-    verb.add_argument("--png", type=_path, default=Path("compare.png"), help="picture; default: %(default)s")
+    verb.add_argument("runs", nargs="+", type=a_path, help="run directories")
+    verb.add_argument("--png", type=a_path, default=Path("compare.png"), help="picture; default: %(default)s")
 
 
 def _checkpoint_verbs(verbs: Verbs) -> None:
     tools = "accessory.checkpoint.tools"
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "convert",
-        _in(tools, "run_convert"),
+        function_of(tools, "run_convert"),
         "write a checkpoint of any format in another one",
         "Write a model in another format, layout, number of parts or dtype: a directory of any format (recognised from "
         "its files), or a base and what changes it. One tensor at a time is in memory. DESTINATION appears when it is "
@@ -225,31 +195,31 @@ def _checkpoint_verbs(verbs: Verbs) -> None:
         "accessory convert SRC DST --to mixtral_sparse --mp 8 --dtype bf16",
         "accessory convert BASE ADAPTER DST --to peft",
     )
-    verb.add_argument("sources", nargs="+", type=_path, help="directory, or several in order: a base, then what changes it")
-    verb.add_argument("destination", type=_path, help="directory to write")
+    verb.add_argument("sources", nargs="+", type=a_path, help="directory, or several in order: a base, then what changes it")
+    verb.add_argument("destination", type=a_path, help="directory to write")
     verb.add_argument("--to", required=True, choices=[*FORMATS, "peft"], help="format; peft: the adapter alone")
-    verb.add_argument("--mp", type=_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
+    verb.add_argument("--mp", type=a_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
     _conversion_options(verb)
 
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "merge",
-        _in(tools, "run_merge"),
+        function_of(tools, "run_merge"),
         "fold an adapter into its base",
         "Write a base model with an adapter folded in, W + scaling x B A, as a whole model in the base's format or another. "
         "The adapter is this program's, PEFT's or LLaMA2-Accessory's, and must belong to the base.",
         "accessory merge BASE ADAPTER DST --to hf",
     )
-    verb.add_argument("sources", nargs=2, type=_path, metavar="DIR", help="the base, and the adapter")
-    verb.add_argument("destination", type=_path, help="directory to write")
+    verb.add_argument("sources", nargs=2, type=a_path, metavar="DIR", help="the base, and the adapter")
+    verb.add_argument("destination", type=a_path, help="directory to write")
     verb.add_argument("--to", choices=FORMATS, help="format; default: the base's")
-    verb.add_argument("--mp", type=_count, metavar="N", help="model-parallel parts; default: as the base")
+    verb.add_argument("--mp", type=a_count, metavar="N", help="model-parallel parts; default: as the base")
     _conversion_options(verb)
 
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "inspect",
-        _in(tools, "run_inspect"),
+        function_of(tools, "run_inspect"),
         "what a checkpoint is: format, shape, sizes, and whether it is whole",
         "Print a checkpoint's format, shape, tokenizer, fingerprint, adapters, the sizes it can run at, and the parameters "
         "of each part; then read all values. Exit code 1 if a tensor is missing, misshapen or unexpected, or a value NaN or "
@@ -257,22 +227,22 @@ def _checkpoint_verbs(verbs: Verbs) -> None:
         "accessory inspect hf",
         "accessory inspect BASE ADAPTER",
     )
-    verb.add_argument("paths", nargs="+", type=_path, help="directory, or several in order")
-    verb.add_argument("--config", type=_path, help="another config.json than the directory's")
+    verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
+    verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
 
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "verify",
-        _in(tools, "run_verify"),
+        function_of(tools, "run_verify"),
         "whether two checkpoints of any formats are the same model; exit code 1 if not",
         "Compare two checkpoints tensor by tensor, in whatever formats, layouts and parts they are: bit for bit, or once "
         "rounded to the narrower dtype, or within --tolerance. It prints what differs. Exit code 1 if something does.",
         "accessory verify runs/quickstart/model/epoch5 hf",
     )
-    verb.add_argument("a", type=_path, help="directory")
-    verb.add_argument("b", type=_path, help="directory")
+    verb.add_argument("a", type=a_path, help="directory")
+    verb.add_argument("b", type=a_path, help="directory")
     verb.add_argument(
-        "--tolerance", type=_checked(NonNegative), default=0.0, help="of each tensor's largest value; default: %(default)s"
+        "--tolerance", type=checked(NonNegative), default=0.0, help="of each tensor's largest value; default: %(default)s"
     )
 
 
@@ -280,17 +250,17 @@ def _conversion_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
     verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
     verb.add_argument(
-        "--shard-gb", type=_checked(Positive), default=5, help="largest file of --to hf, GB; default: %(default)s"
+        "--shard-gb", type=checked(Positive), default=5, help="largest file of --to hf, GB; default: %(default)s"
     )
-    verb.add_argument("--config", type=_path, help="another config.json than the source's")
+    verb.add_argument("--config", type=a_path, help="another config.json than the source's")
     verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
 
 
 def _certify_verb(verbs: Verbs) -> None:
-    verb = _verb(
+    verb = add_verb(
         verbs,
         "certify",
-        _in("accessory.certify.command", "run_certify"),
+        function_of("accessory.certify.command", "run_certify"),
         "prove on this machine that no layout or parallel size changes the numbers",
         "Train one small model in many ways (layouts, model and data parallel sizes, accumulation, packing, full and LoRA), "
         "as real processes, and compare loss, router counts, gradients and weights of each with one plain process; pass "
@@ -299,7 +269,7 @@ def _certify_verb(verbs: Verbs) -> None:
         "accessory certify --only mp=2 tuning=lora layout=mixtral",
         "accessory certify --device cuda --world 1,2,4,8 --html certificate.html",
     )
-    verb.add_argument("--model", type=_path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
+    verb.add_argument("--model", type=a_path, metavar="CONFIG_JSON", help="its shape, as it is; default: a small model")
     verb.add_argument("--world", metavar="N,N", help="numbers of processes; default: 1,2,4, or 1,2 with --quick")
     verb.add_argument("--quick", action="store_true", help="fewer cells: under a minute on two cores")
     verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
@@ -310,18 +280,18 @@ def _certify_verb(verbs: Verbs) -> None:
         "--only", nargs="+", default=[], metavar="SETTING=VALUE", help="the cells with these in their line, e.g. mp=2"
     )
     verb.add_argument("--against", choices=["hf"], help="compare with transformers instead of the plain reference")
-    verb.add_argument("--json", type=_path, metavar="FILE", help="write the table as JSON")
-    verb.add_argument("--html", type=_path, metavar="FILE", help="write the table as a page")
+    verb.add_argument("--json", type=a_path, metavar="FILE", help="write the table as JSON")
+    verb.add_argument("--html", type=a_path, metavar="FILE", help="write the table as a page")
 
 
 def _data_verbs(verbs: Verbs) -> None:
     line = "make, check and show training data"
     about = f"{line.capitalize()}: data/README.md says what records and mixes look like."
     data = verbs.add_parser("data", help=line, description=about).add_subparsers(required=True, metavar="WHAT")
-    check = _verb(
+    check = add_verb(
         data,
         "check",
-        _in("accessory.train.data_check", "check"),
+        function_of("accessory.train.data_check", "check"),
         "validate every record of a mix: a table of sources, a picture of lengths, the bad records",
         "Read every record of a mix as a run would, and print what there is of each source, what is truncated, dropped or "
         "bad (file and line), and, of a run's file, its steps and duration. Exit code 1 if a record is bad. It writes the "
@@ -329,25 +299,25 @@ def _data_verbs(verbs: Verbs) -> None:
         "accessory data check configs/finetune/quickstart.yaml --world 8",
         "accessory data check MIX.yaml --tokenizer tokenizer.model",
     )
-    show = _verb(
+    show = add_verb(
         data,
         "show",
-        _in("accessory.train.data_check", "show"),
+        function_of("accessory.train.data_check", "show"),
         "print samples, with what is trained in colour",
         "Print the first samples of each source as the model will see them: template, special tokens, and in colour (or "
         "between [[ ]] where there is none) what is trained.",
         "accessory data show configs/finetune/quickstart.yaml -n 1",
     )
     for verb, most, what in ((check, 10, "bad and dropped records to list"), (show, 3, "samples of each source")):
-        verb.add_argument("mix", type=_path, help="YAML data mix, or a run's YAML file")
-        verb.add_argument("--tokenizer", type=_path, help="default: the run's")
-        verb.add_argument("--max-seq-len", type=_count, help="tokens; default: the run's, or 4096")
-        verb.add_argument("-n", type=_checked(WholeNumber), default=most, help=f"{what}; default: %(default)s")
-    check.add_argument("--png", type=_path, default=Path("lengths.png"), help="picture; default: %(default)s")
-    check.add_argument("--world", type=_count, default=1, help="processes of the run, for its steps; default: %(default)s")
-    check.add_argument("--tokens-per-s", type=_checked(Positive), help="for the run's duration; default: as its last run's")
+        verb.add_argument("mix", type=a_path, help="YAML data mix, or a run's YAML file")
+        verb.add_argument("--tokenizer", type=a_path, help="default: the run's")
+        verb.add_argument("--max-seq-len", type=a_count, help="tokens; default: the run's, or 4096")
+        verb.add_argument("-n", type=checked(WholeNumber), default=most, help=f"{what}; default: %(default)s")
+    check.add_argument("--png", type=a_path, default=Path("lengths.png"), help="picture; default: %(default)s")
+    check.add_argument("--world", type=a_count, default=1, help="processes of the run, for its steps; default: %(default)s")
+    check.add_argument("--tokens-per-s", type=checked(Positive), help="for the run's duration; default: as its last run's")
 
-    verb = _verb(
+    verb = add_verb(
         data,
         "stdlib",
         _stdlib,
@@ -356,8 +326,8 @@ def _data_verbs(verbs: Verbs) -> None:
         "standard library, from its sources, and a mix that names them.",
         "accessory data stdlib runs/stdlib",
     )
-    verb.add_argument("out", type=_path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
-    verb = _verb(
+    verb.add_argument("out", type=a_path, help="directory for dialog.jsonl, instruction.jsonl and mix.yaml")
+    verb = add_verb(
         data,
         "tokenizer",
         _tokenizer,
@@ -365,9 +335,9 @@ def _data_verbs(verbs: Verbs) -> None:
         "Train a tokenizer on the texts of a mix, and write it as a tokenizer.model.",
         "accessory data tokenizer runs/quickstart/data/later.yaml tokenizer.model --vocab-size 2048",
     )
-    verb.add_argument("mix", type=_path, help="YAML data mix")
-    verb.add_argument("out", type=_path, help="tokenizer.model to write")
-    verb.add_argument("--vocab-size", type=_pieces, default=4096, help="pieces; default: %(default)s")
+    verb.add_argument("mix", type=a_path, help="YAML data mix")
+    verb.add_argument("out", type=a_path, help="tokenizer.model to write")
+    verb.add_argument("--vocab-size", type=pieces_count, default=4096, help="pieces; default: %(default)s")
 
 
 def _stdlib(arguments: argparse.Namespace) -> None:
@@ -390,9 +360,9 @@ def split(layout: Literal["mixtral", "mixtral_sparse"], name: str) -> None:
     from accessory.checkpoint.tools import run_convert
 
     parser = argparse.ArgumentParser(description=f"Cut a checkpoint of any format for the layout '{layout}'.")
-    parser.add_argument("source", nargs="?", type=_path, default=Path(), help="directory; default: this one")
-    parser.add_argument("destination", nargs="?", type=_path, default=Path(name), help="default: %(default)s")
-    parser.add_argument("--mp", type=_count, default=8, metavar="N", help="model-parallel parts; default: %(default)s")
+    parser.add_argument("source", nargs="?", type=a_path, default=Path(), help="directory; default: this one")
+    parser.add_argument("destination", nargs="?", type=a_path, default=Path(name), help="default: %(default)s")
+    parser.add_argument("--mp", type=a_count, default=8, metavar="N", help="model-parallel parts; default: %(default)s")
     _conversion_options(parser)
     arguments = parser.parse_args()
     arguments.sources, arguments.to = [arguments.source], layout

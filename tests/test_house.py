@@ -19,6 +19,7 @@ FLOORS = (  # from the ground; rooms of one floor do not import one another
     ("infer",),
     ("train",),
     ("certify",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
@@ -34,8 +35,8 @@ def room_of(file):
 def imported(tree):
     """The rooms that a file imports, at its top or inside a function."""
     for node in ast.walk(tree):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", [])]
         if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             yield from (name.split(".")[1] for name in names if name and name.startswith("accessory."))
 
 

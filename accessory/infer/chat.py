@@ -1,48 +1,40 @@
 """The verbs ``generate`` and ``classify``."""
 
 import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from accessory.console import say
+from accessory.config import from_mapping
+from accessory.console import progress, say
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
+from accessory.errors import UserError
+from accessory.files import check_file, check_writable, replacing
+from accessory.infer.engine import Running
 from accessory.infer.meta import MetaModel
-from accessory.parallel.launch import Launch, run_job
+from accessory.infer.sampling import Sampling
+from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """The ``generate`` verb."""
-    run_job(lambda launch: answer(arguments, launch), ParallelSection.stall_timeout_s)
-
-
-def answer(arguments: argparse.Namespace, launch: Launch) -> None:
-    """Load a checkpoint over all ranks of the job and print an answer to each prompt."""
-    if arguments.template not in (None, "chat_template"):
-        get_template(arguments.template)  # a name that is none is told before the model is read
-    model = _load(arguments, launch)
-    options = (arguments.max_gen_len, arguments.temperature, arguments.top_p)
-    if arguments.raw:
-        texts = model.generate(arguments.texts, None, *options)
-    else:
-        texts = model.chat(arguments.texts, arguments.template, *options)
-    for prompt, text in zip(arguments.texts, texts, strict=True):
-        say(f"> {prompt}\n{text.strip()}\n")
+    """The verbs ``generate`` and ``classify``."""
+    start_ranks(arguments.mp)
+    run_job(lambda launch: generate(arguments, launch), ParallelSection.stall_timeout_s)
 
 
 def run_classify(arguments: argparse.Namespace) -> None:
     """The ``classify`` verb."""
+    start_ranks(arguments.mp)
     run_job(lambda launch: classify(arguments, launch), ParallelSection.stall_timeout_s)
 
 
-def classify(arguments: argparse.Namespace, launch: Launch) -> None:
-    """Load a classifier over all ranks of the job and print the labels of each text, the likeliest first."""
-    for text, shares in zip(arguments.texts, _load(arguments, launch).classify(arguments.texts), strict=True):
-        say(f"> {text}\n{', '.join(f'{label} {share:.1%}' for label, share in shares.items())}\n")
-
-
-def _load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
+def load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
+    """The model that the command line names, over all ranks of the job."""
     return MetaModel.from_pretrained(
         [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
@@ -50,3 +42,88 @@ def _load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
         dtype=get_dtype(arguments.precision),
         device=launch.device,
     )
+
+
+def check_template(name: str | None) -> None:
+    """A name that is none is told before the model is read."""
+    if name not in (None, "chat_template"):
+        get_template(name)
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    values = {name: getattr(arguments, name) for name in names}
+    return from_mapping(Sampling, values | {"max_tokens": arguments.max_gen_len}, "the command line")
+
+
+def generate(arguments: argparse.Namespace, launch: Launch) -> None:
+    """Answer every prompt on rank 0, all together; the other ranks follow."""
+    check_template(arguments.template)
+    prompts = [prompt for text in arguments.texts for prompt in (_read(text[1:]) if text.startswith("@") else [text])]
+    if not prompts:
+        raise UserError(f"{arguments.texts[0][1:]}: no prompt in it")
+    sampling = sampling_of(arguments)
+    if arguments.out:
+        check_writable(Path(arguments.out))
+    model = load(arguments, launch)
+    engine = model.engine
+    if launch.rank:
+        engine.follow()
+        return
+    try:
+        requests = []
+        for prompt in prompts:
+            stops: tuple[str, ...] = ()
+            if arguments.raw:
+                ids = model.tokenizer.encode(_text(prompt), bos=True, eos=False)
+            else:
+                ids, stops = model.asked(prompt, arguments.template)
+            requests.append(engine.submit(ids, sampling.stopping_at(stops)))
+        with progress(total=len(requests), unit="answer") as bar:
+            for _ in engine.run():
+                bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
+    finally:
+        engine.close()
+    if arguments.out:
+        with replacing(Path(arguments.out)) as unfinished:
+            unfinished.write_text("".join(_line(prompt, request) for prompt, request in zip(prompts, requests, strict=True)))
+        say(f"{arguments.out}: {len(requests)} answers")
+    else:
+        for prompt, request in zip(prompts, requests, strict=True):
+            say(f"> {_text(prompt)}\n{request.text.strip()}\n")
+
+
+def classify(arguments: argparse.Namespace, launch: Launch) -> None:
+    """Load a classifier over all ranks of the job and print the labels of each text, the likeliest first."""
+    for text, shares in zip(arguments.texts, load(arguments, launch).classify(arguments.texts), strict=True):
+        say(f"> {text}\n{', '.join(f'{label} {share:.1%}' for label, share in shares.items())}\n")
+
+
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
+
+
+def _read(path: str) -> Iterator[Prompt]:
+    """The prompts of a file: lines of text, or of JSON with a ``prompt`` or ``messages``."""
+    file = check_file(path, "a file of prompts")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            record = json.loads(line)
+            yield record["messages"] if "messages" in record else str(record["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{file}, line {number}: expected {{"prompt": text}} or {{"messages": [...]}}') from error
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _line(prompt: Prompt, request: Running) -> str:
+    asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+    told = {"answer": request.text.strip(), "finish_reason": request.finish_reason, "tokens": len(request.answer)}
+    return json.dumps(asked | told, ensure_ascii=False) + "\n"

@@ -124,11 +124,18 @@ class MetaModel:
         """
         if isinstance(conversations, str):
             raise UserError("chat takes a list of questions or conversations, not one text: write [question]")
+        asked = [self.asked(conversation, template) for conversation in conversations]
+        stops = asked[0][1] if asked else ()
+        return self.generate([prompt for prompt, _ in asked], None, max_gen_len, temperature, top_p, stops)
+
+    def asked(
+        self, conversation: str | Sequence[Mapping[str, Any]], template: str | None = None
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """The tokens that ask for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``."""
         chosen = get_template(template, self.tokenizer) if template else self.template
         if chosen.documents:  # a model of texts goes on with one
-            return self.generate([str(text) for text in conversations], None, max_gen_len, temperature, top_p)
-        prompts = [self.tokenizer.encode_segments(chosen.prompt(_conversation(c)))[0] for c in conversations]
-        return self.generate(prompts, None, max_gen_len, temperature, top_p, chosen.stop)
+            return self.tokenizer.encode(str(conversation), bos=True, eos=False), ()
+        return self.tokenizer.encode_segments(chosen.prompt(_conversation(conversation)))[0], chosen.stop
 
     def generate(
         self,
@@ -183,7 +190,6 @@ class MetaModel:
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each step, every prompt's answer so far and whether it has ended; on all ranks the same."""
         _refuse_images(images)
-        self._refuse_classifier()
         values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": tuple(stops)}
         sampling = from_mapping(Sampling, values, "generate")
         requests = [self.engine.submit(ids, sampling) for ids in self._encode(prompts, bos=True, eos=False)]
@@ -208,6 +214,7 @@ class MetaModel:
     @cached_property
     def engine(self) -> Engine:
         """What all of this model's generation goes through (made in a collective)."""
+        self._refuse_classifier()
         return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len)
 
     def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.errors import UserError, sentence, stop_on_signals
-from accessory.infer.chat import load, sampling_of
+from accessory.infer.chat import check_template, load, sampling_of
 from accessory.infer.meta import MetaModel
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
@@ -28,6 +28,7 @@ def run_chat(arguments: argparse.Namespace) -> None:
 
 def chat(arguments: argparse.Namespace, launch: Launch) -> None:
     """Talk on rank 0; the other ranks follow."""
+    check_template(arguments.template)
     model = load(arguments, launch)
     engine = model.engine
     if launch.rank:

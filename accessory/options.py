@@ -1,0 +1,90 @@
+"""What the verbs of the command line are made of: a verb, and options whose values are checked as they are read."""
+
+import argparse
+import importlib
+import textwrap
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
+
+Verbs = Any  # what argparse's add_subparsers returns
+Run = Callable[[argparse.Namespace], None]
+
+
+def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Callable[[str], Any]:
+    """What makes a value of an option's text: within the limits of one of config.py's aliases, then by ``make``."""
+    kind, limits = typing.get_args(alias)
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from error
+        if objection := limits.objection(value):
+            raise argparse.ArgumentTypeError(objection)
+        return make(value)
+
+    return convert
+
+
+a_path, a_count, a_fraction = checked(Text, Path), checked(Count), checked(Fraction)
+# at least the 256 bytes, the three special tokens and a letter
+pieces_count = checked(Annotated[int, Bounds(least=260, below=10_000_000)])
+
+
+def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples: str) -> argparse.ArgumentParser:
+    """A verb.
+
+    Args:
+        line: in the list of verbs. about: what it does, needs and writes. examples: its command lines.
+    """
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=line,
+        description=textwrap.fill(" ".join(about.split()), 100),
+        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(run=run)
+    return verb
+
+
+def function_of(module: str, function: str) -> Run:
+    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), function)(arguments)
+
+    return run
+
+
+def model_arguments(verb: argparse.ArgumentParser) -> None:
+    """The model that a verb uses."""
+    verb.add_argument("checkpoint", type=a_path, help="directory")
+    verb.add_argument("--adapter", type=a_path, action="append", default=[], help="directory laid over it; can be repeated")
+    verb.add_argument(
+        "--mp",
+        type=a_count,
+        default=1,
+        metavar="N",
+        help="hold it in N processes (GPUs); or use torchrun, srun",
+    )
+    verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
+    verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
+
+
+def sampling_arguments(verb: argparse.ArgumentParser, temperature: float) -> None:
+    """How it is asked, and how its answers are chosen."""
+    verb.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
+    verb.add_argument("--max-gen-len", type=a_count, default=512, help="tokens; default: %(default)s")
+    verb.add_argument(
+        "--temperature", type=checked(NonNegative), default=temperature, help="0: the likeliest token; default: %(default)s"
+    )
+    verb.add_argument("--top-p", type=a_fraction, default=0.95, help="default: %(default)s")
+    verb.add_argument("--top-k", type=checked(WholeNumber), default=0, help="choose among so many; default: all")
+    verb.add_argument("--min-p", type=a_fraction, default=0.0, help="least probability, as a share of the likeliest's")
+    verb.add_argument("--repetition-penalty", type=checked(Positive), default=1.0, help="default: %(default)s")
+    verb.add_argument("--seed", type=checked(WholeNumber), help="the same answers again; default: others each time")
