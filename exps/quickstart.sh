@@ -18,7 +18,7 @@ finetune() {
         train.batch_size=$((32 * model_parallel / processes)) "$@"
 }
 ask() {  # the first of what the base learns, the others of what the adapter learns
-    accessory generate "$1" --template mixtral-instruct --precision fp32 --max-gen-len 60 \
+    accessory generate "$1" --precision fp32 --max-gen-len 60 \
         "What does json.dumps do?" "Describe statistics.median in a sentence." "How would you describe textwrap.dedent?" |
         python exps/quickstart_questions.py check $run/data
 }

@@ -33,6 +33,8 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "BASE": "{home}/ckpt",
     "ADAPTER": "{home}/adapter",
     "DST": "{new}",
+    "@questions.txt": "@{home}/questions.txt",
+    "answers.jsonl": "{new}",
     "DIR/config.json": "{home}/model.json",
     "ACCESSORY_DATA=/where/the/data/is": "ACCESSORY_DATA={home}",
     "cuda": "cpu",
@@ -80,6 +82,7 @@ def workshop(tmp_path_factory):
     records = json.dumps([json.loads(line) for line in (home / "talks.jsonl").read_text().splitlines()])
     for name in ("ultrachat_200k_train_sft.json", "wizardcode_evol_instruct.json"):  # of another content each
         (home / name).write_text(records.replace("the", name[:4]))
+    (home / "questions.txt").write_text("What is json?\nWhy?\n")
     quickstart = place / "runs/quickstart"
     subprocess.run([sys.executable, ROOT / "exps/quickstart_questions.py", "write", quickstart / "data"], check=True)
     held_out = quickstart / "data/first_held_out.jsonl"

@@ -128,3 +128,12 @@ def test_a_run_from_random_weights_takes_them_from_the_tokenizer(tmp_path):
     assert codes == [0], err
     saved = json.loads((home / "run/epoch0-iter1/config.json").read_text())
     assert saved == config | {"vocab_size": 300, "head_dim": 4}
+
+
+def test_fewer_kv_heads_than_files_are_whole_in_each(tmp_path):
+    formats.write(tmp_path / "eight", weights(ARGS, scale=1.0), ARGS, "mixtral", 8)
+    assert Checkpoint(tmp_path / "eight").args == ARGS
+    config = json.loads((tmp_path / "eight/config.json").read_text())
+    (tmp_path / "eight/config.json").write_text(json.dumps(config | {"n_kv_heads": 2}))
+    with pytest.raises(UserError, match=r"n_kv_heads is 2, but by .* it is 4"):
+        Checkpoint(tmp_path / "eight")

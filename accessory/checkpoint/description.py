@@ -123,6 +123,8 @@ def told(directory: Directory, description: Description) -> dict[str, Told]:
     if n_layers := next(n for n in range(len(layers) + 1) if n not in layers):
         found["n_layers"] = Told(n_layers, shown(*layers[n_layers - 1]))
     sizes = dict.fromkeys(SIZES, directory.size) | {"n_layers": 1, "head_dim": 2}
+    if (kv_heads := description.said("n_kv_heads")) and kv_heads < directory.size:
+        sizes["n_kv_heads"] = 1  # fewer than there are files: each has them whole
     tensors = {"dim": "norm.weight", "vocab_size": "tok_embeddings.weight", EXPERTS: "layers.0.feed_forward.gate.weight"}
     tensors["hidden_dim"] = "layers.0.feed_forward.experts.w1"
     unknown, known = ("head_dim", "n_heads") if description.said("n_heads") else ("n_heads", "head_dim")
