@@ -255,6 +255,7 @@ REFUSED = {
     "model.checkpoint": "its fingerprint",
     "model.config": "what it says",
     "model.tokenizer": "the samples",
+    "model.labels": "what it says",
     "data": "the samples",
     "train.seed": "their order",
     "tuning.lora.rank": "the adapters' shape",

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from accessory.certify.run import Tensors
+from accessory.certify.harness import Tensors
 from accessory.model.build import build_model
 from accessory.model.documents import Documents
 from accessory.model.moe.layouts import LAYOUTS

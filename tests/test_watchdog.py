@@ -206,7 +206,8 @@ from accessory.train import loop
 def train_step(model, optimizer, micro_batches, *more, real=loop.train_step, **options):
     if rank == 1 and loop._calls == 1:
         (weight,) = (p for name, p in model.named_parameters() if name == "layers.0.attention.wq.weight")
-        open("{records}", "w").write(json.dumps([f"talks.jsonl:{{key % 40 + 1}}" for key in micro_batches[1].keys.tolist()]))
+        lines = [f"talks.jsonl:{{key % 40 + 1}}" for key in micro_batches[1].sample_keys.tolist()]
+        open("{records}", "w").write(json.dumps(lines))
         {fault}
     loop._calls += 1
     return real(model, optimizer, micro_batches, *more, **options)
