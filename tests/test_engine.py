@@ -216,6 +216,13 @@ def test_log_probabilities():
     assert choice.likeliest == ((1, pytest.approx(expected[1].item())), (2, pytest.approx(expected[2].item())))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_repetition_is_made_unlikelier_whatever_the_sign_of_its_logit(sign):
+    logits = torch.tensor([[0.0, -0.1]]) + sign
+    (choice,) = choose(logits, [[0]], [[]], [Sampling(repetition_penalty=1.5, seed=0)])
+    assert choice.token == 1
+
+
 # ---- text
 
 

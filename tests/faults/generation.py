@@ -164,7 +164,7 @@ FAULTS = (
         SAMPLING,
         "torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)",
         "logits / sampling.repetition_penalty",
-        SERVED,
+        "tests/test_engine.py::test_a_repetition_is_made_unlikelier_whatever_the_sign_of_its_logit",
     ),
     Fault(
         "the prompt is no repetition",
