@@ -25,7 +25,7 @@ from accessory.certify import harness, reference
 from accessory.data.loader import BatchPlan
 from accessory.data.packing import Rows
 from accessory.errors import UserError
-from accessory.model.adapter import Adapter, dropout_draws, dropped
+from accessory.model.adapter import ONE_ADAPTER, Adapter, dropout_draws, dropped
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
@@ -356,7 +356,7 @@ def run_no_rows(layout):
         experts.adapt(name, Adapter(rank=2, bias=True))
     x, weight = torch.zeros(0, 16, requires_grad=True), torch.zeros(0, 1, requires_grad=True)
     nowhere = make_plan(torch.zeros(0, 2, dtype=torch.int64), range(4), 4)
-    experts(SortedRows(x, weight, nowhere.ends_e, None, nowhere)).sum().backward()
+    experts(SortedRows(x, weight, nowhere.ends_e, ONE_ADAPTER, nowhere)).sum().backward()
     return {name: p.grad for name, p in experts.named_parameters()}
 
 

@@ -30,6 +30,7 @@ class Running:
 
     Attributes:
         prompt, answer: token ids. text: the answer's. choices: its tokens, with what is told of them.
+        adapter: the name of the one that answers; None: the base alone.
         finish_reason: None while it goes on.
         in_cache: how many of its tokens the cache has. pages, begin: where (see ``PagedCache.at``).
         keys: of its full pages, the prompt's at first. promised: pages that it may still take.
@@ -39,6 +40,7 @@ class Running:
     prompt: list[int]
     sampling: Sampling
     stream: TextStream
+    adapter: str | None = None
     answer: list[int] = field(default_factory=list)
     choices: list[TokenChoice] = field(default_factory=list)
     finish_reason: Reason | None = None
@@ -56,6 +58,11 @@ class Running:
     def tokens(self) -> list[int]:
         return self.prompt + self.answer
 
+    @property
+    def root(self) -> Key:
+        """What stands before its first page: under another adapter, the same tokens have other keys and values."""
+        return repr(self.adapter).encode()
+
 
 class Progress(NamedTuple):
     """What a step added to a request: a token, unless it ended the answer, and text, which can lag behind."""
@@ -68,6 +75,7 @@ class Progress(NamedTuple):
 class StepPlan(NamedTuple):
     """What a model's ranks run in a step: of each document its new tokens, and where in the cache it is."""
 
+    members: list[int]  # see ``LogicalModel.member``
     tokens: list[list[int]]
     past: list[int]
     begins: list[int]
@@ -76,8 +84,9 @@ class StepPlan(NamedTuple):
 
     def to_numbers(self) -> list[int]:
         numbers = [len(self.tokens), len(self.ends), *self.ends]
-        for tokens, past, begin, pages in zip(self.tokens, self.past, self.begins, self.pages, strict=True):
-            numbers += [len(tokens), past, begin, len(pages), *tokens, *pages]
+        documents = zip(self.members, self.tokens, self.past, self.begins, self.pages, strict=True)
+        for member, tokens, past, begin, pages in documents:
+            numbers += [member, len(tokens), past, begin, len(pages), *tokens, *pages]
         return numbers
 
     @classmethod
@@ -88,9 +97,10 @@ class StepPlan(NamedTuple):
             return list(itertools.islice(left, count))
 
         count, ends = some(2)
-        plan = cls([], [], [], [], some(ends))
+        plan = cls([], [], [], [], [], some(ends))
         for _ in range(count):
-            length, past, begin, pages = some(4)
+            member, length, past, begin, pages = some(5)
+            plan.members.append(member)
             plan.past.append(past)
             plan.begins.append(begin)
             plan.tokens.append(some(length))
@@ -101,7 +111,8 @@ class StepPlan(NamedTuple):
 class Engine:
     """Runs requests together, over a cache of pages that they share.
 
-    A request's answer is a function of the weights, its prompt, its sampling and its seed, and of nothing else that runs.
+    A request's answer is a function of the weights, its adapter, its prompt, its sampling and its seed, and of nothing else
+    that runs.
     On a model cut over several ranks, the first one is asked, plans and chooses; the others ``follow``.
     """
 
@@ -148,12 +159,17 @@ class Engine:
 
     # ---- asked on the first rank
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Running:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Running:
         """Ask for an answer to token ids.
 
+        Args:
+            adapter: the name of the one that is to answer, of those the model was loaded with; None: the base alone.
+
         Raises:
-            UserError: the prompt is empty, holds a token that the model has not, or leaves no room to answer.
+            UserError: the prompt is empty, holds a token that the model has not, or leaves no room to answer; there is no
+                such adapter.
         """
+        self.model.logical.member(adapter)
         if not prompt:
             raise UserError("a prompt must have at least one token")
         if len(prompt) >= self.max_seq_len:
@@ -163,8 +179,9 @@ class Engine:
         if beyond := [token for token in sampling.logit_bias if not 0 <= token < self.tokenizer.n_words]:
             raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
         names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]
-        request = Running(next(self._ids), list(prompt), sampling.seeded(), TextStream(self.tokenizer, names))
-        request.keys = list(page_keys(request.prompt[:-1], self._page))  # the last token is run, whatever is known
+        request = Running(next(self._ids), list(prompt), sampling.seeded(), TextStream(self.tokenizer, names), adapter)
+        # the last token is run, whatever is known
+        request.keys = list(page_keys(request.prompt[:-1], self._page, request.root))
         self.waiting.append(request)
         return request
 
@@ -187,6 +204,7 @@ class Engine:
         if not chosen:
             return []
         plan = StepPlan(
+            [self.model.logical.member(request.adapter) for request, _ in chosen],
             [request.tokens[request.in_cache : request.in_cache + count] for request, count in chosen],
             [request.in_cache for request, _ in chosen],
             [request.begin for request, _ in chosen],
@@ -268,7 +286,8 @@ class Engine:
         """Logits [ends, V]."""
         documents = Documents.of([len(tokens) for tokens in plan.tokens], plan.past).to(self._device)
         tokens = torch.tensor([token for tokens in plan.tokens for token in tokens], device=self._device)
-        inputs = Inputs(tokens, documents, self._cache.at(documents, plan.pages, plan.begins))
+        members = torch.tensor(plan.members, device=self._device) if any(plan.members) else None
+        inputs = Inputs(tokens, documents, self._cache.at(documents, plan.pages, plan.begins), members=members)
         logits, _ = self.model(inputs, Logits(documents.ends[plan.ends].long()))
         return logits
 
@@ -320,7 +339,7 @@ class Engine:
         request.in_cache += count
         for number in range(before, self._full_pages(request)):
             if number == len(request.keys):
-                last = request.keys[-1] if request.keys else b""
+                last = request.keys[-1] if request.keys else request.root
                 request.keys += page_keys(request.tokens[number * self._page : (number + 1) * self._page], self._page, last)
             self.pool.learn(request.pages[number - request.begin // self._page], request.keys[number])
         self._drop_passed(request)

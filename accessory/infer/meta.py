@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
 from accessory.data.records import Conversation, Turn
 from accessory.data.templates import Template, get_template, model_template
@@ -38,13 +40,30 @@ class MetaModel:
         template: what it is asked in unless another is named: that of its training, else its tokenizer's chat template.
     """
 
-    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, trained_template: str | None = None):
+    def __init__(
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        trained_templates: Mapping[str | None, str | None] = MappingProxyType({}),
+    ):
+        """``trained_templates``: names of those that the base (None) and each adapter were trained with."""
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
-        self._trained_template = trained_template
+        self._trained_templates = trained_templates
 
-    @cached_property
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of those that can be asked for."""
+        return self.llma.logical.members
+
+    @property
     def template(self) -> Template:
-        return model_template(self._trained_template, self.tokenizer)
+        return self.template_of(None)
+
+    @cache  # noqa: B019  (a model lives as long as its process)
+    def template_of(self, adapter: str | None) -> Template:
+        """What an adapter is asked in unless another is named, as ``template`` is what the base is."""
+        return model_template(self._trained_templates.get(adapter), self.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -60,6 +79,7 @@ class MetaModel:
         device: str | torch.device | None = None,
         quant: bool = False,
         strict: bool = True,
+        adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> MetaModel:
         """Load a checkpoint of any format into any layout at any model-parallel size; each rank reads only its slices.
 
@@ -72,9 +92,11 @@ class MetaModel:
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
             device: None: this process's GPU if there is one, else the CPU.
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
+            adapters: directories of any format of adapters, by names under which each request can choose one of them.
 
         Raises:
-            UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts.
+            UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts; an adapter
+                changes what the others share.
         """
         if with_visual or quant:
             raise UserError(
@@ -83,7 +105,9 @@ class MetaModel:
         if not dist.is_initialized():
             join(Launch(0, 1, 0, 1), dist.HashStore())
         checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
-        tokenizer_path = tokenizer_path or checkpoint.tokenizer
+        named = open_adapters(checkpoint, adapters, llama_config, strict) if adapters else {}
+        everything = [checkpoint, *named.values()]
+        tokenizer_path = tokenizer_path or next((one.tokenizer for one in everything if one.tokenizer), None)
         if tokenizer_path is None:
             raise UserError(f"{pretrained_path}: no tokenizer.model or tokenizer.json in it; give tokenizer_path")
         tokenizer = Tokenizer(tokenizer_path)
@@ -92,17 +116,15 @@ class MetaModel:
         layout = get_layout(llama_type) if llama_type else checkpoint.layout
         where = torch.device(device) if device is not None else default
         mesh = mesh_of(mp_group)
-        check_memory(checkpoint.logical, layout, mesh, where, dtype)
-        llma = build_model(
-            checkpoint.logical,
-            layout,
-            checkpoint,
-            mesh=mesh,
-            dtype=dtype,
-            device=where,
-            trains=frozenset(),
-        )
-        return cls(llma, tokenizer, max_seq_len, checkpoint.training.template)
+        source: Checkpoint | SideBySide = checkpoint
+        if named:
+            source = SideBySide(
+                checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
+            )
+        check_memory(source.logical, layout, mesh, where, dtype)
+        llma = build_model(source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset())
+        templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
+        return cls(llma, tokenizer, max_seq_len, templates)
 
     def chat(
         self,
@@ -111,28 +133,29 @@ class MetaModel:
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
+        adapter: str | None = None,
     ) -> list[str]:
-        """Answer each conversation in the template that the model was trained with.
+        """Answer each conversation in the template that the model, or the ``adapter``, was trained with.
 
         Args:
             conversations: questions, or lists of messages ``{"role": "system" | "user" | "assistant", "content": text}`` of
                 which the last is the user's.
-            template: the name of another one.
+            template: the name of another one. adapter: which of ``adapters`` answers; None: the base alone.
 
         Raises:
             UserError: the template has no place for what a conversation holds, or it is too long.
         """
         if isinstance(conversations, str):
             raise UserError("chat takes a list of questions or conversations, not one text: write [question]")
-        asked = [self.asked(conversation, template) for conversation in conversations]
+        asked = [self.asked(conversation, template, adapter) for conversation in conversations]
         stops = asked[0][1] if asked else ()
-        return self.generate([prompt for prompt, _ in asked], None, max_gen_len, temperature, top_p, stops)
+        return self.generate([prompt for prompt, _ in asked], None, max_gen_len, temperature, top_p, stops, adapter)
 
     def asked(
-        self, conversation: str | Sequence[Mapping[str, Any]], template: str | None = None
+        self, conversation: str | Sequence[Mapping[str, Any]], template: str | None = None, adapter: str | None = None
     ) -> tuple[list[int], tuple[str, ...]]:
         """The tokens that ask for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``."""
-        chosen = get_template(template, self.tokenizer) if template else self.template
+        chosen = get_template(template, self.tokenizer) if template else self.template_of(adapter)
         if chosen.documents:  # a model of texts goes on with one
             return self.tokenizer.encode(str(conversation), bos=True, eos=False), ()
         return self.tokenizer.encode_segments(chosen.prompt(_conversation(conversation)))[0], chosen.stop
@@ -145,12 +168,14 @@ class MetaModel:
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> list[str]:
         """Continue each prompt until ``</s>``, a stop symbol (which is cut off), or ``max_gen_len`` tokens.
 
         Args:
             prompts: texts, or token ids (which are taken as they are, as templates make them).
             additional_stop_symbols: texts, or names of special tokens.
+            adapter: which of ``adapters`` answers; None: the base alone.
 
         Raises:
             UserError: ``prompts`` is one text rather than a list, or a prompt is too long.
@@ -158,7 +183,7 @@ class MetaModel:
         if isinstance(prompts, str):
             raise UserError("generate takes a list of prompts, not one text: write [prompt]")
         texts = [""] * len(prompts)
-        for step in self._stream(prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols):
+        for step in self._stream(prompts, images, max_gen_len, temperature, top_p, additional_stop_symbols, adapter):
             texts = [text for text, _ in step]
         return texts
 
@@ -170,10 +195,12 @@ class MetaModel:
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield {"text": the answer so far, "end_of_content": whether it is whole} after each token."""
         text = ""
-        for ((text, ended),) in self._stream([prompt], image, max_gen_len, temperature, top_p, additional_stop_symbols):
+        steps = self._stream([prompt], image, max_gen_len, temperature, top_p, additional_stop_symbols, adapter)
+        for ((text, ended),) in steps:
             if ended:
                 break
             yield {"text": text, "end_of_content": False}
@@ -187,12 +214,13 @@ class MetaModel:
         temperature: float,
         top_p: float,
         stops: Sequence[str],
+        adapter: str | None,
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each step, every prompt's answer so far and whether it has ended; on all ranks the same."""
         _refuse_images(images)
         values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": tuple(stops)}
         sampling = from_mapping(Sampling, values, "generate")
-        requests = [self.engine.submit(ids, sampling) for ids in self._encode(prompts, bos=True, eos=False)]
+        requests = [self.engine.submit(ids, sampling, adapter) for ids in self._encode(prompts, bos=True, eos=False)]
         if not self.llma.mesh.mp.rank:
             try:
                 for _ in self.engine.run():
@@ -231,15 +259,17 @@ class MetaModel:
         images: None = None,
         bos: bool = True,
         eos: bool = False,
+        adapter: str | None = None,
     ) -> list[Tensor]:
         """Logits of each example, [its length, V], at least fp32.
 
         Args:
             examples: texts, or token ids (which are taken as they are; ``bos`` and ``eos`` are for texts).
+            adapter: which of ``adapters`` reads them; None: the base alone.
         """
         _refuse_images(images)
         self._refuse_classifier()
-        inputs = self._inputs(self._encode(examples, bos, eos))
+        inputs = self._inputs(self._encode(examples, bos, eos), adapter)
         logits, _ = self.llma(inputs, Logits())
         return list(logits.split(inputs.documents.lengths))
 
@@ -276,6 +306,7 @@ class MetaModel:
         images: None = None,
         bos: bool = True,
         eos: bool = False,
+        adapter: str | None = None,
     ) -> dict[str, list[Any]]:
         """Score examples; what belongs to an example's context (its beginning) is not scored.
 
@@ -297,7 +328,8 @@ class MetaModel:
                     raise UserError(f"example {number} does not begin with the tokens of its context")
             starts = [max(1, len(context)) for context in context_ids]
         result: dict[str, list[Any]] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        for number, (example, start, logits) in enumerate(zip(ids, starts, self.compute_logits(ids, images), strict=True)):
+        logits_of = self.compute_logits(ids, images, adapter=adapter)
+        for number, (example, start, logits) in enumerate(zip(ids, starts, logits_of, strict=True)):
             if len(example) <= start:
                 raise UserError(f"example {number} has no token to score after its context")
             scored = logits[start - 1 : -1]
@@ -309,10 +341,12 @@ class MetaModel:
             result["non_context_logits"].append(scored)
         return result
 
-    def _inputs(self, ids: Sequence[Sequence[int]]) -> Inputs:
+    def _inputs(self, ids: Sequence[Sequence[int]], adapter: str | None = None) -> Inputs:
         device = self.llma.norm.weight.device
         tokens = torch.tensor([token for example in ids for token in example], device=device)
-        return Inputs(tokens, Documents.of([len(example) for example in ids]).to(device))
+        member = self.llma.logical.member(adapter)
+        members = torch.full((len(ids),), member, device=device) if member else None
+        return Inputs(tokens, Documents.of([len(example) for example in ids]).to(device), members=members)
 
     def _refuse_classifier(self) -> None:
         if labels := self.llma.args.labels:

@@ -9,7 +9,10 @@ Key = bytes
 
 
 def page_keys(tokens: Sequence[int], page_size: int, before: Key = b"") -> Iterator[Key]:
-    """The key of each full page of ``tokens``, behind a page with key ``before``."""
+    """The key of each full page of ``tokens``, behind a page with key ``before``.
+
+    Of a sequence's first page, ``before`` stands for whatever else its keys and values depend on.
+    """
     for end in range(page_size, len(tokens) + 1, page_size):
         before = hashlib.sha256(before + repr(list(tokens[end - page_size : end])).encode()).digest()
         yield before

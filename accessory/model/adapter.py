@@ -5,11 +5,14 @@ with W's output. What is then whole on every rank, while the ranks compute diffe
 on each: A of a matrix whose output is cut, B of one whose input is. Those enter through ``copy_to_model_parallel_region``.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from accessory.dtypes import at_least
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,10 @@ class Adapter:
     """What one matrix gets; ``rank`` 0 is no LoRA. ``seed`` sets this matrix' dropout apart from the others'.
 
     ``tied``: of the experts' w3, whose A is that of w1; its gradient is then the sum of both uses. So PEFT has it.
+
+    ``members``: several adapters of the matrix side by side, of which each token has one or none; empty: all have this one.
+    Their A stand one above the other and their B next to each other, so that ``rank`` is the sum of theirs; each token keeps
+    of A x what is its own member's. A member's bias is a column of B, whose row of A is zero.
     """
 
     rank: int = 0
@@ -25,6 +32,13 @@ class Adapter:
     bias: bool = False
     seed: int = 0
     tied: bool = False
+    members: tuple["Adapter", ...] = ()
+
+    @classmethod
+    def side_by_side(cls, members: Sequence["Adapter"]) -> "Adapter":
+        """Of ``members``; where one has none of this matrix, ``Adapter()`` stands for it."""
+        rank = sum(member.rank + member.bias for member in members)
+        return cls(rank=-(-rank // 8) * 8, members=tuple(members))  # as products on a GPU want it
 
     def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Of its tensors, beside a ``matrix`` [..., out, in]."""
@@ -34,6 +48,59 @@ class Adapter:
             shapes |= {} if self.tied else {"lora_a": (*groups, self.rank, inner)}
             shapes |= {"lora_b": (*groups, out, self.rank)}
         return shapes
+
+
+@dataclass(frozen=True)
+class TokenAdapters:
+    """What adapters need to know of each of n tokens.
+
+    Attributes:
+        dropout_draw: [n] int64 from ``dropout_draws``: what decides its dropout; None: nothing is dropped.
+        member: [n] int64 which of several adapters (``Adapter.members``) it has, from 1, or 0; None: no token has one.
+    """
+
+    dropout_draw: Tensor | None = None
+    member: Tensor | None = None
+
+    def of(self, tokens: Tensor) -> "TokenAdapters":
+        """Of these tokens, by their numbers."""
+        return TokenAdapters(*(None if x is None else x[tokens] for x in (self.dropout_draw, self.member)))
+
+    def reach(self, adapter: Adapter) -> bool:
+        """Whether some token has LoRA of this adapter."""
+        return adapter.rank > 0 and (not adapter.members or self.member is not None)
+
+
+ONE_ADAPTER = TokenAdapters()
+"""All tokens have the one there is, if there is one, and nothing is dropped."""
+
+
+def scaled(low: Tensor, adapter: Adapter, tokens: TokenAdapters, bias_share: Tensor | float = 1.0) -> Tensor:
+    """What B multiplies: ``low`` = A x [n, R], scaled; of several adapters side by side as much as is each token's own.
+
+    Args:
+        bias_share: how much each token gets of its member's bias, a number or [n, 1].
+    """
+    if not adapter.members:
+        return low * adapter.scaling
+    scalings, biases = _of_members(adapter, at_least(low.dtype), low.device)
+    own = low * scalings[tokens.member]
+    if any(member.bias for member in adapter.members):
+        own = own + biases[tokens.member] * bias_share
+    return own.to(low.dtype)
+
+
+@functools.cache
+def _of_members(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For no member and each member [members + 1, R] what a column of A x is multiplied by, and what is added to it."""
+    scalings, biases = torch.zeros(2, len(adapter.members) + 1, adapter.rank, dtype=dtype)
+    first = 0
+    for number, member in enumerate(adapter.members, 1):
+        scalings[number, first : first + member.rank] = member.scaling
+        first += member.rank
+        biases[number, first : first + member.bias] = 1.0
+        first += member.bias
+    return scalings.to(device), biases.to(device)
 
 
 def adapter_cut_dims(dims: int, cut: int | None) -> dict[str, int | None]:

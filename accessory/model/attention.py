@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from accessory.console import say
+from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.documents import Documents
@@ -40,11 +41,11 @@ class Attention(nn.Module):
         rotation: Tensor,
         documents: Documents,
         cache: LayerCache | None = None,
-        dropout_draw: Tensor | None = None,
+        adapters: TokenAdapters = ONE_ADAPTER,
     ) -> Tensor:
-        """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'; ``dropout_draw`` [T] its adapters'."""
+        """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
         x = copy_to_model_parallel_region(x, self.mp)
-        q, k, v = (w(x, dropout_draw).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache.keep(k, v)
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             out = paged_varlen_attention(q, cache, self.window)
         else:
             out = cache.attend(q, self.window)
-        return self.wo(out.flatten(1), dropout_draw)
+        return self.wo(out.flatten(1), adapters)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from accessory.model.adapter import Adaptable, dropout_draws
+from accessory.model.adapter import Adaptable, TokenAdapters, dropout_draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import CacheView, LayerCache, PagedCache
@@ -35,12 +35,14 @@ class Inputs:
         documents: where they lie; the results of each are those it would have alone.
         cache: what their tokens of before left there; these are added to it.
         dropout_keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
+        members: [documents] which of several adapters each has (see ``LogicalModel.member``); None: none has one.
     """
 
     tokens: Tensor
     documents: Documents
     cache: CacheView | None = None
     dropout_keys: Tensor | None = None
+    members: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -54,11 +56,11 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, dropout_draw: Tensor | None
+        self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, adapters: TokenAdapters
     ) -> tuple[Tensor, RouterStats]:
         """``x`` [T, D] -> [T, D], and statistics of each document; the rest is as ``Attention`` takes it."""
-        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, dropout_draw)
-        y, stats = self.feed_forward(self.ffn_norm(x), documents, dropout_draw)
+        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, adapters)
+        y, stats = self.feed_forward(self.ffn_norm(x), documents, adapters)
         return x + y, stats
 
 
@@ -105,22 +107,29 @@ class Decoder(nn.Module):
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
         """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""
         documents, cache = inputs.documents, inputs.cache
-        x = self.tok_embeddings(inputs.tokens)
+        adapters = self._token_adapters(inputs)
+        x = self.tok_embeddings(inputs.tokens, adapters)
         args = self.args
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
-        dropout_draw = self._dropout_draw(documents, inputs.dropout_keys)
         stats = []
         for index, layer in enumerate(self.layers):
-            arguments = (x, rotation, documents, cache.layer(index) if cache else None, dropout_draw)
+            arguments = (x, rotation, documents, cache.layer(index) if cache else None, adapters)
             if self.recompute and torch.is_grad_enabled():
                 x, layer_stats = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_stats = layer(*arguments)
             stats.append(layer_stats)
-        return head(x, self.norm, self.score if args.labels else self.output, dropout_draw), RouterStats.stacked(stats)
+        return head(x, self.norm, self.score if args.labels else self.output, adapters), RouterStats.stacked(stats)
 
-    def _dropout_draw(self, documents: Documents, dropout_keys: Tensor | None) -> Tensor | None:
-        """[T] what decides each token's dropout, if anything is dropped."""
-        if dropout_keys is None or not any(adapter.dropout for adapter in self.logical.adapters.values()):
-            return None
-        return dropout_draws(F.pad(dropout_keys, (1, 0))[documents.document_of], documents.positions)
+    def _token_adapters(self, inputs: Inputs) -> TokenAdapters:
+        """Of each token what its document says."""
+
+        def of_tokens(numbers: Tensor) -> Tensor:
+            return F.pad(numbers, (1, 0))[inputs.documents.document_of]
+
+        dropout_draw, member = None, None
+        if inputs.dropout_keys is not None and any(adapter.dropout for adapter in self.logical.adapters.values()):
+            dropout_draw = dropout_draws(of_tokens(inputs.dropout_keys), inputs.documents.positions)
+        if inputs.members is not None:
+            member = of_tokens(inputs.members)
+        return TokenAdapters(dropout_draw, member)

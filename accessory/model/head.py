@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.dtypes import at_least_fp32
+from accessory.model.adapter import TokenAdapters
 from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
 from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs
@@ -13,11 +14,9 @@ from accessory.parallel.regions import copy_to_model_parallel_region, gather_fro
 
 
 class Head(Protocol):
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
         """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules
         (of a classifier, V is the number of its labels, and no rank has only a part of them).
-
-        ``dropout_draw`` [T] is the adapters', for dropout.
         """
         ...
 
@@ -38,8 +37,8 @@ class LossSum:
     def __init__(self, targets: Targets):
         self.targets = targets
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
-        return linear_cross_entropy(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
+        return linear_cross_entropy(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
 
 
 class LogProbs:
@@ -48,8 +47,8 @@ class LogProbs:
     def __init__(self, targets: Targets):
         self.targets = targets
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
-        return linear_log_probs(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
+        return linear_log_probs(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
 
 
 class Logits:
@@ -58,30 +57,28 @@ class Logits:
     def __init__(self, rows: Tensor | None = None):
         self.rows = rows
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
-        x, dropout_draw = _rows(x, dropout_draw, self.rows)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
+        x, adapters = _rows(x, adapters, self.rows)
         hidden = copy_to_model_parallel_region(norm(x), output.mp)
-        return at_least_fp32(gather_from_model_parallel_region(output(hidden, dropout_draw), output.mp))
+        return at_least_fp32(gather_from_model_parallel_region(output(hidden, adapters), output.mp))
 
 
 class Nothing:
     """Only the router statistics are wanted: the output layer does not run."""
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
         return x.new_zeros(())
 
 
 def _factors(
-    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None, targets: Targets
+    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters, targets: Targets
 ) -> list[tuple[Tensor, Tensor]]:
     """What the logits of the targets' rows are the products of: the output layer, and its adapter."""
-    x, dropout_draw = _rows(x, dropout_draw, targets.rows)
+    x, adapters = _rows(x, adapters, targets.rows)
     hidden = copy_to_model_parallel_region(norm(x), output.mp)
-    low = output.low_rank(hidden, dropout_draw)
+    low = output.low_rank(hidden, adapters)
     return [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
 
 
-def _rows(x: Tensor, dropout_draw: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if rows is None:
-        return x, dropout_draw
-    return x.index_select(0, rows), None if dropout_draw is None else dropout_draw[rows]
+def _rows(x: Tensor, adapters: TokenAdapters, rows: Tensor | None) -> tuple[Tensor, TokenAdapters]:
+    return (x, adapters) if rows is None else (x.index_select(0, rows), adapters.of(rows))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.adapter import Adaptable, Adapter, add_parameters, dropped
+from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
     copy_to_model_parallel_region,
@@ -32,21 +32,21 @@ class ColumnParallelLinear(Adaptable):
             self.own_rows = slice(part * height, (part + 1) * height)
         self.weight = nn.Parameter(torch.empty(out_features if self.own_rows else out_features // mp.size, in_features))
 
-    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         bias = None if self.bias is None else self._own(self.bias)
-        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, dropout_draw)
+        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, adapters)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
 
     def _own(self, parameter: Tensor) -> Tensor:
         """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
         return parameter if self.own_rows is None else copy_to_model_parallel_region(parameter, self.mp)[self.own_rows]
 
-    def low_rank(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor | None:
-        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA. ``dropout_draw`` is dropout's."""
-        if not self.adapter.rank:
+    def low_rank(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor | None:
+        """``scaling * A dropout(x)`` [..., R], whole on every rank; None without LoRA."""
+        if not adapters.reach(self.adapter):
             return None
         lora_a = copy_to_model_parallel_region(self.lora_a, self.mp)
-        return F.linear(dropped(x, self.adapter, dropout_draw), lora_a) * self.adapter.scaling
+        return scaled(F.linear(dropped(x, self.adapter, adapters.dropout_draw), lora_a), self.adapter, adapters)
 
 
 class RowParallelLinear(Adaptable):
@@ -57,11 +57,12 @@ class RowParallelLinear(Adaptable):
         self.mp = mp
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
-    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         y = F.linear(x, self.weight)
-        if self.adapter.rank:
-            x = dropped(x, self.adapter, dropout_draw, first_column=self.mp.rank * x.shape[-1])
-            low = F.linear(x, self.lora_a) * self.adapter.scaling  # this rank's part of A x
+        if adapters.reach(self.adapter):
+            x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
+            # this rank's part of A x, and of what the ranks' sum adds once
+            low = scaled(F.linear(x, self.lora_a), self.adapter, adapters, bias_share=1 / self.mp.size)
             y = y + F.linear(low, copy_to_model_parallel_region(self.lora_b, self.mp))
         y = reduce_from_model_parallel_region(y, self.mp)
         return y if self.bias is None else y + self.bias
@@ -82,9 +83,9 @@ class ParallelEmbedding(Adaptable):
         self.adapter = adapter
         add_parameters(self, matrix, adapter, self.weight.shape[::-1])
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         x = F.embedding(tokens, self.weight)
-        if self.adapter.rank:
-            low = F.embedding(tokens, copy_to_model_parallel_region(self.lora_a, self.mp).T) * self.adapter.scaling
-            x = x + F.linear(low, self.lora_b)
+        if adapters.reach(self.adapter):
+            low = F.embedding(tokens, copy_to_model_parallel_region(self.lora_a, self.mp).T)
+            x = x + F.linear(scaled(low, self.adapter, adapters), self.lora_b)
         return gather_from_model_parallel_region(x, self.mp)

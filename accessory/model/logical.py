@@ -93,10 +93,14 @@ class LogicalModel:
     """Which tensors a model has: its own, and those of the ``adapters`` on some of its matrices.
 
     Nothing here knows of ranks or files; ``cuts`` adds what a layout does.
+
+    ``members``: names of several adapters, side by side on the matrices (``Adapter.members``), of which a document has one
+    or none.
     """
 
     args: ModelArgs
     adapters: Adapters = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
     @cached_property
     def base(self) -> dict[str, Shape]:
@@ -128,6 +132,17 @@ class LogicalModel:
     def added(self) -> set[str]:
         """The names of the adapters' tensors."""
         return self.shapes.keys() - self.base.keys()
+
+    def member(self, name: str | None) -> int:
+        """The number of the adapter called ``name``, from 1; 0 for None: the base alone.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        if name is not None and name not in self.members:
+            there = f"there are {', '.join(self.members)}" if self.members else "the model was loaded without adapters"
+            raise UserError(f"no adapter is called '{name}': {there}")
+        return 0 if name is None else 1 + self.members.index(name)
 
     def whole(self, name: str) -> Region:
         """All of a tensor."""

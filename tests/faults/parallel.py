@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "the router's gradient, whole on every rank, is summed",
         "accessory/model/moe/__init__.py",
-        "routing = self.gate(x_TD, draw_T)",
-        "routing = self.gate(copy_to_model_parallel_region(x_TD, self.dispatcher.mp), draw_T)",
+        "routing = self.gate(x_TD, adapters)",
+        "routing = self.gate(copy_to_model_parallel_region(x_TD, self.dispatcher.mp), adapters)",
         EXPERT,
         (
             (

@@ -8,6 +8,7 @@ Legend of shape suffixes in the MoE path:
 
 from torch import Tensor, nn
 
+from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
 from accessory.model.documents import Documents
 from accessory.model.moe.experts import GroupedExperts
@@ -27,9 +28,11 @@ class MoE(nn.Module):
         hidden_dim, experts = layout.local_hidden_dim(args.hidden_dim, mp), len(self.dispatcher.local_experts)
         self.experts = GroupedExperts(experts, args.dim, hidden_dim, kernel, layout.cut_dims, mp)
 
-    def forward(self, x_TD: Tensor, documents: Documents, draw_T: Tensor | None = None) -> tuple[Tensor, RouterStats]:
-        """``x_TD`` -> output [T, D], and statistics of each document. ``draw_T`` is the adapters', for dropout."""
-        routing = self.gate(x_TD, draw_T)
+    def forward(
+        self, x_TD: Tensor, documents: Documents, adapters: TokenAdapters = ONE_ADAPTER
+    ) -> tuple[Tensor, RouterStats]:
+        """``x_TD`` -> output [T, D], and statistics of each document."""
+        routing = self.gate(x_TD, adapters)
         stats = router_stats(routing, documents)  # here, so that recompute can stop within the experts
-        rows = self.dispatcher.dispatch(x_TD, routing, draw_T)
+        rows = self.dispatcher.dispatch(x_TD, routing, adapters)
         return self.dispatcher.combine(self.experts(rows), rows), stats

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.model.adapter import TokenAdapters
 from accessory.model.moe.router import Routing
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region, reduce_from_model_parallel_region
@@ -19,7 +20,7 @@ class SortedRows:
     x_nD: Tensor  # what each row's token brings
     weight_n1: Tensor  # how much its expert counts for it
     ends_e: Tensor  # [e] int32: where each expert's rows end
-    draw_n: Tensor | None  # of the row's token, for the adapters' dropout
+    adapters: TokenAdapters  # of each row's token
     plan: "DispatchPlan"
 
 
@@ -27,7 +28,7 @@ class Dispatcher(Protocol):
     local_experts: range
     """The experts whose rows this rank computes."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None) -> SortedRows:
+    def dispatch(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
         """Bring every token to its experts."""
         ...
 
@@ -46,12 +47,12 @@ class Replicated:
     def __init__(self, local_experts: range, num_experts: int, mp: Axis):
         self.local_experts, self.num_experts, self.mp = local_experts, num_experts, mp
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None) -> SortedRows:
+    def dispatch(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
         plan = make_plan(routing.experts, self.local_experts, self.num_experts)
         x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD, self.mp), plan)
         weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype), self.mp)
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
-        return SortedRows(x_nD, weight_n1, plan.ends_e, None if draw_T is None else draw_T[plan.token_n], plan)
+        return SortedRows(x_nD, weight_n1, plan.ends_e, adapters.of(plan.token_n), plan)
 
     def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
         return reduce_from_model_parallel_region(tokens_of_rows(y_nD, rows.plan), self.mp)

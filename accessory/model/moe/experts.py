@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name, add_parameters, dropped, name_of_a
+from accessory.model.adapter import (
+    Adapter,
+    TokenAdapters,
+    adapter_cut_dims,
+    adapter_name,
+    add_parameters,
+    dropped,
+    name_of_a,
+    scaled,
+)
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
@@ -46,20 +55,22 @@ class GroupedExperts(nn.Module):
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
         w1, w2, w3 = (self.expert_weights(matrix) for matrix in ("w1", "w2", "w3"))
         kernel = pick_kernel(self.kernel, x_nD, w1.shape[1])
-        if not self.adapters:
+        if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
-        products = _Products(kernel.matmul, ends_e, rows.draw_n, one_hot(ends_e, x_nD))
+        products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD))
         h_nF = weighted_swiglu(self._project("w1", x_nD, products), self._project("w3", x_nD, products), weight_n1)
-        return self._project("w2", h_nF, replace(products, bias_ne=products.bias_ne * weight_n1))
+        return self._project("w2", h_nF, replace(products, bias_ne=products.bias_ne * weight_n1, bias_share=weight_n1))
 
     def _project(self, matrix: str, x: Tensor, rows: "_Products") -> Tensor:
         """``W x + scaling * B A x + bias`` of each row's expert."""
         y = rows.matmul(x, self.expert_weights(matrix), rows.ends_e)
         adapter = self.adapters.get(matrix, Adapter())
-        if adapter.rank:
+        if rows.adapters.reach(adapter):
             first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
-            x = dropped(x, adapter, rows.draw_n, first_column)
-            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e) * adapter.scaling
+            x = dropped(x, adapter, rows.adapters.dropout_draw, first_column)
+            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e)
+            share = rows.bias_share / self.mp.size if f"{matrix}_lora_b" in self.whole else rows.bias_share
+            low_nR = scaled(low_nR, adapter, rows.adapters, share)
             y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b"), rows.ends_e)
         if adapter.bias:
             bias = self._stack(f"{matrix}_bias")
@@ -86,8 +97,9 @@ class _Products:
 
     matmul: ExpertMatmul
     ends_e: Tensor
-    draw_n: Tensor | None  # of the row's token
+    adapters: TokenAdapters  # of each row's token
     bias_ne: Tensor  # how much of each expert's bias a row gets
+    bias_share: Tensor | float = 1.0  # the same of its own expert's alone, a number or [n, 1]
 
 
 def one_hot(ends_e: Tensor, like_nD: Tensor) -> Tensor:

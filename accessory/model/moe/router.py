@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
-from accessory.model.adapter import Adaptable, dropped
+from accessory.model.adapter import ONE_ADAPTER, Adaptable, TokenAdapters, dropped, scaled
 from accessory.model.documents import Documents
 
 
@@ -79,13 +79,13 @@ class Router(Adaptable):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("score_bias", torch.zeros(num_experts, dtype=torch.float32) if score_bias else None)
 
-    def forward(self, x: Tensor, dropout_draw: Tensor | None = None) -> Routing:
-        """``x`` [T, D] -> Routing. ``dropout_draw`` [T] is the adapter's, for dropout."""
+    def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Routing:
+        """``x`` [T, D] -> Routing."""
         x = at_least_fp32(x)
         logits = F.linear(x, at_least_fp32(self.weight))
-        if self.adapter.rank:
-            low = F.linear(dropped(x, self.adapter, dropout_draw), at_least_fp32(self.lora_a)) * self.adapter.scaling
-            logits = logits + F.linear(low, at_least_fp32(self.lora_b))
+        if adapters.reach(self.adapter):
+            low = F.linear(dropped(x, self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
+            logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
         scores = probs if self.score_bias is None else probs + self.score_bias
         experts = scores.topk(self.top_k, dim=-1).indices
