@@ -48,6 +48,11 @@ TUNINGS = {
         train=("norms",),
     ),
 }
+SERVED = {
+    "first": replace(TUNINGS["lora"], train=()),
+    "second": TuningSection(lora=LoraSection(rank=2, alpha=5.0, targets=("experts", "router"))),
+}
+"""Adapters that stand side by side when requests are answered."""
 BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full
 LONGEST = 150  # tokens of a sequence
 PACKED_WIDTH = 2 * LONGEST
@@ -67,7 +72,7 @@ class Problem:
 
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
-        section = TUNINGS[name]
+        section = (TUNINGS | SERVED)[name]
         if section.lora and self.args.labels:  # whose score is trained whole
             targets = tuple(target for target in section.lora.targets if target != "output")
             section = replace(section, lora=replace(section.lora, targets=targets))

@@ -1,21 +1,28 @@
 """Requests that join and leave a running batch, each against its own tokens alone."""
 
+import functools
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from accessory.certify import reference
-from accessory.certify.harness import build_problem
-from accessory.certify.problem import Problem
+from accessory.certify.harness import Tensors, build, build_problem
+from accessory.certify.problem import SERVED, Problem
+from accessory.checkpoint.side_by_side import SideBySide
+from accessory.dtypes import at_least
 from accessory.infer.engine import Engine, Running
 from accessory.infer.sampling import Sampling
+from accessory.model.decoder import Decoder
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import make_mesh
+from accessory.tuning.spec import Tuning
 
 LONGEST, REQUESTS = 100, 16
+SEVERAL = "several"
 EVERY: tuple[dict[str, Any], ...] = (  # one of every kind of setting, and all together
     {},
     {"temperature": 1.3},
@@ -43,7 +50,7 @@ class ServingCell:
 
     world: int
     layout: str
-    tuning: str  # of problem.TUNINGS
+    tuning: str  # of problem.TUNINGS, or SEVERAL: each request has one of two adapters, or none
 
     def settings(self) -> dict[str, str]:
         return {"served on mp": str(self.world), "layout": self.layout, "tuning": self.tuning}
@@ -52,9 +59,10 @@ class ServingCell:
 def serving_cells(worlds: Sequence[int]) -> list[ServingCell]:
     tunings = ("full", "lora")
     return [
-        ServingCell(world, layout, tunings[(i + j) % 2])
+        ServingCell(world, layout, tuning)
         for i, world in enumerate(worlds)
         for j, layout in enumerate(LAYOUTS)
+        for tuning in (tunings[(i + j) % 2], SEVERAL)
     ]
 
 
@@ -75,21 +83,21 @@ def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> di
     """Answer requests in a cache that is too small for all, as one of the cell's ranks.
 
     Returns:
-        requests: of the first rank: prompt, sampling, answer and finish_reason of each. leaked: pages that were not given
-        back. shared: tokens of prompts that were not computed, since others had the same beginning.
+        requests: of the first rank: prompt, sampling, adapter, answer and finish_reason of each. leaked: pages that were not
+        given back. shared: tokens of prompts that were not computed, since others had the same beginning.
     """
-    model = build_problem(problem, cell.layout, device, make_mesh(cell.world), tuning=cell.tuning)
+    model = _model(problem, cell, device)
     engine = Engine(model, Numbers(problem.args.vocab_size), max_seq_len=LONGEST, cache_tokens=3 * LONGEST, chunk_tokens=23)
     if model.mesh.mp.rank:
         engine.follow()
         return {}
     rng = random.Random(problem.seed)
     beginning = [rng.randrange(problem.args.vocab_size) for _ in range(40)]
-    waiting = [_request(rng, problem.args.vocab_size, beginning, n) for n in range(REQUESTS)]
+    waiting = [(*_request(rng, problem.args.vocab_size, beginning, n), _adapter(model, n)) for n in range(REQUESTS)]
     requests: list[Running] = []
     while waiting or not engine.is_idle:
-        for prompt, sampling in [waiting.pop() for _ in range(min(len(waiting), rng.choice((0, 0, 1, 3))))]:
-            requests.append(engine.submit(prompt, sampling))
+        for asked in [waiting.pop() for _ in range(min(len(waiting), rng.choice((0, 0, 1, 3))))]:
+            requests.append(engine.submit(*asked))
         engine.step()
         if rng.random() < 0.1:
             engine.cancel(rng.choice(requests))
@@ -98,6 +106,7 @@ def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> di
         {
             "prompt": request.prompt,
             "sampling": asdict(request.sampling),
+            "adapter": request.adapter,
             "answer": request.answer,
             "finish_reason": request.finish_reason,
         }
@@ -112,13 +121,50 @@ def _request(rng: random.Random, vocabulary: int, beginning: list[int], number: 
     return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(2**40), **EVERY[number % len(EVERY)])
 
 
+def _model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder:
+    mesh = make_mesh(cell.world)
+    if cell.tuning != SEVERAL:
+        return build_problem(problem, cell.layout, device, mesh, tuning=cell.tuning)
+    adapters = {name: _served(problem, name) for name in SERVED}
+    given = {name: (tuning.logical.adapters, Tensors(weights)) for name, (tuning, weights) in adapters.items()}
+    both = SideBySide(problem.args, Tensors(problem.weights()), given)
+    dtypes = {"dtype": at_least(problem.dtype), "compute": problem.dtype}
+    return build(both.logical, cell.layout, both, mesh=mesh, device=device, trains=frozenset(), **dtypes)
+
+
+@functools.cache
+def _served(problem: Problem, adapter: str) -> tuple[Tuning, dict[str, Tensor]]:
+    """What an adapter is, and its tensors."""
+    other = replace(problem, seed=problem.seed + 1 + list(SERVED).index(adapter))  # its own random numbers
+    tuning, weights = other.tuning(adapter), other.weights(adapter)
+    return tuning, {name: weights[name] for name in tuning.logical.added}
+
+
+def _adapter(model: Decoder, number: int) -> str | None:
+    """So that all of them meet both kinds of prompt."""
+    choice = (None, *model.logical.members)
+    return choice[number // 3 % len(choice)]
+
+
+def _models(problem: Problem, tuning: str) -> dict[str | None, tuple[Tuning, dict[str, Tensor]]]:
+    """What a cell's requests are answered by, each alone, by its adapter."""
+    if tuning != SEVERAL:
+        return {None: (problem.tuning(tuning), problem.weights(tuning))}
+    base = problem.weights()
+    models: dict[str | None, tuple[Tuning, dict[str, Tensor]]] = {None: (problem.tuning("full"), base)}
+    for name in SERVED:
+        spec, added = _served(problem, name)
+        models[name] = spec, base | added
+    return models
+
+
 def wrong_tokens(problem: Problem, cell: ServingCell, told: dict[str, Any]) -> float:
     """How many tokens are others than the reference's, which runs each request alone; 1 more if an answer has no end."""
-    tuning, wrong = problem.tuning(cell.tuning), 0
-    scaling = next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0)
-    weights = problem.weights(cell.tuning)
+    wrong, models = 0, _models(problem, cell.tuning)
     for request in told["requests"]:
         prompt, answer, how = request["prompt"], request["answer"], request["sampling"]
+        tuning, weights = models[request["adapter"]]
+        scaling = next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0)
         logits = reference.forward(weights, problem.args, torch.tensor(prompt + answer), scaling)[0][len(prompt) - 1 :]
         right = [reference.next_token(logits[n], prompt, answer[:n], how) for n in range(len(answer))]
         wrong += sum(ours != other for ours, other in zip(answer, right, strict=True))
