@@ -5,8 +5,8 @@ from faults.fault import Fault
 
 ENGINE, PAGES, SAMPLING = "accessory/infer/engine.py", "accessory/infer/pages.py", "accessory/infer/sampling.py"
 META, CACHE, TEXT = "accessory/infer/meta.py", "accessory/model/cache.py", "accessory/infer/text.py"
-SERVED = 'certify --only "served on mp=1" layout=mixtral'
-SERVED_ON_2 = 'certify --only "served on mp=2" layout=mixtral'
+SERVED = 'certify --only "served on mp=1" tuning=full'
+SERVED_ON_2 = 'certify --only "served on mp=2" tuning=lora'
 SERVED_LORA = 'certify --only "served on mp=1" layout=mixtral_sparse'
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
 SCHEDULES = "'tests/test_engine.py::test_random_schedules[9]'"
