@@ -51,10 +51,11 @@ class SideBySide:
             if not all(map(all_finite, found)):
                 raise UserError(f"adapter '{called}': {name} holds NaN or infinite values: get it anew, or leave it out")
             columns += found
-        axis, rank = (-2 if part == "lora_a" else -1), self.logical.adapters[matrix].rank  # which nobody cuts
+        axis, rank = (-2 if part == "lora_a" else -1), self.logical.adapters[matrix].rank
         whole = torch.cat(columns, axis)
         missing = rank - whole.shape[axis]
-        return F.pad(whole, (0, 0, 0, missing) if part == "lora_a" else (0, missing))
+        whole = F.pad(whole, (0, 0, 0, missing) if part == "lora_a" else (0, missing))
+        return whole.narrow(axis, region[axis].start, region[axis].stop - region[axis].start)
 
 
 def _columns(adapter: Adapter, source: Source, matrix: str, part: str, region: Region) -> list[Tensor]:

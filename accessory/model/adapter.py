@@ -38,7 +38,7 @@ class Adapter:
     def side_by_side(cls, members: Sequence["Adapter"]) -> "Adapter":
         """Of ``members``; where one has none of this matrix, ``Adapter()`` stands for it."""
         rank = sum(member.rank + member.bias for member in members)
-        return cls(rank=-(-rank // 8) * 8, members=tuple(members))  # as products on a GPU want it
+        return cls(rank=-(-rank // 8) * 8, members=tuple(members))  # 16 bytes: what grouped products on a GPU take
 
     def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Of its tensors, beside a ``matrix`` [..., out, in]."""
