@@ -89,7 +89,7 @@ def adapters(base, tmp_path_factory):
 
 
 def load(paths, layout, **options):
-    where = {"mp_group": dist.group.WORLD, "device": "cpu", "dtype": torch.float64, "max_seq_len": 48}
+    where = {"mp_group": dist.group.WORLD, "device": "cpu", "dtype": torch.float64, "max_seq_len": 200}
     return MetaModel.from_pretrained(paths, layout, **where, **options)
 
 

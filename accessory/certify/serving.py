@@ -128,8 +128,16 @@ def _model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder
     adapters = {name: _served(problem, name) for name in SERVED}
     given = {name: (tuning.logical.adapters, Tensors(weights)) for name, (tuning, weights) in adapters.items()}
     both = SideBySide(problem.args, Tensors(problem.weights()), given)
-    dtypes = {"dtype": at_least(problem.dtype), "compute": problem.dtype}
-    return build(both.logical, cell.layout, both, mesh=mesh, device=device, trains=frozenset(), **dtypes)
+    return build(
+        both.logical,
+        cell.layout,
+        both,
+        mesh=mesh,
+        dtype=at_least(problem.dtype),
+        compute=problem.dtype,
+        device=device,
+        trains=frozenset(),
+    )
 
 
 @functools.cache
