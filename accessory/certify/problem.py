@@ -50,7 +50,7 @@ TUNINGS = {
 }
 SERVED = {
     "first": replace(TUNINGS["lora"], train=()),
-    "second": TuningSection(lora=LoraSection(rank=2, alpha=5.0, targets=("experts", "router"))),
+    "second": TuningSection(lora=LoraSection(rank=2, alpha=5.0, targets=("experts", "router", "output"))),
 }
 """Adapters that stand side by side when requests are answered."""
 BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full
