@@ -73,6 +73,7 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
         help="hold it in N processes (GPUs); or use torchrun, srun",
     )
     verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
+    verb.add_argument("--max-seq-len", type=a_count, default=4096, help="tokens of prompt and answer; default: %(default)s")
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
 
 
