@@ -43,6 +43,8 @@ def load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
     return MetaModel.from_pretrained(
         [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
+        arguments.config,
+        arguments.tokenizer,
         max_seq_len=arguments.max_seq_len,
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,8 +50,12 @@ def run_serve(arguments: argparse.Namespace) -> None:
     run_job(lambda launch: serve(arguments, launch), ParallelSection.stall_timeout_s)
 
 
-def serve(arguments: argparse.Namespace, launch: Launch) -> None:
-    """Serve from rank 0; the other ranks follow."""
+def serve(arguments: argparse.Namespace, launch: Launch, ready: Callable[[str], None] | None = None) -> None:
+    """Serve from rank 0; the other ranks follow.
+
+    Args:
+        arguments: the verb's. ready: called with the server's address once clients can come; None: it is said.
+    """
     check_template(arguments.template)
     key = os.environ.get(KEY, "")
     if not key and arguments.host not in LOOPBACK:
@@ -70,7 +74,8 @@ def serve(arguments: argparse.Namespace, launch: Launch) -> None:
     app = make_app(model, service, name, template=arguments.template, key=key, limit_s=arguments.timeout)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, service.close)
-    engine.lead(lambda: _serve(app, service, door, name))
+    said = f"{name} is served at {{}}/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it."
+    engine.lead(lambda: _serve(app, service, door, ready or (lambda address: say(said.format(address)))))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -85,7 +90,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return door
 
 
-def _serve(app: FastAPI, service: Service, door: socket.socket, name: str) -> None:
+def _serve(app: FastAPI, service: Service, door: socket.socket, ready: Callable[[str], None]) -> None:
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
     )
@@ -96,8 +101,7 @@ def _serve(app: FastAPI, service: Service, door: socket.socket, name: str) -> No
             raise RuntimeError("uvicorn has ended")
         time.sleep(0.01)
     host, port = door.getsockname()[:2]
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    say(f"{name} is served at http://{place}/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it.")
+    ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     service.run()
     server.should_exit = True
     thread.join(10)
