@@ -82,7 +82,7 @@ def sampling(values: tuple[float, ...]) -> dict[str, float]:
 def draw_load(load: list[list[int]]) -> Figure:
     """Which experts an answer's tokens took, [layers][experts], as shares of each layer's."""
     shares = [[count / max(1, sum(layer)) for count in layer] for layer in load]
-    figure = Figure(figsize=(5, 0.6 + 0.25 * min(len(shares), 40)), layout="constrained")
+    figure = Figure(figsize=(5, 1.4 + 0.2 * min(len(shares), 40)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
     axes.set(xlabel="expert", ylabel="layer", xticks=range(len(shares[0])), title="Where the tokens went")

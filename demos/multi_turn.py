@@ -38,7 +38,7 @@ def make_page(worker: Worker, most_tokens: int) -> gr.Blocks:
             gr.Timer(1).tick(lambda: worker.status, None, status, show_progress="hidden")
             system = gr.Textbox(label="System prompt", lines=2, placeholder="the template's own")
             controls = sampling_controls(most_tokens)
-            picture = gr.Plot(label="Experts")
+            picture = gr.Plot(show_label=False)
         with gr.Column(scale=3):
             gr.ChatInterface(
                 answer,

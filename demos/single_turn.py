@@ -39,8 +39,8 @@ def make_page(url: str, most_tokens: int) -> gr.Blocks:
             with gr.Column():
                 with gr.Row():
                     run, stop = gr.Button("Run", variant="primary"), gr.Button("Stop")
-                text = gr.Textbox(label="Answer", lines=12, buttons=["copy"])
-                picture = gr.Plot(label="Experts")
+                text = gr.Textbox(label="Answer", lines=12, buttons=["copy"], elem_id="answer")
+                picture = gr.Plot(show_label=False)
         asking = run.click(answer, [question, given, how, *controls], [text, picture])
         stop.click(None, None, None, cancels=[asking])
     return page

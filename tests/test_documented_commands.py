@@ -14,7 +14,7 @@ from jobs import Job
 from ranks import run_ranks
 from slips import make_home
 
-from accessory.cli import _parser
+from accessory.cli import make_parser
 from accessory.config import from_mapping
 from accessory.settings import TuningSection
 
@@ -203,7 +203,7 @@ def verbs(parser):
                 yield name, verb
 
 
-@pytest.mark.parametrize("name, verb", [*verbs(_parser())], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("name, verb", [*verbs(make_parser())], ids=lambda value: value if isinstance(value, str) else "")
 def test_the_help_of(name, verb):
     """It says what the verb does, and its examples are command lines that are understood."""
     assert len(verb.description) > 60 and verb.description.endswith(".")
@@ -212,10 +212,10 @@ def test_the_help_of(name, verb):
     assert title in ("example:", "examples:") and examples
     for example in examples:
         words = shlex.split(example)
-        arguments = _parser().parse_args(words[words.index("accessory") + 1 :])
+        arguments = make_parser().parse_args(words[words.index("accessory") + 1 :])
         assert words[words.index("accessory") + 1 :][: len(name.split())] == name.split() and arguments.run
 
 
 def test_the_help_of_all():
-    text = _parser().format_help()
+    text = make_parser().format_help()
     assert "Finetune Mixture-of-Experts language models" in text and "accessory VERB --help" in text

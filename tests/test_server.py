@@ -130,6 +130,19 @@ def test_logprobs(client, right):
     assert streamed == [token.logprob for token in chat.logprobs.content]
 
 
+def test_usage_counts_a_prompt_once(client):
+    usage = client.completions.create(prompt=[[5, 6, 7], [8]], n=2, **GREEDY | {"max_tokens": 3}).usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 12, 16)
+
+
+def test_a_chat_ends_where_its_template_does(client):
+    """The dialog template's answers end with a line that begins with ###."""
+    asked = {"model": "model", "messages": MESSAGES, "max_tokens": 30, "temperature": 0}
+    written = {"structured_outputs": {"regex": "the list\n### Human: and then"}}
+    choice = client.chat.completions.create(extra_body=written, **asked).choices[0]
+    assert choice.message.content == "the list" and choice.finish_reason == "stop"
+
+
 def test_samples_have_seeds_that_follow_one_another(client):
     asked = {"model": "model", "temperature": 1.3, "max_tokens": 12, "prompt": TEXTS[0]}
     several = [choice.text for choice in client.completions.create(n=3, seed=7, **asked).choices]
@@ -159,10 +172,11 @@ def test_answers_of_a_form(client, temperature):
     bias = {"logit_bias": {"96": 20}}  # "]", so that it comes to an end
     answer = client.chat.completions.create(response_format=form, **asked, **bias).choices[0]
     found = json.loads(answer.message.content)
+    assert answer.message.content == json.dumps(found, separators=(",", ":"))
     assert answer.finish_reason == "stop" and found["name"] in ("list", "words") and isinstance(found["sizes"], list)
     regex = {"structured_outputs": {"regex": "the (list|words){2,4}!"}}
-    text = client.chat.completions.create(extra_body=regex, **asked).choices[0].message.content
-    assert re.fullmatch("the (list|words){2,4}!", text)
+    for sample in client.chat.completions.create(extra_body=regex, n=2, **asked).choices:
+        assert re.fullmatch("the (list|words){2,4}!", sample.message.content)
 
 
 def test_the_experts_that_an_answer_took(client, address):

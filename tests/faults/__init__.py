@@ -18,6 +18,7 @@ from faults import (
     parallel,
     precision,
     router,
+    serving,
     state,
 )
 from faults.fault import Fault
@@ -37,6 +38,7 @@ _MODULES = (
     formats,
     descriptions,
     generation,
+    serving,
     precision,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
