@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,12 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "4": "2",
     "-n32": "-n2",
     "128": "2",
+    "8080": "0",
 }
 SMALL = {  # what is added to a verb, so that it takes seconds
     "finetune": ["train.max_steps=1", "train.batch_size=1", "train.epochs=1", "data.max_seq_len=192", "log.probe_tokens=64"],
     "generate": ["--max-gen-len", "2"],
+    "serve": ["--port", "0"],
     "certify": ["--quick", "--only", "world=1", "layout=mixtral", "tuning=full"],
 }
 SMALL["finetune"] += ["log.tensorboard=false", "data.validation=0", "parallel.model_parallel=2"]
@@ -102,9 +105,12 @@ def workshop(tmp_path_factory):
 
 
 def run(place, words, ranks=1, environment=None):
-    """An accessory command in ``place``, which must succeed; returns what it printed."""
+    """An accessory command in ``place``, which must succeed; returns what it printed. A server is ended when it is up."""
     plant = f"import os\nos.chdir({str(place)!r})\nos.environ |= {environment or {}}\n"
     with Job(*words, ranks=ranks, plant=plant) as job:
+        if words[0] == "serve":
+            job.reach("Ctrl-C ends it.")
+            job.send(signal.SIGINT)
         assert job.codes(timeout=280) == [0] * ranks, job.out() + job.err()
         return job.out()
 
@@ -132,6 +138,8 @@ def execute(command, place, number, environment):
         environment |= [words[1].split("=", 1)]
     elif words[0] == "make":  # what it would do; the tests themselves are among that
         subprocess.run(["make", "-n", "-C", ROOT, words[1]], check=True, capture_output=True)
+    elif demo := next((word for word in words if word.startswith("demos/")), None):  # test_demo.py opens its page
+        subprocess.run([sys.executable, ROOT / demo, "--help"], check=True, capture_output=True)
     elif words[0] == "srun":
         ranks = int(next(word for word in words if word.startswith("-n")).removeprefix("-n"))
         run(place, small(recipe(words[words.index("bash") :], place, environment)), ranks, environment)

@@ -85,7 +85,7 @@ class Call(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(Call):
+class CompletionCall(Call):
     """Texts to go on with."""
 
     prompt: object
@@ -110,7 +110,7 @@ def _is_numbers(given: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Call):
+class ChatCall(Call):
     """A conversation to be answered. What of ``tools`` the model calls stands in its answer, as its template has it."""
 
     messages: tuple[dict[str, object], ...]
@@ -134,7 +134,7 @@ class Writer:
     """Writes the answers of one call. Those of a chat begin with their first letter: a template may leave a blank before."""
 
     def __init__(self, call: Call, tokenizer: Tokenizer):
-        self.id = f"{'chatcmpl' if isinstance(call, Chat) else 'cmpl'}-{uuid.uuid4().hex}"
+        self.id = f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{uuid.uuid4().hex}"
         self._call, self._tokenizer, self._created = call, tokenizer, int(time.time())
         self._names = {number: name for name, number in tokenizer.special.items()}
         self._begun: set[int] = set()  # answers of which there is text
@@ -168,7 +168,7 @@ class Writer:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._call.model}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chat = isinstance(self._call, Chat)
+        chat = isinstance(self._call, ChatCall)
         return self._head("chat.completion.chunk" if chat else "text_completion") | {"choices": choices}
 
     def _choice(
@@ -182,10 +182,10 @@ class Writer:
     ) -> dict[str, Any]:
         logprobs = self._logprobs(choices) if self._call.logprobs is not None and choices else None
         choice: dict[str, Any] = {"index": number, "logprobs": logprobs, "finish_reason": reason}
-        if isinstance(self._call, Chat) and number not in self._begun:
+        if isinstance(self._call, ChatCall) and number not in self._begun:
             text = text.lstrip()
         self._begun |= {number} if text else set()
-        if not isinstance(self._call, Chat):
+        if not isinstance(self._call, ChatCall):
             choice["text"] = text
         elif streams:
             choice["delta"] = {"content": text} if text else {}
@@ -196,7 +196,7 @@ class Writer:
         return choice
 
     def _logprobs(self, choices: Sequence[TokenChoice]) -> dict[str, Any]:
-        if isinstance(self._call, Chat):
+        if isinstance(self._call, ChatCall):
             told = [
                 self._told(choice.token, choice.logprob)
                 | {"top_logprobs": [self._told(token, logprob) for token, logprob in choice.likeliest]}

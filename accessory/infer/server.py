@@ -30,7 +30,7 @@ from accessory.errors import UserError
 from accessory.infer.chat import check_template, load
 from accessory.infer.meta import MetaModel
 from accessory.infer.metrics import Metrics
-from accessory.infer.openai_api import Call, Chat, Completion, Writer, error_body
+from accessory.infer.openai_api import Call, ChatCall, CompletionCall, Writer, error_body
 from accessory.infer.sampling import Sampling
 from accessory.infer.service import Answers, Busy, Closing, News, Service
 from accessory.parallel.launch import Launch, run_job, start_ranks
@@ -168,12 +168,12 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: Request) -> Response:
-        call = await front.read(request, Chat)
+        call = await front.read(request, ChatCall)
         return await front.answer(call, [await run_in_threadpool(_asked, model, call, template)], request)
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: Request) -> Response:
-        call = await front.read(request, Completion)
+        call = await front.read(request, CompletionCall)
         return await front.answer(call, await run_in_threadpool(_continued, model, call), request)
 
     @app.get("/v1/models", dependencies=guarded)
@@ -204,14 +204,14 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     return app
 
 
-def _asked(model: MetaModel, call: Chat, template: str | None) -> tuple[list[int], Sampling]:
+def _asked(model: MetaModel, call: ChatCall, template: str | None) -> tuple[list[int], Sampling]:
     """The tokens that ask for an answer, and how it is to be."""
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
     ids, stops = model.asked(messages, template, call.tools if call.tool_choice == "auto" else ())
     return ids, _sampling(model, call).stopping_at(stops)
 
 
-def _continued(model: MetaModel, call: Completion) -> list[tuple[list[int], Sampling]]:
+def _continued(model: MetaModel, call: CompletionCall) -> list[tuple[list[int], Sampling]]:
     encode, sampling = model.tokenizer.encode, _sampling(model, call)
     return [(encode(one, bos=True, eos=False) if isinstance(one, str) else one, sampling) for one in call.prompts]
 
@@ -278,7 +278,7 @@ async def _events(call: Call, answers: Answers, writer: Writer, limit_s: float) 
     """An answer in pieces, as they come. If the client leaves, this ends here, and so do the requests."""
     deadline = time.monotonic() + limit_s
     try:
-        if isinstance(call, Chat):
+        if isinstance(call, ChatCall):
             for number in range(len(answers.requests)):
                 yield _event(writer.first(number))
         steps = aiter(answers)

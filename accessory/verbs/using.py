@@ -19,6 +19,11 @@ Port = Annotated[int, Bounds(least=0, most=65535)]
 
 
 def using_verbs(verbs: Verbs) -> None:
+    for add in (_generate, _chat, _serve, _classify, _compare):
+        add(verbs)
+
+
+def _generate(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "generate",
@@ -41,6 +46,8 @@ def using_verbs(verbs: Verbs) -> None:
     form.add_argument("--json-schema", type=a_path, metavar="FILE", help="answers are JSON that this schema allows")
     form.add_argument("--regex", type=checked(Text), help="answers are what this matches as a whole")
 
+
+def _chat(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "chat",
@@ -55,6 +62,8 @@ def using_verbs(verbs: Verbs) -> None:
     verb.add_argument("--system", type=checked(Text), metavar="TEXT", help="system prompt; default: the template's own")
     sampling_arguments(verb, temperature=0.7)
 
+
+def _serve(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "serve",
@@ -77,6 +86,8 @@ def using_verbs(verbs: Verbs) -> None:
     verb.add_argument("--timeout", type=checked(Positive), default=600, help="seconds of an answer; default: %(default)s")
     verb.add_argument("--grace", type=checked(NonNegative), default=30, help="seconds to end in; default: %(default)s")
 
+
+def _classify(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "classify",
@@ -89,6 +100,8 @@ def using_verbs(verbs: Verbs) -> None:
     model_arguments(verb)
     verb.add_argument("texts", nargs="+", type=checked(Text), metavar="TEXT")
 
+
+def _compare(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "compare",

@@ -12,7 +12,13 @@ REFUSED = f"{TEST}what_cannot_be_asked_is_refused_in_a_sentence"
 ENDS = f"{TEST}what_was_begun_is_ended_before_the_server_is"
 
 FAULTS = (
-    Fault("every sample has the first one's seed", SERVER, "sampling.seeded(n))", "sampling.seeded(0))", f"{TEST}samples"),
+    Fault(
+        "every sample has the first one's seed",
+        SERVER,
+        "sampling.seeded(n))",
+        "sampling.seeded(0))",
+        f"{TEST}samples_have_seeds_that_follow_one_another",
+    ),
     Fault(
         "what comes while a client reads takes the place of what came before",
         SERVICE,
@@ -48,7 +54,13 @@ FAULTS = (
         "for request in requests)",
         f"{TEST}usage_counts_a_prompt_once",
     ),
-    Fault("a chat ends at no stop of its template", SERVER, ".stopping_at(stops)", ".stopping_at(())", f"{TEST}a_chat_ends"),
+    Fault(
+        "a chat ends at no stop of its template",
+        SERVER,
+        ".stopping_at(stops)",
+        ".stopping_at(())",
+        f"{TEST}a_chat_ends_where_its_template_does",
+    ),
     Fault("a logit bias finds no token", API, "int(token) if str(token).isdecimal()", "0 if str(token).isdecimal()", FORMS),
     Fault("the form stays at its beginning", ENGINE, "            request.matcher.add(choice.token)\n", "", FORMS),
     Fault(
@@ -71,8 +83,8 @@ FAULTS = (
         LOAD,
     ),
     Fault("the server counts its experts' documents", ENGINE, "counts.sum(1)", "(counts > 0).sum(1)", LOAD),
-    Fault("any key opens", SERVER, "if key and not hmac", "if False and not hmac", f"{TEST}too_many"),
-    Fault("any number may wait", SERVICE, "> self._most_waiting:", "> 10**9:", f"{TEST}too_many"),
+    Fault("any key opens", SERVER, "if key and not hmac", "if False and not hmac", f"{TEST}too_many_are_told_to_come_again"),
+    Fault("any number may wait", SERVICE, "> self._most_waiting:", "> 10**9:", f"{TEST}too_many_are_told_to_come_again"),
     Fault("a body has no end", SERVER, "if len(body) > MOST_BYTES:", "if False:", REFUSED),
     Fault("whatever a model is called, it is answered for", SERVER, "if model != self.name:", "if False:", REFUSED),
     Fault("a text is read as JSON", SERVER, '!= "application/json":', '== "":', f"{TEST}a_page_in_a_browser_cannot_ask"),
