@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from common import environment, pick_device, start_one_process
 from transformers import MixtralForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-from accessory.certify.harness import build
 from accessory.certify.problem import SMALL
 from accessory.certify.serving import Numbers
 from accessory.checkpoint.convert import Target, convert
@@ -29,9 +29,10 @@ from accessory.checkpoint.open import Checkpoint
 from accessory.infer.engine import Engine
 from accessory.infer.sampling import Sampling
 from accessory.model.args import MoEArgs
-from accessory.model.build import RandomWeights
+from accessory.model.build import RandomWeights, build_model
 from accessory.model.decoder import Decoder
 from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import get_layout
 from accessory.train.save import save_model
 
 SHAPE = replace(
@@ -103,7 +104,14 @@ def read_rate() -> float:
     return numbers.nbytes / min(times)
 
 
-def active_bytes(model: Decoder, dtype: torch.dtype) -> int:
+def _build(layout: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+    logical = LogicalModel(SHAPE)
+    source = RandomWeights(logical, 0)
+    return build_model(logical, get_layout(layout), source, dtype=dtype, device=device, trains=frozenset())
+
+
+def active_bytes(dtype: torch.dtype) -> int:
+    """Of the weights that one token needs."""
     args = SHAPE
     attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
     experts = 3 * args.moe.num_experts_per_tok * args.dim * args.hidden_dim
@@ -118,17 +126,18 @@ def main() -> None:
     start_one_process()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device, logical = pick_device(), LogicalModel(SHAPE)
+    disable_progress_bar()
+    device = pick_device()
     rate = read_rate() if device.type == "cpu" else None
     print(environment())
     with tempfile.TemporaryDirectory() as folder:
-        first = build(logical, "mixtral", RandomWeights(logical, 0), dtype=torch.float32)
+        first = _build("mixtral", torch.float32, device)
         save_model(first, Path(folder, "own"), {}, torch.float32, "safetensors")
         convert(Checkpoint(Path(folder, "own")), Path(folder, "hf"), Target("hf"))
         for dtype in (torch.float32, torch.bfloat16):
             engines = {
                 f"accessory, {layout}": Engine(
-                    build(logical, layout, RandomWeights(logical, 0), dtype=dtype, device=device, trains=frozenset()),
+                    _build(layout, dtype, device),
                     Numbers(SHAPE.vocab_size),
                     max_seq_len=512,
                 )
@@ -141,7 +150,7 @@ def main() -> None:
                 ).to(device)
             _compare(str(dtype).removeprefix("torch."), engines, models, arguments.rounds)
             if rate:
-                limit = rate / active_bytes(first, dtype)
+                limit = rate / active_bytes(dtype)
                 print(f"limit of one request: {limit:.0f} tokens/s ({rate / 1e9:.1f} GB/s)", flush=True)
 
 

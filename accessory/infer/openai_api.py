@@ -153,7 +153,7 @@ class Writer:
 
     def part(self, number: int, text: str, choices: Sequence[TokenChoice], end: Running | None) -> dict[str, Any]:
         """The chunk of what has come to an answer; ``end``: its request, if that is all."""
-        return self._chunk([self._choice(number, text, choices, end, end and end.finish_reason, streams=True)])
+        return self._chunk([self._choice(number, text, choices, end, end.finish_reason if end else None, streams=True)])
 
     def last(self, requests: Sequence[Running]) -> dict[str, Any]:
         """The chunk that says how much it was."""
