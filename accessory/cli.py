@@ -27,7 +27,7 @@ READ_ON = "accessory VERB --help says what a verb does, needs and writes. README
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    arguments = _parser().parse_args()
+    arguments = make_parser().parse_args()
     _report(arguments.run, arguments)
 
 
@@ -59,7 +59,7 @@ def _settle_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="accessory", description=ABOUT, epilog=READ_ON)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")

@@ -18,6 +18,7 @@ from faults import (
     parallel,
     precision,
     router,
+    serving,
     side_by_side,
     state,
 )
@@ -39,6 +40,7 @@ _MODULES = (
     descriptions,
     generation,
     side_by_side,
+    serving,
     precision,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}

@@ -111,7 +111,7 @@ FAULTS = (
     ),
     Fault(
         "the other ranks are not told the adapters",
-        ENGINE,
+        "accessory/infer/plan.py",
         "plan.members.append(member)",
         "plan.members.append(0)",
         ON_2,
