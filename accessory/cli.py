@@ -16,6 +16,7 @@ from accessory.options import (
     a_path,
     add_verb,
     checked,
+    evaluation_arguments,
     function_of,
     model_arguments,
     pieces_count,
@@ -167,6 +168,21 @@ def _using_verbs(verbs: Verbs) -> None:
     )
     model_arguments(verb)
     verb.add_argument("texts", nargs="+", type=checked(Text), metavar="TEXT")
+
+    verb = add_verb(
+        verbs,
+        "evaluate",
+        function_of("accessory.train.evaluate", "run_evaluate"),
+        "scores on tasks and data, of one model or of two side by side",
+        "Measure a model: a checkpoint of any format, with adapters laid over it. --tasks are those of "
+        "lm-evaluation-harness, with its numbers; --data is a data mix, of which it tells loss, perplexity and token "
+        "accuracy as a run's validation does. It prints a table, with --against of two models and their difference.",
+        "accessory evaluate runs/quickstart/merged --data runs/quickstart/data/later.yaml",
+        "accessory evaluate hf --tasks arc_easy,hellaswag --mp 4 --out scores.json",
+        "accessory evaluate BASE --adapter ADAPTER --against BASE --tasks my_task --include TASKS --data RUN.yaml",
+    )
+    model_arguments(verb)
+    evaluation_arguments(verb)
 
     verb = add_verb(
         verbs,

@@ -135,7 +135,7 @@ class MetaModel:
         chosen = get_template(template, self.tokenizer) if template else self.template
         if chosen.documents:  # a model of texts goes on with one
             return self.tokenizer.encode(str(conversation), bos=True, eos=False), ()
-        return self.tokenizer.encode_segments(chosen.prompt(_conversation(conversation)))[0], chosen.stop
+        return self.tokenizer.encode_segments(chosen.prompt(conversation_of(conversation)))[0], chosen.stop
 
     def generate(
         self,
@@ -324,7 +324,8 @@ class MetaModel:
         return [self.tokenizer.encode(e, bos, eos) if isinstance(e, str) else list(e) for e in examples]
 
 
-def _conversation(said: str | Sequence[Mapping[str, Any]]) -> Conversation:
+def conversation_of(said: str | Sequence[Mapping[str, Any]]) -> Conversation:
+    """A question, or messages (see ``MetaModel.chat``), of which the last is the user's."""
     messages: list[Mapping[str, Any]] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
