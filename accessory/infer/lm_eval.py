@@ -2,8 +2,9 @@
 
 import difflib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 import datasets
@@ -132,8 +133,8 @@ class EngineLM(TemplateLM):
                 running.append(self.engine.submit(kept, sampling.stopping_at(stops)))
             self._tell_cut(cut)
             with progress(total=len(running), unit="answer") as bar:
-                for _ in self.engine.run():
-                    bar.update(sum(request.finish_reason is not None for request in running) - bar.n)
+                for step in self.engine.run():
+                    bar.update(sum(said.request.finish_reason is not None for said in step))
         return [request.text for request in running]
 
     def _scores(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -213,7 +214,7 @@ def run_tasks(
         return {}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with EngineLM(model) as asked:
+    with EngineLM(model) as asked, redirect_stdout(sys.stderr):  # lm-eval says there what it computes
         try:
             return simple_evaluate(
                 asked,

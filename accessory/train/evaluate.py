@@ -21,7 +21,7 @@ from accessory.files import check_directory, check_writable, replacing
 from accessory.infer.meta import MetaModel
 from accessory.infer.scoring import MOST_TOKENS
 from accessory.parallel.launch import Launch, first_on_each_node, run_job, start_ranks
-from accessory.settings import ParallelSection, RunConfig
+from accessory.settings import DataSection, ParallelSection, RunConfig
 from accessory.train.data_check import run_of
 from accessory.train.objective import Classification, Objective, TokenAccuracy
 from accessory.train.validate import mean_loss
@@ -107,19 +107,16 @@ def _measure(
 def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch) -> Results:
     """Loss and what else validation tells, of what a mix marks for validation (of all of it if it marks nothing), or of
     what a run holds out; on all ranks."""
-    args = model.llma.args
-    max_seq_len = model.max_seq_len
-    mix, share, seed, bad_records = path, 0.0, 0, "error"
-    if run:
-        mix, share, seed, bad_records = Path(run.data.mix), run.data.validation, run.train.seed, run.data.bad_records
-        max_seq_len = run.data.max_seq_len or max_seq_len
-    arguments = (mix, model.tokenizer, max_seq_len, seed, share, bad_records, args.labels)
+    section = run.data if run else DataSection(str(path), validation=0.0)
+    seed, labels = run.train.seed if run else 0, model.llma.args.labels
+    max_seq_len = section.max_seq_len or model.max_seq_len
+    arguments = (section.mix, model.tokenizer, max_seq_len, seed, section.validation, section.bad_records, labels)
     data = first_on_each_node(lambda: load_mix(*arguments), launch)
     samples = data.validation or data.training
     lengths = sample_lengths(samples)
     say(f"{path}: {len(samples)} {'held-out ' if data.validation else ''}samples, {lengths.sum():,} tokens")
     rows = Rows.packed(lengths.argsort(kind="stable"), lengths, max(MOST_TOKENS, int(lengths.max())))
-    objective: Objective = Classification() if args.labels else TokenAccuracy()
+    objective: Objective = Classification() if labels else TokenAccuracy()
     loss, metrics = mean_loss(model.llma, objective, samples, rows, BatchPlan(1, 1, 0, 1))
     return {str(path): {f"{name},none": value for name, value in ({"loss": loss} | metrics).items()}}
 

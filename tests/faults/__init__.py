@@ -10,6 +10,7 @@ from faults import (
     classify,
     data,
     descriptions,
+    evaluation,
     experts,
     formats,
     generation,
@@ -37,6 +38,7 @@ _MODULES = (
     formats,
     descriptions,
     generation,
+    evaluation,
     precision,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
