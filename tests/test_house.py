@@ -19,7 +19,7 @@ FLOORS = (  # from the ground; rooms of one floor do not import one another
     ("infer",),
     ("train",),
     ("certify",),
-    ("options",),
+    ("verbs",),
     ("cli",),
     ("__main__",),
 )

@@ -126,7 +126,7 @@ class MultiGpuWrapper:
                 worker.pipe.send((number, name, args, kwargs))
             except OSError:
                 self._lost(worker)
-        awaited = {worker.pipe: worker for worker in self._workers}
+        awaited: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers}
         result: Any = None
         error: BaseException | None = None
         while awaited:
@@ -178,7 +178,7 @@ class _Rank:
         join(place, dist.FileStore(store, place.world))
         self.model = MetaModel.from_pretrained(*args, **kwargs | {"mp_group": dist.group.WORLD})
         self.is_first = place.rank == 0
-        self.stream: Generator[Any, None, None] = (nothing for nothing in ())
+        self.stream: Generator[Any, None, None] = (step for step in list[Any]())  # nobody's
         self.stream_number = -1
 
     def __call__(self, call: tuple[int, str, Sequence[Any], dict[str, Any]]) -> bytes:

@@ -88,18 +88,3 @@ def sampling_arguments(verb: argparse.ArgumentParser, temperature: float) -> Non
     verb.add_argument("--min-p", type=a_fraction, default=0.0, help="least probability, as a share of the likeliest's")
     verb.add_argument("--repetition-penalty", type=checked(Positive), default=1.0, help="default: %(default)s")
     verb.add_argument("--seed", type=checked(WholeNumber), help="the same answers again; default: others each time")
-
-
-def evaluation_arguments(verb: argparse.ArgumentParser) -> None:
-    """What a model is measured on, and against which other one."""
-    verb.add_argument(
-        "--against", type=a_path, nargs="+", metavar="DIR", help="compare with that model: a base, then what changes it"
-    )
-    verb.add_argument("--tasks", type=checked(Text, lambda text: text.split(",")), metavar="TASK,TASK", help="by name")
-    verb.add_argument("--include", type=a_path, metavar="DIR", help="YAML files of further tasks")
-    verb.add_argument("--data", type=a_path, metavar="FILE", help="data mix, or a run's file: what that run holds out")
-    verb.add_argument("--num-fewshot", type=checked(WholeNumber), metavar="N", help="examples; default: the task's own")
-    verb.add_argument("--limit", type=a_count, metavar="N", help="the first N questions of each task")
-    verb.add_argument("--apply-chat-template", action="store_true", help="ask as the model was trained to be asked")
-    verb.add_argument("--max-seq-len", type=a_count, metavar="N", help="tokens of a text; default: the model's own")
-    verb.add_argument("--out", type=a_path, metavar="FILE", help="write the results as JSON")

@@ -1,0 +1,1 @@
+"""What the command line offers: a file for each kind of verb."""
