@@ -14,6 +14,7 @@ import yaml
 from jobs import command
 from models import TINY, WORDS, make_tokenizer, weights
 from ranks import run_ranks
+from sentencepiece import SentencePieceProcessor
 from slips import make_home
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,7 @@ from accessory.infer.meta import MetaModel
 from accessory.train.evaluate import table
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-ARGS = replace(TINY, vocab_size=300, sliding_window=None, rope_scaling=None)
+ARGS = replace(TINY, vocab_size=300, sliding_window=None, rope_scaling=None, max_seq_len=400)
 TASKS = {
     "choices": {
         "output_type": "multiple_choice",
@@ -54,9 +55,11 @@ DOCS = 10
 def write_models(home):
     """A model as Hugging Face has it, with the template of its training; and another one."""
     tokenizer = make_tokenizer(home / "tokenizer.model")
+    pieces = map(SentencePieceProcessor(model_file=str(tokenizer)).id_to_piece, range(300))
+    is_other = [not piece.startswith("\u2581") for piece in pieces]
     for name, seed in (("hf", 0), ("other", 1)):
         w = weights(ARGS, seed, dtype=torch.float32)
-        w["output.weight"][3:259] *= 0.3  # pieces rather than bytes
+        w["output.weight"][is_other] *= 0.05  # whole words are the likeliest
         formats.write(home / name, w, ARGS, "hf")
         shutil.copy(tokenizer, home / name / "tokenizer.model")
         assert write_tokenizer_json(tokenizer, home / name)
@@ -70,12 +73,12 @@ def write_tasks(home):
     model = AutoModelForCausalLM.from_pretrained(home / "hf", dtype=torch.float32)
     records = []
     for number in range(DOCS):
-        question = " ".join(rng.choices(WORDS, k=60 if number == DOCS - 1 else rng.randint(1, 12)))
+        question = " ".join(rng.choices(WORDS, k=200 if number == DOCS - 1 else rng.randint(1, 12)))
         asked = tokenizer(question, return_tensors="pt")
         likeliest = tokenizer.decode(model.generate(**asked, max_new_tokens=1)[0, -1:]).strip()
         written = tokenizer.decode(model.generate(**asked, max_new_tokens=16)[0, asked["input_ids"].shape[1] :])
         choices = [likeliest or "the", "not", *(" ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(2))]
-        text = " ".join(rng.choices(WORDS, k=rng.choice((3, 20, 90))))
+        text = " ".join(rng.choices(WORDS, k=rng.choice((3, 20, 300))))
         record = {"question": question, "choices": choices, "answer": rng.randrange(4), "text": text, "written": written}
         records.append(json.dumps(record))
     (home / "tasks").mkdir()
