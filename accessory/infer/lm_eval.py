@@ -159,7 +159,7 @@ class EngineLM(TemplateLM):
 
     def _tell_cut(self, count: int) -> None:
         if count:
-            say(f"warning: {count} texts are longer than {self.max_length} tokens and have lost their beginning")
+            say(f"warning: texts of more than {self.max_length} tokens have lost their beginning: {count}")
 
 
 def _sampling(wanted: dict[str, Any], number: int) -> Sampling:
