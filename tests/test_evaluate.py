@@ -45,7 +45,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{written}}",
-        "generation_kwargs": {"until": ["ff", "then every"], "max_gen_toks": 16, "do_sample": False},
+        "generation_kwargs": {"until": [" some", "is t"], "max_gen_toks": 16, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     },
 }

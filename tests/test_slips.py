@@ -271,7 +271,7 @@ VERBS = {  # other command lines: the sentence
     "evaluate {home}/ckpt --data nowhere.yaml": "nowhere.yaml: no such file",
     "evaluate {home}/ckpt --data {home}/mix.yaml --against nowhere": "nowhere: no such directory; expected a checkpoint",
     "evaluate {home}/ckpt --data {home}/mix.yaml --out {out}/a/b.json": "b.json: cannot be written",
-    "evaluate {home}/ckpt --data {home}/mix.yaml --max-seq-len 1": "no record with anything to train on within 1 tokens",
+    "evaluate {home}/ckpt --data {home}/mix.yaml --max-seq-len 1": "max_seq_len must be at least 2",
     "evaluate {home}/ckpt --tasks mine --include nowhere": "nowhere: no such directory; expected a directory of YAML task",
     "compare nowhere": "nowhere: no such directory; expected a run directory",
     "compare {home}": "metrics.jsonl: no such file; expected a run directory",

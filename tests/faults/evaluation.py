@@ -7,10 +7,10 @@ SCORES = "'tests/test_evaluate.py::test_scores_are_those_of_lm_evals_own_model[1
 
 FAULTS = (
     Fault(
-        "a token is scored where it stands, not where it is predicted",
+        "the last token of a continuation is seen as it is scored",
         SCORING,
-        "range(end - len(continuation), end)",
-        "range(end - len(continuation) - 1, end - 1)",
+        "(*context, *continuation[:-1])",
+        "(*context, *continuation)[1:]",
         SCORES,
     ),
     Fault(

@@ -156,8 +156,8 @@ FAULTS = (
     Fault(
         "the validation loss is a mean of the batches' means",
         "accessory/train/validate.py",
-        "targets += self.objective.targets(batch)\n            loss_sums.append(found.loss_sum.double())",
-        "targets += 1\n            loss_sums.append(found.loss_sum.double() / max(1, batch.target_tokens))",
+        "targets += objective.targets(batch)\n        loss_sums.append(found.loss_sum.double())",
+        "targets += 1\n        loss_sums.append(found.loss_sum.double() / max(1, batch.target_tokens))",
         "tests/test_validate.py::test_the_validation_loss",
     ),
     Fault(
