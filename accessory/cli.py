@@ -10,7 +10,6 @@ from accessory import __version__
 from accessory.errors import Stopped, UserError, sentence, stop_on_signals
 from accessory.verbs.checkpoints import checkpoint_verbs, conversion_options
 from accessory.verbs.data import data_verbs
-from accessory.verbs.evaluation import evaluation_verb
 from accessory.verbs.options import Run, a_count, a_path
 from accessory.verbs.proof import certify_verbs
 from accessory.verbs.training import training_verbs
@@ -28,7 +27,7 @@ READ_ON = "accessory VERB --help says what a verb does, needs and writes. README
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    arguments = _parser().parse_args()
+    arguments = make_parser().parse_args()
     _report(arguments.run, arguments)
 
 
@@ -60,11 +59,11 @@ def _settle_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="accessory", description=ABOUT, epilog=READ_ON)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add_verbs in (training_verbs, using_verbs, evaluation_verb, checkpoint_verbs, certify_verbs, data_verbs):
+    for add_verbs in (training_verbs, using_verbs, checkpoint_verbs, certify_verbs, data_verbs):
         add_verbs(verbs)
     return parser
 

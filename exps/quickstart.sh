@@ -53,3 +53,7 @@ accessory merge "$base" $run/lora/epoch* $run/merged --to hf
 title "6. what it answers now, the adapter folded in (a Hugging Face directory)"
 ask $run/merged
 printf '\n%s\n' "pictures: $run/compare.png $run/model/report.png $run/lora/report.png"
+if [ -t 0 ] && [ -t 1 ]; then # somebody is there
+    title "7. ask it yourself: accessory chat $run/merged"
+    accessory chat $run/merged --precision fp32 --max-gen-len 60 --temperature 0
+fi

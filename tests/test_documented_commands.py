@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from jobs import Job
 from ranks import run_ranks
 from slips import make_home
 
-from accessory.cli import _parser
+from accessory.cli import make_parser
 from accessory.config import from_mapping
 from accessory.settings import TuningSection
 
@@ -45,10 +46,12 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "4": "2",
     "-n32": "-n2",
     "128": "2",
+    "8080": "0",
 }
 SMALL = {  # what is added to a verb, so that it takes seconds
     "finetune": ["train.max_steps=1", "train.batch_size=1", "train.epochs=1", "data.max_seq_len=192", "log.probe_tokens=64"],
     "generate": ["--max-gen-len", "2"],
+    "serve": ["--port", "0"],
     "certify": ["--quick", "--only", "world=1", "layout=mixtral", "tuning=full"],
 }
 SMALL["finetune"] += ["log.tensorboard=false", "data.validation=0", "parallel.model_parallel=2"]
@@ -115,9 +118,12 @@ def write_task(home):
 
 
 def run(place, words, ranks=1, environment=None):
-    """An accessory command in ``place``, which must succeed; returns what it printed."""
+    """An accessory command in ``place``, which must succeed; returns what it printed. A server is ended when it is up."""
     plant = f"import os\nos.chdir({str(place)!r})\nos.environ |= {environment or {}}\n"
     with Job(*words, ranks=ranks, plant=plant) as job:
+        if words[0] == "serve":
+            job.reach("Ctrl-C ends it.")
+            job.send(signal.SIGINT)
         assert job.codes(timeout=280) == [0] * ranks, job.out() + job.err()
         return job.out()
 
@@ -145,6 +151,8 @@ def execute(command, place, number, environment):
         environment |= [words[1].split("=", 1)]
     elif words[0] == "make":  # what it would do; the tests themselves are among that
         subprocess.run(["make", "-n", "-C", ROOT, words[1]], check=True, capture_output=True)
+    elif demo := next((word for word in words if word.startswith("demos/")), None):  # test_demo.py opens its page
+        subprocess.run([sys.executable, ROOT / demo, "--help"], check=True, capture_output=True)
     elif words[0] == "srun":
         ranks = int(next(word for word in words if word.startswith("-n")).removeprefix("-n"))
         run(place, small(recipe(words[words.index("bash") :], place, environment)), ranks, environment)
@@ -216,7 +224,7 @@ def verbs(parser):
                 yield name, verb
 
 
-@pytest.mark.parametrize("name, verb", [*verbs(_parser())], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("name, verb", [*verbs(make_parser())], ids=lambda value: value if isinstance(value, str) else "")
 def test_the_help_of(name, verb):
     """It says what the verb does, and its examples are command lines that are understood."""
     assert len(verb.description) > 60 and verb.description.endswith(".")
@@ -225,10 +233,10 @@ def test_the_help_of(name, verb):
     assert title in ("example:", "examples:") and examples
     for example in examples:
         words = shlex.split(example)
-        arguments = _parser().parse_args(words[words.index("accessory") + 1 :])
+        arguments = make_parser().parse_args(words[words.index("accessory") + 1 :])
         assert words[words.index("accessory") + 1 :][: len(name.split())] == name.split() and arguments.run
 
 
 def test_the_help_of_all():
-    text = _parser().format_help()
+    text = make_parser().format_help()
     assert "Finetune Mixture-of-Experts language models" in text and "accessory VERB --help" in text

@@ -211,7 +211,7 @@ def test_a_cache_that_no_sequence_fits_in_is_refused():
 def test_log_probabilities():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
     expected = logits.log_softmax(-1)[0]
-    (choice,) = choose(logits, [[0]], [[]], [Sampling(logit_bias={3: 100.0}, logprobs=2, seed=0)])
+    (choice,) = choose(logits, [[0]], [[]], [Sampling(logit_bias={3: 100.0}, logprobs=2, seed=0)], [None])
     assert choice.token == 3 and choice.logprob == pytest.approx(expected[3].item())  # the model's own, whatever is asked
     assert choice.likeliest == ((1, pytest.approx(expected[1].item())), (2, pytest.approx(expected[2].item())))
 
@@ -219,7 +219,7 @@ def test_log_probabilities():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_repetition_is_made_unlikelier_whatever_the_sign_of_its_logit(sign):
     logits = torch.tensor([[0.0, -0.1]]) + sign
-    (choice,) = choose(logits, [[0]], [[]], [Sampling(repetition_penalty=1.5, seed=0)])
+    (choice,) = choose(logits, [[0]], [[]], [Sampling(repetition_penalty=1.5, seed=0)], [None])
     assert choice.token == 1
 
 

@@ -306,7 +306,7 @@ def test_temperature_and_nucleus(case):
     logits = torch.tensor(SHARES).log().expand(count, -1)
     how = [Sampling(temperature=case[0], top_p=case[1], seed=seed) for seed in range(count)]
     nothing = [[]] * count
-    chosen = torch.tensor([choice.token for choice in choose(logits, nothing, nothing, how)])
+    chosen = torch.tensor([choice.token for choice in choose(logits, nothing, nothing, how, [None] * len(how))])
     for found, share in zip(chosen.bincount(minlength=len(SHARES)).tolist(), CHOICES[case], strict=True):
         assert abs(found - count * share) <= 5 * math.sqrt(count * share * (1 - share)), case
 

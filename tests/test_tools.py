@@ -17,6 +17,7 @@ from texts import ANSWERS, MARKS, TEXTS, add_token, render, spans, trained_texts
 from transformers import AutoTokenizer
 
 from accessory.data.fields import RecordError
+from accessory.data.records import read_question
 from accessory.data.templates import get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
@@ -193,6 +194,9 @@ def test_tool_conversations_are_what_transformers_makes_of_them(source, home):
             marked = theirs.apply_chat_template(messages, tools=tools, return_assistant_tokens_mask=True)
             assert trained == [bool(mask) for mask in marked["assistant_masks"]]
         assert len(spans(tokens, trained)) == sum(message["role"] == "assistant" for message in messages)
+        asked = tokenizer.encode_segments(template.prompt(read_question(messages[:-1], tools)))[0]
+        options = {"tools": tools, "add_generation_prompt": True, "return_dict": False}
+        assert asked == theirs.apply_chat_template(messages[:-1], **options)
         if tools == TOOLS[:2]:
             shared = sharegpt(messages) | {"tools": FUNCTIONS[:2]}
             assert tokenizer.encode_segments(render(shared, template)) == (tokens, trained)

@@ -170,6 +170,17 @@ def read_record(raw: Any, form: RecordForm = RecordForm()) -> Record:
     return found
 
 
+def read_question(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+    """Messages in OpenAI's form that are to be answered: the last is a question, or what a tool gave.
+
+    Raises:
+        RecordError: they break the rules of a conversation, or say something that has no use here; says in which turn.
+    """
+    record = Fields({"messages": messages, "tools": tools})
+    system, turns = _conversation(record, "messages", asks=True)
+    return Conversation(system, turns, tools=read_tools(record))
+
+
 def _recognise(record: Fields) -> Kind:
     """The kind of a record, by its keys."""
     for kind in (*filter(record.says, KINDS), *KINDS):
@@ -267,24 +278,24 @@ def _instruction(record: Fields) -> tuple[Turn, ...]:
     return *turns, Turn("user", question, context=record.text("input")), Turn("assistant", answer)
 
 
-def _conversation(record: Fields, kind: Kind) -> tuple[str | None, tuple[Turn, ...]]:
-    """The system prompt and the turns."""
+def _conversation(record: Fields, kind: Kind, asks: bool = False) -> tuple[str | None, tuple[Turn, ...]]:
+    """The system prompt and the turns, which end with an answer, unless the conversation ``asks`` for one."""
     items = record.take(kind)
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise RecordError(f"{record.name(kind)} must be a list of turns with at least one question and answer")
     system = record.text("system")
     if not isinstance(items[0], Mapping) or _speaker(record.inside(items[0], "turn 1")) != "system":
-        return system or None, _turns(record, items, 0)
+        return system or None, _turns(record, items, 0, asks)
     if system:
         raise RecordError("turn 1 is from 'system', but there is a 'system' beside the turns too")
     turn = record.inside(items[0], "turn 1")
     _speaker(turn), _flag(turn)
     system = _content(turn)
     turn.refuse_rest()
-    return system or None, _turns(record, items, 1)
+    return system or None, _turns(record, items, 1, asks)
 
 
-def _turns(record: Fields, items: Sequence[Any], start: int) -> tuple[Turn, ...]:
+def _turns(record: Fields, items: Sequence[Any], start: int, asks: bool) -> tuple[Turn, ...]:
     """The turns from ``start`` on, whose order is checked."""
     turns: list[Turn] = []
     calls: list[ToolCall] = []
@@ -312,7 +323,9 @@ def _turns(record: Fields, items: Sequence[Any], start: int) -> tuple[Turn, ...]
         turn.refuse_rest()
     if not turns:
         raise RecordError("turn 1 is from 'system', and no question follows")
-    if turns[-1].role != "assistant":
+    if asks and turns[-1].role == "assistant":
+        raise RecordError("the last turn is an answer: there is no question to answer")
+    if not asks and turns[-1].role != "assistant":
         raise RecordError(f"the last turn is a {'question' if turns[-1].role == 'user' else 'tool turn'} without an answer")
     return tuple(turns)
 

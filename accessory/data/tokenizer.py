@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return self._model.decode(list(ids))
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """What each token writes, by its number; nothing for special ones. Of a character's bytes each may be a token."""
+        return self._model.pieces()
+
+    def encode_within(self, text: str) -> list[int]:
+        """The tokens of a text that stands behind others."""
+        return self.encode_segments([Segment(EOS, False, special=True), Segment(text, False, joined=True)])[0][1:]
 
     def encode_segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Encode what segments make together; a token is trained if it ends inside a trained segment.

@@ -1,5 +1,6 @@
 """How each kind of tokenizer file turns segments into tokens: SentencePiece's and Hugging Face's."""
 
+import re
 import secrets
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ class Model(Protocol):
         """Token ids, and where in the text of the run each of them ends."""
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def pieces(self) -> list[bytes]:
+        """What each token writes; nothing for special ones."""
 
 
 class SentencePiece:
@@ -94,6 +98,10 @@ class SentencePiece:
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)
         return text
+
+    def pieces(self) -> list[bytes]:
+        special = set(self.special.values())
+        return [b"" if n in special else _written(self._model.id_to_piece(n)) for n in range(self.size)]
 
 
 class HuggingFace:
@@ -168,6 +176,33 @@ class HuggingFace:
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.decode(ids)
         return text
+
+    def pieces(self) -> list[bytes]:
+        special, added = set(self.special.values()), self._model.get_added_tokens_decoder()
+        of_bytes = "ByteLevel" in repr(self._model.decoder)
+        pieces = []
+        for number in range(self.size):
+            piece = self._model.id_to_token(number)
+            if piece is None or number in special:
+                pieces.append(b"")
+            elif number in added:
+                pieces.append(piece.encode())
+            else:
+                pieces.append(bytes(_BYTES[letter] for letter in piece) if of_bytes else _written(piece))
+        return pieces
+
+
+def _written(piece: str) -> bytes:
+    """What a piece of SentencePiece's kind writes."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes([int(byte[1], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_INVISIBLE = sorted({*range(0x100)} - {*_VISIBLE})
+_BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + n): byte for n, byte in enumerate(_INVISIBLE)}
+"""The letter that stands for each byte in a tokenizer of bytes, as GPT-2's."""
 
 
 def special_names(settings: dict[str, Any]) -> dict[str, str]:

@@ -2,27 +2,32 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from accessory.config import from_mapping
+from accessory.config import from_mapping, read_mapping
 from accessory.console import progress, say
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
 from accessory.infer.engine import Running
+from accessory.infer.grammar import Grammar
 from accessory.infer.meta import MetaModel
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
 
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
+
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """The verbs ``generate`` and ``classify``."""
+    """The ``generate`` verb."""
     start_ranks(arguments.mp)
     run_job(lambda launch: generate(arguments, launch), ParallelSection.stall_timeout_s)
 
@@ -38,6 +43,9 @@ def load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
     return MetaModel.from_pretrained(
         [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
+        arguments.config,
+        arguments.tokenizer,
+        max_seq_len=arguments.max_seq_len,
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),
         device=launch.device,
@@ -66,24 +74,22 @@ def generate(arguments: argparse.Namespace, launch: Launch) -> None:
     if arguments.out:
         check_writable(Path(arguments.out))
     model = load(arguments, launch)
-    engine = model.engine
-    if launch.rank:
-        engine.follow()
-        return
-    try:
-        requests = []
-        for prompt in prompts:
-            stops: tuple[str, ...] = ()
-            if arguments.raw:
-                ids = model.tokenizer.encode(_text(prompt), bos=True, eos=False)
-            else:
-                ids, stops = model.asked(prompt, arguments.template)
-            requests.append(engine.submit(ids, sampling.stopping_at(stops)))
-        with progress(total=len(requests), unit="answer") as bar:
-            for _ in engine.run():
-                bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
-    finally:
-        engine.close()
+    model.engine.lead(lambda: _answer(model, prompts, sampling, arguments))
+
+
+def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arguments: argparse.Namespace) -> None:
+    sampling = replace(sampling, grammar=_grammar(model, arguments))
+    requests = []
+    for prompt in prompts:
+        stops: tuple[str, ...] = ()
+        if arguments.raw:
+            ids = model.tokenizer.encode(_text(prompt), bos=True, eos=False)
+        else:
+            ids, stops = model.asked(prompt, arguments.template)
+        requests.append(model.engine.submit(ids, sampling.stopping_at(stops)))
+    with progress(total=len(requests), unit="answer") as bar:
+        for _ in model.engine.run():
+            bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
     if arguments.out:
         with replacing(Path(arguments.out)) as unfinished:
             unfinished.write_text("".join(_line(prompt, request) for prompt, request in zip(prompts, requests, strict=True)))
@@ -93,14 +99,17 @@ def generate(arguments: argparse.Namespace, launch: Launch) -> None:
             say(f"> {_text(prompt)}\n{request.text.strip()}\n")
 
 
+def _grammar(model: MetaModel, arguments: argparse.Namespace) -> Grammar | None:
+    """The form that the command line asks answers to have."""
+    if arguments.json_schema:
+        return model.grammars.json_schema(read_mapping(arguments.json_schema))
+    return model.grammars.regex(arguments.regex) if arguments.regex else None
+
+
 def classify(arguments: argparse.Namespace, launch: Launch) -> None:
     """Load a classifier over all ranks of the job and print the labels of each text, the likeliest first."""
     for text, shares in zip(arguments.texts, load(arguments, launch).classify(arguments.texts), strict=True):
         say(f"> {text}\n{', '.join(f'{label} {share:.1%}' for label, share in shares.items())}\n")
-
-
-Prompt = str | list[dict[str, Any]]
-"""A text, or the messages of a conversation."""
 
 
 def _read(path: str) -> Iterator[Prompt]:

@@ -2,8 +2,9 @@
 
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import UserError
+from accessory.infer.grammar import Matcher
 from accessory.infer.pages import Key, PagePool, page_keys
 from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
@@ -21,8 +23,9 @@ from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 
+BEAT_S = 60.0
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass
@@ -31,7 +34,9 @@ class Running:
 
     Attributes:
         prompt, answer: token ids. text: the answer's. choices: its tokens, with what is told of them.
-        finish_reason: None while it goes on.
+        finish_reason: None while it goes on; "error": its grammar could not be followed.
+        expert_load: [L, E] int64, its tokens that were run by each expert, if ``sampling`` asks for it.
+        admitted: when it was let in, by ``time.monotonic``.
         in_cache: how many of its tokens the cache has. pages, begin: where (see ``PagedCache.at``).
         keys: of its full pages, the prompt's at first. promised: pages that it may still take.
     """
@@ -40,6 +45,7 @@ class Running:
     prompt: list[int]
     sampling: Sampling
     stream: TextStream
+    matcher: Matcher | None
     answer: list[int] = field(default_factory=list)
     choices: list[TokenChoice] = field(default_factory=list)
     finish_reason: Reason | None = None
@@ -48,6 +54,8 @@ class Running:
     begin: int = 0
     keys: list[Key] = field(default_factory=list)
     promised: int = 0
+    expert_load: Tensor | None = None
+    admitted: float | None = None
 
     @property
     def text(self) -> str:
@@ -144,7 +152,10 @@ class Engine:
         self.pool = PagePool(pages)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
-        self.shared_tokens = 0  # of prompts, which were not run, since the cache had them
+        self.prompt_tokens = 0  # of all that were let in
+        self.shared_tokens = 0  # those of them that were not run, since the cache had them
+        shape = (model.args.n_layers, model.args.moe.num_experts)
+        self.expert_load = torch.zeros(shape, dtype=torch.int64, device=self._device)  # tokens that each expert has run
         self._ids = itertools.count()
 
     # ---- asked on the first rank
@@ -164,7 +175,8 @@ class Engine:
         if beyond := [token for token in sampling.logit_bias if not 0 <= token < self.tokenizer.n_words]:
             raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
         names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]
-        request = Running(next(self._ids), list(prompt), sampling.seeded(), TextStream(self.tokenizer, names))
+        matcher = sampling.grammar.matcher() if sampling.grammar else None
+        request = Running(next(self._ids), list(prompt), sampling.seeded(), TextStream(self.tokenizer, names), matcher)
         request.keys = list(page_keys(request.prompt[:-1], self._page))  # the last token is run, whatever is known
         self.waiting.append(request)
         return request
@@ -195,17 +207,22 @@ class Engine:
             [n for n, (request, count) in enumerate(chosen) if request.in_cache + count == len(request.tokens)],
         )
         self._send(plan.to_numbers())
-        logits = self._run(plan)
-        for request, count in chosen:
+        logits, counts = self._run(plan)
+        self.expert_load += counts.sum(1)
+        for number, (request, count) in enumerate(chosen):
             self._advance(request, count)
+            if request.sampling.expert_load:
+                request.expert_load = counts[:, number] + (0 if request.expert_load is None else request.expert_load)
         ending = [chosen[n][0] for n in plan.ends]
         if not ending:
             return []
+        vocabulary = self.tokenizer.n_words
         choices = choose(
-            logits[:, : self.tokenizer.n_words],
+            logits[:, :vocabulary],
             [request.prompt for request in ending],
             [request.answer for request in ending],
             [request.sampling for request in ending],
+            [request.matcher.allowed(vocabulary) if request.matcher else None for request in ending],
         )
         return [self._extend(request, choice) for request, choice in zip(ending, choices, strict=True)]
 
@@ -219,20 +236,33 @@ class Engine:
         self._send(plan.to_numbers())
         return plan.run(self.model)
 
+    def lead(self, body: Callable[[], None]) -> None:
+        """Run ``body``, which asks for answers, on the first rank; the others follow until it has ended."""
+        if self.model.mesh.mp.rank:
+            return self.follow()
+        try:
+            body()
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Release the ranks that follow (a collective)."""
         self._send(CLOSE)
 
+    def beat(self) -> None:
+        """While there is nothing to do: the others, who wait for a plan, must get one to do nothing every BEAT_S."""
+        self._send(NOTHING)
+
     @contextmanager
-    def kept_awake(self, seconds: float = 60.0) -> Iterator[None]:
-        """While there is nothing to do: the others, who wait for a plan, get one to do nothing every so often."""
+    def kept_awake(self) -> Iterator[None]:
+        """Beat meanwhile."""
         over = threading.Event()
 
-        def beat() -> None:
-            while not over.wait(seconds):
-                self._send(NOTHING)
+        def beats() -> None:
+            while not over.wait(BEAT_S):
+                self.beat()
 
-        thread = threading.Thread(target=beat, daemon=True)
+        thread = threading.Thread(target=beats, daemon=True)
         thread.start()
         try:
             yield
@@ -273,13 +303,13 @@ class Engine:
         return known + mp.broadcast(rest).tolist()
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> Tensor:
-        """Logits [ends, V]."""
+    def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Logits [ends, V], and how many tokens of each document went to each expert of each layer [L, documents, E]."""
         documents = Documents.of([len(tokens) for tokens in plan.tokens], plan.past).to(self._device)
         tokens = torch.tensor([token for tokens in plan.tokens for token in tokens], device=self._device)
         inputs = Inputs(tokens, documents, self._cache.at(documents, plan.pages, plan.begins))
-        logits, _ = self.model(inputs, Logits(documents.ends[plan.ends].long()))
-        return logits
+        logits, stats = self.model(inputs, Logits(documents.ends[plan.ends].long()))
+        return logits, stats.counts
 
     # ---- planning
 
@@ -298,8 +328,10 @@ class Engine:
             self.waiting.popleft()
             request.pages = self.pool.share(known)
             request.in_cache = len(known) * self._page
+            self.prompt_tokens += len(request.prompt)
             self.shared_tokens += request.in_cache
             request.promised = needed
+            request.admitted = time.monotonic()
             self.pool.reserved += needed
             self.running.append(request)
             filling.update(request.keys[len(known) :])
@@ -348,8 +380,10 @@ class Engine:
         request.answer.append(choice.token)
         request.choices.append(choice)
         text = request.stream.add(choice.token)
-        if request.stream.stopped:
-            text += self._end(request, "stop")
+        if request.matcher:
+            request.matcher.add(choice.token)
+        if request.stream.stopped or (request.matcher and request.matcher.is_whole):
+            text += self._end(request, "error" if request.matcher and request.matcher.has_failed else "stop")
         elif len(request.answer) >= request.sampling.max_tokens or len(request.tokens) >= self.max_seq_len:
             text += self._end(request, "length")
         return Progress(request, text, choice)

@@ -16,9 +16,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from accessory.config import from_mapping
 from accessory.console import listed, progress, say
+from accessory.data.records import read_question
 from accessory.data.tokenizer import Segment
 from accessory.errors import UserError
-from accessory.infer.meta import MetaModel, conversation_of
+from accessory.infer.meta import MetaModel
 from accessory.infer.sampling import Sampling
 from accessory.infer.scoring import Score, score
 
@@ -32,7 +33,8 @@ Pair = tuple[list[int], list[int]]
 
 
 class EngineLM(TemplateLM):
-    """A model for lm-eval's tasks, on the first of its ranks; the others ``follow`` its engine until it is closed.
+    """A model for lm-eval's tasks, on the first of its ranks, whose engine the others follow; a context, for they are kept
+    awake while it is not asked.
 
     Numbers are those of lm-eval's own ``hf`` model. Texts longer than ``max_length`` lose their beginning.
     """
@@ -50,7 +52,6 @@ class EngineLM(TemplateLM):
 
     def __exit__(self, *_: object) -> None:
         self._idle.close()
-        self.engine.close()
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -87,7 +88,7 @@ class EngineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The question in the template that the model was trained with; its tokens are those of training."""
-        segments = self.model.template.prompt(conversation_of(chat_history))
+        segments = self.model.template.prompt(read_question(chat_history))
         text = "".join(segment.text for segment in segments)
         self._asked[text] = segments
         return text
@@ -197,36 +198,42 @@ def find_tasks(names: Sequence[str], include: str | None) -> TaskManager:
 def run_tasks(
     model: MetaModel,
     names: Sequence[str],
-    manager: TaskManager,
+    manager: TaskManager | None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     apply_chat_template: bool = False,
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """What ``lm_eval.simple_evaluate`` returns, on the first of the model's ranks; {} on the others, which follow it.
+    """What ``lm_eval.simple_evaluate`` returns, on the first of the model's ranks; {} on the others.
+
+    Args:
+        manager: see ``find_tasks``; that of the first rank counts.
 
     Raises:
         UserError: a task's data cannot be had, or it asks for what cannot be done.
     """
-    engine = model.engine
-    if model.llma.mesh.mp.rank:
-        engine.follow()
-        return {}
+    found: dict[str, Any] = {}
+
+    def ask() -> None:
+        with EngineLM(model) as asked, redirect_stdout(sys.stderr):  # lm-eval says there what it computes
+            found.update(
+                simple_evaluate(
+                    asked,
+                    tasks=list(names),
+                    task_manager=manager,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    apply_chat_template=apply_chat_template,
+                    log_samples=log_samples,
+                )
+            )
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with EngineLM(model) as asked, redirect_stdout(sys.stderr):  # lm-eval says there what it computes
-        try:
-            return simple_evaluate(
-                asked,
-                tasks=list(names),
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                apply_chat_template=apply_chat_template,
-                log_samples=log_samples,
-            )
-        except OSError as error:
-            raise UserError(
-                f"the data of {listed(names)} cannot be had: {error}; lm-eval's own tasks load theirs from the Hugging Face "
-                "Hub once"
-            ) from error
+    try:
+        model.engine.lead(ask)
+    except OSError as error:
+        raise UserError(
+            f"the data of {listed(names)} cannot be had: {error}; lm-eval's own tasks load theirs from the Hugging Face Hub once"
+        ) from error
+    return found

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.config import from_mapping
-from accessory.data.records import Conversation, Turn
+from accessory.data.records import read_question
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
+from accessory.infer.grammar import Grammars
 from accessory.infer.sampling import Sampling
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
@@ -129,13 +130,27 @@ class MetaModel:
         return self.generate([prompt for prompt, _ in asked], None, max_gen_len, temperature, top_p, stops)
 
     def asked(
-        self, conversation: str | Sequence[Mapping[str, Any]], template: str | None = None
+        self,
+        conversation: str | Sequence[Mapping[str, Any]],
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[int], tuple[str, ...]]:
-        """The tokens that ask for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``."""
+        """The tokens that ask for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``.
+
+        Args:
+            tools: that may be called, as OpenAI describes them.
+        """
         chosen = get_template(template, self.tokenizer) if template else self.template
         if chosen.documents:  # a model of texts goes on with one
             return self.tokenizer.encode(str(conversation), bos=True, eos=False), ()
-        return self.tokenizer.encode_segments(chosen.prompt(conversation_of(conversation)))[0], chosen.stop
+        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        return self.tokenizer.encode_segments(chosen.prompt(read_question(messages, tools)))[0], chosen.stop
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes the forms that answers are held to (``Sampling.grammar``)."""
+        special = self.tokenizer.special
+        return Grammars(self.tokenizer, [special[stop] for stop in self.template.stop if stop in special])
 
     def generate(
         self,
@@ -214,8 +229,12 @@ class MetaModel:
     @cached_property
     def engine(self) -> Engine:
         """What all of this model's generation goes through (made in a collective)."""
+        return self.make_engine()
+
+    def make_engine(self, cache_tokens: int | None = None) -> Engine:
+        """``cache_tokens``: see ``Engine``."""
         self._refuse_classifier()
-        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len)
+        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=cache_tokens)
 
     def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
         """``states`` as the first rank has them."""
@@ -322,17 +341,6 @@ class MetaModel:
         if isinstance(examples, str) or not examples:
             raise UserError("expected a list of texts or of lists of token ids")
         return [self.tokenizer.encode(e, bos, eos) if isinstance(e, str) else list(e) for e in examples]
-
-
-def conversation_of(said: str | Sequence[Mapping[str, Any]]) -> Conversation:
-    """A question, or messages (see ``MetaModel.chat``), of which the last is the user's."""
-    messages: list[Mapping[str, Any]] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
-    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
-    roles = [message["role"] for message in messages]
-    if roles != [("user", "assistant")[number % 2] for number in range(len(roles))] or len(roles) % 2 == 0:
-        raise UserError(f"the roles of a conversation are user, assistant, ..., user, perhaps after system; found {roles}")
-    turns = (Turn(message["role"], message["content"]) for message in messages)
-    return Conversation(system, tuple(turns))
 
 
 def _refuse_images(images: Any) -> None:

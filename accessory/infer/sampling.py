@@ -1,6 +1,7 @@
 """How the next token is chosen: a function of the logits, the request and the place in its answer, and of nothing else."""
 
 import hashlib
+import math
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory.config import Bounds, Count, NonNegative, Positive, Seed, Share, WholeNumber
+from accessory.infer.grammar import Grammar
 
 TopP = Annotated[float, Bounds(above=0, most=1)]
 Penalty = Annotated[float, Bounds(least=-2, most=2)]
@@ -34,6 +36,8 @@ class Sampling:
     seed: Seed | None = None  # None: another one each time
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
     logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
+    grammar: Grammar | None = None  # what the answer must be
+    expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer
 
     def stopping_at(self, stops: Sequence[str]) -> "Sampling":
         """With these among its stops."""
@@ -55,17 +59,23 @@ class TokenChoice:
 
 
 def choose(
-    logits: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], how: Sequence[Sampling]
+    logits: Tensor,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    how: Sequence[Sampling],
+    allowed: Sequence[Tensor | None],
 ) -> list[TokenChoice]:
     """The next token of each of n answers.
 
     Args:
-        logits: [n, V]. prompts, answers: tokens so far. how: with seeds.
+        logits: [n, V]. prompts, answers: tokens so far. how: with seeds. allowed: [V] bool of each; None: all are.
     """
     logits = logits.double()
     scores = logits.clone()
-    for row, prompt, answer, sampling in zip(scores, prompts, answers, how, strict=True):
+    for row, prompt, answer, sampling, possible in zip(scores, prompts, answers, how, allowed, strict=True):
         _adjust(row, prompt, answer, sampling)
+        if possible is not None:
+            row.masked_fill_(~possible.to(row.device), -math.inf)
     chosen = scores.argmax(-1)
     drawn = [n for n, sampling in enumerate(how) if sampling.temperature > 0]
     if drawn:

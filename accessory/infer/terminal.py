@@ -30,14 +30,8 @@ def chat(arguments: argparse.Namespace, launch: Launch) -> None:
     """Talk on rank 0; the other ranks follow."""
     check_template(arguments.template)
     model = load(arguments, launch)
-    engine = model.engine
-    if launch.rank:
-        engine.follow()
-        return
-    try:
-        Chat(model, sampling_of(arguments), arguments.template, arguments.system).run()
-    finally:
-        engine.close()
+    talk = Chat(model, sampling_of(arguments), arguments.template, arguments.system)
+    model.engine.lead(talk.run)
 
 
 class Chat:

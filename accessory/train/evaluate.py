@@ -91,16 +91,14 @@ def _measure(
     found: dict[str, Any] = {"results": {}}
     if arguments.data:
         found["results"] |= on_data(model, arguments.data, run, launch)
-    if arguments.tasks and launch.rank:
-        model.engine.follow()
-    elif arguments.tasks:
+    if arguments.tasks:
         from accessory.infer.lm_eval import run_tasks
 
         told = run_tasks(
             model, arguments.tasks, manager, arguments.num_fewshot, arguments.limit, arguments.apply_chat_template
         )
-        found["results"] |= told["results"]
-        found |= {name: told[name] for name in ("versions", "n-shot", "n-samples", "higher_is_better")}
+        found["results"] |= told.pop("results", {})
+        found |= {name: told[name] for name in ("versions", "n-shot", "n-samples", "higher_is_better") if name in told}
     return found
 
 

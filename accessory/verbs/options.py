@@ -73,7 +73,10 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
         help="hold it in N processes (GPUs); or use torchrun, srun",
     )
     verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
-    verb.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "fp64"], help="default: %(default)s")
+    verb.add_argument("--config", type=a_path, help="another config.json than the checkpoint's")
+    verb.add_argument("--tokenizer", type=a_path, help="another tokenizer.model or tokenizer.json")
+    verb.add_argument("--max-seq-len", type=a_count, default=4096, help="tokens of prompt and answer; default: %(default)s")
+    verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 
 
 def sampling_arguments(verb: argparse.ArgumentParser, temperature: float) -> None:

@@ -1,10 +1,12 @@
 """The verbs that use what was trained."""
 
 from pathlib import Path
+from typing import Annotated
 
-from accessory.config import Text
+from accessory.config import Bounds, NonNegative, Positive, Text, WholeNumber
 from accessory.verbs.options import (
     Verbs,
+    a_count,
     a_path,
     add_verb,
     checked,
@@ -13,8 +15,15 @@ from accessory.verbs.options import (
     sampling_arguments,
 )
 
+Port = Annotated[int, Bounds(least=0, most=65535)]
+
 
 def using_verbs(verbs: Verbs) -> None:
+    for add in (_generate, _chat, _serve, _classify, _evaluate, _compare):
+        add(verbs)
+
+
+def _generate(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "generate",
@@ -33,7 +42,12 @@ def using_verbs(verbs: Verbs) -> None:
     verb.add_argument("--out", type=a_path, help="write the answers there, a line of JSON each, in place of printing them")
     verb.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
     sampling_arguments(verb, temperature=0.0)
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=a_path, metavar="FILE", help="answers are JSON that this schema allows")
+    form.add_argument("--regex", type=checked(Text), help="answers are what this matches as a whole")
 
+
+def _chat(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "chat",
@@ -48,6 +62,32 @@ def using_verbs(verbs: Verbs) -> None:
     verb.add_argument("--system", type=checked(Text), metavar="TEXT", help="system prompt; default: the template's own")
     sampling_arguments(verb, temperature=0.7)
 
+
+def _serve(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "serve",
+        function_of("accessory.infer.server", "run_serve"),
+        "OpenAI's API over HTTP",
+        "Serve a model to many clients at once: chat/completions, completions and models as OpenAI has them, /health, and "
+        "/metrics under vLLM's names. It is a checkpoint of any format, with adapters laid over it. Where ACCESSORY_API_KEY "
+        "is set, clients must send it; it must be, unless they come from this machine alone. SIGTERM or Ctrl-C lets the "
+        "answers that were begun end, the second one does not. docs/serving.md says more.",
+        "accessory serve runs/quickstart/merged",
+        "accessory serve BASE --adapter ADAPTER --mp 4 --port 8080",
+    )
+    model_arguments(verb)
+    verb.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
+    verb.add_argument("--name", type=checked(Text), help="what clients call the model; default: its directory's name")
+    verb.add_argument("--host", type=checked(Text), default="127.0.0.1", help="default: %(default)s, this machine alone")
+    verb.add_argument("--port", type=checked(Port), default=8000, help="0: one that is free; default: %(default)s")
+    verb.add_argument("--cache-tokens", type=a_count, help="of all that runs at a time; default: what the GPU has room for")
+    verb.add_argument("--max-waiting", type=a_count, default=256, help="requests; others get 429; default: %(default)s")
+    verb.add_argument("--timeout", type=checked(Positive), default=600, help="seconds of an answer; default: %(default)s")
+    verb.add_argument("--grace", type=checked(NonNegative), default=30, help="seconds to end in; default: %(default)s")
+
+
+def _classify(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "classify",
@@ -60,6 +100,35 @@ def using_verbs(verbs: Verbs) -> None:
     model_arguments(verb)
     verb.add_argument("texts", nargs="+", type=checked(Text), metavar="TEXT")
 
+
+def _evaluate(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "evaluate",
+        function_of("accessory.train.evaluate", "run_evaluate"),
+        "scores on tasks and data, of one model or of two side by side",
+        "Measure a model: a checkpoint of any format, with adapters laid over it. --tasks are those of "
+        "lm-evaluation-harness, with its numbers; --data is a data mix, of which it tells loss, perplexity and token "
+        "accuracy as a run's validation does. It prints a table, with --against of two models and their difference.",
+        "accessory evaluate runs/quickstart/merged --data runs/quickstart/data/later.yaml",
+        "accessory evaluate hf --tasks arc_easy,hellaswag --mp 4 --out scores.json",
+        "accessory evaluate BASE --adapter ADAPTER --against BASE --tasks my_task --include TASKS --data RUN.yaml",
+    )
+    model_arguments(verb)
+    verb.add_argument(
+        "--against", type=a_path, nargs="+", metavar="DIR", help="compare with that model: a base, then what changes it"
+    )
+    verb.add_argument("--tasks", type=checked(Text, lambda text: text.split(",")), metavar="TASK,TASK", help="by name")
+    verb.add_argument("--include", type=a_path, metavar="DIR", help="YAML files of further tasks")
+    verb.add_argument("--data", type=a_path, metavar="FILE", help="data mix, or a run's file: what that run holds out")
+    verb.add_argument("--num-fewshot", type=checked(WholeNumber), metavar="N", help="examples; default: the task's own")
+    verb.add_argument("--limit", type=a_count, metavar="N", help="the first N questions of each task")
+    verb.add_argument("--apply-chat-template", action="store_true", help="ask as the model was trained to be asked")
+    verb.add_argument("--max-seq-len", type=a_count, metavar="N", help="tokens of a text; default: the model's own")
+    verb.add_argument("--out", type=a_path, metavar="FILE", help="write the results as JSON")
+
+
+def _compare(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "compare",

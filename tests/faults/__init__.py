@@ -19,6 +19,7 @@ from faults import (
     parallel,
     precision,
     router,
+    serving,
     state,
 )
 from faults.fault import Fault
@@ -38,6 +39,7 @@ _MODULES = (
     formats,
     descriptions,
     generation,
+    serving,
     evaluation,
     precision,
 )

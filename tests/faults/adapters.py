@@ -76,7 +76,7 @@ FAULTS = (
         LINEAR,
         "        y = reduce_from_model_parallel_region(y, self.mp)\n"
         "        return y if self.bias is None else y + self.bias",
-        "        return reduce_from_model_parallel_region(y if self.bias is None else y + self.bias)",
+        "        return reduce_from_model_parallel_region(y if self.bias is None else y + self.bias, self.mp)",
         LORA_EXPERT,
     ),
     Fault(

@@ -1,0 +1,175 @@
+"""Answers of the engine next to those of transformers' ``generate``: prompts read and tokens written, tokens a second.
+
+    python benchmarks/generate.py
+    python benchmarks/generate.py --threads 1
+
+The same weights (124 M parameters, 8 experts of which 2 are taken, vocabulary 32000), prompts of 128 tokens, 24 new ones,
+chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other. Each figure
+is the median of rounds that the sides take in turn. "limit" is what the machine reads of memory in the time of a step, over
+the bytes of the weights that a single token needs: the most that any program could write for one request.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import environment, pick_device, start_one_process
+from transformers import MixtralForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from accessory.certify.problem import SMALL
+from accessory.certify.serving import Numbers
+from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.open import Checkpoint
+from accessory.infer.engine import Engine
+from accessory.infer.sampling import Sampling
+from accessory.model.args import MoEArgs
+from accessory.model.build import RandomWeights, build_model
+from accessory.model.decoder import Decoder
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import get_layout
+from accessory.train.save import save_model
+
+SHAPE = replace(
+    SMALL,
+    dim=512,
+    hidden_dim=1792,
+    head_dim=64,
+    n_layers=4,
+    n_heads=8,
+    n_kv_heads=2,
+    vocab_size=32000,
+    rope_scaling=None,
+    sliding_window=None,
+    max_seq_len=4096,
+    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
+)
+PROMPT, NEW = 128, 24
+Times = tuple[float, float]
+"""Seconds to read the prompts and choose the first tokens, and to write the others."""
+
+
+def prompts(count: int) -> list[list[int]]:
+    """New ones each time: a cache that knows their beginnings has nothing to do."""
+    return [[random.randrange(3, SHAPE.vocab_size) for _ in range(PROMPT)] for _ in range(count)]
+
+
+def ours(engine: Engine, batch: int) -> Times:
+    start = time.perf_counter()
+    requests = [engine.submit(prompt, Sampling(max_tokens=NEW)) for prompt in prompts(batch)]
+    while not all(request.answer for request in requests):
+        engine.step()
+    read = time.perf_counter()
+    for _ in engine.run():
+        pass
+    return read - start, time.perf_counter() - read
+
+
+def theirs(model: MixtralForCausalLM, batch: int) -> Times:
+    ids = torch.tensor(prompts(batch), device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=1, **options)
+    read = time.perf_counter() - start
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=NEW, **options)
+    return read, time.perf_counter() - start - read
+
+
+def median_in_turn(sides: dict[str, Callable[[], Times]], rounds: int) -> dict[str, Times]:
+    found: dict[str, list[Times]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            times = side()
+            if number:  # the first round warms up
+                found[name].append(times)
+    return {
+        name: tuple(sorted(column)[len(column) // 2] for column in zip(*times, strict=True)) for name, times in found.items()
+    }
+
+
+def read_rate() -> float:
+    """Bytes a second that this machine reads of memory, with the threads of this run."""
+    numbers = torch.ones(2**28)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - start)
+    return numbers.nbytes / min(times)
+
+
+def _build(layout: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+    logical = LogicalModel(SHAPE)
+    source = RandomWeights(logical, 0)
+    return build_model(logical, get_layout(layout), source, dtype=dtype, device=device, trains=frozenset())
+
+
+def active_bytes(dtype: torch.dtype) -> int:
+    """Of the weights that one token needs."""
+    args = SHAPE
+    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
+    experts = 3 * args.moe.num_experts_per_tok * args.dim * args.hidden_dim
+    return (args.n_layers * (attention + experts) + args.vocab_size * args.dim) * dtype.itemsize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    start_one_process()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    device = pick_device()
+    rate = read_rate() if device.type == "cpu" else None
+    print(environment())
+    with tempfile.TemporaryDirectory() as folder:
+        first = _build("mixtral", torch.float32, device)
+        save_model(first, Path(folder, "own"), {}, torch.float32, "safetensors")
+        convert(Checkpoint(Path(folder, "own")), Path(folder, "hf"), Target("hf"))
+        for dtype in (torch.float32, torch.bfloat16):
+            engines = {
+                f"accessory, {layout}": Engine(
+                    _build(layout, dtype, device),
+                    Numbers(SHAPE.vocab_size),
+                    max_seq_len=512,
+                )
+                for layout in ("mixtral", "mixtral_sparse")
+            }
+            models = {}
+            for name in ("grouped_mm", "eager"):
+                models[f"transformers, {name}"] = MixtralForCausalLM.from_pretrained(
+                    Path(folder, "hf"), dtype=dtype, experts_implementation=name
+                ).to(device)
+            _compare(str(dtype).removeprefix("torch."), engines, models, arguments.rounds)
+            if rate:
+                limit = rate / active_bytes(dtype)
+                print(f"limit of one request: {limit:.0f} tokens/s ({rate / 1e9:.1f} GB/s)", flush=True)
+
+
+def _compare(dtype: str, engines: dict[str, Engine], models: dict[str, MixtralForCausalLM], rounds: int) -> None:
+    print(f"\n{dtype}: tokens/s")
+    print(f"{'requests':28s}{'1: read':>12s}{'1: write':>12s}{'8: read':>12s}{'8: write':>12s}{'16 over 1':>12s}")
+    rows: dict[str, list[float]] = {name: [] for name in [*engines, *models]}
+    for batch in (1, 8):
+        sides = {name: lambda e=engine, b=batch: ours(e, b) for name, engine in engines.items()}
+        sides |= {name: lambda m=model, b=batch: theirs(m, b) for name, model in models.items()}
+        for name, (read, write) in median_in_turn(sides, rounds).items():
+            rows[name] += [batch * PROMPT / read, batch * (NEW - 1) / write]
+    for name, engine in engines.items():
+        together = median_in_turn({"": lambda e=engine: ours(e, 16)}, max(1, rounds // 2))[""]
+        alone = median_in_turn({"": lambda e=engine: ours(e, 1)}, rounds)[""]
+        rows[name].append(16 * sum(alone) / sum(together))
+    for name, figures in rows.items():
+        print(f"{name:28s}" + "".join(f"{figure:12.1f}" for figure in figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

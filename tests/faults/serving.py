@@ -1,0 +1,93 @@
+"""What clients of the server get: its answers, its forms, its limits."""
+
+from faults.fault import Fault
+
+ENGINE, GRAMMAR, SAMPLING = "accessory/infer/engine.py", "accessory/infer/grammar.py", "accessory/infer/sampling.py"
+API, SERVER, SERVICE = "accessory/infer/openai_api.py", "accessory/infer/server.py", "accessory/infer/service.py"
+PIECES = "accessory/data/tokenizer_models.py"
+TEST = "tests/test_server.py::test_"
+STREAM, FORMS, LOGPROBS = f"{TEST}a_stream_is_the_same_in_pieces", f"{TEST}answers_of_a_form", f"{TEST}logprobs"
+LEAVES, LOAD = f"{TEST}a_client_that_leaves_is_not_worked_for", f"{TEST}the_experts_that_an_answer_took"
+REFUSED = f"{TEST}what_cannot_be_asked_is_refused_in_a_sentence"
+ENDS = f"{TEST}what_was_begun_is_ended_before_the_server_is"
+
+FAULTS = (
+    Fault(
+        "every sample has the first one's seed",
+        SERVER,
+        "sampling.seeded(n))",
+        "sampling.seeded(0))",
+        f"{TEST}samples_have_seeds_that_follow_one_another",
+    ),
+    Fault(
+        "what comes while a client reads takes the place of what came before",
+        SERVICE,
+        "        self._news += news\n",
+        "        self._news = list(news)\n",
+        f"{TEST}sixty_four_clients",
+    ),
+    Fault(
+        "a token that has written nothing yet is not told of",
+        SERVER,
+        "if text or end or (choices and call.logprobs is not None):",
+        "if text or end:",
+        LOGPROBS,
+    ),
+    Fault(
+        "an answer goes on when its reader has left",
+        SERVER,
+        '"server_error"))\n    finally:\n        answers.cancel()',
+        '"server_error"))\n    finally:\n        pass',
+        LEAVES,
+    ),
+    Fault(
+        "an answer in one piece goes on when its client has left",
+        SERVER,
+        "            gone.cancel(), whole.cancel()\n            answers.cancel()\n",
+        "            gone.cancel(), whole.cancel()\n",
+        LEAVES,
+    ),
+    Fault(
+        "a prompt is counted for each of its answers",
+        API,
+        "for request in requests[:: self._call.n])",
+        "for request in requests)",
+        f"{TEST}usage_counts_a_prompt_once",
+    ),
+    Fault(
+        "a chat ends at no stop of its template",
+        SERVER,
+        ".stopping_at(stops)",
+        ".stopping_at(())",
+        f"{TEST}a_chat_ends_where_its_template_does",
+    ),
+    Fault("a logit bias finds no token", API, "int(token) if str(token).isdecimal()", "0 if str(token).isdecimal()", FORMS),
+    Fault("the form stays at its beginning", ENGINE, "request.matcher.add(choice.token)", "pass", FORMS),
+    Fault(
+        "the form is asked for what it forbids", SAMPLING, "row.masked_fill_(~possible", "row.masked_fill_(possible", FORMS
+    ),
+    Fault(
+        "answers share how far they have come in their form",
+        GRAMMAR,
+        "Matcher(self._begin.deep_copy())",
+        "Matcher(self._begin)",
+        FORMS,
+    ),
+    Fault("JSON has blanks in it", GRAMMAR, '{"whitespace_flexible": False}', '{"whitespace_flexible": True}', FORMS),
+    Fault("a byte's token writes its name", PIECES, "return bytes([int(byte[1], 16)])", "return piece.encode()", LOGPROBS),
+    Fault(
+        "only the last step's experts are counted",
+        ENGINE,
+        "counts[:, number] + (0 if request.expert_load is None else request.expert_load)",
+        "counts[:, number]",
+        LOAD,
+    ),
+    Fault("the server counts its experts' documents", ENGINE, "counts.sum(1)", "(counts > 0).sum(1)", LOAD),
+    Fault("any key opens", SERVER, "if key and not hmac", "if False and not hmac", f"{TEST}too_many_are_told_to_come_again"),
+    Fault("any number may wait", SERVICE, "> self._most_waiting:", "> 10**9:", f"{TEST}too_many_are_told_to_come_again"),
+    Fault("a body has no end", SERVER, "if len(body) > MOST_BYTES:", "if False:", REFUSED),
+    Fault("whatever a model is called, it is answered for", SERVER, "if model != self.name:", "if False:", REFUSED),
+    Fault("a text is read as JSON", SERVER, '!= "application/json":', '== "":', f"{TEST}a_page_in_a_browser_cannot_ask"),
+    Fault("what ends takes more", SERVICE, "            if self.is_closing:\n                raise Closing\n", "", ENDS),
+    Fault("what ends cuts off", SERVICE, "(engine.is_idle or time.monotonic()", "(True or time.monotonic()", ENDS),
+)
