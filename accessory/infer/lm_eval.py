@@ -234,6 +234,6 @@ def run_tasks(
         model.engine.lead(ask)
     except OSError as error:
         raise UserError(
-            f"the data of {listed(names)} cannot be had: {error}; lm-eval's own tasks load theirs from the Hugging Face Hub once"
+            f"the data of {listed(names)} cannot be had: {error}; lm-eval's own tasks load theirs from the Hugging Face Hub"
         ) from error
     return found

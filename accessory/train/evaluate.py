@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from accessory.console import say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
-from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.files import check_directory, check_writable, replacing
+from accessory.infer.chat import load
 from accessory.infer.meta import MetaModel
 from accessory.infer.scoring import MOST_TOKENS
 from accessory.parallel.launch import Launch, first_on_each_node, run_job, start_ranks
@@ -80,14 +79,7 @@ def _measure(
     directories: Sequence[Path], arguments: argparse.Namespace, run: RunConfig | None, manager: Any, launch: Launch
 ) -> dict[str, Any]:
     """What is measured of one model, under ``results`` (on rank 0)."""
-    model = MetaModel.from_pretrained(
-        directories,
-        arguments.layout,
-        mp_group=dist.group.WORLD,
-        dtype=get_dtype(arguments.precision),
-        device=launch.device,
-    )
-    model.max_seq_len = arguments.max_seq_len or model.llma.args.max_seq_len
+    model = load(arguments, launch, directories)
     found: dict[str, Any] = {"results": {}}
     if arguments.data:
         found["results"] |= on_data(model, arguments.data, run, launch)

@@ -114,7 +114,7 @@ def _evaluate(verbs: Verbs) -> None:
         "accessory evaluate hf --tasks arc_easy,hellaswag --mp 4 --out scores.json",
         "accessory evaluate BASE --adapter ADAPTER --against BASE --tasks my_task --include TASKS --data RUN.yaml",
     )
-    model_arguments(verb)
+    model_arguments(verb, max_seq_len=None)
     verb.add_argument(
         "--against", type=a_path, nargs="+", metavar="DIR", help="compare with that model: a base, then what changes it"
     )
@@ -124,7 +124,6 @@ def _evaluate(verbs: Verbs) -> None:
     verb.add_argument("--num-fewshot", type=checked(WholeNumber), metavar="N", help="examples; default: the task's own")
     verb.add_argument("--limit", type=a_count, metavar="N", help="the first N questions of each task")
     verb.add_argument("--apply-chat-template", action="store_true", help="ask as the model was trained to be asked")
-    verb.add_argument("--max-seq-len", type=a_count, metavar="N", help="tokens of a text; default: the model's own")
     verb.add_argument("--out", type=a_path, metavar="FILE", help="write the results as JSON")
 
 
