@@ -34,6 +34,8 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "BASE": "{home}/ckpt",
     "ADAPTER": "{home}/adapter",
     "DST": "{new}",
+    "TASKS": "{home}/tasks",
+    "scores.json": "{new}",
     "@questions.txt": "@{home}/questions.txt",
     "answers.jsonl": "{new}",
     "DIR/config.json": "{home}/model.json",
@@ -86,6 +88,7 @@ def workshop(tmp_path_factory):
     for name in ("ultrachat_200k_train_sft.json", "wizardcode_evol_instruct.json"):  # of another content each
         (home / name).write_text(records.replace("the", name[:4]))
     (home / "questions.txt").write_text("What is json?\nWhy?\n")
+    write_task(home)
     quickstart = place / "runs/quickstart"
     subprocess.run([sys.executable, ROOT / "exps/quickstart_questions.py", "write", quickstart / "data"], check=True)
     held_out = quickstart / "data/first_held_out.jsonl"
@@ -102,6 +105,16 @@ def workshop(tmp_path_factory):
     run(place, ["finetune", home / "run.yaml", *lora, "parallel.model_parallel=1"])
     (home / "lora/epoch0-iter1").rename(home / "adapter")
     return place
+
+
+def write_task(home):
+    """The task of docs/evaluation.md, with its data."""
+    (described,) = blocks("docs/evaluation.md", "yaml")
+    (home / "tasks").mkdir()
+    data = f"{home}/tasks/questions.jsonl}}, cache_dir: {home}/datasets"
+    (home / "tasks/my_task.yaml").write_text(described.replace("questions.jsonl}", data))
+    question = {"question": "the list is made", "choices": ["of words", "of tokens"], "answer": 1}
+    (home / "tasks/questions.jsonl").write_text(json.dumps(question) + "\n" + json.dumps(question))
 
 
 def run(place, words, ranks=1, environment=None):

@@ -24,7 +24,7 @@ FLOORS = (  # from the ground; rooms of one floor do not import one another
     ("__main__",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-REEXPORTS = {"model/meta.py"}  # the import path of LLaMA2-Accessory's users
+REEXPORTS = {"model/meta.py", "model/multi_gpu_wrapper.py"}  # the import paths of LLaMA2-Accessory's users
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accessory.certify import harness, reference
 from accessory.data.loader import collate
 from accessory.model.adapter import Adapter
-from accessory.model.head import LogProbs, LossSum
+from accessory.model.head import Logits, LogProbs, LossSum, Predictions
 from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import linear_log_probs
 from accessory.parallel.mesh import Axis, make_mesh
@@ -118,6 +118,14 @@ def preference(log_probs, sizes):
     return -F.logsigmoid(0.1 * (first - second))
 
 
+def predictions(model, batch):
+    """Tokens of which every other is the likeliest, and how they are predicted."""
+    with torch.no_grad():
+        logits, _ = model(batch.inputs(), Logits(batch.targets.rows))
+        ids = torch.where(torch.arange(len(logits)) % 2 == 0, logits.argmax(1), batch.targets.ids)
+        return ids, model(batch.inputs(), Predictions(batch.targets._replace(ids=ids)))[0]
+
+
 def run_head(mp):
     batch = collate(SAMPLES)
     sizes = [sum(sample.trained) for sample in SAMPLES]
@@ -127,7 +135,7 @@ def run_head(mp):
         log_probs, _ = model(batch.inputs(), LogProbs(batch.targets))
         loss_sum, _ = model(batch.inputs(), LossSum(batch.targets))
         preference(log_probs, sizes).backward()
-        results.append((log_probs.detach(), loss_sum.item(), harness.gradients(model)))
+        results.append((log_probs.detach(), loss_sum.item(), harness.gradients(model), predictions(model, batch)))
     return results
 
 
@@ -136,14 +144,18 @@ def test_a_model_can_be_trained_by_them(mp):
     ranks = run_ranks(mp, run_head, mp)
     for index, adapters in enumerate(({}, LORA, LORA)):
         w = {name: t.requires_grad_() for name, t in weights(adapters=adapters).items()}
-        expected = []
+        rows, ids = [], []
         for sample in SAMPLES:
             tokens = torch.tensor(sample.tokens)
             places = torch.tensor(sample.trained).nonzero().squeeze(1)
-            logits = reference.forward(w, TINY, tokens, scaling=0.5)[0]
-            expected.append(logits.log_softmax(-1)[places - 1, tokens[places]])
+            rows.append(reference.forward(w, TINY, tokens, scaling=0.5)[0][places - 1])
+            ids.append(tokens[places])
+        expected = [logits.log_softmax(-1)[range(len(own)), own] for logits, own in zip(rows, ids, strict=True)]
         preference(torch.cat(expected), [len(part) for part in expected]).backward()
-        for log_probs, loss_sum, _ in (rank[index] for rank in ranks):
+        logits = torch.cat(rows).detach()
+        for log_probs, loss_sum, _, (asked, predicted) in (rank[index] for rank in ranks):
+            close(predicted[0], logits.log_softmax(-1)[range(len(asked)), asked], 1e-12)
+            assert predicted[1].tolist() == (logits.argmax(1) == asked).tolist() and 1 < predicted[1].sum() < len(asked)
             close(log_probs, torch.cat(expected).detach(), 1e-12)
             assert -log_probs.sum().item() == pytest.approx(loss_sum, rel=1e-12)
         gradients = assemble([rank[index][2] for rank in ranks], adapters=adapters)

@@ -1,6 +1,5 @@
 """Run jobs on several processes of this machine, each within a time limit, and leave no process behind."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from accessory.parallel.forkserver import fork_server
+from accessory.parallel.forkserver import end_with_parent, fork_server
 
 Job = TypeVar("Job")
 Body = Callable[[Any, torch.device, Path], Any]
@@ -103,7 +102,7 @@ def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> li
 
 def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -133,10 +132,3 @@ def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], f
         torch.save(result, folder / f"{rank}.part")
         (folder / f"{rank}.part").rename(folder / f"{number}-{rank}.result")
     os._exit(0)  # gloo's threads can abort a regular interpreter exit
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -38,10 +38,10 @@ def run_classify(arguments: argparse.Namespace) -> None:
     run_job(lambda launch: classify(arguments, launch), ParallelSection.stall_timeout_s)
 
 
-def load(arguments: argparse.Namespace, launch: Launch) -> MetaModel:
-    """The model that the command line names, over all ranks of the job."""
+def load(arguments: argparse.Namespace, launch: Launch, directories: Sequence[Path] = ()) -> MetaModel:
+    """The model that the command line names, or that of other ``directories``, over all ranks of the job."""
     return MetaModel.from_pretrained(
-        [arguments.checkpoint, *arguments.adapter],
+        directories or [arguments.checkpoint, *arguments.adapter],
         arguments.layout,
         arguments.config,
         arguments.tokenizer,

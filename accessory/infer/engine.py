@@ -18,6 +18,7 @@ from accessory.infer.grammar import Matcher
 from accessory.infer.pages import Key, PagePool, page_keys
 from accessory.infer.plan import StepPlan
 from accessory.infer.sampling import Sampling, TokenChoice, choose
+from accessory.infer.scoring import ScorePlan
 from accessory.infer.text import TextStream, Vocabulary
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -213,6 +214,11 @@ class Engine:
         while not self.is_idle:
             yield self.step()
 
+    def score(self, plan: ScorePlan) -> Tensor:
+        """Run it, on all ranks (a collective), beside the requests; see ``ScorePlan.run``."""
+        self._send(plan.to_numbers())
+        return plan.run(self.model)
+
     def lead(self, body: Callable[[], None]) -> None:
         """Run ``body``, which asks for answers, on the first rank; the others follow until it has ended."""
         if self.model.mesh.mp.rank:
@@ -259,7 +265,10 @@ class Engine:
         numbers = self._send([])
         if numbers in (NOTHING, CLOSE):
             return numbers == NOTHING
-        self._run(StepPlan.from_numbers(numbers))
+        if numbers[0] < 0:
+            ScorePlan.from_numbers(numbers).run(self.model)
+        else:
+            self._run(StepPlan.from_numbers(numbers))
         return True
 
     def _send(self, numbers: list[int]) -> list[int]:

@@ -74,7 +74,7 @@ class MetaModel:
         llama_config: str | Path | None = None,
         tokenizer_path: str | Path | None = None,
         with_visual: bool = False,
-        max_seq_len: int = 4096,
+        max_seq_len: int | None = 4096,
         mp_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
@@ -89,7 +89,7 @@ class MetaModel:
             llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
             llama_config: another config.json than the directory's.
             tokenizer_path: another tokenizer.model or tokenizer.json than the directory's.
-            max_seq_len: tokens of prompt and answer together.
+            max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
             device: None: this process's GPU if there is one, else the CPU.
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
@@ -125,7 +125,7 @@ class MetaModel:
         check_memory(source.logical, layout, mesh, where, dtype)
         llma = build_model(source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset())
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
-        return cls(llma, tokenizer, max_seq_len, templates)
+        return cls(llma, tokenizer, max_seq_len or checkpoint.args.max_seq_len, templates)
 
     def chat(
         self,

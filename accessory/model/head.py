@@ -9,7 +9,7 @@ from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import TokenAdapters
 from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
-from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs
+from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs, linear_predictions
 from accessory.parallel.regions import copy_to_model_parallel_region, gather_from_model_parallel_region
 
 
@@ -49,6 +49,17 @@ class LogProbs:
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
         return linear_log_probs(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
+
+
+class Predictions:
+    """Of each target its log-probability, and 1 where it is the likeliest token, else 0: [2, n] in at least fp32. Nothing
+    can be learnt of it."""
+
+    def __init__(self, targets: Targets):
+        self.targets = targets
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
+        return linear_predictions(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
 
 
 class Logits:

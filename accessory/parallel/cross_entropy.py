@@ -43,6 +43,23 @@ def linear_log_probs(factors: Sequence[tuple[Tensor, Tensor]], targets: Tensor, 
     return _LinearLogProbs.apply(targets, mp, *(tensor for pair in factors for tensor in pair))
 
 
+@torch.no_grad()
+def linear_predictions(factors: Sequence[tuple[Tensor, Tensor]], targets: Tensor, mp: Axis) -> Tensor:
+    """How each row predicts its target, where nothing is to be learnt of it.
+
+    Returns:
+        [2, n] in at least fp32: ``log softmax(logits)[target]``, and 1 where the target is the likeliest token, else 0.
+    """
+    tensors = [tensor for pair in factors for tensor in pair]
+    predictions = torch.empty(2, len(targets), dtype=at_least(tensors[0].dtype), device=targets.device)
+    for chunk in _chunks(targets, mp, tensors):
+        likeliest = chunk.likeliest(mp)
+        target_logit, log_sum, _ = chunk.statistics(mp)
+        predictions[0, chunk.rows] = target_logit - log_sum
+        predictions[1, chunk.rows] = (likeliest == targets[chunk.rows]).to(predictions)
+    return predictions
+
+
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same of one pair on one rank, in plain torch."""
     return torch.nn.functional.cross_entropy(at_least_fp32(hidden @ weight.T), targets, reduction="sum")
@@ -108,6 +125,14 @@ class _Chunk:
         exp_sum = self.logits.sub_(largest.unsqueeze(1)).exp_().sum(1)
         exp_sum, target_logit = mp.all_reduce(torch.stack([exp_sum, target_logit]))
         return target_logit, exp_sum.log() + largest, exp_sum
+
+    def likeliest(self, mp: Axis) -> Tensor:
+        """[c] the token of the largest logit, of equal ones the first (collectives)."""
+        largest, column = self.logits.max(1)
+        width = self.logits.shape[1]
+        is_less = largest < mp.all_reduce(largest.clone(), ReduceOp.MAX)
+        token = (column + mp.rank * width).masked_fill(is_less, mp.size * width)
+        return mp.all_reduce(token, ReduceOp.MIN)
 
     def minus_one_hot(self, softmax: Tensor) -> Tensor:
         """The gradient of ``-log softmax(logits)[target]``, in place of ``softmax``."""

@@ -1,6 +1,7 @@
 """Further processes of this machine that start in milliseconds."""
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections import deque
@@ -56,7 +57,7 @@ def map_in_processes(
     busy: deque[Worker] = deque()
     try:
         for _ in range(workers):
-            free.append(_start(context, setup))
+            free.append(start(context, setup))
         for item in items:
             if not free:
                 yield _receive(busy[0])
@@ -74,7 +75,12 @@ def map_in_processes(
             worker.process.join()
 
 
-def _start(context: ForkServerContext, setup: Callable[[], Callable[[Any], Any]]) -> Worker:
+def start(context: ForkServerContext, setup: Callable[[], Callable[[Any], Any]]) -> Worker:
+    """A process that answers each item in its pipe with (``setup()(item)``, None), or (None, the exception).
+
+    Raises:
+        NotStarted: see ``map_in_processes``.
+    """
     try:
         ours, theirs = context.Pipe()
         with theirs:
@@ -83,7 +89,7 @@ def _start(context: ForkServerContext, setup: Callable[[], Callable[[Any], Any]]
     except RuntimeError:
         if multiprocessing.current_process().name == "MainProcess":
             raise
-        sys.exit(1)  # this is such a process, which imports the script: ``_reason`` tells it in the script's own process
+        sys.exit(1)  # this is such a process, which imports the script: ``why_gone`` tells it in the script's own process
     except (OSError, EOFError) as error:
         why = getattr(error, "strerror", None) or "the process that forks the others is gone"
         raise NotStarted(f"a process could not be started: {why}; allow more processes and open files (ulimit)") from error
@@ -94,20 +100,20 @@ def _send(worker: Worker, item: Any) -> None:
     try:
         worker.pipe.send(item)
     except OSError as error:
-        raise _reason(worker) from error
+        raise why_gone(worker) from error
 
 
 def _receive(worker: Worker) -> Any:
     try:
         result, error = worker.pipe.recv()
     except (EOFError, OSError) as lost:
-        raise _reason(worker) from lost
+        raise why_gone(worker) from lost
     if error is not None:
         raise error
     return result
 
 
-def _reason(worker: Worker) -> Exception:
+def why_gone(worker: Worker) -> Exception:
     """Why a process is gone."""
     worker.process.join()
     code = worker.process.exitcode
@@ -132,3 +138,11 @@ def _serve(setup: Callable[[], Callable[[Any], Any]], pipe: Connection) -> None:
             pipe.send((function(item), None))
         except Exception as error:
             pipe.send((None, error))
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that asked for this one, and end as well, whatever else this one does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

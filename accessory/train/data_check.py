@@ -31,7 +31,7 @@ COLUMNS = ("records", "bad", "samples", "tokens", "targets", "truncated", "dropp
 def check(arguments: argparse.Namespace) -> None:
     """Validate every record of a mix and print a table; exit code 1 if one is bad, or nothing is left to train on."""
     check_writable(arguments.png)
-    run = _run(arguments.mix)
+    run = run_of(arguments.mix)
     mix, tokenizer, max_seq_len, labels = _what(arguments, run)
     sources = tokenise_mix(mix, tokenizer, max_seq_len, labels)
     print(f"samples of at most {max_seq_len:,} tokens\n")
@@ -60,7 +60,7 @@ def _list(lines: Iterator[str], count: int, most: int) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the first samples of each source, what is trained in colour (or between brackets where there is none)."""
-    mix, tokenizer, max_seq_len, labels = _what(arguments, _run(arguments.mix))
+    mix, tokenizer, max_seq_len, labels = _what(arguments, run_of(arguments.mix))
     for source in tokenise_mix(mix, tokenizer, max_seq_len, labels):
         samples = ((store, number) for store in source.stores for number in range(len(store)))
         for _, (store, number) in zip(range(arguments.n), samples, strict=False):
@@ -83,7 +83,7 @@ def coloured(sample: Sample, tokenizer: Tokenizer, colours: bool) -> str:
     return "".join(parts)
 
 
-def _run(path: Path) -> RunConfig | None:
+def run_of(path: Path) -> RunConfig | None:
     """The run file, if ``path`` is one rather than a mix."""
     return None if "META" in read_mapping(path) else RunConfig.load(path, [])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
-from accessory.model.head import Logits, LossSum
+from accessory.model.head import Logits, LossSum, Predictions
 from accessory.model.moe.router import RouterStats
 
 
@@ -58,6 +58,19 @@ class NextToken:
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
         return {"perplexity": perplexity(loss)}
+
+
+class TokenAccuracy(NextToken):
+    """The same where nothing is learnt of it, which also measures how many tokens are the likeliest ones."""
+
+    def loss(self, model: Decoder, batch: Batch, dropout: bool = False) -> BatchLoss:
+        (log_probs, likeliest), router = model(batch.inputs(dropout), Predictions(batch.targets))
+        measures = torch.stack([likeliest.sum(), likeliest.new_tensor(batch.target_tokens)])
+        return BatchLoss(-log_probs.sum(), measures, router)
+
+    def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
+        right, there = measures.tolist()
+        return super().metrics(loss, measures) | {"token_accuracy": right / max(1.0, there)}
 
 
 class Classification:

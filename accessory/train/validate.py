@@ -1,6 +1,7 @@
 """Validation: loss on the held-out samples, and how far the routing has moved."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from accessory.console import is_main, progress, say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.order import permute
+from accessory.data.packing import Rows
+from accessory.data.store import Sample
 from accessory.model.decoder import Decoder
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
@@ -56,7 +59,10 @@ class Validation:
         values: dict[str, Any] = {}
         texts = []
         if self.data.validation:
-            loss, metrics = self._loss()
+            samples = self.data.validation
+            lengths = sample_lengths(samples)
+            rows = self.data.make_rows(lengths.argsort(kind="stable"), lengths)
+            loss, metrics = mean_loss(self.model, self.objective, samples, rows, self.batches)
             values |= {"val_loss": loss} | {f"val_{name}": value for name, value in metrics.items()}
             texts.append(f"validation loss {loss:.4f}{shown(metrics)}")
         if self.probe and self.probe.base is None:
@@ -73,21 +79,23 @@ class Validation:
             say(f"step {step:5d}  {'  '.join(texts)}")
         return values
 
-    @torch.no_grad()
-    def _loss(self) -> tuple[float, dict[str, float]]:
-        """The objective's mean loss over the targets of the held-out samples, and its metrics."""
-        samples, plan = self.data.validation, self.batches
-        lengths = sample_lengths(samples)
-        rows = self.data.make_rows(lengths.argsort(kind="stable"), lengths)
-        targets, loss_sums, measures = 0, [], []
-        bar = progress(plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False)
-        for (batch,) in bar:
-            batch = batch.to(self.device)
-            found = self.objective.loss(self.model, batch)
-            targets += self.objective.targets(batch)
-            loss_sums.append(found.loss_sum.double())
-            measures.append(found.measures.double())
-        own = torch.stack([torch.stack(loss_sums).sum(), torch.tensor(targets, device=self.device)])
-        sums = self.model.mesh.dp.all_reduce(torch.cat([own, torch.stack(measures).sum(0).flatten()])).cpu()
-        loss = sums[0].item() / max(1.0, sums[1].item())
-        return loss, self.objective.metrics(loss, sums[2:].view_as(measures[0]))
+
+@torch.no_grad()
+def mean_loss(
+    model: Decoder, objective: Objective, samples: Sequence[Sample], rows: Rows, plan: BatchPlan
+) -> tuple[float, dict[str, float]]:
+    """The objective's mean loss over the targets of ``samples``, and its metrics; one micro-batch a step (a collective)."""
+    device = model.norm.weight.device
+    targets, loss_sums, measures = 0, [], []
+    for (batch,) in progress(
+        plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False
+    ):
+        batch = batch.to(device)
+        found = objective.loss(model, batch)
+        targets += objective.targets(batch)
+        loss_sums.append(found.loss_sum.double())
+        measures.append(found.measures.double())
+    own = torch.stack([torch.stack(loss_sums).sum(), torch.tensor(targets, device=device)])
+    sums = model.mesh.dp.all_reduce(torch.cat([own, torch.stack(measures).sum(0).flatten()])).cpu()
+    loss = sums[0].item() / max(1.0, sums[1].item())
+    return loss, objective.metrics(loss, sums[2:].view_as(measures[0]))

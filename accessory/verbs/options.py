@@ -61,7 +61,7 @@ def function_of(module: str, function: str) -> Run:
     return run
 
 
-def model_arguments(verb: argparse.ArgumentParser) -> None:
+def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 4096) -> None:
     """The model that a verb uses."""
     verb.add_argument("checkpoint", type=a_path, help="directory")
     verb.add_argument("--adapter", type=a_path, action="append", default=[], help="directory laid over it; can be repeated")
@@ -75,7 +75,10 @@ def model_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--layout", choices=["mixtral", "mixtral_sparse"], help="default: the checkpoint's own")
     verb.add_argument("--config", type=a_path, help="another config.json than the checkpoint's")
     verb.add_argument("--tokenizer", type=a_path, help="another tokenizer.model or tokenizer.json")
-    verb.add_argument("--max-seq-len", type=a_count, default=4096, help="tokens of prompt and answer; default: %(default)s")
+    told = "%(default)s" if max_seq_len else "the model's own"
+    verb.add_argument(
+        "--max-seq-len", type=a_count, default=max_seq_len, help=f"tokens of prompt and answer; default: {told}"
+    )
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 
 

@@ -10,6 +10,7 @@ from faults import (
     classify,
     data,
     descriptions,
+    evaluation,
     experts,
     formats,
     generation,
@@ -41,6 +42,7 @@ _MODULES = (
     generation,
     side_by_side,
     serving,
+    evaluation,
     precision,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
