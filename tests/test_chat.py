@@ -29,14 +29,16 @@ TALK = [
 ]
 
 
+ARGS = replace(TINY, vocab_size=300, max_seq_len=4096, sliding_window=None)
+
+
 def write_model(home):
     tokenizer = make_tokenizer(home / "tokenizer.model")
-    args = replace(TINY, vocab_size=300, max_seq_len=4096, sliding_window=None)
-    w = weights(args)
+    w = weights(ARGS)
     w["output.weight"][3:259] *= 0.3  # pieces rather than bytes
     w["output.weight"][2] *= 0.0  # no answer ends by itself
     save_model(
-        build(args, "mixtral", Tensors(w)), home / "model", {"tokenizer.model": tokenizer}, torch.float64, "safetensors"
+        build(ARGS, "mixtral", Tensors(w)), home / "model", {"tokenizer.model": tokenizer}, torch.float64, "safetensors"
     )
     model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu")
     return model.chat([*QUESTIONS, TALK, [{"role": "system", "content": "then"}, *TALK[:1]]], max_gen_len=12)

@@ -33,6 +33,7 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "SRC": "{home}/ckpt",
     "BASE": "{home}/ckpt",
     "ADAPTER": "{home}/adapter",
+    "mine=ADAPTER": "mine={home}/adapter",
     "DST": "{new}",
     "TASKS": "{home}/tasks",
     "scores.json": "{new}",

@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from jobs import Job
 from ranks import run_ranks
-from test_chat import QUESTIONS, TALK, write_model
+from test_chat import ARGS, QUESTIONS, TALK, write_model
+from test_served_adapters import EVERYWHERE, save_adapter
 
 from accessory.model.meta import MetaModel
 
@@ -26,14 +28,18 @@ TEXTS = ["the list of", "a", "and then every answer is not", "words " * 9, "made
 
 
 def expected(home):
-    """What the model answers by itself: chats, texts gone on with, and the log-probabilities of one of them."""
+    """What the model answers by itself: chats, texts gone on with, the log-probabilities of one of them; and with an
+    adapter laid over it."""
     chats = write_model(home)
-    model = MetaModel.from_pretrained(home / "model", dtype=__import__("torch").float64, device="cpu")
+    save_adapter(home / "model", home / "mine", EVERYWHERE, 5, ARGS)
+    model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu")
+    mine = MetaModel.from_pretrained([home / "model", home / "mine"], dtype=torch.float64, device="cpu")
     continued = model.generate(TEXTS, max_gen_len=12)
     ids = model.tokenizer.encode(TEXTS[0], bos=True, eos=False)
     (logits,) = model.compute_logits([ids])
     top = logits[-1].log_softmax(-1).topk(3).values.tolist()
-    return {"chats": [answer.lstrip() for answer in chats], "texts": continued, "top": top}
+    adapted = mine.chat([QUESTIONS[0]], max_gen_len=12)[0].lstrip()
+    return {"chats": [answer.lstrip() for answer in chats], "texts": continued, "top": top, "mine": adapted}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def serving(home, *words, key=""):
 
 @pytest.fixture(scope="module")
 def address(home, right):
-    with serving(home) as (_, address):
+    with serving(home, "--lora", f"mine={home}/mine") as (_, address):
         yield address
 
 
@@ -89,8 +95,11 @@ def until(condition, seconds=30):
 
 
 def test_models(client):
-    (model,) = client.models.list()
-    assert model.id == "model" and client.models.retrieve("model").max_model_len == 4096
+    base, adapter = client.models.list()
+    assert (base.id, adapter.id, adapter.parent) == ("model", "mine", "model")
+    assert client.models.retrieve("model").max_model_len == 4096
+    with pytest.raises(openai.NotFoundError, match="'yours' is not here; there is model, mine"):
+        client.models.retrieve("yours")
 
 
 def test_a_chat_is_answered_as_without_a_server(client, right):
@@ -100,6 +109,14 @@ def test_a_chat_is_answered_as_without_a_server(client, right):
     assert answer.usage.completion_tokens == 12 and answer.usage.total_tokens == answer.usage.prompt_tokens + 12
     again = client.chat.completions.create(messages=TALK, **GREEDY)
     assert again.choices[0].message.content == right["chats"][3]
+
+
+def test_an_adapter_is_asked_for_by_its_name(client, right):
+    (mine, base) = (
+        client.chat.completions.create(messages=MESSAGES, **GREEDY | {"model": model}).choices[0].message.content
+        for model in ("mine", "model")
+    )
+    assert mine == right["mine"] and base == right["chats"][0] != mine
 
 
 def test_a_stream_is_the_same_in_pieces(client, right):
@@ -213,7 +230,7 @@ CHAT = {"model": "model", "messages": MESSAGES}
         ([], 400, "must be an object"),
         ({}, 400, "the key 'model' is missing"),
         ({"model": "gpt"}, 400, "the key 'messages' is missing"),
-        (CHAT | {"model": "gpt"}, 404, "the model 'gpt' is not here; there is 'model'"),
+        (CHAT | {"model": "gpt"}, 404, "the model 'gpt' is not here; there is model, mine"),
         (CHAT | {"temprature": 1}, 400, "unknown key 'temprature'; did you mean 'temperature'?"),
         (CHAT | {"temperature": -1}, 400, "temperature must be at least 0, found -1"),
         (CHAT | {"temperature": float("nan")}, 400, "temperature must be a finite number"),

@@ -2,9 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -38,7 +39,12 @@ def run_classify(arguments: argparse.Namespace) -> None:
     run_job(lambda launch: classify(arguments, launch), ParallelSection.stall_timeout_s)
 
 
-def load(arguments: argparse.Namespace, launch: Launch, directories: Sequence[Path] = ()) -> MetaModel:
+def load(
+    arguments: argparse.Namespace,
+    launch: Launch,
+    directories: Sequence[Path] = (),
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+) -> MetaModel:
     """The model that the command line names, or that of other ``directories``, over all ranks of the job."""
     return MetaModel.from_pretrained(
         directories or [arguments.checkpoint, *arguments.adapter],
@@ -49,6 +55,7 @@ def load(arguments: argparse.Namespace, launch: Launch, directories: Sequence[Pa
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),
         device=launch.device,
+        adapters=adapters,
     )
 
 

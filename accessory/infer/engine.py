@@ -102,7 +102,7 @@ class Engine:
         """
         Args:
             max_seq_len: tokens of a prompt and its answer. cache_tokens: of all that runs at a time; None: as many as the
-                GPU has room for; on a CPU those of 16 of the longest sequences.
+                GPU has room for; on a CPU those of 16 sequences of 4096, or of one if that is longer.
             chunk_tokens: of prompts in a step, beside the single tokens of answers, so that a long one stalls nobody.
         """
         self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
@@ -116,7 +116,7 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(self._device)
             pages = int(0.85 * free) // model.make_cache(1, self._page).page_bytes
         else:
-            pages = 16 * longest
+            pages = max(longest, 16 * -(-min(max_seq_len, 4096) // self._page))
         pages = int(model.mesh.mp.all_reduce(torch.tensor(pages, device=self._device), dist.ReduceOp.MIN))
         if pages < longest:
             raise UserError(

@@ -174,7 +174,8 @@ class MetaModel:
     def grammars(self) -> Grammars:
         """What makes the forms that answers are held to (``Sampling.grammar``)."""
         special = self.tokenizer.special
-        return Grammars(self.tokenizer, [special[stop] for stop in self.template.stop if stop in special])
+        stops = {stop for adapter in (None, *self.adapters) for stop in self.template_of(adapter).stop}
+        return Grammars(self.tokenizer, [special[stop] for stop in sorted(stops & special.keys())])
 
     def generate(
         self,

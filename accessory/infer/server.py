@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from accessory.console import say
+from accessory.console import listed, say
 from accessory.errors import UserError
 from accessory.infer.chat import check_template, load
 from accessory.infer.meta import MetaModel
@@ -41,6 +41,7 @@ T = TypeVar("T", bound=Call)
 KEY = "ACCESSORY_API_KEY"
 MOST_BYTES = 2 * 2**20  # of a body
 BODY_S = 30.0  # for a body to come
+SERVED = "/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it."
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -61,9 +62,12 @@ def serve(arguments: argparse.Namespace, launch: Launch, ready: Callable[[str], 
     if not key and arguments.host not in LOOPBACK:
         raise UserError(f"--host {arguments.host} lets others in: set {KEY}, the key that they must send")
     door = None if launch.rank else _listen(arguments.host, arguments.port)
-    model = load(arguments, launch)
-    engine = model.make_engine(arguments.cache_tokens)
     name = arguments.name or arguments.checkpoint.resolve().name
+    names = [name, *(adapter for adapter, _ in arguments.lora)]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise UserError(f"two models would be called '{twice[0]}': give each --lora, and the base by --name, one of its own")
+    model = load(arguments, launch, adapters=dict(arguments.lora))
+    engine = model.make_engine(arguments.cache_tokens)
     end_stalls_after(ParallelSection.stall_timeout_s)
     if door is None:
         for number in (signal.SIGINT, signal.SIGTERM):  # srun sends them to all ranks; the first one says when it is over
@@ -74,8 +78,8 @@ def serve(arguments: argparse.Namespace, launch: Launch, ready: Callable[[str], 
     app = make_app(model, service, name, template=arguments.template, key=key, limit_s=arguments.timeout)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, service.close)
-    said = f"{name} is served at {{}}/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it."
-    engine.lead(lambda: _serve(app, service, door, ready or (lambda address: say(said.format(address)))))
+    said = f"{listed(names)} {'is' if len(names) == 1 else 'are'} served at"
+    engine.lead(lambda: _serve(app, service, door, ready or (lambda address: say(f"{said} {address}{SERVED}"))))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -121,17 +125,24 @@ class Front:
     async def read(self, request: Request, kind: type[T]) -> T:
         """The call in a body."""
         call = kind.read(await _json(request))
-        self.check_name(call.model)
+        self.adapter(call.model)
         return call
 
-    def check_name(self, model: str) -> None:
-        if model != self.name:
-            raise HTTPException(404, f"the model '{model}' is not here; there is '{self.name}'")
+    @property
+    def names(self) -> list[str]:
+        """What clients can ask: the base, and its adapters."""
+        return [self.name, *self.model.adapters]
+
+    def adapter(self, model: str) -> str | None:
+        """Which adapter a client means; None: the base."""
+        if model not in self.names:
+            raise HTTPException(404, f"the model '{model}' is not here; there is {listed(self.names)}")
+        return None if model == self.name else model
 
     async def answer(self, call: Call, prompts: Sequence[tuple[list[int], Sampling]], request: Request) -> Response:
         """Ask, and answer in one piece or as it comes."""
         samples = [(ids, sampling.seeded(n)) for ids, sampling in prompts for n in range(call.n)]
-        answers = await self.service.ask(samples)
+        answers = await self.service.ask(samples, self.adapter(call.model))
         writer = Writer(call, self.model.tokenizer)
         if call.stream:
             return Events(_events(call, answers, writer, self.limit_s), self.limit_s)
@@ -169,7 +180,8 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: Request) -> Response:
         call = await front.read(request, ChatCall)
-        return await front.answer(call, [await run_in_threadpool(_asked, model, call, template)], request)
+        asked = await run_in_threadpool(_asked, model, call, template, front.adapter(call.model))
+        return await front.answer(call, [asked], request)
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: Request) -> Response:
@@ -178,18 +190,19 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(name)]}
+        return {"object": "list", "data": [described(one) for one in front.names]}
 
     @app.get("/v1/models/{model}", dependencies=guarded)
     async def one_model(model: str) -> dict[str, Any]:
-        front.check_name(model)
+        front.adapter(model)
         return described(model)
 
     started = int(time.time())
 
-    def described(name: str) -> dict[str, Any]:
-        longest = service.engine.max_seq_len
-        return {"id": name, "object": "model", "created": started, "owned_by": "accessory", "max_model_len": longest}
+    def described(one: str) -> dict[str, Any]:
+        said = {"id": one, "object": "model", "created": started, "owned_by": "accessory"}
+        said["max_model_len"] = service.engine.max_seq_len
+        return said if one == name else said | {"parent": name}
 
     @app.get("/health")
     async def health() -> Response:
@@ -204,10 +217,11 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     return app
 
 
-def _asked(model: MetaModel, call: ChatCall, template: str | None) -> tuple[list[int], Sampling]:
+def _asked(model: MetaModel, call: ChatCall, template: str | None, adapter: str | None) -> tuple[list[int], Sampling]:
     """The tokens that ask for an answer, and how it is to be."""
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
-    ids, stops = model.asked(messages, template, call.tools if call.tool_choice == "auto" else ())
+    tools = call.tools if call.tool_choice == "auto" else ()
+    ids, stops = model.asked(messages, template, adapter=adapter, tools=tools)
     return ids, _sampling(model, call).stopping_at(stops)
 
 

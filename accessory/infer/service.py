@@ -125,8 +125,8 @@ class Service:
         stands = time.monotonic() - self._stepping_since
         return f"the engine has been in one step for {stands:.0f} s" if stands > STALLED_S else ""
 
-    async def ask(self, prompts: Sequence[tuple[Sequence[int], Sampling]]) -> Answers:
-        """Ask for an answer to each of some prompts, which are taken together or not at all.
+    async def ask(self, prompts: Sequence[tuple[Sequence[int], Sampling]], adapter: str | None) -> Answers:
+        """Ask an adapter (None: the base) for an answer to each of some prompts, which are taken together or not at all.
 
         Raises:
             UserError: one of them cannot be answered. Busy, Closing.
@@ -141,7 +141,7 @@ class Service:
                 raise Busy(math.ceil(time.monotonic() - self._listeners[waiting[0].id].times.asked))
             try:
                 for number, (prompt, sampling) in enumerate(prompts):
-                    request = self.engine.submit(prompt, sampling)
+                    request = self.engine.submit(prompt, sampling, adapter)
                     answers.requests.append(request)
                     self._listeners[request.id] = Listener(answers, number, Times(asked))
             except Exception:

@@ -58,8 +58,8 @@ class Predictions:
     def __init__(self, targets: Targets):
         self.targets = targets
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, dropout_draw: Tensor | None) -> Tensor:
-        return linear_predictions(_factors(x, norm, output, dropout_draw, self.targets), self.targets.ids, output.mp)
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
+        return linear_predictions(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
 
 
 class Logits:

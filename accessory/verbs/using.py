@@ -1,5 +1,6 @@
 """The verbs that use what was trained."""
 
+import argparse
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ from accessory.verbs.options import (
 )
 
 Port = Annotated[int, Bounds(least=0, most=65535)]
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, found, directory = text.partition("=")
+    if not (name and found and directory):
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, found {text!r}")
+    return name, Path(directory)
 
 
 def using_verbs(verbs: Verbs) -> None:
@@ -74,11 +82,14 @@ def _serve(verbs: Verbs) -> None:
         "is set, clients must send it; it must be, unless they come from this machine alone. SIGTERM or Ctrl-C lets the "
         "answers that were begun end, the second one does not. docs/serving.md says more.",
         "accessory serve runs/quickstart/merged",
-        "accessory serve BASE --adapter ADAPTER --mp 4 --port 8080",
+        "accessory serve BASE --lora mine=ADAPTER --lora yours=OTHER --mp 4 --port 8080",
     )
     model_arguments(verb)
     verb.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
     verb.add_argument("--name", type=checked(Text), help="what clients call the model; default: its directory's name")
+    verb.add_argument(
+        "--lora", type=_named, action="append", default=[], metavar="NAME=DIR", help="an adapter that clients can ask for"
+    )
     verb.add_argument("--host", type=checked(Text), default="127.0.0.1", help="default: %(default)s, this machine alone")
     verb.add_argument("--port", type=checked(Port), default=8000, help="0: one that is free; default: %(default)s")
     verb.add_argument("--cache-tokens", type=a_count, help="of all that runs at a time; default: what the GPU has room for")
