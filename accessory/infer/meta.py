@@ -170,12 +170,16 @@ class MetaModel:
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         return self.tokenizer.encode_segments(chosen.prompt(read_question(messages, tools)))[0], chosen.stop
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """What makes the forms that answers are held to (``Sampling.grammar``)."""
+        return self.grammars_of(None)
+
+    @cache  # noqa: B019
+    def grammars_of(self, adapter: str | None) -> Grammars:
+        """The same of an adapter's answers, which end as its template says."""
         special = self.tokenizer.special
-        stops = {stop for adapter in (None, *self.adapters) for stop in self.template_of(adapter).stop}
-        return Grammars(self.tokenizer, [special[stop] for stop in sorted(stops & special.keys())])
+        return Grammars(self.tokenizer, [special[stop] for stop in self.template_of(adapter).stop if stop in special])
 
     def generate(
         self,

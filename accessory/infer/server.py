@@ -180,13 +180,14 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: Request) -> Response:
         call = await front.read(request, ChatCall)
-        asked = await run_in_threadpool(_asked, model, call, template, front.adapter(call.model))
+        asked = await run_in_threadpool(_asked, model, call, front.adapter(call.model), template)
         return await front.answer(call, [asked], request)
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: Request) -> Response:
         call = await front.read(request, CompletionCall)
-        return await front.answer(call, await run_in_threadpool(_continued, model, call), request)
+        asked = await run_in_threadpool(_continued, model, call, front.adapter(call.model))
+        return await front.answer(call, asked, request)
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
@@ -222,16 +223,16 @@ def _asked(model: MetaModel, call: ChatCall, template: str | None, adapter: str 
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
     tools = call.tools if call.tool_choice == "auto" else ()
     ids, stops = model.asked(messages, template, adapter=adapter, tools=tools)
-    return ids, _sampling(model, call).stopping_at(stops)
+    return ids, _sampling(model, call, adapter).stopping_at(stops)
 
 
-def _continued(model: MetaModel, call: CompletionCall) -> list[tuple[list[int], Sampling]]:
-    encode, sampling = model.tokenizer.encode, _sampling(model, call)
+def _continued(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[list[int], Sampling]]:
+    encode, sampling = model.tokenizer.encode, _sampling(model, call, adapter)
     return [(encode(one, bos=True, eos=False) if isinstance(one, str) else one, sampling) for one in call.prompts]
 
 
-def _sampling(model: MetaModel, call: Call) -> Sampling:
-    return call.sampling(model.grammars if call.wants_form else None)
+def _sampling(model: MetaModel, call: Call, adapter: str | None) -> Sampling:
+    return call.sampling(model.grammars_of(adapter) if call.wants_form else None)
 
 
 async def _json(request: Request) -> Mapping[str, Any]:

@@ -145,8 +145,8 @@ FAULTS = (
     Fault(
         "an expert's bias is added whatever the routing weight",
         FILE,
-        "replace(products, bias_ne=products.bias_ne * weight_n1)",
-        "products",
+        "bias_ne=products.bias_ne * weight_n1, ",
+        "",
         LORA,
     ),
 )

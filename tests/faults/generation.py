@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "a prompt that is known whole is not run at all",
         ENGINE,
-        "page_keys(request.prompt[:-1], self._page)",
-        "page_keys(request.prompt, self._page)",
+        "page_keys(request.prompt[:-1], self._page, request.root)",
+        "page_keys(request.prompt, self._page, request.root)",
         "tests/test_engine.py::test_a_prompt_that_the_cache_has_whole",
     ),
     Fault(

@@ -140,8 +140,8 @@ FAULTS = (
     Fault(
         "an adapter is asked in the base's template",
         META,
-        "self.template_of(adapter)",
-        "self.template",
+        "if template else self.template_of(adapter)",
+        "if template else self.template",
         ASKED,
     ),
     Fault(
