@@ -109,8 +109,8 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
 def _grammar(model: MetaModel, arguments: argparse.Namespace) -> Grammar | None:
     """The form that the command line asks answers to have."""
     if arguments.json_schema:
-        return model.grammars.json_schema(read_mapping(arguments.json_schema))
-    return model.grammars.regex(arguments.regex) if arguments.regex else None
+        return model.grammars_of(None).json_schema(read_mapping(arguments.json_schema))
+    return model.grammars_of(None).regex(arguments.regex) if arguments.regex else None
 
 
 def classify(arguments: argparse.Namespace, launch: Launch) -> None:

@@ -170,14 +170,9 @@ class MetaModel:
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         return self.tokenizer.encode_segments(chosen.prompt(read_question(messages, tools)))[0], chosen.stop
 
-    @property
-    def grammars(self) -> Grammars:
-        """What makes the forms that answers are held to (``Sampling.grammar``)."""
-        return self.grammars_of(None)
-
     @cache  # noqa: B019
     def grammars_of(self, adapter: str | None) -> Grammars:
-        """The same of an adapter's answers, which end as its template says."""
+        """What makes the forms that an adapter's answers are held to (``Sampling.grammar``); they end as its template says."""
         special = self.tokenizer.special
         return Grammars(self.tokenizer, [special[stop] for stop in self.template_of(adapter).stop if stop in special])
 
