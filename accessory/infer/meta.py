@@ -172,7 +172,7 @@ class MetaModel:
 
     @cache  # noqa: B019
     def grammars_of(self, adapter: str | None) -> Grammars:
-        """What makes the forms that an adapter's answers are held to (``Sampling.grammar``); they end as its template says."""
+        """What makes the forms that an adapter's answers are held to (``Sampling.grammar``), ending as its template says."""
         special = self.tokenizer.special
         return Grammars(self.tokenizer, [special[stop] for stop in self.template_of(adapter).stop if stop in special])
 

@@ -218,7 +218,7 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     return app
 
 
-def _asked(model: MetaModel, call: ChatCall, template: str | None, adapter: str | None) -> tuple[list[int], Sampling]:
+def _asked(model: MetaModel, call: ChatCall, adapter: str | None, template: str | None) -> tuple[list[int], Sampling]:
     """The tokens that ask for an answer, and how it is to be."""
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
     tools = call.tools if call.tool_choice == "auto" else ()
