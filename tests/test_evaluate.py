@@ -161,13 +161,13 @@ def test_the_command_compares_two_models(home, theirs, tmp_path):
 
 def test_a_table():
     results = {"texts": {"alias": "texts", "sample_len": 3, "ppl,none": 7.0, "ppl_stderr,none": "N/A"}}
-    after = {"texts": {"ppl,none": 5.25}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.125, "acc,strict": 0.25}}
+    after = {"texts": {"ppl,none": 5.25}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.125, "acc,strict": 1.2e10}}
     assert table({"x": results}) == "task   metric   value  stderr\ntexts  ppl     7.0000"
     assert table({"old": results, "new": after}).splitlines() == [
-        "task   metric           old  stderr     new  stderr  difference",
-        "texts  ppl           7.0000          5.2500             -1.7500",
-        "a      acc                           0.5000  0.1250",
-        "       acc (strict)                  0.2500",
+        "task   metric           old  stderr      new  stderr  difference",
+        "texts  ppl           7.0000           5.2500             -1.7500",
+        "a      acc                            0.5000  0.1250",
+        "       acc (strict)                  1.2e+10",
     ]
 
 
