@@ -1,6 +1,7 @@
 """``accessory evaluate``: lm-evaluation-harness's own ``hf`` model on the same weights, and a run's validation, are the
 judges."""
 
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from accessory.checkpoint.training import Training
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.infer.meta import MetaModel
+from accessory.infer.scoring import score
 from accessory.train.evaluate import table
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -147,6 +149,30 @@ def test_scores_are_those_of_lm_evals_own_model(home, theirs, world):
     assert 0 < sum(greedy) < len(greedy)
 
 
+def measure(seen, token):
+    """A model that sees the sum of what came before."""
+    return -(3 * sum(seen) + token) % 11 / 7, float((sum(seen) + token) % 2)
+
+
+def run_plan(plan):
+    ends = list(itertools.accumulate(plan.lengths))
+    assert len(plan.tokens) == ends[-1] <= 40 or len(ends) == 1
+    found = []
+    for row, target in zip(plan.rows, plan.targets, strict=True):
+        begin = max(end for end in (0, *ends) if end <= row)
+        found.append(measure(plan.tokens[begin : row + 1], target))
+    return torch.tensor(found, dtype=torch.float64).T
+
+
+def test_scores_depend_on_nothing_that_is_scored_beside():
+    rng = random.Random(0)
+    pairs = [([rng.randrange(3)] * rng.randint(1, 30), [rng.randrange(9)] * rng.randint(1, 20)) for _ in range(99)]
+    found = dict(score(pairs, run_plan, most_tokens=40))
+    for number, (context, continuation) in enumerate(pairs):
+        each = [measure([*context, *continuation[:n]], token) for n, token in enumerate(continuation)]
+        assert found[number] == pytest.approx((sum(x for x, _ in each), all(y for _, y in each)))
+
+
 def test_the_command_compares_two_models(home, theirs, tmp_path):
     what = ("--tasks", "texts,choices", "--include", home / "tasks", "--against", home / "other", "--precision", "fp32")
     codes, out, err = command("evaluate", home / "hf", *what, "--mp", 2, "--out", tmp_path / "scores.json")
@@ -156,18 +182,19 @@ def test_the_command_compares_two_models(home, theirs, tmp_path):
     for task in ("texts", "choices"):
         assert numbers(after["results"], task) == pytest.approx(numbers(theirs[0]["results"], task), rel=1e-4)
         assert numbers(after["results"], task) != numbers(before["results"], task)
-    assert out.strip() == table({str(home / name): found["results"] for name, found in (("other", before), ("hf", after))})
+    measured = {str(home / name): found["results"] for name, found in (("other", before), ("hf", after))}
+    assert out.endswith(f"{table(measured)}\n")
 
 
 def test_a_table():
     results = {"texts": {"alias": "texts", "sample_len": 3, "ppl,none": 7.0, "ppl_stderr,none": "N/A"}}
-    after = {"texts": {"ppl,none": 5.25}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.125, "acc,strict": 0.25}}
+    after = {"texts": {"ppl,none": 5.25}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.125, "acc,strict": 1.2e10}}
     assert table({"x": results}) == "task   metric   value  stderr\ntexts  ppl     7.0000"
     assert table({"old": results, "new": after}).splitlines() == [
-        "task   metric           old  stderr     new  stderr  difference",
-        "texts  ppl           7.0000          5.2500             -1.7500",
-        "a      acc                           0.5000  0.1250",
-        "       acc (strict)                  0.2500",
+        "task   metric           old  stderr      new  stderr  difference",
+        "texts  ppl           7.0000           5.2500             -1.7500",
+        "a      acc                            0.5000  0.1250",
+        "       acc (strict)                  1.2e+10",
     ]
 
 

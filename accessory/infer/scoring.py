@@ -64,23 +64,31 @@ def score(
     documents: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(asked):
         documents.setdefault((*context, *continuation[:-1]), []).append(number)
-    longest_first = sorted(documents, key=len, reverse=True)
-    while longest_first:
-        chosen, total = 0, 0
-        while chosen < len(longest_first) and (not chosen or total + len(longest_first[chosen]) <= most_tokens):
-            total += len(longest_first[chosen])
-            chosen += 1
-        together, longest_first = longest_first[:chosen], longest_first[chosen:]
-        plan, numbers, end = ScorePlan([], [], [], []), [], 0
+    for together in _batches(sorted(documents, key=len, reverse=True), most_tokens):
+        plan, numbers, sizes = ScorePlan([], [], [], []), [], []
         for document in together:
             plan.lengths.append(len(document))
             plan.tokens.extend(document)
-            end += len(document)
+            end = len(plan.tokens)
             for number in documents[document]:
                 continuation = asked[number][1]
                 plan.rows.extend(range(end - len(continuation), end))
                 plan.targets.extend(continuation)
                 numbers.append(number)
-        sizes = [len(asked[number][1]) for number in numbers]
+                sizes.append(len(continuation))
         for number, (log_probs, likeliest) in zip(numbers, run(plan).double().cpu().split(sizes, 1), strict=True):
             yield number, Score(log_probs.sum().item(), bool(likeliest.all()))
+
+
+def _batches(documents: Sequence[tuple[int, ...]], most_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """In their order, as many at a time as have so many tokens together; one at least."""
+    batch: list[tuple[int, ...]] = []
+    total = 0
+    for document in documents:
+        if batch and total + len(document) > most_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(document)
+        total += len(document)
+    if batch:
+        yield batch

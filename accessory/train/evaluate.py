@@ -123,10 +123,10 @@ def table(models: Mapping[str, Results]) -> str:
         task = key[0]
         found = [values.get(key, (None, None)) for values in measured]
         for value, stderr in found:
-            line += ["" if number is None else f"{number:.4f}" for number in (value, stderr)]
+            line += [_shown(value), _shown(stderr)]
         if len(models) > 1:
             (before, _), (after, _) = found
-            line.append("" if before is None or after is None else f"{after - before:+.4f}")
+            line.append(_shown(None if before is None or after is None else after - before, "+"))
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     written = (
@@ -137,6 +137,12 @@ def table(models: Mapping[str, Results]) -> str:
         for line in lines
     )
     return "\n".join(line.rstrip() for line in written)
+
+
+def _shown(number: float | None, sign: str = "") -> str:
+    if number is None:
+        return ""
+    return format(number, f"{sign}.4f" if abs(number) < 1e6 else f"{sign}.4g")
 
 
 def _values(results: Results) -> dict[tuple[str, str], tuple[float, float | None]]:
