@@ -204,7 +204,9 @@ def test_commands_are_found():
 
 def test_the_python_of_the_readme(workshop):
     (source,) = blocks("README.md", "python")
-    source = source.replace("DIR", str(workshop / "home/ckpt")).replace("128", "2")
+    for stands, what in {"DIR1": "adapter", "DIR2": "adapter", "DIR": "ckpt", "BASE": "ckpt"}.items():
+        source = source.replace(f'"{stands}"', f'"{workshop}/home/{what}"')
+    source = source.replace("128", "2")
     run_ranks(1, exec, source.replace('"..."', '"the words"'), {})
 
 

@@ -206,12 +206,16 @@ def test_the_experts_that_an_answer_took(client, address):
 
 def test_a_client_that_leaves_is_not_worked_for(client, address):
     before = metric(address, "vllm:request_success_total", finished_reason="cancelled")
-    stream = client.chat.completions.create(model="model", messages=MESSAGES, stream=True, max_tokens=4000)
+    stream = client.chat.completions.create(model="model", messages=MESSAGES, stream=True, max_tokens=4000, temperature=0)
     for _ in zip(range(4), stream, strict=False):
         pass
     stream.close()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json={"model": "model", "prompt": "a", "max_tokens": 4000}, timeout=2)
+        httpx.post(
+            f"{address}/v1/completions",
+            json={"model": "model", "prompt": "a", "max_tokens": 4000, "temperature": 0},
+            timeout=2,
+        )
     until(lambda: metric(address, "vllm:request_success_total", finished_reason="cancelled") == before + 2)
     assert metric(address, "vllm:num_requests_running") == 0
     assert metric(address, "vllm:kv_cache_usage_perc") == 0
@@ -310,7 +314,9 @@ async def _mixed(address, right, rng):
                     await asyncio.sleep(0.01)
                 assert "".join(pieces) == right["texts"][number]
             elif kind == 2:  # leaves
-                stream = await client.completions.create(model="model", prompt=TEXTS[number], stream=True, max_tokens=3000)
+                stream = await client.completions.create(
+                    model="model", prompt=TEXTS[number], stream=True, max_tokens=3000, temperature=0
+                )
                 await anext(aiter(stream))
                 await stream.close()
             elif kind == 3:
@@ -345,7 +351,7 @@ def test_too_many_are_told_to_come_again(home, right):
     options = ("--max-seq-len", 64, "--cache-tokens", 64, "--max-waiting", 1)
     with serving(home, *options, key=KEY) as (_, address):
         url, headers = f"{address}/v1/completions", {"authorization": f"Bearer {KEY}"}
-        body = {"model": "model", "prompt": "a", "max_tokens": 60, "temperature": 1.0, "n": 4}
+        body = {"model": "model", "prompt": "a", "max_tokens": 60, "temperature": 0, "n": 4}
         wrong = [httpx.post(url, json=body, headers={"authorization": "Bearer x"}), httpx.post(url, json=body)]
         assert [answer.status_code for answer in wrong] == [401, 401]
         assert wrong[0].json()["error"]["code"] == "invalid_api_key"
@@ -385,7 +391,7 @@ def test_no_longer_than_its_grace(home, right):
         serving(home, "--grace", 0.5) as (job, address),
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
-        stream = client.completions.create(model="model", prompt="a", stream=True, max_tokens=4000)
+        stream = client.completions.create(model="model", prompt="a", stream=True, max_tokens=4000, temperature=0)
         next(stream)
         job.send(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="shutting down"):
@@ -399,7 +405,7 @@ def test_ranks_and_one_that_is_lost(home, right):
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
             answer = client.chat.completions.create(messages=MESSAGES, **GREEDY)
             assert answer.choices[0].message.content == right["chats"][0]
-            stream = client.completions.create(model="model", prompt="a", stream=True, max_tokens=4000)
+            stream = client.completions.create(model="model", prompt="a", stream=True, max_tokens=4000, temperature=0)
             next(stream)
             others = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == job.processes[0].pid]
             for pid in others:
