@@ -1,9 +1,11 @@
 """One thread per process: several test processes share the machine, and OpenMP threads that wait would spin against them."""
 
 import os
+from multiprocessing.forkserver import ensure_running
 
 import pytest
 import torch
+from ranks import server
 
 torch.set_num_threads(1)
 
@@ -12,3 +14,10 @@ torch.set_num_threads(1)
 def own_cache(tmp_path_factory):
     """Tokenised data of the tests goes with the tests; processes that they start inherit this."""
     os.environ["ACCESSORY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_server(own_cache):
+    """What is tested asks for processes, too: the server that it would start has imported less, which each then has to."""
+    server()
+    ensure_running()

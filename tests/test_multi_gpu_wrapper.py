@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import TINY, Tensors, build, make_tokenizer, weights
-from ranks import run_ranks, server
+from ranks import run_ranks
 from test_certify_processes import descendants
 
 from accessory.errors import UserError
@@ -53,7 +53,6 @@ def expected(home):
 
 @pytest.fixture(scope="module")
 def model(home, expected):
-    server()  # what the processes are forked from
     with MultiGpuWrapper(home / "model", "mixtral_sparse", gpus=2, **HOW) as model:
         yield model
     with pytest.raises(UserError, match="closed: make another one"):
