@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 from models import TINY, Numbers, Tensors, answer_ids, build, make_tokenizer, mesh_for, weights
 from ranks import run_ranks
@@ -12,6 +13,7 @@ from accessory.certify.parity import load_in_transformers
 from accessory.certify.problem import SMALL, Problem
 from accessory.certify.serving import ServingCell, run_serving, wrong_tokens
 from accessory.data.tokenizer import Tokenizer
+from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.plan import StepPlan
@@ -230,6 +232,25 @@ def test_a_repetition_is_made_unlikelier_whatever_the_sign_of_its_logit(sign):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return Tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "of SentencePiece as JSON", "of bytes as GPT-2's"])
+def test_pieces_are_what_tokens_write(kind, tokenizer, tmp_path):
+    if kind == "of SentencePiece as JSON":
+        assert write_tokenizer_json(tokenizer.path, tmp_path)
+    elif kind == "of bytes as GPT-2's":
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        learnt = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=["</s>"], initial_alphabet=alphabet)
+        theirs.train_from_iterator(["the words and the list"] * 9, learnt)
+        theirs.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizer if kind == "SentencePiece" else Tokenizer(tmp_path / "tokenizer.json")
+    text = "the words 👍🏽 and é,\n漢字\x00~"
+    ids = tokenizer.encode(text, bos=False, eos=True)
+    assert b"".join(tokenizer.pieces[token] for token in ids).decode().removeprefix(" ") == text
+    assert len(ids) > len(text) and tokenizer.pieces[ids[-1]] == b""
 
 
 def stream(tokenizer, ids, stops=()):

@@ -9,6 +9,7 @@ TEST = "tests/test_server.py::test_"
 STREAM, FORMS, LOGPROBS = f"{TEST}a_stream_is_the_same_in_pieces", f"{TEST}answers_of_a_form", f"{TEST}logprobs"
 LEAVES, LOAD = f"{TEST}a_client_that_leaves_is_not_worked_for", f"{TEST}the_experts_that_an_answer_took"
 REFUSED = f"{TEST}what_cannot_be_asked_is_refused_in_a_sentence"
+PIECED = "tests/test_engine.py::test_pieces_are_what_tokens_write"
 ENDS = f"{TEST}what_was_begun_is_ended_before_the_server_is"
 
 FAULTS = (
@@ -74,7 +75,7 @@ FAULTS = (
         FORMS,
     ),
     Fault("JSON has blanks in it", GRAMMAR, '{"whitespace_flexible": False}', '{"whitespace_flexible": True}', FORMS),
-    Fault("a byte's token writes its name", PIECES, "return bytes([int(byte[1], 16)])", "return piece.encode()", LOGPROBS),
+    Fault("a byte's token writes its name", PIECES, "return bytes([int(byte[1], 16)])", "return piece.encode()", PIECED),
     Fault(
         "only the last step's experts are counted",
         ENGINE,
