@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test faults
+.PHONY: setup quickstart test browser faults
 
 setup: .venv/ready
 
@@ -19,6 +19,11 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# the pages of demos/ as a person uses them, in a Chromium or Chrome that is there
+browser: setup
+	$(BIN)/pip install --quiet --editable ".[browser]"
+	$(BIN)/pytest tests/browser.py
 
 # every planted fault of tests/faults, and the check that must catch it: a quarter of an hour on two cores
 faults: setup

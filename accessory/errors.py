@@ -2,12 +2,30 @@
 
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something the user can mend; its message is one sentence that says what is wrong, where, and what to do."""
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """What is imported meanwhile comes with an extra of this package, and ``what`` needs it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'{what} needs {error.name}, which is not installed: pip install "accessory-moe[{extra}]", or, where this '
+            f'program\'s sources are, pip install -e ".[{extra}]"'
+        ) from error
 
 
 class Stopped(KeyboardInterrupt):

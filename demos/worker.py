@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
+ERROR = "accessory: error: "
 
 
 class Worker:
@@ -45,18 +46,18 @@ class Worker:
     def _watch(self) -> None:
         pause = 1.0
         while not self._closes.is_set():
-            code, last, lived = self._run()
+            code, why, lived = self._run()
             self.url = None
             if self._closes.is_set() or not self._answers.is_set():
                 break  # what does not start once will not start
             pause = 1.0 if lived else min(60.0, 2 * pause)
-            self.status = f"The model's processes have ended ({last or f'exit code {code}'}). They are being started again."
+            self.status = f"The model's processes have ended ({why or f'exit code {code}'}). They are being started again."
             print(self.status, file=sys.stderr, flush=True)
             self._closes.wait(pause)
         self._answers.set()
 
     def _run(self) -> tuple[int, str, bool]:
-        """Run the server to its end: its exit code, its last line, and whether it has served."""
+        """Run the server to its end: its exit code, why it ended in its own words, and whether it has served."""
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, self._gpus))} if self._gpus else {})
         command = [sys.executable, "-m", "accessory", *self._words]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -65,15 +66,15 @@ class Worker:
         )
         if self._closes.is_set():
             self._process.terminate()
-        last, lived = "", False
+        why, lived = "", False
         for line in self._process.stdout or ():
             if found := re.search(r"is served at (http://\S+)/v1", line):
                 self.url, self.status, lived = found[1], f"Ready since {time.strftime('%H:%M:%S')}.", True
                 self._answers.set()
             else:
-                last = line.strip() or last
+                why = line.removeprefix(ERROR).strip() if line.startswith(ERROR) else why
                 print(line, end="", file=sys.stderr, flush=True)
-        return self._process.wait(), last, lived
+        return self._process.wait(), why, lived
 
 
 def _end_with_parent() -> None:

@@ -14,8 +14,6 @@ import pytest
 from ranks import run_ranks
 from test_chat import QUESTIONS, write_model
 
-CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if os.access(path, os.X_OK)), None)
-PICTURES = os.environ.get("ACCESSORY_SCREENSHOTS")  # a directory, to keep what the browser showed
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,66 +84,10 @@ def processes(pid):
     return children + [other for child in children for other in processes(child)]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium to drive")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-class Page:
-    """The page of ``multi_turn.py`` in a session of its own."""
-
-    def __init__(self, browser, url):
-        self.page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-        self.page.set_default_timeout(60_000)
-        self.asked = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(url)
-        self.page.get_by_label("Temperature").first.fill("0")
-        self.set("Longest answer", 12)
-
-    def set(self, label, value):
-        box = self.page.locator(f"input[type=number][aria-label*='{label}']")
-        box.fill(str(value))
-        box.press("Tab")
-
-    def ask(self, text):
-        box = self.page.locator("textarea").last  # its placeholder goes with the first question
-        box.fill(text)
-        box.press("Enter")
-
-    def answers(self):
-        return [text.strip() for text in self.page.locator("[data-testid=bot]").all_inner_texts()]
-
-    def until(self, condition, seconds=60):
-        """As ``until``, with the browser at work."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.page.inner_text("body")
-            self.page.wait_for_timeout(100)
-
-    def answered(self, *expected):
-        self.until(lambda: self.answers() == list(expected) and not self.streams())
-
-    def streams(self):
-        return self.page.locator("button.stop-button").count() > 0
-
-    def press(self, name):
-        self.page.get_by_role("button", name=name, exact=True).last.click()
-
-    def keep(self, name):
-        if PICTURES:
-            self.page.screenshot(path=f"{PICTURES}/{name}.png")
-
-
 def test_what_the_page_asks_for(home, answers, tmp_path):
-    """Without a browser: an answer that grows, and the picture of its experts."""
-    words = ("demos/multi_turn.py", "--pretrained_path", home / "model", "--dtype", "fp64")
+    """An answer that grows, and the picture of its experts; after a process was lost, the same again. ``make browser`` looks
+    at the page itself."""
+    words = ("demos/multi_turn.py", "--n_gpus", 2, "--pretrained_path", home / "model", "--dtype", "fp64")
     with (
         Demo(*words, log=tmp_path / "log") as demo,
         contextlib.closing(gradio_client.Client(demo.url, verbose=False)) as page,
@@ -155,66 +97,30 @@ def test_what_the_page_asks_for(home, answers, tmp_path):
         assert all(answers[0].startswith(text.strip()) for text, _ in told) and "Figure" in str(told[-1][1])
         with pytest.raises(gradio_client.exceptions.AppError, match="leaves no room"):
             page.predict("word " * 9000, "", 12, 0, 1.0, 0, 1.0, api_name="/answer")
+        os.kill(processes(demo.process.pid)[-1], signal.SIGKILL)
+        assert ask_anew(demo.url) is None, "a lost process is noticed where it is needed"
+        until(lambda: "They are being started again" in demo.said())
+        until(lambda: ask_anew(demo.url) == answers[0], 90)
 
 
-def test_a_talk_in_the_browser(home, answers, browser, tmp_path):
-    words = ("demos/multi_turn.py", "--n_gpus", 2, "--pretrained_path", home / "model", "--dtype", "fp64")
-    with Demo(*words, log=tmp_path / "log") as demo:
-        first, second = Page(browser, demo.url), Page(browser, demo.url)
-        for page, number in ((first, 0), (second, 1)):  # two sessions, at once
-            page.ask(QUESTIONS[number])
-        first.answered(answers[0])
-        second.answered(answers[1])
-        first.until(lambda: first.page.locator("img[alt], .plot-container, [data-testid=plot] img").count() > 0)
-        first.keep("answered")
-
-        first.ask(QUESTIONS[2])  # a second turn
-        first.until(lambda: len(first.answers()) == 2 and not first.streams())
-        later = first.answers()[1]
-        first.press("Retry")
-        first.until(lambda: not first.streams())
-        first.answered(answers[0], later)  # greedily, the same again
-        first.press("Undo")
-        first.answered(answers[0])
-        second.press("Clear")
-        second.answered()
-
-        second.set("Longest answer", 4000)
-        second.ask(QUESTIONS[1])
-        seen = set()
-        second.until(lambda: seen.add("".join(second.answers())) or len(seen) > 4)  # it grows
-        second.keep("streams")
-        second.page.locator("button.stop-button").click()
-        second.until(lambda: not second.streams())
-        stopped = second.answers()
-        second.page.wait_for_timeout(1000)
-        assert second.answers() == stopped
-
-        workers = [pid for pid in processes(demo.process.pid) if lives(pid)]
-        os.kill(workers[-1], signal.SIGKILL)
-        status = first.page.locator("#status")
-        first.until(lambda: "started again" in status.inner_text())
-        first.keep("lost")
-        first.until(lambda: "Ready" in status.inner_text(), 90)
-        first.page.get_by_role("button", name="Clear", exact=True).last.click()
-        first.ask(QUESTIONS[0])
-        first.answered(answers[0])
-        hosts = {url.split("/")[2] for page in (first, second) for url in page.asked if "//" in url}
-        assert hosts == {demo.url.split("/")[2]}, "nothing is asked of any other machine"
-
-
-def test_single_questions_under_torchrun(home, answers, browser, tmp_path):
+def test_single_questions_under_torchrun(home, answers, tmp_path):
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "demos/single_turn.py")
     words += ("--pretrained_path", home / "model", "--dtype", "fp64")
-    with Demo(*words, log=tmp_path / "log", code=1) as demo:  # torchrun's
-        page = browser.new_page()
-        page.goto(demo.url)
-        for label, value in (("Temperature", 0), ("Longest answer", 12)):
-            page.locator(f"input[type=number][aria-label*='{label}']").fill(str(value))
-        page.get_by_label("Question", exact=True).fill(QUESTIONS[0])
-        page.get_by_role("button", name="Run", exact=True).click()
-        box = page.locator("#answer textarea")
-        until(lambda: page.wait_for_timeout(100) or box.input_value() == answers[0])
+    with (
+        Demo(*words, log=tmp_path / "log", code=1) as demo,  # torchrun's
+        contextlib.closing(gradio_client.Client(demo.url, verbose=False)) as page,
+    ):
+        sampling, how = (12, 0, 1.0, 0, 1.0), {"api_name": "/answer"}
+        assert page.predict(QUESTIONS[0], "", "asked in the model's template", *sampling, **how)[0] == answers[0]
+        text = page.predict(QUESTIONS[0], "", "gone on with as it is", *sampling, **how)[0]
+        assert text and text != answers[0]
+
+
+def ask_anew(url):
+    """What a session of its own is answered; None while there is nobody to do it."""
+    page = gradio_client.Client(url, verbose=False)
+    with contextlib.closing(page), contextlib.suppress(gradio_client.exceptions.AppError):
+        return page.predict(QUESTIONS[0], "", 12, 0, 1.0, 0, 1.0, api_name="/answer")[0].strip()
 
 
 def test_a_model_that_is_not_there():

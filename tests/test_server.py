@@ -296,6 +296,20 @@ def test_a_public_server_needs_a_key(home, right):
         assert job.codes() == [1] and "set ACCESSORY_API_KEY" in job.err()
 
 
+@pytest.mark.parametrize(
+    ("words", "missing", "extra"),
+    [(("serve",), "uvicorn", "serve"), (("evaluate", "--tasks", "arc"), "lm_eval", "evaluate")],
+    ids=["serve", "evaluate"],
+)
+def test_what_is_not_installed_is_named(home, right, words, missing, extra):
+    with Job(words[0], home / "model", *words[1:], plant=f"import sys\nsys.modules[{missing!r}] = None") as job:
+        assert (
+            job.codes() == [1]
+            and f'needs {missing}, which is not installed: pip install "accessory-moe[{extra}]"' in job.err()
+        )
+        assert "Traceback" not in job.err()
+
+
 # ---- many at once
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accessory.data.tokenizer import Tokenizer
-from accessory.errors import UserError
+from accessory.errors import UserError, needs
 
 
 class Grammar:
@@ -58,10 +58,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int] = ()):
-        try:
+        with needs("serve", "an answer of a given form"):
             import llguidance
-        except ImportError as error:
-            raise UserError('answers of a given form need llguidance: pip install "accessory-moe[serve]"') from error
         self._compiler = llguidance.LLMatcher
         words = llguidance.TokenizerWrapper(_Words(tokenizer))
         self._tokenizer = llguidance.LLTokenizer(words, tokenizer.n_words, [tokenizer.eos_id, *ends])

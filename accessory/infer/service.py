@@ -74,11 +74,15 @@ class Answers:
 
     def cancel(self) -> None:
         """End those that go on: nobody listens any more."""
-        self._service.do(lambda: self._service.forget(self.requests))
+        self._service.calls.put(lambda: self._service.forget(self.requests))
 
 
 class Service:
     """``run`` is called by the main thread, ``ask`` and ``problem`` in an event loop.
+
+    Attributes:
+        calls: what the main thread has to do between two steps; what goes wrong in it ends ``run``.
+        cut_off: answers that were not done when the service had to end.
 
     Args:
         most_waiting: requests that may wait to be let in; one that comes beyond is refused.
@@ -90,9 +94,9 @@ class Service:
         self._most_waiting, self._grace_s = most_waiting, grace_s
         self._closes_at = math.inf  # by time.monotonic
         self._stepping_since = math.inf
-        self._calls: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by the number of the engine's request
-        self.cut_off = 0  # answers that were not done when the service had to end
+        self.cut_off = 0
 
     def run(self) -> None:
         """Answer until the service is closed, and what was begun is done or its time is over."""
@@ -111,7 +115,7 @@ class Service:
     def close(self, *_: Any) -> None:
         """Take nothing new and end ``run``; asked for again, at once. Fit to handle a signal."""
         self._closes_at = time.monotonic() + (0 if self.is_closing else self._grace_s)
-        self.do(lambda: None)
+        self.calls.put(lambda: None)
 
     @property
     def is_closing(self) -> bool:
@@ -139,27 +143,28 @@ class Service:
             waiting = self.engine.waiting
             if waiting and len(waiting) + len(prompts) > self._most_waiting:
                 raise Busy(math.ceil(time.monotonic() - self._listeners[waiting[0].id].times.asked))
-            try:
-                for number, (prompt, sampling) in enumerate(prompts):
-                    request = self.engine.submit(prompt, sampling, adapter)
-                    answers.requests.append(request)
-                    self._listeners[request.id] = Listener(answers, number, Times(asked))
-            except Exception:
-                self.forget(answers.requests)
-                raise
+            for number, (prompt, sampling) in enumerate(prompts):
+                request = self.engine.submit(prompt, sampling, adapter)
+                answers.requests.append(request)
+                self._listeners[request.id] = Listener(answers, number, Times(asked))
 
+        def tell() -> None:
+            if submitted.set_running_or_notify_cancel():
+                try:
+                    submit()
+                    submitted.set_result(None)
+                except Exception as error:  # the client hears of it, or those who run the server
+                    self.forget(answers.requests)
+                    submitted.set_exception(error)
+
+        submitted: Future[None] = Future()
+        self.calls.put(tell)
         try:
-            await asyncio.wrap_future(self.do(submit))
+            await asyncio.wrap_future(submitted)
         except asyncio.CancelledError:  # the client is gone
             answers.cancel()
             raise
         return answers
-
-    def do(self, call: Callable[[], None]) -> Future[None]:
-        """Have the main thread make a call, between two steps."""
-        future: Future[None] = Future()
-        self._calls.put((future, call))
-        return future
 
     def forget(self, requests: Sequence[Running]) -> None:
         """Cancel requests that nobody waits for; for the main thread."""
@@ -172,13 +177,8 @@ class Service:
         """Make the calls that have come; ``wait``: for one, as long as the other ranks can be without a plan."""
         try:
             while True:
-                future, call = self._calls.get(block=wait, timeout=BEAT_S)
+                self.calls.get(block=wait, timeout=BEAT_S)()
                 wait = False
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(call())
-                    except Exception as error:
-                        future.set_exception(error)
         except queue.Empty:
             if wait:
                 self.engine.beat()

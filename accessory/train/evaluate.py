@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from accessory.console import say
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
-from accessory.errors import UserError
+from accessory.errors import UserError, needs
 from accessory.files import check_directory, check_writable, replacing
 from accessory.infer.chat import load
 from accessory.infer.meta import MetaModel
@@ -63,14 +62,10 @@ def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def _find_tasks(arguments: argparse.Namespace) -> Any:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            '--tasks needs lm-evaluation-harness: pip install "accessory-moe[evaluate]", or pip install -e ".[evaluate]" '
-            "where this program's sources are"
-        )
     if arguments.include:
         check_directory(arguments.include, "a directory of YAML task files")
-    from accessory.infer.lm_eval import find_tasks
+    with needs("evaluate", "--tasks"):
+        from accessory.infer.lm_eval import find_tasks
 
     return find_tasks(arguments.tasks, arguments.include)
 

@@ -5,10 +5,12 @@ import importlib
 import textwrap
 import typing
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
+from accessory.errors import needs
 
 Verbs = Any  # what argparse's add_subparsers returns
 Run = Callable[[argparse.Namespace], None]
@@ -52,11 +54,13 @@ def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples
     return verb
 
 
-def function_of(module: str, function: str) -> Run:
-    """A verb whose function lies in ``module``, which is imported only if the verb is used."""
+def function_of(module: str, function: str, extra: str | None = None) -> Run:
+    """A verb whose function lies in ``module``, which is imported only if the verb is used; ``extra``: see ``needs``."""
 
     def run(arguments: argparse.Namespace) -> None:
-        getattr(importlib.import_module(module), function)(arguments)
+        with needs(extra, "this verb") if extra else nullcontext():
+            imported = importlib.import_module(module)
+        getattr(imported, function)(arguments)
 
     return run
 
