@@ -22,8 +22,9 @@ def needs(extra: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
         raise UserError(
-            f'{what} needs {error.name}, which is not installed: pip install "accessory-moe[{extra}]", or, where this '
+            f'{what} needs {missing}, which is not installed: pip install "accessory-moe[{extra}]", or, where this '
             f'program\'s sources are, pip install -e ".[{extra}]"'
         ) from error
 
