@@ -9,8 +9,9 @@ import torch
 from ranks import run_ranks
 
 from accessory.errors import UserError
+from accessory.model import triton_here
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
-from accessory.model.moe.kernels import KERNELS, pick_kernel
+from accessory.model.moe.kernels import KERNELS, _say_picked, pick_kernel
 from accessory.model.moe.kernels import rows as kernel_rows
 from accessory.model.moe.weights import PlainWeights
 from accessory.parallel import cross_entropy
@@ -24,29 +25,32 @@ ROWS = {  # rows of each expert
     "empty groups": [0, 4, 0, 6],
     "all in the last": [0, 0, 0, 9],
     "all in the first": [9, 0, 0, 0],
-    "one row": [0, 0, 1, 0],
+    "rows alone": [0, 1, 1, 0, 1],
     "no rows": [0, 0, 0, 0],
     "more than a block": [803, 0, 795, 8],
     "padded blocks": [80, 78, 5, 79, 78, 81],
 }
 WIDTHS = {"megablocks": (128, 256)}  # D and F; of the others DIM and HIDDEN
 EXACT = [("looped", torch.float64, 1e-12), ("looped", torch.float32, 1e-5), ("grouped", torch.float32, 1e-5)]
-INTERPRETED = [("megablocks", torch.float32, 1e-5)]  # slowly: of the rows only SOME
+INTERPRETED = [  # slowly: of the rows only SOME
+    ("triton", torch.float64, 1e-12),
+    ("triton", torch.float32, 1e-6),
+    ("megablocks", torch.float32, 1e-5),
+]
 COARSE = [
     ("looped", torch.bfloat16, 0.05),
     ("grouped", torch.bfloat16, 0.05),
     ("reference", torch.bfloat16, 0.05),
     ("megablocks", torch.float16, 0.005),
 ]
-SOME = ["empty groups", "one row", "no rows"]
+SOME = ["empty groups", "rows alone", "no rows"]
 
 
 def with_rows(*kernels):
-    """A parameter for each kernel and each of the ROWS that it can do soon; coarsely a sum of one row may be anything."""
+    """A parameter for each kernel and each of the ROWS that it can do soon."""
     names = ("kernel", "dtype", "tolerance", "rows")
     slow = {kernel for kernel, *_ in INTERPRETED}
     pairs = [(case, name) for case in kernels for name in (SOME if case[0] in slow else ROWS)]
-    pairs = [(case, name) for case, name in pairs if case not in COARSE or name != "one row"]
     ids = [f"{kernel}-{str(dtype).removeprefix('torch.')}-{name}" for (kernel, dtype, _), name in pairs]
     return pytest.mark.parametrize(names, [(*case, ROWS[name]) for case, name in pairs], ids=ids)
 
@@ -100,7 +104,7 @@ def test_kernel_equals_the_definition(kernel, dtype, tolerance, rows):
 
 
 @pytest.mark.parametrize("frozen", [("w1", "w2", "w3"), ("w2",), ("w1", "w3", "weight")], ids="-".join)
-@with_rows(*EXACT, *INTERPRETED)
+@with_rows(*EXACT, INTERPRETED[0])
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tolerance, frozen, rows):
     widths = WIDTHS.get(kernel, (DIM, HIDDEN))
     ours, expected = run(kernel, rows, dtype, widths, frozen), run("reference", rows, torch.float64, widths)
@@ -179,32 +183,51 @@ def test_experts_that_changed_before_backward_are_refused():
         y.sum().backward()
 
 
-def rows_on(device, dtype, width=DIM):
+def rows_on(device, dtype, rows=5):
     """What a kernel is picked by, on a device that need not be there."""
     return SimpleNamespace(
-        device=torch.device(device), dtype=dtype, shape=(5, width), element_size=lambda: torch.finfo(dtype).bits // 8
+        device=torch.device(device), dtype=dtype, shape=(rows, DIM), element_size=lambda: torch.finfo(dtype).bits // 8
     )
 
 
+AMPERE, HOPPER, WORKSTATION = (8, 0), (9, 0), (12, 0)
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "hidden_dim", "picked"),
+    ("device", "capability", "dtype", "hidden_dim", "rows", "picked"),
     [
-        ("cpu", torch.float32, 24, "looped"),
-        ("cuda", torch.bfloat16, 24, "grouped"),
-        ("cuda", torch.bfloat16, 20, "looped"),  # 40 bytes
-        ("cuda", torch.float64, 24, "looped"),
-        ("mps", torch.float32, 24, "looped"),
+        ("cpu", None, torch.float32, 24, 5, "looped"),
+        ("cuda", HOPPER, torch.bfloat16, 24, 5, "grouped"),
+        ("cuda", HOPPER, torch.bfloat16, 20, 5, "looped"),  # 40 bytes
+        ("cuda", HOPPER, torch.float16, 24, 5, "triton"),
+        ("cuda", HOPPER, torch.float64, 24, 5, "looped"),
+        ("cuda", AMPERE, torch.bfloat16, 20, 5, "triton"),
+        ("cuda", AMPERE, torch.bfloat16, 24, 2**15, "grouped"),
+        ("cuda", AMPERE, torch.float32, 24, 5, "grouped"),
+        ("cuda", WORKSTATION, torch.bfloat16, 24, 5, "triton"),
+        ("mps", None, torch.float32, 24, 5, "looped"),
     ],
 )
-def test_auto_picks_by_device_dtype_and_width(device, dtype, hidden_dim, picked):
-    assert pick_kernel("auto", rows_on(device, dtype), hidden_dim).name == picked
+def test_auto_picks_by_device_dtype_width_and_rows(device, capability, dtype, hidden_dim, rows, picked, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton_here, "capability", lambda _: capability)
+    _say_picked.cache_clear()
+    for _ in range(2):
+        assert pick_kernel("auto", rows_on(device, dtype, rows), hidden_dim).name == picked
+    said = capsys.readouterr().out
+    assert said.count(f"are computed by kernel '{picked}'") == (device != "cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "hidden_dim", "sentence"),
     [
         ("groupd", torch.float32, 24, "unknown kernel 'groupd'; did you mean 'grouped'?"),
-        ("fastest", torch.float32, 24, "unknown kernel 'fastest'; known: auto, grouped, looped, megablocks, reference"),
+        (
+            "fastest",
+            torch.float32,
+            24,
+            "unknown kernel 'fastest'; known: auto, grouped, looped, megablocks, reference, triton",
+        ),
         (
             "grouped",
             torch.float64,

@@ -24,6 +24,14 @@ from accessory.model.moe.kernels.megablocks import (
     megablocks_runs,
 )
 from accessory.model.moe.kernels.reference import reference, reference_matmul
+from accessory.model.moe.kernels.triton_experts import (
+    TRITON_EXPERTS_NEEDS,
+    load_triton,
+    triton_experts,
+    triton_experts_run,
+    triton_experts_suit,
+    triton_matmul,
+)
 from accessory.model.moe.weights import ExpertWeights
 
 ExpertSwiGLU = Callable[[Tensor, ExpertWeights, ExpertWeights, ExpertWeights, Tensor, Tensor], Tensor]
@@ -77,6 +85,15 @@ class Kernel:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
+        Kernel(
+            "triton",
+            triton_experts,
+            triton_matmul,
+            triton_experts_run,
+            TRITON_EXPERTS_NEEDS,
+            suits=triton_experts_suit,
+            load=load_triton,
+        ),
         Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu),
         Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere),
         Kernel("megablocks", megablocks, megablocks_matmul, megablocks_runs, MEGABLOCKS_NEEDS, load=load_megablocks),

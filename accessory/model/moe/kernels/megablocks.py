@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.errors import needs
+from accessory.model import triton_here
 from accessory.model.moe.kernels import megablocks_ops
 from accessory.model.moe.kernels.grouped import grouped_matmul
 from accessory.model.moe.kernels.looped import looped
-from accessory.model.moe.kernels.triton_here import TRITON_NEEDS, is_installed, is_interpreted, triton_runs
 from accessory.model.moe.weights import ExpertWeights
 
 BLOCK = 128
 INSTALL = "make megablocks, where this program's sources are"
-MEGABLOCKS_NEEDS = f"fp32, fp16 or bf16, widths that {BLOCK} divides, and {TRITON_NEEDS}"
+MEGABLOCKS_NEEDS = f"fp32, fp16 or bf16, widths that {BLOCK} divides, and {triton_here.NEEDS}"
 
 
 def megablocks_runs(x: Tensor, hidden_dim: int) -> bool:
-    return x.dtype != torch.float64 and x.shape[1] % BLOCK == 0 and hidden_dim % BLOCK == 0 and triton_runs(x)
+    return x.dtype != torch.float64 and x.shape[1] % BLOCK == 0 and hidden_dim % BLOCK == 0 and triton_here.triton_runs(x)
 
 
 class _Packages(NamedTuple):
@@ -56,7 +56,7 @@ def load_megablocks() -> _Packages:
             import megablocks.backend.kernels as megablocks_kernels
             from megablocks import ops
             from megablocks.layers.activation_fn import act_fn
-    if is_interpreted():  # the tuner asks for a GPU as soon as there is a choice
+    if triton_here.is_interpreted():  # the tuner asks for a GPU as soon as there is a choice
         for kernel in (megablocks_kernels._padded_copy, megablocks_kernels._padded_copy_wgrad):
             kernel.configs = kernel.configs[-1:]
     return _Packages(stk, ops, act_fn)
@@ -65,7 +65,7 @@ def load_megablocks() -> _Packages:
 @contextmanager
 def _standing_in(name: str, module: ModuleType) -> Iterator[None]:
     """``module`` is what ``import name`` finds meanwhile, unless there is one."""
-    if is_installed(name):
+    if triton_here.is_installed(name):
         yield
         return
     sys.modules[name] = module
