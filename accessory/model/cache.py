@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.dtypes import at_least_fp32
 from accessory.model.documents import Documents
 
 
@@ -124,10 +125,13 @@ class LayerCache:
     def _attend_singles(self, q: Tensor, window: int | None) -> Tensor:
         """One token of each of n documents, together: ``q`` [n, H, head_dim]."""
         table, used = self.view.table[self.view.singles], self.view.used[self.view.singles]
-        keys, values = (x[table].flatten(1, 2).transpose(1, 2) for x in (self.keys, self.values))
+        keys, values = (at_least_fp32(x[table].flatten(1, 2)).transpose(1, 2) for x in (self.keys, self.values))
         behind = used[:, None] - 1 - torch.arange(keys.shape[2], device=q.device)
-        seen = _seen(behind, window)[:, None, None]
-        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, enable_gqa=True).squeeze(2)
+        unseen = ~_seen(behind, window)[:, None, None]
+        # by hand: kernels made for many queries take several times as long for one
+        shared = at_least_fp32(q).unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+        weights = (shared @ keys.mT).masked_fill_(unseen, -torch.inf).softmax(-1)
+        return (weights @ values).flatten(1, 2).to(q.dtype)
 
     def _attend_chunk(self, q: Tensor, chunk: Chunk, window: int | None) -> Tensor:
         """Several tokens of one document: ``q`` [n, H, head_dim]."""

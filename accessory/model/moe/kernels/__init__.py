@@ -23,6 +23,7 @@ from accessory.model.moe.kernels.megablocks import (
     megablocks_matmul,
     megablocks_runs,
 )
+from accessory.model.moe.kernels.packed import packed_matmul, packed_swiglu
 from accessory.model.moe.kernels.reference import reference, reference_matmul
 from accessory.model.moe.kernels.triton_experts import (
     TRITON_EXPERTS_NEEDS,
@@ -100,6 +101,8 @@ KERNELS = {
         Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
     )
 }
+
+OF_PACKED = Kernel("packed", packed_swiglu, packed_matmul, _runs_any, "packed weights")  # not to be chosen: it is theirs
 
 
 def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:
