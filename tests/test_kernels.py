@@ -113,6 +113,21 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tole
         assert_close(gradient, expected[name], tolerance, name)
 
 
+def test_experts_without_rows_have_no_gradient_whatever_torch_leaves_there(monkeypatch):
+    """On Blackwell its kernel leaves what was in memory."""
+    real = torch.nn.functional.grouped_mm
+
+    def leaving(a, b, offs):
+        result = real(a, b, offs=offs)
+        if result.dim() == 3:
+            result[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaving)
+    for name, gradient in run("grouped", ROWS["empty groups"], torch.float32, (DIM, HIDDEN)).items():
+        assert gradient.isfinite().all(), name
+
+
 UPSTREAM = {
     "expanded": lambda gradient: gradient[:1, :1].expand(gradient.shape),  # as sum() hands it back
     "transposed": lambda gradient: gradient.T.contiguous().T,

@@ -32,7 +32,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *rms_norm_backward(*ctx.saved_tensors, dy, with_weight=ctx.needs_input_grad[1]), None
+        x, weight, scale = ctx.saved_tensors
+        return *rms_norm_backward(x, weight, scale, dy, with_weight=ctx.needs_input_grad[1]), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

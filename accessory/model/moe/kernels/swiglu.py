@@ -24,7 +24,8 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_gate, d_up, d_weight, _ = swiglu_backward(*ctx.saved_tensors, dh, with_h=False)
+        gate, up, weight = ctx.saved_tensors
+        d_gate, d_up, d_weight, _ = swiglu_backward(gate, up, weight, dh, with_h=False)
         return d_gate, d_up, d_weight
 
 
