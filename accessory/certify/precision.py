@@ -133,7 +133,8 @@ def _summed_gradients(
     """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
     tuning = problem.tuning(cell.tuning)
     source, layout = Tensors(problem.weights(cell.tuning)), get_layout(cell.layout)
-    model = build_model(tuning.logical, layout, source, dtype=problem.dtype, device=device, trains=tuning.trains)
+    how: dict[str, Any] = {"dtype": problem.dtype, "device": device, "trains": tuning.trains, "kernel": cell.kernel}
+    model = build_model(tuning.logical, layout, source, **how)
     targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in batches], device=device).sum(0)
     total: dict[str, Tensor] = {}
     for batch in batches:
