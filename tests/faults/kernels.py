@@ -171,10 +171,10 @@ FAULTS = (
         LAYER,
     ),
     Fault(
-        "megablocks' experts are padded as if each began with the first row",
+        "the first row of an expert goes to megablocks as the expert's before",
         MEGABLOCKS,
-        "counts = ops.round_up(torch.diff(row_ends, prepend=row_ends.new_zeros(1)), BLOCK)",
-        "counts = ops.round_up(row_ends, BLOCK)",
+        "expert = torch.searchsorted(row_ends, order, right=True, out_int32=True)",
+        "expert = torch.searchsorted(row_ends, order, right=False, out_int32=True)",
         LAYER,
     ),
 )
