@@ -113,7 +113,9 @@ class Decoder(nn.Module):
         """Room for the keys and values of ``pages`` x ``page_size`` tokens, as far as they are this rank's."""
         args = self.args
         kv_heads = max(1, args.n_kv_heads // self.mesh.mp.size)
-        return PagedCache(args.n_layers, pages + 1, page_size, kv_heads, args.head_dim, like=self.norm.weight)
+        return PagedCache(
+            args.n_layers, pages + 1, page_size, kv_heads, args.head_dim, args.sliding_window, like=self.norm.weight
+        )
 
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
         """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""
