@@ -97,7 +97,7 @@ def test_packed_weights_give_what_their_dense_ones_give(kernel, dtype, tolerance
         assert_close(result, expected, tolerance)
     with_rows = {expert for expert, count in enumerate(rows) if count}
     for w in packed:
-        assert set(w.asked) == (set(range(len(rows))) if kernel == "grouped" else with_rows)
+        assert set(w.asked) == (set(range(len(rows))) if kernel == "grouped" and any(rows) else with_rows)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

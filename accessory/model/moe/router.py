@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, and how much each of them counts."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +76,9 @@ class Router(Adaptable):
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Routing:
         """``x`` [T, D] -> Routing."""
-        x = at_least_fp32(x)
-        logits = F.linear(x, at_least_fp32(self.weight))
+        logits = _WideLinear.apply(x, self.weight)
         if adapters.reach(self.adapter):
-            low = F.linear(dropped(x, self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
+            low = F.linear(dropped(at_least_fp32(x), self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
             logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
         scores = probs if self.score_bias is None else probs + self.score_bias
@@ -92,6 +91,22 @@ class Router(Adaptable):
         """Raise the bias of each expert that got fewer than the mean of ``counts`` [E] by ``rate``, lower the others'."""
         assert self.score_bias is not None, "moe.score_bias is not set"
         self.score_bias += rate * torch.sign(counts.sum() - len(counts) * counts)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x`` W^T in at least fp32, keeping x as it is given: of bf16 autograd would keep a copy twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(at_least_fp32(x), at_least_fp32(weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = (dy @ at_least_fp32(weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dw = (dy.T @ at_least_fp32(x)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw
 
 
 def router_stats(layers: Sequence[Routing], documents: Documents) -> RouterStats:
