@@ -1,5 +1,6 @@
 """Files and directories that a user names: where they are not what they should be, one sentence says so, and what helps."""
 
+import errno
 import os
 import re
 import stat
@@ -85,6 +86,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a directory, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not know this of directories
+            raise
+    finally:
+        os.close(opened)
 
 
 def _download_hint(path: Path) -> str:

@@ -48,7 +48,7 @@ class Trainer:
         self.config, self.start, self.device, self.out = config, start, launch.device, Path(config.out)
         train, log = config.train, config.log
         if is_main():
-            for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
+            for unfinished in (self.out / "states").glob(".step*"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
         self.data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
@@ -205,7 +205,8 @@ class Trainer:
             settings=self.settings,
         )
         directory = self.out / "states" / f"step{done.steps}"
-        save_state(self.built.model, self.built.optimizer, directory, notes, self.config.save.keep_states)
+        save = self.config.save
+        save_state(self.built.model, self.built.optimizer, directory, notes, save.keep_states, save.keep_every)
         say(f"saved {directory} (to resume from)")
 
     def _resumed(self, notes: StateNotes) -> str:

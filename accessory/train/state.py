@@ -23,7 +23,7 @@ from accessory.checkpoint.state import (
     KINDS,
     StateNotes,
     TrainingState,
-    newest_state,
+    drop_states,
     states_in,
     write_notes,
     write_part,
@@ -40,41 +40,77 @@ from accessory.settings import RunConfig
 
 
 def find_state(states: Path, resume: str | None) -> TrainingState | None:
-    """The training state that a run is to go on from, checked against its checksums (each rank reads some parts).
+    """The training state that a run is to go on from, checked against its checksums (a collective).
 
     Args:
-        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's, if there is one.
+        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's that is whole, if there is
+            one; damaged ones of more steps get another name, for the run will come to their steps again.
 
     Raises:
-        UserError: it is damaged, or a run is to begin where an earlier one left its state.
+        UserError: it is damaged, or all are, or a run is to begin where an earlier one left its state.
     """
-    given: list[str | None] = [str(newest_state(states) or "")]
+    given = [[str(path) for path in reversed(states_in(states))]]
     dist.broadcast_object_list(given)  # a node may see another rank's directories late
-    newest = Path(given[0]) if given[0] else None
-    if resume is None and newest:
-        raise UserError(
-            f"{newest}: an earlier run left its training state here; resume=auto goes on from it. To begin anew, set "
-            f"another out, or remove {states}"
-        )
-    if resume == "auto" and not newest:
-        say(f"resume=auto: no training state in {states}, the run begins")
-    path = newest if resume == "auto" else resume
-    if path is None:
+    newest_first = [Path(path) for path in given[0]]
+    if resume is None:
+        if newest_first:
+            raise UserError(
+                f"{newest_first[0]}: an earlier run left its training state here; resume=auto goes on from it. To begin "
+                f"anew, set another out, or remove {states}"
+            )
         return None
-    state = TrainingState(Path(path).resolve())
-    if newest and state.directory.parent == states.resolve() and state.directory != newest.resolve():
-        raise UserError(
-            f"{state.directory}: {newest} is of more steps, and resume=auto would go on from that one: remove it to go on "
-            "from here, or set another out"
-        )
-    own = range(dist.get_rank(), state.notes.parts, dist.get_world_size())
-    damaged = [key for part in own for key in state.damaged(part)]
-    all_damaged: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(all_damaged, damaged)
-    for names in all_damaged:
-        if names:
-            raise UserError(f"{names[0]} is not what was saved; resume from another training state")
+    if resume != "auto":
+        directory = Path(resume).resolve()
+        if newest_first and directory in [path.resolve() for path in newest_first[1:]]:
+            raise UserError(
+                f"{directory}: {newest_first[0]} is of more steps, and resume=auto would go on from that one: remove it to "
+                "go on from here, or set another out"
+            )
+        return _whole_state(directory)
+    damaged: dict[Path, UserError] = {}
+    for path in newest_first:
+        try:
+            state = _whole_state(path.resolve())
+        except UserError as error:
+            damaged[path] = error
+            continue
+        for other, damage in damaged.items():
+            _set_aside(other, damage, instead=path)
+        return state
+    for damage in damaged.values():
+        raise damage
+    say(f"resume=auto: no training state in {states}, the run begins")
+    return None
+
+
+def _whole_state(directory: Path) -> TrainingState:
+    """A training state, if its files are as their checksums say: each rank reads some parts (a collective).
+
+    Raises:
+        UserError: they are not; on all ranks alike.
+    """
+    state, problem = None, ""
+    try:
+        state = TrainingState(directory)
+        for part in range(dist.get_rank(), state.notes.parts, dist.get_world_size()):
+            for place in state.damaged(part):
+                problem = problem or f"{place} is not what was saved; resume from another training state"
+    except UserError as error:
+        problem = str(error)
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for text in filter(None, problems):
+        raise UserError(text)
+    assert state
     return state
+
+
+def _set_aside(state: Path, damage: UserError, instead: Path) -> None:
+    aside = state.with_name(f"{state.name}.damaged")
+    if is_main():
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+    say(f"warning: {damage}. resume=auto does: it goes on from {instead.name}, and {state.name} is called {aside.name} now")
 
 
 def data_digest(rows: Rows, lengths: np.ndarray, *settings: Any) -> str:
@@ -135,8 +171,10 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: StateNotes, keep: int) -> None:
-    """Write a training state; every rank its own part. Of ``directory``'s siblings the newest ``keep`` stay."""
+def save_state(
+    model: Decoder, optimizer: Optimizer, directory: Path, notes: StateNotes, keep: int, keep_every: int | None = None
+) -> None:
+    """Write a training state; every rank its own part. ``keep``, ``keep_every``: see ``drop_states``."""
     if is_main():
         prepare_directory(directory)
     dist.barrier()
@@ -150,8 +188,7 @@ def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: Sta
     if is_main():
         write_notes(temporary_name(directory), model.args, notes, dict(ChainMap(*sums)))
         publish_directory(directory)
-        for old in states_in(directory.parent)[:-keep]:
-            shutil.rmtree(old)
+        drop_states(directory.parent, keep, keep_every)
     dist.barrier()
 
 

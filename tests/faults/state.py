@@ -3,7 +3,10 @@
 from faults.fault import Fault
 
 FILE, LOOP, MODEL = "accessory/train/state.py", "accessory/train/loop.py", "accessory/train/model.py"
+STATES = "accessory/checkpoint/state.py"
 STEPS = "tests/test_run_state.py::test_steps_go_on_as_if_there_had_been_no_state"
+KEPT = "tests/test_state.py::test_states_at_multiples_stay"
+FALLS_BACK = "tests/test_state.py::test_a_run_goes_on_from_the_newest_whole_state"
 RESUMED = "'tests/test_resume.py::test_a_killed_run_goes_on_in_another_partition[before0-after0]'"
 
 FAULTS = (
@@ -47,5 +50,30 @@ FAULTS = (
         "Overlaid(source, state, {name for name in state.names if not is_buffer(name)})",
         "tests/test_balance.py::test_a_run_resumes_with_its_bias",
     ),
-    Fault("the oldest states are kept", FILE, "[:-keep]", "[keep:]", RESUMED),
+    Fault("the oldest states are kept", STATES, "[:-keep]", "[keep:]", RESUMED),
+    Fault("a state that is kept for ever goes", STATES, "if not keep_every or int(", "if True or int(", KEPT),
+    Fault(
+        "a damaged state is gone on from", FILE, 'problems = [""] * dist', 'problem, problems = "", [""] * dist', FALLS_BACK
+    ),
+    Fault(
+        "a damaged state keeps its name, and outlives those that are saved on the way to its step",
+        FILE,
+        "        state.rename(aside)\n",
+        "        pass\n",
+        FALLS_BACK,
+    ),
+    Fault(
+        "one rank's part is damaged, and the others do not hear of it",
+        FILE,
+        "dist.all_gather_object(problems, problem)",
+        "problems[0] = problem",
+        FALLS_BACK,
+    ),
+    Fault(
+        "a directory gets its name before its files are on the disk",
+        "accessory/checkpoint/publish.py",
+        '(*temporary.rglob("*"), temporary)',
+        "(temporary,)",
+        "tests/test_state.py::test_a_directory_is_on_the_disk_before_it_has_its_name",
+    ),
 )
