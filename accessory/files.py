@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,17 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def write_rate(directory: Path, size: int = 32 * 2**20) -> float:
+    """Bytes per second that reach the disk of ``directory`` from here: ``size`` are written, and go again."""
+    content, began = os.urandom(2**20), time.perf_counter()
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(size // len(content)):
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return size / (time.perf_counter() - began)
 
 
 def _download_hint(path: Path) -> str:

@@ -25,6 +25,7 @@ from accessory.parallel.watchdog import end_stalls_after, progressed
 from accessory.settings import ParallelSection, RunConfig
 from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
+from accessory.train.dry_run import dry_run
 from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers
 from accessory.train.metrics import Window, speed
@@ -201,7 +202,7 @@ class Trainer:
             of_steps=self.plan.end.steps,
             global_batch=self.batches.global_batch,
             data_digest=self.data.digest,
-            base=self.built.base,
+            base=self.start.base,
             settings=self.settings,
         )
         directory = self.out / "states" / f"step{done.steps}"
@@ -258,6 +259,8 @@ def run_finetune(arguments: argparse.Namespace) -> None:
         start_timeout_s = config().parallel.stall_timeout_s
     except UserError:  # one rank says it, when all are there
         start_timeout_s = ParallelSection.stall_timeout_s
+    if arguments.dry_run:
+        run_job(lambda launch: dry_run(config(), launch, arguments.world, arguments.memory), start_timeout_s)
     run_job(lambda launch: finetune(config(), launch), start_timeout_s)
 
 

@@ -39,12 +39,13 @@ from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
 
 
-def find_state(states: Path, resume: str | None) -> TrainingState | None:
+def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingState | None:
     """The training state that a run is to go on from, checked against its checksums (a collective).
 
     Args:
         states: where the run keeps its own. resume: a directory; "auto": the newest of the run's that is whole, if there is
             one; damaged ones of more steps get another name, for the run will come to their steps again.
+        dry: nothing is renamed.
 
     Raises:
         UserError: it is damaged, or all are, or a run is to begin where an earlier one left its state.
@@ -75,7 +76,7 @@ def find_state(states: Path, resume: str | None) -> TrainingState | None:
             damaged[path] = error
             continue
         for other, damage in damaged.items():
-            _set_aside(other, damage, instead=path)
+            _set_aside(other, damage, instead=path, dry=dry)
         return state
     for damage in damaged.values():
         raise damage
@@ -105,9 +106,9 @@ def _whole_state(directory: Path) -> TrainingState:
     return state
 
 
-def _set_aside(state: Path, damage: UserError, instead: Path) -> None:
+def _set_aside(state: Path, damage: UserError, instead: Path, dry: bool) -> None:
     aside = state.with_name(f"{state.name}.damaged")
-    if is_main():
+    if is_main() and not dry:
         shutil.rmtree(aside, ignore_errors=True)
         state.rename(aside)
     say(f"warning: {damage}. resume=auto does: it goes on from {instead.name}, and {state.name} is called {aside.name} now")
