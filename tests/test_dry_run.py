@@ -35,7 +35,7 @@ FAULTS = {  # what of a good run is changed, and what else is planted: the sente
     ("model.config={home}/small.json", ""): "300 pieces but the model's vocab_size is 64",
     ("tuning.lora.targets=[expertz] " + CHECKPOINT, ""): "tuning.lora.targets: 'expertz' matches none",
     ("data.mix={home}/bad.yaml", ""): "bad.jsonl:1",
-    ("data.max_seq_len=4 train.max_steps=null", ""): "nothing is left to train on",
+    ("data.max_seq_len=4 train.max_steps=null", ""): "no record with anything to train on within 4 tokens",
     ("resume={home}/run/states/step1 train.seed=1", ""): "was saved with other samples",
     ("out={home}/run", ""): "an earlier run left its training state here",
     ("out={home}/locked/run", NO_RIGHTS): "cannot be written (Permission denied)",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.publish import remove_directory
-from accessory.checkpoint.storage import Stored, TensorWriter, index_file
+from accessory.checkpoint.storage import Stored, TensorWriter, index_file, lay_out
 from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
@@ -174,7 +174,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> dict[str, str]:
-    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there.
+    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there, on the CPU.
 
     Returns:
         The digests that ``write_notes`` needs, by file name.
@@ -182,9 +182,10 @@ def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Te
     path = directory / f"part-{rank:03d}.safetensors"
     shapes = {key: _encoding(box).stored_shape(region_shape(box)) for key, (box, _) in pieces.items()}
     table: dict[str, Any] = {}
-    with TensorWriter(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {}) as file:
+    lay_out(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {})
+    with TensorWriter(path) as file:
         for key, (box, tensor) in pieces.items():
-            stored = tensor.detach().reshape(shapes[key]).to("cpu").contiguous()
+            stored = tensor.reshape(shapes[key])
             file.write(key, stored)
             progressed()
             table[key] = {"box": [(s.start, s.stop) for s in box], "crc32": checksum(stored)}

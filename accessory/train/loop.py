@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +36,7 @@ from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
+from accessory.train.saver import Save, Saver
 from accessory.train.state import changed_settings, find_state, number_settings, save_state
 from accessory.train.step import StepResult, train_step
 from accessory.train.stop import StopRequest
@@ -58,6 +59,7 @@ class Trainer:
         self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
+        self.saver = Saver()
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
@@ -77,6 +79,13 @@ class Trainer:
 
     def run(self) -> None:
         """Train, validate, save, report."""
+        try:
+            self._run()
+        except Exception:
+            self.saver.settle()
+            raise
+
+    def _run(self) -> None:
         config, end, done = self.config, self.plan.end, self.plan.done
         if note := balance_note(config.train.balance, config.train.accumulation, self.start.args.load_balancing_weight):
             say(note)
@@ -99,12 +108,13 @@ class Trainer:
             with window.paused():
                 if last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0):
                     self._validate(steps)
-                if last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0):
-                    self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}"))
-                if keeps_state:
-                    self._save_state(step.after)
+                self.saver.check()
+                saves_model = last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0)
+                name = f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}") if saves_model else None
+                self._save(name, step.after if keeps_state else None)
                 if not last and (signal := stop.agreed()):
                     self._stop(signal, step.after, bool(keeps_state))
+        self.saver.wait()
         bar.close()
         stop.close()
         self._report()
@@ -114,7 +124,8 @@ class Trainer:
         text = f" after step {done.steps} of {self.plan.end.steps}; "
         if self.config.save.state_every:
             if not is_saved:
-                self._save_state(done)
+                self._save(None, done)
+            self.saver.wait()
             text += "resume=auto goes on from there"
         else:
             text += "save.state_every is null: what was learnt since the last save is lost"
@@ -168,33 +179,37 @@ class Trainer:
         if self.loggers:
             self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
 
-    def _save(self, name: str) -> None:
-        progressed(f"saving {self.out / name}")
-        try:
-            self._save_into(self.out / name)
-        except OSError as error:
-            raise UserError(f"{self.out / name}: cannot be written ({error.strerror})") from error
+    def _save(self, model: str | None, state: Position | None) -> None:
+        """Begin to save the model under a name, and a training state, or either; the saves before are waited for."""
+        saves: list[Save] = []
+        if model or state:
+            self.saver.wait()
+        if model:
+            progressed(f"saving {self.out / model}")
+            self._save_model(self.out / model, saves.append)
+        if state:
+            progressed(f"saving the training state of step {state.steps}")
+            self._save_state(state, saves.append)
+        if saves:
+            self.saver.begin(saves)
 
-    def _save_into(self, directory: Path) -> None:
+    def _save_model(self, directory: Path, write: Callable[[Save], None]) -> None:
         companions, checkpoint = self.start.companions, self.start.checkpoint
         if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
             base = {"fingerprint": checkpoint.fingerprint, "path": below}
-            save_trainable(self.built.model, directory, companions, base, self._describe)
-            say(f"saved {directory} (what was trained; it belongs to the base model)")
+            save_trainable(self.built.model, directory, companions, base, self._describe, write)
             return
         dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe)
-        say(f"saved {directory}")
+        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe, write)
 
     def _describe(self, directory: Path) -> None:
         """Say beside a saved model how it was trained."""
         train = self.config.train
         Training(self.data.template, train.balance, train.z_loss_weight).write(directory, self.start.tokenizer)
 
-    def _save_state(self, done: Position) -> None:
-        progressed(f"saving the training state of step {done.steps}")
+    def _save_state(self, done: Position, write: Callable[[Save], None]) -> None:
         notes = StateNotes(
             parts=dist.get_world_size(),
             steps=done.steps,
@@ -207,8 +222,7 @@ class Trainer:
         )
         directory = self.out / "states" / f"step{done.steps}"
         save = self.config.save
-        save_state(self.built.model, self.built.optimizer, directory, notes, save.keep_states, save.keep_every)
-        say(f"saved {directory} (to resume from)")
+        save_state(self.built.model, self.built.optimizer, directory, notes, save.keep_states, save.keep_every, write)
 
     def _resumed(self, notes: StateNotes) -> str:
         assert self.state

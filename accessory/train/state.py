@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.state import (
     KINDS,
     StateNotes,
@@ -37,6 +36,7 @@ from accessory.model.logical import Region, Shape
 from accessory.parallel.fsdp import local_part, show_masters
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
+from accessory.train.saver import Save, to_host, wait_for_copies, write_now
 
 
 def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingState | None:
@@ -173,24 +173,35 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def save_state(
-    model: Decoder, optimizer: Optimizer, directory: Path, notes: StateNotes, keep: int, keep_every: int | None = None
+    model: Decoder,
+    optimizer: Optimizer,
+    directory: Path,
+    notes: StateNotes,
+    keep: int,
+    keep_every: int | None = None,
+    write: Callable[[Save], None] = write_now,
 ) -> None:
-    """Write a training state; every rank its own part. ``keep``, ``keep_every``: see ``drop_states``."""
-    if is_main():
-        prepare_directory(directory)
-    dist.barrier()
-    try:
-        own_sums = write_part(temporary_name(directory), dist.get_rank(), _own_pieces(model, optimizer))
-    except OSError as error:
-        shutil.rmtree(temporary_name(directory), ignore_errors=True)  # a disk that is full needs the room
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); what was saved before is whole") from error
-    sums: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(sums, own_sums)
-    if is_main():
-        write_notes(temporary_name(directory), model.args, notes, dict(ChainMap(*sums)))
-        publish_directory(directory)
-        drop_states(directory.parent, keep, keep_every)
-    dist.barrier()
+    """Save a training state; every rank its own part.
+
+    Args:
+        keep, keep_every: see ``drop_states``. write: what to do with it: at once, or in the background.
+    """
+    pieces = {key: (box, to_host(values)) for key, (box, values) in _own_pieces(model, optimizer).items()}
+    wait_for_copies()
+    rank = dist.get_rank()
+
+    def finish(folder: Path, sums: list[dict[str, str]]) -> None:
+        write_notes(folder, model.args, notes, dict(ChainMap(*sums)))
+
+    write(
+        Save(
+            directory,
+            "to resume from",
+            lambda folder: write_part(folder, rank, pieces),
+            finish,
+            saved=lambda: drop_states(directory.parent, keep, keep_every),
+        )
+    )
 
 
 @torch.no_grad()
