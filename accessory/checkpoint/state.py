@@ -161,7 +161,7 @@ def drop_states(directory: Path, keep: int, keep_every: int | None) -> None:
 
 def is_state(directory: Path) -> bool:
     """Whether a directory looks like a training state, whole or not."""
-    return any((directory / name).is_file() for name in (MANIFEST, "part-000.json", "part-000.safetensors"))
+    return any(os.path.isfile(directory / name) for name in (MANIFEST, "part-000.json", "part-000.safetensors"))
 
 
 def _encoding(box: Region) -> Encoding:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -98,6 +98,10 @@ class Footprint:
     @property
     def total(self) -> float:
         return sum(astuple(self))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in asdict(self).items())
+        return f"about {self.total / 2**30:,.2f} GiB: {kinds}"
 
 
 def footprint(

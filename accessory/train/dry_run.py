@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from accessory.checkpoint.publish import claimed
@@ -15,7 +15,7 @@ from accessory.errors import UserError
 from accessory.files import write_rate
 from accessory.model.build import model_without_weights
 from accessory.model.logical import held_dtype
-from accessory.model.memory import Footprint, footprint, memory_of
+from accessory.model.memory import Footprint, memory_of
 from accessory.parallel.launch import Launch
 from accessory.parallel.mesh import Mesh, plan_mesh
 from accessory.parallel.watchdog import end_stalls_after, progressed
@@ -56,18 +56,7 @@ def dry_run(config: RunConfig, launch: Launch, world: int | None, memory_gib: fl
             return
         for line in (*_model(config, start, mesh), *_steps(plan, start.width)):
             print(line)
-        needed = footprint(
-            start.tuning.logical,
-            start.layout,
-            mesh,
-            config.parallel,
-            get_dtype(config.parallel.precision),
-            start.tuning.trains,
-            train.batch_size * start.width,
-            train.accumulation,
-            launch.device.type,
-        )
-        print(_memory(needed, _there(launch, mesh, memory_gib)))
+        print(_memory(start.footprint(config, mesh, launch.device), _there(launch, mesh, memory_gib)))
         print(_saves(SaveSizes.of(config, start), config.save, plan, out))
         print("\n".join(_first_batch(data, batches, start)))
     say("dry run: nothing was written, and nothing stands in the way of this run")
@@ -104,14 +93,12 @@ def _there(launch: Launch, mesh: Mesh, memory_gib: float | None) -> float | None
 
 def _memory(needed: Footprint, there: float | None) -> str:
     """Raises UserError: it is not there."""
-    kinds = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in asdict(needed).items())
-    total = f"{needed.total / 2**30:,.2f} GiB"
     if there is not None and needed.total > there:
         raise UserError(
-            f"a rank would need about {total} of memory ({kinds}), and has {there / 2**30:,.2f}: cut it over more ranks, "
+            f"a rank has {there / 2**30:,.2f} GiB of memory and would need {needed}: cut it over more ranks, "
             "lower train.batch_size or data.max_seq_len, set parallel.recompute=true, or train less of it (tuning.lora)"
         )
-    return f"memory of a rank, GiB: {kinds}; about {total} in all" + (f" of {there / 2**30:,.2f}" if there else "")
+    return f"memory of a rank: {needed}" + (f"; it has {there / 2**30:,.2f} GiB" if there else "")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
 from accessory.parallel.launch import Launch, run_job
 from accessory.parallel.mesh import Mesh, make_mesh
-from accessory.parallel.watchdog import end_stalls_after, progressed
+from accessory.parallel.watchdog import end_stalls_after, note_memory, progressed
 from accessory.settings import ParallelSection, RunConfig
 from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
@@ -89,6 +89,7 @@ class Trainer:
         config, end, done = self.config, self.plan.end, self.plan.done
         if note := balance_note(config.train.balance, config.train.accumulation, self.start.args.load_balancing_weight):
             say(note)
+        say(f"run {self.out.name}: its files are in {self.out.absolute()}")
         if self.state:
             say(self._resumed(self.state.notes))
         if end == done:
@@ -104,7 +105,7 @@ class Trainer:
             steps, last = step.after.steps, step.after == end
             keeps_state = config.save.state_every and (last or steps % config.save.state_every == 0)
             if last or keeps_state or steps % config.log.every == 0:
-                self._log(steps, window, rate)
+                bar.set_postfix_str(self._log(steps, window, rate))
             with window.paused():
                 if last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0):
                     self._validate(steps)
@@ -166,7 +167,8 @@ class Trainer:
         if self.loggers and values:
             self.loggers.log(step, values)
 
-    def _log(self, step: int, window: Window, rate: float) -> None:
+    def _log(self, step: int, window: Window, rate: float) -> str:
+        """Tell the steps since the last log. Returns what is most of interest."""
         values, metrics, health = window.reduce(self.built.model.mesh.dp)
         built, mean_length = self.built, float(self.data.lengths.mean())
         values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained_share, built.peak_flops)}
@@ -178,6 +180,7 @@ class Trainer:
         self.alarms.check(step, health)
         if self.loggers:
             self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
+        return f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
 
     def _save(self, model: str | None, state: Position | None) -> None:
         """Begin to save the model under a name, and a training state, or either; the saves before are waited for."""
@@ -259,6 +262,7 @@ def finetune(config: RunConfig, launch: Launch) -> None:
     mesh = make_mesh(config.parallel.model_parallel, config.parallel.dp_shard())
     dist.barrier()  # a rank that fails now breaks none of the connections that others are about to make
     start = Start(config, mesh, launch)
+    note_memory(str(start.footprint(config, mesh, launch.device)))
     with claimed(Path(config.out)) if is_main() else nullcontext():
         Trainer(config, start, mesh, launch).run()
 

@@ -17,7 +17,7 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import Overlaid, Shape, Source, check_divides, is_buffer
-from accessory.model.memory import check_memory
+from accessory.model.memory import Footprint, check_memory, footprint
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -82,6 +82,20 @@ class Start:
                 f"warning: data.max_seq_len {self.width} lies above the model's max_seq_len {self.args.max_seq_len}: it has "
                 "not seen such positions, and must learn them (or set rope_scaling in its config.json)"
             )
+
+    def footprint(self, config: RunConfig, mesh: Mesh, device: torch.device) -> Footprint:
+        """What memory a rank needs."""
+        return footprint(
+            self.tuning.logical,
+            self.layout,
+            mesh,
+            config.parallel,
+            get_dtype(config.parallel.precision),
+            self.tuning.trains,
+            config.train.batch_size * self.width,
+            config.train.accumulation,
+            device.type,
+        )
 
     @cached_property
     def in_state(self) -> dict[str, Shape]:
