@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
+from accessory.model.packed import packed, product
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
     copy_to_model_parallel_region,
@@ -34,8 +35,13 @@ class ColumnParallelLinear(Adaptable):
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         bias = None if self.bias is None else self._own(self.bias)
-        y, low = F.linear(x, self._own(self.weight), bias), self.low_rank(x, adapters)
+        y, low = product(x, self._own(self.weight), bias), self.low_rank(x, adapters)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
+
+    def pack(self) -> None:
+        """Pack the weight; one of which this rank computes only some rows stays as it is."""
+        if self.own_rows is None:
+            self.weight = packed(self.weight)
 
     def _own(self, parameter: Tensor) -> Tensor:
         """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
@@ -57,8 +63,11 @@ class RowParallelLinear(Adaptable):
         self.mp = mp
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
+    def pack(self) -> None:
+        self.weight = packed(self.weight)
+
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
             # this rank's part of A x, and of what the ranks' sum adds once
