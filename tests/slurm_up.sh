@@ -47,7 +47,7 @@ cat > "$D/down.sh" <<C
 export SLURM_CONF=$D/slurm.conf
 scontrol shutdown 2>/dev/null
 sleep 1
-kill "\$(cat $D/run/munged.pid)" 2>/dev/null
+for file in $D/run/*.pid; do kill "\$(cat "\$file")" 2>/dev/null; done
 true
 C
 slurmctld -c

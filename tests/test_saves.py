@@ -179,17 +179,25 @@ def test_kill_9_at_any_moment_loses_nothing(home, undisturbed, tmp_path):
     assert len(set(steps)) > 2 or KILLS < 4
 
 
-def test_torchrun_style_restarts_go_on(home, undisturbed, tmp_path):
-    """The same command again, bitwise in the same partition."""
-    out, words = tmp_path / "run", ["train.accumulation=2", "resume=auto"]
-    metrics = out / "metrics.jsonl"
-    with Job("finetune", home / "run.yaml", f"out={out}", *words, ranks=2) as job:
-        job.wait_for(lambda: metrics.is_file() and metrics.read_text().count('"loss"') >= 5)
-        job.send(9, 1)
-        assert job.codes(1) == [-9]
-        job.kill()
-    codes, _, err = finetune(home, out, *words)
-    assert codes == [0, 0], err
+def test_torchrun_starts_the_ranks_anew_and_they_go_on(home, undisturbed, tmp_path):
+    """Bitwise, as it is the same partition."""
+    out, metrics = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    words = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=2", "-m", "accessory"]
+    words += ["finetune", home / "run.yaml", f"out={out}", "train.accumulation=2", "resume=auto"]
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as torchrun:
+        try:
+            deadline = time.monotonic() + 120
+            while not (metrics.is_file() and metrics.read_text().count('"loss"') >= 5):
+                assert torchrun.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            os.kill(int(ranks[-1]), 9)
+            said, _ = torchrun.communicate(timeout=120)
+        finally:
+            torchrun.terminate()
+    assert torchrun.returncode == 0 and said.count("resumed from") == 1, said
     file = "epoch2/consolidated.00-of-01.model.safetensors"
     ours, theirs = load_file(out / file), load_file(undisturbed / file)
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
