@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from accessory.certify.judge import TOLERANCES, Judge, Verdict
-from accessory.certify.matrix import cache_cells, check_fits, classifier_cells, file_cells, training_cells
+from accessory.certify.matrix import cache_cells, check_fits, classifier_cells, file_cells, quantised_cells, training_cells
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
 from accessory.certify.precision import PrecisionJudge, precision_cells, run_precision
 from accessory.certify.problem import SMALL, WIDE, Problem
@@ -91,6 +91,7 @@ def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
     kinds = (
         training_cells(worlds, strength),
         classifier_cells(worlds),
+        quantised_cells(problem.args, worlds),
         file_cells(worlds),
         cache_cells(worlds),
         serving_cells(worlds),

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Collection
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import torch
 
 from accessory.errors import UserError
-from accessory.model.logical import LogicalModel
+from accessory.model.logical import LogicalModel, held_dtype
 from accessory.model.moe.layouts import Layout
 from accessory.parallel.mesh import Mesh
 
@@ -45,23 +46,28 @@ def check_memory(
         dtype: of what trains; frozen_dtype: of the rest, None: the same.
         sharing: how many ranks share the device's memory.
     """
-    counts = {True: 0.0, False: 0.0}
+    counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
+    nbytes = dict(counts)
     for name, cut in logical.cuts(layout).items():
+        kind = "train" if name in trains else "quantised" if name in logical.parts else "frozen"
         parts = mesh.dp_shard.size * (1 if cut.dim_over(mesh.mp.size) is None else mesh.mp.size)
-        counts[name in trains] += logical.sizes[name] / parts
-    sizes = {True: dtype.itemsize * (2 + MOMENTS), False: (frozen_dtype or dtype).itemsize}
-    needed = sum(counts[kind] * sizes[kind] for kind in counts)
+        each = dtype.itemsize * (2 + MOMENTS) if kind == "train" else held_dtype(name, frozen_dtype or dtype).itemsize
+        counts[kind] += logical.sizes[name] / parts
+        nbytes[kind] += prod(logical.shapes[name]) * each / parts
+    needed = sum(nbytes.values())
     there = memory_of(device) / sharing
     if needed <= there:
         return
-    kinds = {True: "that train, with gradient and AdamW's moments", False: "that do not"}
-    each = " and ".join(
-        f"{counts[kind]:,.0f} parameters {kinds[kind]}, {sizes[kind]} bytes each" for kind in counts if counts[kind]
+    kinds = {"train": "that train, with gradient and AdamW's moments", "quantised": "quantised", "frozen": "that do not"}
+    each_kind = " and ".join(
+        f"{counts[kind]:,.0f} parameters {words}, {nbytes[kind] / counts[kind]:.3g} bytes each"
+        for kind, words in kinds.items()
+        if counts[kind]
     )
     where = "the GPU" if device.type == "cuda" else "this machine"
     among = f" for {sharing} ranks" if sharing > 1 else ""
     raise UserError(
-        f"the model does not fit: this rank's share is {each}, {needed / 2**30:,.1f} GiB in all, and {where} has "
-        f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or take a "
-        "narrower precision"
+        f"the model does not fit: this rank's share is {each_kind}, {needed / 2**30:,.1f} GiB in all, and {where} has "
+        f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or hold it in "
+        "fewer bits (a narrower precision, or quantised)"
     )

@@ -24,6 +24,11 @@ class ExpertWeights(Protocol):
         """The tensor [e, out, in] whose gradient is wanted; None: these weights are frozen."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """Of how many experts to ask for the matrices together at most, where there is a choice."""
+        ...
+
     def __getitem__(self, experts: slice) -> Tensor:
         """The matrices of ``experts``, [k, out, in]; not to be changed."""
         ...
@@ -37,7 +42,7 @@ class PlainWeights:
     """Weights that are a tensor [e, out, in], or a view of one; they train where autograd wants its gradient."""
 
     def __init__(self, matrices: Tensor):
-        self.matrices, self.shape = matrices, matrices.shape
+        self.matrices, self.shape, self.at_once = matrices, matrices.shape, len(matrices)
         self.trained = matrices if matrices.requires_grad and torch.is_grad_enabled() else None
 
     def __getitem__(self, experts: slice) -> Tensor:
