@@ -28,7 +28,6 @@ from accessory.errors import UserError
 from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.build import RandomWeights
-from accessory.model.codecs import PART_DTYPES
 from accessory.model.logical import EMBEDDING, LogicalModel, Region, Source
 from accessory.settings import QuantiseSection
 
@@ -245,7 +244,7 @@ class Checkpoint:
         """A dtype that holds every value that the directories have for logical tensor ``name``; of the numbers that a
         quantised matrix stands for, that of the embedding."""
         if name in self.logical.parts:
-            return PART_DTYPES[self.logical.parts[name][1]]
+            return torch.uint8
         if name in self.logical.codecs:
             name = EMBEDDING
         holding = [n for n, reader in enumerate(self.readers) if reader.tiles[name]]

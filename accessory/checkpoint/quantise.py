@@ -12,7 +12,7 @@ from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.codecs import Parts, get_codec
-from accessory.model.logical import LogicalModel, Region, Source, region_shape
+from accessory.model.logical import LogicalModel, Region, Source
 from accessory.settings import QuantiseSection
 
 NOTES = "quantised.json"
@@ -36,8 +36,9 @@ class Quantising:
         matrix, part = self.logical.parts[name]
         codec, width = self.logical.codecs[matrix], self.logical.dense[matrix][-1]
         *rows, columns = region
-        blocks = codec.columns(part, columns, width)
-        cover = (*rows, blocks)
+        group, each = codec.group or width, codec.bytes_of_block(part, width)
+        blocks = slice(columns.start // each, -(-columns.stop // each))
+        cover = (*rows, slice(blocks.start * group, blocks.stop * group))
         if matrix != self._matrix:
             self._matrix, self._made = matrix, {}
         box = tuple((s.start, s.stop) for s in cover)
@@ -48,7 +49,7 @@ class Quantising:
                 raise UserError(
                     f"{matrix} holds {error}, and cannot be quantised (accessory inspect names files)"
                 ) from error
-        first = blocks.start // codec.values_of(part, width)
+        first = blocks.start * each
         return self._made[box].pop(part)[..., columns.start - first : columns.stop - first]
 
 
@@ -64,12 +65,14 @@ class Dequantised:
             return self.source.read(name, region)
         *rows, columns = region
         width = self.logical.dense[name][-1]
-        cover = codec.columns("codes", slice(columns.start // codec.per_byte, -(-columns.stop // codec.per_byte)), width)
-        parts = {}
-        for part in codec.shapes(region_shape(region)):
-            each = codec.values_of(part, width)
-            parts[part] = self.source.read(adapter_name(name, part), (*rows, slice(cover.start // each, cover.stop // each)))
-        return codec.decode(parts, torch.float32)[..., columns.start - cover.start : columns.stop - cover.start]
+        group = codec.group or width
+        blocks, parts = slice(columns.start // group, -(-columns.stop // group)), {}
+        for part in codec.shapes((width,)):
+            each = codec.bytes_of_block(part, width)
+            cover = (*rows, slice(blocks.start * each, blocks.stop * each))
+            parts[part] = self.source.read(adapter_name(name, part), cover)
+        first = blocks.start * group
+        return codec.decode(parts, torch.float32)[..., columns.start - first : columns.stop - first]
 
 
 def as_quantised(args: ModelArgs, quantise: QuantiseSection | None, where: str) -> ModelArgs:

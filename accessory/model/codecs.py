@@ -1,13 +1,14 @@
 """A matrix in few bits: codes of its values, and what turns a block of codes back into numbers.
 
-A codec replaces a matrix [..., out, in] by *parts*, each an integer tensor with the same dimensions but the last:
+A codec replaces a matrix [..., out, in] by *parts*, each a tensor of bytes with the same dimensions but the last:
 
-    codes   uint8   what stands for each value: a byte, or half of one, the first of two in its low half
-    scales  int16   the bits of a number for each block of ``group`` values along the input dimension, or for a whole row
-    zeros   uint8   of int4: the code that stands for zero, one for each block
+    codes   what stands for each value: a byte, or half of one, the first of two in its low half
+    scales  the two bytes of a number for each block of ``group`` values along the input dimension, or for a whole row
+    zeros   of int4: the code that stands for zero, one for each block
 
 A block never reaches over rows, and no figure spans a matrix. So a cut of the parts is the quantised cut, wherever a cut
-keeps blocks whole, in either layout. Integers are what nothing rounds: FSDP casts every frozen tensor of floating point.
+keeps blocks whole, in either layout. Bytes are what nothing rounds (FSDP casts frozen tensors of floating point), and what
+every backend sends.
 A value is what its codec says in fp32, whatever the precision that it is then rounded to.
 """
 
@@ -23,7 +24,7 @@ from accessory.config import nearest
 from accessory.errors import UserError
 
 Parts = dict[str, Tensor]
-PART_DTYPES = {"codes": torch.uint8, "scales": torch.int16, "zeros": torch.uint8}
+PARTS = ("codes", "scales", "zeros")
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -64,24 +65,17 @@ class Codec:
     def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Of the parts of a ``matrix`` [..., out, in]."""
         *rows, inner = matrix
-        blocks = (*rows, 1 if self.group is None else inner // self.group)
-        return {"codes": (*rows, inner // self.per_byte), "scales": blocks} | (
-            {"zeros": blocks} if self.kind == "int4" else {}
-        )
+        parts, blocks = PARTS if self.kind == "int4" else PARTS[:2], inner // (self.group or inner)
+        return {part: (*rows, blocks * self.bytes_of_block(part, inner)) for part in parts}
 
     def cut_dims(self, dims: int, cut: int | None) -> dict[str, int | None]:
         """Where each part is cut, if its matrix of ``dims`` dimensions is along ``cut``: a row's scale is whole."""
         of_blocks = None if self.group is None and cut == dims - 1 else cut
         return {"codes": cut, "scales": of_blocks, "zeros": of_blocks}
 
-    def values_of(self, part: str, width: int) -> int:
-        """How many values, of a row of ``width``, an element of a part stands for."""
-        return self.per_byte if part == "codes" else self.group or width
-
-    def columns(self, part: str, columns: slice, width: int) -> slice:
-        """The values, of a row of ``width``, that those ``columns`` of a part are made of: whole blocks."""
-        group, each = self.group or width, self.values_of(part, width)
-        return slice(columns.start * each // group * group, -(-columns.stop * each // group) * group)
+    def bytes_of_block(self, part: str, width: int) -> int:
+        """How much of a part stands for a block, in rows of ``width`` values."""
+        return {"codes": (self.group or width) // self.per_byte, "scales": 2, "zeros": 1}[part]
 
     def encode(self, matrix: Tensor) -> Parts:
         """Of [..., out, in]. Raises ValueError if a value is NaN, or its block too wide for its scale."""
@@ -93,10 +87,10 @@ class Codec:
 
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The matrix [..., out, in] that parts stand for."""
-        codes, scales = parts["codes"], parts["scales"].view(self.scale_dtype)
+        codes = parts["codes"]
         out = codes.new_empty(*codes.shape[:-1], codes.shape[-1] * self.per_byte, dtype=dtype)
         rows, flat = out.view(-1, out.shape[-1]), {part: t.flatten(0, -2) for part, t in parts.items()}
-        scale_of = scales.flatten(0, -2).float().unsqueeze(-1)
+        scale_of = flat["scales"].view(self.scale_dtype).float().unsqueeze(-1)
         for some in self._chunks(rows.shape, CHUNK if codes.device.type == "cpu" else out.numel()):
             values = self._values(flat["codes"][some]).unflatten(-1, (scale_of.shape[1], -1))
             if self.kind == "int4":
@@ -133,7 +127,7 @@ class Codec:
         codes = codes.flatten(-2).to(torch.uint8)
         if self.per_byte == 2:
             codes = codes[:, ::2] | codes[:, 1::2] << 4
-        return {"codes": codes, "scales": bits.squeeze(-1).view(torch.int16)} | parts
+        return {"codes": codes, "scales": bits.squeeze(-1).view(torch.uint8)} | parts
 
     def _values(self, codes: Tensor) -> Tensor:
         """What each code stands for before scale and zero, in fp32: of [n, bytes] as many as they hold."""

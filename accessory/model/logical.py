@@ -23,7 +23,7 @@ from accessory.dtypes import at_least
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
-from accessory.model.codecs import PART_DTYPES, Codec, get_codec, is_part
+from accessory.model.codecs import Codec, get_codec, is_part
 from accessory.model.moe.layouts import Layout
 
 T = TypeVar("T")
@@ -243,7 +243,7 @@ def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """What a logical tensor is held and saved in, if the model is in ``dtype``: the router in fp32 at least, for rounded to
     bf16 it makes 0.2 % of the choices otherwise; parts of a quantised matrix as the codec makes them."""
     if is_part(name):
-        return PART_DTYPES[re.split(r"[._]", name)[-1]]
+        return torch.uint8
     return at_least(dtype) if ".feed_forward.gate." in name else dtype
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.model.adapter import adapter_name
-from accessory.model.codecs import PART_DTYPES, Codec, Parts
+from accessory.model.codecs import PARTS, Codec, Parts
 
 AT_ONCE_BYTES = 2**28
 """Of numbers that are made at a time, where that is not one matrix already."""
@@ -21,7 +21,7 @@ def pack(layer: nn.Module, matrix: str, codec: Codec) -> None:
     shapes = codec.shapes(getattr(layer, matrix).shape)
     delattr(layer, matrix)
     for part, shape in shapes.items():
-        values = torch.empty(shape, dtype=PART_DTYPES[part])
+        values = torch.empty(shape, dtype=torch.uint8)
         layer.register_parameter(adapter_name(matrix, part), nn.Parameter(values, requires_grad=False))
 
 
@@ -39,7 +39,7 @@ class PackedWeights:
     @classmethod
     def of(cls, layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> "PackedWeights":
         """Of a layer that holds those of ``groups`` experts one above the other."""
-        names = {part: adapter_name(matrix, part) for part in PART_DTYPES}
+        names = {part: adapter_name(matrix, part) for part in PARTS}
         parts = {part: getattr(layer, name) for part, name in names.items() if hasattr(layer, name)}
         return cls(codec, {part: stacked.unflatten(0, (groups, -1)) for part, stacked in parts.items()}, dtype)
 
