@@ -43,8 +43,10 @@ class QuantiseSection:
     @classmethod
     def read(cls, given: "bool | str | Mapping[str, Any] | QuantiseSection | None") -> "QuantiseSection | None":
         """What a person writes: True or "nf4" for both, {"experts": "nf4"}, "experts=nf4,attention=int8"; nothing: None."""
-        if isinstance(given, cls) or not given:
-            return given or None
+        if not given:
+            return None
+        if isinstance(given, QuantiseSection):
+            return given
         if given is True:
             given = "nf4"
         if isinstance(given, str):

@@ -42,6 +42,7 @@ class Packed:
 
     def __getitem__(self, experts):
         self.asked += range(self.shape[0])[experts]
+        assert experts == slice(None) or experts.stop - experts.start <= self.at_once
         return self.codes[experts] * self.scale[experts]
 
     def prefetch(self, experts):

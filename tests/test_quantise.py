@@ -11,6 +11,7 @@ from jobs import command
 from models import TINY, build, evaluate, make_tokenizer, weights
 from ranks import run_ranks
 from safetensors.torch import load_file
+from slips import make_home
 from test_convert import hf_tensors
 from test_expert_weights import ROWS, assert_close, inputs, swiglu_and_product
 
@@ -211,7 +212,7 @@ def test_commands(home, tmp_path):
     ]
     assert len(set(answers)) == 1
     refusals = {
-        "quantised already (experts nf4-8)": ("generate", tmp_path / "saved", "x", "--quantise", "int8"),
+        "is quantised (experts nf4-8) already": ("generate", tmp_path / "saved", "x", "--quantise", "int8"),
         "no matrix can be held as 'nf5'": ("generate", home / "hf", "x", "--quantise", "nf5"),
         "dim 32 is no multiple of a block of 64": ("quantise", home / "hf", tmp_path / "d", "--experts", "nf4"),
         "the blocks of nf4-16 in a row of w2, 2: use one of [1, 2]": (
@@ -237,3 +238,62 @@ def test_what_cannot_be_read_or_quantised(home, tmp_path):
     (tmp_path / "saved/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="lacks"):
         Checkpoint(tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base with data, and adapters trained beside it quantised as it is read ("q"), and whole ("lora")."""
+    home = make_home(tmp_path_factory.mktemp("trained"))
+    words = [f"model.checkpoint={home}/hf", "model.layout=null", "tuning.lora.rank=2", "optim.lr=0.1"]
+    for name, quantise in (("q", "{experts: nf4-8, attention: int8}"), ("lora", "null")):
+        accessory("finetune", home / "run.yaml", *words, f"out={home}/{name}", f"model.quantise={quantise}")
+    accessory("quantise", home / "hf", home / "saved", "--experts", "nf4-8", "--attention", "int8", "--to", "mixtral_sparse")
+    return home
+
+
+def test_adapters_stand_behind_their_base_however_it_is_held(trained, tmp_path):
+    """Where it is held otherwise than in training, that is said."""
+    q, lora = trained / "q/epoch0-iter1", trained / "lora/epoch0-iter1"
+    ask = ("the list", "--max-gen-len", "4", "--precision", "fp32")
+    way = ("--quantise", "experts=nf4-8,attention=int8")
+    as_trained = [
+        accessory("generate", trained / "hf", *ask, *way, "--adapter", q),
+        accessory("generate", trained / "saved", *ask, "--adapter", q),
+        accessory("generate", trained / "saved", *ask, "--adapter", q, "--layout", "mixtral", "--mp", "2"),
+    ]
+    assert len(set(as_trained)) == 1 and "warning" not in as_trained[0]
+    assert "beside this base quantised (experts nf4-8, attention int8); here it is whole" in accessory(
+        *("generate", trained / "hf", *ask, "--adapter", q)
+    )
+    for where in ((trained / "hf", *way), (trained / "saved",)):
+        told = accessory("generate", *where, *ask, "--adapter", lora)
+        assert "beside this base whole; here it is quantised (experts nf4-8, attention int8)" in told
+    accessory("quantise", trained / "hf", tmp_path / "other", "--experts", "int4-8")
+    assert "belongs to another base" in accessory("generate", tmp_path / "other", "x", "--adapter", q, code=1)
+
+
+def test_merging_takes_the_base_that_is_named(trained, tmp_path):
+    """The original, or the numbers that the quantised one stands for: what training saw."""
+    q, merged = trained / "q/epoch0-iter1", {}
+    for name in ("hf", "saved"):
+        told = accessory("merge", trained / name, q, tmp_path / name, "--to", "hf", "--dtype", "fp32")
+        assert ("was trained beside" in told) == (name == "hf") and ("writing the numbers" in told) == (name == "saved")
+        merged[name] = hf_tensors(tmp_path / name)
+    original = hf_tensors(trained / "hf")
+    for key, way in (("block_sparse_moe.experts.2.w2", "nf4-8"), ("self_attn.o_proj", "int8"), ("input_layernorm", None)):
+        w = original[f"model.layers.1.{key}.weight"]
+        lost = (reference.quantised(w, way) - w).float() if way else torch.zeros_like(w)
+        assert bool(lost.any()) == (way is not None)
+        assert_close(
+            (merged["saved"][f"model.layers.1.{key}.weight"] - merged["hf"][f"model.layers.1.{key}.weight"]), lost, 1e-4
+        )
+        assert (key == "input_layernorm") == torch.equal(merged["hf"][f"model.layers.1.{key}.weight"], w)
+
+
+def test_what_is_quantised_does_not_train(trained, tmp_path):
+    quantised = (f"model.checkpoint={trained}/saved", "model.config=null", "model.layout=null", f"out={tmp_path}/run")
+    for tuning in ("tuning={}", "tuning.train=[norms, experts]"):
+        told = accessory("finetune", trained / "run.yaml", *quantised, tuning, code=1)
+        assert "held quantised: train adapters on them (tuning.lora)" in told
+    accessory("finetune", trained / "run.yaml", *quantised, "tuning.train=[router]")  # saves a whole model
+    assert "nf4-8" in accessory("inspect", tmp_path / "run/epoch0-iter1")

@@ -167,7 +167,7 @@ def first_weights(problem: Problem, tuning_name: str) -> dict[str, Tensor]:
     return result
 
 
-def in_numbers(weights: Mapping[str, Tensor], logical: LogicalModel) -> Mapping[str, Tensor]:
+def in_numbers(weights: dict[str, Tensor], logical: LogicalModel) -> dict[str, Tensor]:
     """Tensors of a model, with what quantised matrices stand for in their place."""
     if not logical.codecs:
         return weights

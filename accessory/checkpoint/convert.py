@@ -73,7 +73,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     """
     source = Merged(checkpoint, dense=target.format not in LAYOUTS or target.dtype is not None)
     if checkpoint.args.quantise and not source.logical.args.quantise:
-        say(f"writing the numbers that quantised matrices stand for ({in_words(checkpoint.args.quantise)})")
+        say(f"writing the numbers that matrices stand for which are {in_words(checkpoint.args.quantise)}")
     logical, biased = source.logical, list(source.logical.adapters)
     target.check(logical.args)
     if biased and target.format in ("hf", "mistral"):

@@ -142,7 +142,7 @@ class Checkpoint:
             path, theirs = directory.directory, directory.fingerprint
             if theirs is not None and theirs != self.fingerprint:
                 if was := self._held_in_training(directory):
-                    say(f"warning: {path}: was trained beside this base {was}, here that is {in_words(self.args.quantise)}")
+                    say(f"warning: {path}: was trained beside this base {was}; here it is {in_words(self.args.quantise)}")
                     continue
                 message = f"{path}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
                 if strict:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from accessory.config import read_mapping, write_json
-from accessory.console import listed
 from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
@@ -87,15 +86,16 @@ def as_quantised(args: ModelArgs, quantise: QuantiseSection | None, where: str) 
     wanted = QuantiseSection(**names)
     if args.quantise not in (None, wanted):
         raise UserError(
-            f"{where}: is quantised already ({in_words(args.quantise)}), and what that lost does not come back: quantise "
-            "its original, or take quantise out"
+            f"{where}: is {in_words(args.quantise)} already, and what that lost does not come back: quantise its original, "
+            "or take quantise out"
         )
     return dataclasses.replace(args, quantise=wanted)
 
 
 def in_words(quantise: QuantiseSection | None) -> str:
     """For messages."""
-    return listed([f"{matrices} {name}" for matrices, name in vars(quantise).items() if name]) if quantise else "whole"
+    names = [f"{matrices} {name}" for matrices, name in vars(quantise).items() if name] if quantise else []
+    return f"quantised ({', '.join(names)})" if names else "whole"
 
 
 def read_origin(directory: Path) -> str | None:
