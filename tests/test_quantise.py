@@ -24,7 +24,7 @@ from accessory.model.codecs import get_codec
 from accessory.model.logical import LogicalModel, allowed_sizes, held_dtype
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.model.moe.weights import PlainWeights
-from accessory.model.packed import PackedWeights, packed_linear
+from accessory.model.quantised import QuantisedWeights, quantised_linear
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import QuantiseSection
 
@@ -130,12 +130,12 @@ def test_products_with_packed_weights(name, rows):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
         x, matrices, weight, gradient, row_ends = inputs(rows, dtype)
         parts = [codec.encode(w) for w in matrices]
-        packed = [PackedWeights(codec, each, dtype) for each in parts]
+        packed = [QuantisedWeights(codec, each, dtype) for each in parts]
         dense = [PlainWeights(codec.decode(each, dtype)) for each in parts]
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             ours = swiglu_and_product("looped", x, packed, weight, row_ends, gradient)
-            y = packed_linear(x, packed[0].rows(slice(8, 24)))
+            y = quantised_linear(x, packed[0].rows(slice(8, 24)))
         assert all(t.dim() == 2 for t in kept)
         for result, expected in zip(
             ours, swiglu_and_product("reference", x, dense, weight, row_ends, gradient), strict=True

@@ -15,7 +15,7 @@ from accessory.model.cache import CacheView, LayerCache, PagedCache
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
-from accessory.model.linear import ColumnParallelLinear, Packable, ParallelEmbedding
+from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, Quantisable
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
@@ -95,8 +95,8 @@ class Decoder(nn.Module):
         for name, codec in logical.codecs.items():
             owner, matrix = name.rsplit(".", 1)
             layer = self.get_submodule(owner)
-            assert isinstance(layer, Packable | GroupedExperts)
-            layer.pack(matrix, codec)
+            assert isinstance(layer, Quantisable | GroupedExperts)
+            layer.quantise(matrix, codec)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers: the model's logical tensors, as this rank holds them."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
 from accessory.model.codecs import Codec
-from accessory.model.packed import PackedWeights, pack, packed_linear
+from accessory.model.quantised import QuantisedWeights, hold_quantised, quantised_linear
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
     copy_to_model_parallel_region,
@@ -15,22 +15,22 @@ from accessory.parallel.regions import (
 )
 
 
-class Packable(Adaptable):
+class Quantisable(Adaptable):
     """A layer whose matrix can be held quantised."""
 
     codec: Codec | None = None
 
-    def pack(self, matrix: str, codec: Codec) -> None:
+    def quantise(self, matrix: str, codec: Codec) -> None:
         """Hold it so."""
         self.codec = codec
-        pack(self, matrix, codec)
+        hold_quantised(self, matrix, codec)
 
-    def packed(self, dtype: torch.dtype, codec: Codec) -> PackedWeights:
+    def quantised(self, dtype: torch.dtype, codec: Codec) -> QuantisedWeights:
         """The matrix as it is held, to multiply values in ``dtype``."""
-        return PackedWeights.of(self, "weight", codec, 1, dtype)
+        return QuantisedWeights.of(self, "weight", codec, 1, dtype)
 
 
-class ColumnParallelLinear(Packable):
+class ColumnParallelLinear(Quantisable):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 0: the output stays cut.
 
     The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
@@ -52,7 +52,7 @@ class ColumnParallelLinear(Packable):
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         bias, low = None if self.bias is None else self._own(self.bias), self.low_rank(x, adapters)
         if self.codec:
-            y = packed_linear(x, self.packed(x.dtype, self.codec).rows(self.own_rows), bias)
+            y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)
         else:
             y = F.linear(x, self._own(self.weight), bias)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
@@ -69,7 +69,7 @@ class ColumnParallelLinear(Packable):
         return scaled(F.linear(dropped(x, self.adapter, adapters.dropout_draw), lora_a), self.adapter, adapters)
 
 
-class RowParallelLinear(Packable):
+class RowParallelLinear(Quantisable):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 1 and ``x`` cut likewise: partial products are summed."""
 
     def __init__(self, in_features: int, out_features: int, mp: Axis):
@@ -78,7 +78,7 @@ class RowParallelLinear(Packable):
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        y = packed_linear(x, self.packed(x.dtype, self.codec)) if self.codec else F.linear(x, self.weight)
+        y = quantised_linear(x, self.quantised(x.dtype, self.codec)) if self.codec else F.linear(x, self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
             # this rank's part of A x, and of what the ranks' sum adds once

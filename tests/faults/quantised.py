@@ -3,7 +3,7 @@
 from faults.fault import Fault
 
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
-LINEAR, EXPERTS, PACKED = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "packed"))
+LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
 TESTS = "tests/test_quantise.py::test_"
 DEFINITION = f"{TESTS}a_codec_is_what_its_definition_says"
 MIXTRAL = f"{TESTS}the_cut_of_the_quantised_is_the_quantised_cut_at_mixtrals_sizes"
@@ -78,8 +78,8 @@ FAULTS = (
     Fault(
         "attention's adapters are dropped beside quantised matrices",
         LINEAR,
-        "            y = packed_linear(x, self.packed(x.dtype, self.codec).rows(self.own_rows), bias)\n",
-        "            return packed_linear(x, self.packed(x.dtype, self.codec).rows(self.own_rows), bias)\n",
+        "            y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)\n",
+        "            return quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)\n",
         FSDP,
     ),
     Fault(
@@ -98,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         "the input's gradient is that of the first rows of a quantised matrix alone",
-        PACKED,
+        HELD,
         "return dy @ ctx.weights[:][0], None",
         "return dy[..., :4] @ ctx.weights[:][0][:4], None",
         FSDP,

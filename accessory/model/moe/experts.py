@@ -21,7 +21,7 @@ from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.weights import ExpertWeights, PlainWeights
-from accessory.model.packed import PackedWeights, pack
+from accessory.model.quantised import QuantisedWeights, hold_quantised
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 
@@ -53,16 +53,16 @@ class GroupedExperts(nn.Module):
         cuts = adapter_cut_dims(3, self.cut_dims[matrix])
         self.whole |= {adapter_name(matrix, part) for part, dim in cuts.items() if dim is None}
 
-    def pack(self, matrix: str, codec: Codec) -> None:
+    def quantise(self, matrix: str, codec: Codec) -> None:
         """Hold a matrix quantised."""
         self.codecs[matrix] = codec
-        pack(self, matrix, codec)
+        hold_quantised(self, matrix, codec)
 
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
         w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
-        # of packed weights only a kernel that asks for some experts at a time makes few
+        # of quantised weights only a kernel that asks for some experts at a time makes few
         name = "looped" if self.codecs and self.kernel == "auto" else self.kernel
         kernel = pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
@@ -92,7 +92,7 @@ class GroupedExperts(nn.Module):
     def expert_weights(self, matrix: str, dtype: torch.dtype) -> ExpertWeights:
         """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
         if matrix in self.codecs:
-            return PackedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
+            return QuantisedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
         return PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:

@@ -16,7 +16,7 @@ AT_ONCE_BYTES = 2**28
 """Of numbers that are made at a time, where that is not one matrix already."""
 
 
-def pack(layer: nn.Module, matrix: str, codec: Codec) -> None:
+def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
     """Give ``layer`` the parts of its parameter ``matrix`` [rows, in] in the place of that."""
     shapes = codec.shapes(getattr(layer, matrix).shape)
     delattr(layer, matrix)
@@ -25,7 +25,7 @@ def pack(layer: nn.Module, matrix: str, codec: Codec) -> None:
         layer.register_parameter(adapter_name(matrix, part), nn.Parameter(values, requires_grad=False))
 
 
-class PackedWeights:
+class QuantisedWeights:
     """Quantised ``ExpertWeights`` [e, out, in], made to ``dtype`` when they are asked for."""
 
     trained = None
@@ -37,17 +37,17 @@ class PackedWeights:
         self.at_once = max(1, AT_ONCE_BYTES // (self.shape[1:].numel() * dtype.itemsize))
 
     @classmethod
-    def of(cls, layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> "PackedWeights":
+    def of(cls, layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> "QuantisedWeights":
         """Of a layer that holds those of ``groups`` experts one above the other."""
         names = {part: adapter_name(matrix, part) for part in PARTS}
         parts = {part: getattr(layer, name) for part, name in names.items() if hasattr(layer, name)}
         return cls(codec, {part: stacked.unflatten(0, (groups, -1)) for part, stacked in parts.items()}, dtype)
 
-    def rows(self, rows: slice | None) -> "PackedWeights":
+    def rows(self, rows: slice | None) -> "QuantisedWeights":
         """Some of each matrix' rows; None: all."""
         if rows is None:
             return self
-        return PackedWeights(self.codec, {part: stacked[:, rows] for part, stacked in self.parts.items()}, self.dtype)
+        return QuantisedWeights(self.codec, {part: stacked[:, rows] for part, stacked in self.parts.items()}, self.dtype)
 
     def __getitem__(self, experts: slice) -> Tensor:
         return self.codec.decode({part: stacked[experts] for part, stacked in self.parts.items()}, self.dtype)
@@ -56,15 +56,15 @@ class PackedWeights:
         pass
 
 
-def packed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None = None) -> Tensor:
+def quantised_linear(x: Tensor, weights: QuantisedWeights, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with the one matrix of ``weights``."""
-    y: Tensor = _PackedLinear.apply(x, weights)
+    y: Tensor = _QuantisedLinear.apply(x, weights)
     return y if bias is None else y + bias
 
 
-class _PackedLinear(torch.autograd.Function):
+class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: PackedWeights) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: QuantisedWeights) -> Tensor:
         ctx.weights = weights
         return F.linear(x, weights[:][0])
 
