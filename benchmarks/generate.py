@@ -135,14 +135,11 @@ def main() -> None:
         save_model(first, Path(folder, "own"), {}, torch.float32, "safetensors")
         convert(Checkpoint(Path(folder, "own")), Path(folder, "hf"), Target("hf"))
         for dtype in (torch.float32, torch.bfloat16):
-            engines = {
-                f"accessory, {layout}": Engine(
-                    _build(layout, dtype, device),
-                    Numbers(SHAPE.vocab_size),
-                    max_seq_len=512,
-                )
-                for layout in ("mixtral", "mixtral_sparse")
-            }
+            engines = {}
+            for layout in ("mixtral", "mixtral_sparse"):
+                model = _build(layout, dtype, device)
+                model.pack()
+                engines[f"accessory, {layout}"] = Engine(model, Numbers(SHAPE.vocab_size), max_seq_len=512)
             models = {}
             for name in ("grouped_mm", "eager"):
                 models[f"transformers, {name}"] = MixtralForCausalLM.from_pretrained(

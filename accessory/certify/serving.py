@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from accessory.certify import reference
-from accessory.certify.harness import Tensors, build, build_problem
+from accessory.certify.harness import Tensors
 from accessory.certify.problem import SERVED, Problem
 from accessory.checkpoint.side_by_side import SideBySide
-from accessory.dtypes import at_least
 from accessory.infer.engine import Engine, Running
 from accessory.infer.sampling import Sampling
+from accessory.model.build import build_model
 from accessory.model.decoder import Decoder
-from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.logical import Source
+from accessory.model.moe.layouts import LAYOUTS, get_layout
 from accessory.parallel.mesh import make_mesh
 from accessory.tuning.spec import Tuning
 
@@ -86,7 +87,8 @@ def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> di
         requests: of the first rank: prompt, sampling, adapter, answer and finish_reason of each. leaked: pages that were not
         given back. shared: tokens of prompts that were not computed, since others had the same beginning.
     """
-    model = _model(problem, cell, device)
+    model = served_model(problem, cell, device)
+    model.pack()
     engine = Engine(model, Numbers(problem.args.vocab_size), max_seq_len=LONGEST, cache_tokens=3 * LONGEST, chunk_tokens=23)
     if model.mesh.mp.rank:
         engine.follow()
@@ -122,20 +124,21 @@ def _request(rng: random.Random, vocabulary: int, beginning: list[int], number: 
     return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(2**40), **EVERY[number % len(EVERY)])
 
 
-def _model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder:
-    mesh = make_mesh(cell.world)
-    if cell.tuning != SEVERAL:
-        return build_problem(problem, cell.layout, device, mesh, tuning=cell.tuning)
-    adapters = {name: _served(problem, name) for name in SERVED}
-    given = {name: (tuning.logical.adapters, Tensors(weights)) for name, (tuning, weights) in adapters.items()}
-    both = SideBySide(problem.args, Tensors(problem.weights()), given)
-    return build(
-        both.logical,
-        cell.layout,
-        both,
-        mesh=mesh,
-        dtype=at_least(problem.dtype),
-        compute=problem.dtype,
+def served_model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder:
+    """What the cell's engine runs, on this rank."""
+    if cell.tuning == SEVERAL:
+        adapters = {name: _served(problem, name) for name in SERVED}
+        given = {name: (tuning.logical.adapters, Tensors(weights)) for name, (tuning, weights) in adapters.items()}
+        source: Source = (both := SideBySide(problem.args, Tensors(problem.weights()), given))
+        logical = both.logical
+    else:
+        source, logical = Tensors(problem.weights(cell.tuning)), problem.tuning(cell.tuning).logical
+    return build_model(
+        logical,
+        get_layout(cell.layout),
+        source,
+        mesh=make_mesh(cell.world),
+        dtype=problem.dtype,
         device=device,
         trains=frozenset(),
     )

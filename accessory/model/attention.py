@@ -52,9 +52,9 @@ class Attention(nn.Module):
         if cache is None or not any(documents.past):
             out = attend(q, k, v, documents, self.window)
         elif varlen_runs(q.device, q.dtype, paged=True):
-            out = paged_varlen_attention(q, cache, self.window)
+            out = paged_varlen_attention(q, cache)
         else:
-            out = cache.attend(q, self.window)
+            out = cache.attend(q)
         return self.wo(out.flatten(1), adapters)
 
 
@@ -105,9 +105,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
     return out
 
 
-def paged_varlen_attention(q: Tensor, cache: LayerCache, window: int | None) -> Tensor:
+def paged_varlen_attention(q: Tensor, cache: LayerCache) -> Tensor:
     """One kernel over all documents: ``q`` [T, H, head_dim] over the pages of a cache, in which their keys are already."""
-    view = cache.view
+    view, window = cache.view, cache.view.cache.window
     out = varlen_attn(
         q,
         cache.keys,
@@ -118,8 +118,8 @@ def paged_varlen_attention(q: Tensor, cache: LayerCache, window: int | None) -> 
         view.table.shape[1] * cache.keys.shape[1],
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
-        seqused_k=view.used.int(),
-        block_table=view.table.int(),
+        seqused_k=view.used,
+        block_table=view.table,
         num_splits=1,  # else a document's result depends on what others run with it
     )
     assert isinstance(out, Tensor)

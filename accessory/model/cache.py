@@ -1,5 +1,6 @@
 """Keys and values of tokens that came before, in pages that any sequence can have."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.dtypes import at_least_fp32
 from accessory.model.documents import Documents
 
 
@@ -16,12 +18,15 @@ class PagedCache:
 
     Attributes:
         keys, values: of each layer [pages, page_size, local kv heads, head_dim].
+        window: how many tokens a query sees, its own among them; None: all.
     """
 
-    def __init__(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, like: Tensor):
+    def __init__(
+        self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, window: int | None, like: Tensor
+    ):
         """``kv_heads``: this rank's; ``like``: has the dtype and the device."""
         shape = (pages, page_size, kv_heads, head_dim)
-        self.page_size = page_size
+        self.page_size, self.window = page_size, window
         self.keys, self.values = (
             [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)] for _ in range(2)
         )
@@ -49,20 +54,21 @@ class PagedCache:
         table = [[*own, *[0] * (longest - len(own))] for own in pages]
         starts = [sum(documents.lengths[:n]) for n in range(len(spans))]
         device = documents.positions.device
+        used = [before + length for length, before in spans]
+        chunks = [Chunk(starts[n], length, n, before) for n, (length, before) in enumerate(spans) if length > 1]
         singles = [n for n, length in enumerate(documents.lengths) if length == 1]
-
-        def on_device(numbers: Sequence[object]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device=device)
-
+        numbers = functools.partial(torch.tensor, dtype=torch.int64, device=device)
+        behind = numbers([used[n] - 1 for n in singles]).unsqueeze(1) - torch.arange(longest * size, device=device)
         return CacheView(
             self,
             documents,
-            places=on_device(places),
-            table=on_device(table),
-            used=on_device([before + length for length, before in spans]),
-            chunks=[Chunk(starts[n], length, n, before) for n, (length, before) in enumerate(spans) if length > 1],
-            singles=on_device(singles),
-            single_rows=on_device([starts[n] for n in singles]),
+            places=numbers(places),
+            table=numbers(table).int(),
+            used=numbers(used).int(),
+            chunks=chunks,
+            singles=numbers([starts[n] for n in singles]),
+            single_table=numbers([table[n] for n in singles]),
+            single_unseen=~_seen(behind, self.window)[:, None, None],
         )
 
 
@@ -81,8 +87,11 @@ class CacheView:
 
     Attributes:
         places: [T] where each token's key goes, counted over all pages.
-        table: [documents, most pages] the pages of each, then zeros. used: [documents] tokens in them, those of now too.
-        chunks: the documents of several tokens. singles: [n] those of one; single_rows: [n] where that stands.
+        table: [documents, most pages] int32 the pages of each, then zeros.
+        used: [documents] int32 tokens in them, those of now too.
+        chunks: the documents of several tokens.
+        singles: [n] where the only token of each other document stands. single_table: [n, most pages] their pages.
+        single_unseen: [n, 1, 1, most pages * page_size] whether it does not see what is kept there.
     """
 
     cache: PagedCache
@@ -92,7 +101,8 @@ class CacheView:
     used: Tensor
     chunks: list[Chunk]
     singles: Tensor
-    single_rows: Tensor
+    single_table: Tensor
+    single_unseen: Tensor
 
     def layer(self, index: int) -> "LayerCache":
         return LayerCache(self, self.cache.keys[index], self.cache.values[index])
@@ -111,26 +121,30 @@ class LayerCache:
         self.keys.flatten(0, 1).index_copy_(0, self.view.places, k)
         self.values.flatten(0, 1).index_copy_(0, self.view.places, v)
 
-    def attend(self, q: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor) -> Tensor:
         """Attend ``q`` [T, H, head_dim], whose keys are kept already, over them and what came before."""
+        if not self.view.chunks:
+            return self._attend_singles(q)
         out = torch.empty_like(q)
         for chunk in self.view.chunks:
             rows = slice(chunk.start, chunk.start + chunk.length)
-            out[rows] = self._attend_chunk(q[rows], chunk, window)
+            out[rows] = self._attend_chunk(q[rows], chunk)
         if len(self.view.singles):
-            out[self.view.single_rows] = self._attend_singles(q[self.view.single_rows], window)
+            out[self.view.singles] = self._attend_singles(q[self.view.singles])
         return out
 
-    def _attend_singles(self, q: Tensor, window: int | None) -> Tensor:
+    def _attend_singles(self, q: Tensor) -> Tensor:
         """One token of each of n documents, together: ``q`` [n, H, head_dim]."""
-        table, used = self.view.table[self.view.singles], self.view.used[self.view.singles]
-        keys, values = (x[table].flatten(1, 2).transpose(1, 2) for x in (self.keys, self.values))
-        behind = used[:, None] - 1 - torch.arange(keys.shape[2], device=q.device)
-        seen = _seen(behind, window)[:, None, None]
-        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, enable_gqa=True).squeeze(2)
+        table = self.view.single_table
+        keys, values = (at_least_fp32(x[table].flatten(1, 2)).transpose(1, 2) for x in (self.keys, self.values))
+        # by hand: kernels made for many queries take several times as long for one
+        shared = at_least_fp32(q).unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+        weights = (shared @ keys.mT).masked_fill_(self.view.single_unseen, -torch.inf).softmax(-1)
+        return (weights @ values).flatten(1, 2).to(q.dtype)
 
-    def _attend_chunk(self, q: Tensor, chunk: Chunk, window: int | None) -> Tensor:
+    def _attend_chunk(self, q: Tensor, chunk: Chunk) -> Tensor:
         """Several tokens of one document: ``q`` [n, H, head_dim]."""
+        window = self.view.cache.window
         stop = chunk.past + chunk.length
         first = max(0, chunk.past - window + 1) if window else 0
         table = self.view.table[chunk.document]

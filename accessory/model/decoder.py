@@ -15,13 +15,14 @@ from accessory.model.cache import CacheView, LayerCache, PagedCache
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
-from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, Quantisable
+from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, Quantisable, RowParallelLinear
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import RouterStats
 from accessory.model.norm import RMSNorm
+from accessory.model.packed import can_pack
 from accessory.model.rope import rotations
 from accessory.parallel.mesh import Axis, Mesh
 
@@ -103,11 +104,23 @@ class Decoder(nn.Module):
         yield from self.named_parameters()
         yield from self.named_buffers()
 
+    def pack(self) -> None:
+        """For one that is only used, on a CPU: lay its matrices out for fast products, if there are such in its dtype.
+
+        After it, this model can be neither trained nor saved nor filled.
+        """
+        if can_pack(self.norm.weight.dtype, self.norm.weight.device):
+            for module in self.modules():
+                if isinstance(module, ColumnParallelLinear | RowParallelLinear | GroupedExperts):
+                    module.pack()
+
     def make_cache(self, pages: int, page_size: int) -> PagedCache:
         """Room for the keys and values of ``pages`` x ``page_size`` tokens, as far as they are this rank's."""
         args = self.args
         kv_heads = max(1, args.n_kv_heads // self.mesh.mp.size)
-        return PagedCache(args.n_layers, pages + 1, page_size, kv_heads, args.head_dim, like=self.norm.weight)
+        return PagedCache(
+            args.n_layers, pages + 1, page_size, kv_heads, args.head_dim, args.sliding_window, like=self.norm.weight
+        )
 
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
         """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""

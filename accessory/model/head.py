@@ -9,6 +9,7 @@ from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import TokenAdapters
 from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
+from accessory.model.packed import plain
 from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs, linear_predictions
 from accessory.parallel.regions import copy_to_model_parallel_region, gather_from_model_parallel_region
 
@@ -88,7 +89,7 @@ def _factors(
     x, adapters = _rows(x, adapters, targets.rows)
     hidden = copy_to_model_parallel_region(norm(x), output.mp)
     low = output.low_rank(hidden, adapters)
-    return [(hidden, output.weight)] + ([] if low is None else [(low, output.lora_b)])
+    return [(hidden, plain(output.weight))] + ([] if low is None else [(low, output.lora_b)])
 
 
 def _rows(x: Tensor, adapters: TokenAdapters, rows: Tensor | None) -> tuple[Tensor, TokenAdapters]:

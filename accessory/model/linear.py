@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
 from accessory.model.codecs import Codec
+from accessory.model.packed import packed, product
 from accessory.model.quantised import QuantisedWeights, hold_quantised, quantised_linear
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
@@ -54,8 +55,13 @@ class ColumnParallelLinear(Quantisable):
         if self.codec:
             y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)
         else:
-            y = F.linear(x, self._own(self.weight), bias)
+            y = product(x, self._own(self.weight), bias)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
+
+    def pack(self) -> None:
+        """Pack the weight; one that is quantised, or of which this rank computes only some rows, stays as it is."""
+        if self.own_rows is None and self.codec is None:
+            self.weight = packed(self.weight)
 
     def _own(self, parameter: Tensor) -> Tensor:
         """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
@@ -77,8 +83,12 @@ class RowParallelLinear(Quantisable):
         self.mp = mp
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
+    def pack(self) -> None:
+        if self.codec is None:
+            self.weight = packed(self.weight)
+
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        y = quantised_linear(x, self.quantised(x.dtype, self.codec)) if self.codec else F.linear(x, self.weight)
+        y = quantised_linear(x, self.quantised(x.dtype, self.codec)) if self.codec else product(x, self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
             # this rank's part of A x, and of what the ranks' sum adds once

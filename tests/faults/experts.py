@@ -10,6 +10,7 @@ KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
 ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
 PACKED = "tests/test_expert_weights.py::test_packed_weights_give_what_their_dense_ones_give"
+AS_BEFORE = "tests/test_packed.py::test_a_packed_model_gives_what_it_gave"
 AGAIN = "tests/test_expert_weights.py::test_looped_asks_again_in_backward_and_announces_what_it_will_ask"
 
 FAULTS = (
@@ -148,5 +149,26 @@ FAULTS = (
         "bias_ne=products.bias_ne * weight_n1, ",
         "",
         LORA,
+    ),
+    Fault(
+        "packed: gate and up change places",
+        f"{KERNELS}/packed.py",
+        "for w in (w1, w3))",
+        "for w in (w3, w1))",
+        AS_BEFORE,
+    ),
+    Fault(
+        "packed: every row is multiplied by the first expert's matrix",
+        f"{KERNELS}/packed.py",
+        "y[rows] = product(x[rows], _matrix(w, expert))",
+        "y[rows] = product(x[rows], _matrix(w, 0))",
+        AS_BEFORE,
+    ),
+    Fault(
+        "packed: a product leaves the bias out",
+        "accessory/model/packed.py",
+        "_linear_pointwise(x, matrix, bias,",
+        "_linear_pointwise(x, matrix, None,",
+        AS_BEFORE,
     ),
 )

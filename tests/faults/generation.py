@@ -39,8 +39,8 @@ FAULTS = (
     Fault(
         "a single token does not see itself",
         CACHE,
-        "behind = used[:, None] - 1 - torch.arange",
-        "behind = used[:, None] - 2 - torch.arange",
+        "behind = numbers([used[n] - 1 for n in singles])",
+        "behind = numbers([used[n] - 2 for n in singles])",
         CACHED,
     ),
     Fault(

@@ -18,9 +18,10 @@ from accessory.model.adapter import (
 )
 from accessory.model.codecs import Codec
 from accessory.model.moe.dispatch import SortedRows
-from accessory.model.moe.kernels import ExpertMatmul, pick_kernel
+from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
-from accessory.model.moe.weights import ExpertWeights, PlainWeights
+from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
+from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights, hold_quantised
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
@@ -43,6 +44,7 @@ class GroupedExperts(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.whole: set[str] = set()  # adapter tensors that are whole on every rank
         self.codecs: dict[str, Codec] = {}  # of matrices that are held quantised
+        self.packed: dict[str, PackedWeights] = {}
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_local * dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
@@ -58,13 +60,19 @@ class GroupedExperts(nn.Module):
         self.codecs[matrix] = codec
         hold_quantised(self, matrix, codec)
 
+    def pack(self) -> None:
+        """Pack the weights, matrix by matrix; the plain ones are gone, and quantised ones stay."""
+        for matrix in {"w1", "w2", "w3"} - self.codecs.keys():
+            self.packed[matrix] = PackedWeights([packed(of_expert) for of_expert in self._stack(matrix)])
+            delattr(self, matrix)
+
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
         w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
         # of quantised weights only a kernel that asks for some experts at a time makes few
         name = "looped" if self.codecs and self.kernel == "auto" else self.kernel
-        kernel = pick_kernel(name, x_nD, w1.shape[1])
+        kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
         products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD))
@@ -93,7 +101,7 @@ class GroupedExperts(nn.Module):
         """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
         if matrix in self.codecs:
             return QuantisedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
-        return PlainWeights(self._stack(matrix))
+        return self.packed.get(matrix) or PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:
         """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""

@@ -1,9 +1,12 @@
 """What a kernel needs to know of the experts' weights. Shape suffixes are as in ``accessory.model.moe``."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from accessory.model.packed import plain
 
 
 class ExpertWeights(Protocol):
@@ -47,6 +50,22 @@ class PlainWeights:
 
     def __getitem__(self, experts: slice) -> Tensor:
         return self.matrices if experts == slice(None) else self.matrices[experts]  # a slice's gradient is a copy
+
+    def prefetch(self, experts: slice) -> None:
+        pass
+
+
+class PackedWeights:
+    """Weights of a model that no longer trains, each expert's matrix [out, in] packed by itself."""
+
+    trained = None
+
+    def __init__(self, matrices: Sequence[Tensor]):
+        self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
+        self.at_once = len(matrices)
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        return torch.stack([plain(matrix) for matrix in self.matrices[experts]])
 
     def prefetch(self, experts: slice) -> None:
         pass

@@ -13,6 +13,7 @@ from accessory.config import nearest
 from accessory.errors import UserError
 from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs
 from accessory.model.moe.kernels.looped import looped, looped_matmul
+from accessory.model.moe.kernels.packed import packed_matmul, packed_swiglu
 from accessory.model.moe.kernels.reference import reference, reference_matmul
 from accessory.model.moe.weights import ExpertWeights
 
@@ -54,6 +55,8 @@ KERNELS = {
         Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
     )
 }
+
+OF_PACKED = Kernel("packed", packed_swiglu, packed_matmul, _runs_any, "packed weights")  # not to be chosen: it is theirs
 
 
 def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:

@@ -1,0 +1,33 @@
+"""One expert with rows after the other, by matrices that are packed (``accessory.model.packed``); knows no gradients."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.model.moe.kernels.rows import rows_of_experts
+from accessory.model.moe.weights import ExpertWeights, PackedWeights
+from accessory.model.packed import product
+
+
+def packed_swiglu(
+    x: Tensor, w1: ExpertWeights, w2: ExpertWeights, w3: ExpertWeights, weight: Tensor, row_ends: Tensor
+) -> Tensor:
+    y = torch.empty_like(x)
+    for expert, rows in enumerate(rows_of_experts(row_ends)):
+        if rows.start < rows.stop:
+            gate, up = (product(x[rows], _matrix(w, expert)) for w in (w1, w3))
+            torch.mul(product(F.silu(gate, inplace=True).mul_(up), _matrix(w2, expert)), weight[rows], out=y[rows])
+    return y
+
+
+def packed_matmul(x: Tensor, w: ExpertWeights, row_ends: Tensor) -> Tensor:
+    y = x.new_empty(len(x), w.shape[1])
+    for expert, rows in enumerate(rows_of_experts(row_ends)):
+        if rows.start < rows.stop:
+            y[rows] = product(x[rows], _matrix(w, expert))
+    return y
+
+
+def _matrix(w: ExpertWeights, expert: int) -> Tensor:
+    """An expert's, [out, in]; an adapter's are not packed."""
+    return w.matrices[expert] if isinstance(w, PackedWeights) else w[expert : expert + 1][0]
