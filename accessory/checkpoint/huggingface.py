@@ -109,7 +109,7 @@ class HuggingFaceDirectory(Directory):
         whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), self.fused)
         yield from (tile for tile in whole if tile.name not in logical.codecs)
         keys = {name: matrix_keys(name, logical.args, self.fused) for name in logical.codecs}
-        yield from gptq.part_tiles(logical, keys, gptq.first_zero(self.gptq))
+        yield from gptq.part_tiles(logical, keys, self.gptq)
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:

@@ -4,6 +4,7 @@ from faults.fault import Fault
 
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
 LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
+GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
 TESTS = "tests/test_quantise.py::test_"
 DEFINITION = f"{TESTS}a_codec_is_what_its_definition_says"
 MIXTRAL = f"{TESTS}the_cut_of_the_quantised_is_the_quantised_cut_at_mixtrals_sizes"
@@ -109,6 +110,27 @@ FAULTS = (
         'if tensor == "w2" else',
         'if weight == "w2" else',
         FILES,
+    ),
+    Fault(
+        "zeros of GPTQ's first version are read as they are",
+        GPTQ,
+        'config.get("checkpoint_format") == "gptq_v2" else 1',
+        'config.get("checkpoint_format") == "gptq_v2" else 0',
+        f"{TESTS_GPTQ}[gptq-hub]",
+    ),
+    Fault(
+        "AWQ's columns are read in the order of GPTQ's",
+        GPTQ,
+        "AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "AWQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
+        f"{TESTS_GPTQ}[awq-hub]",
+    ),
+    Fault(
+        "rotary pairs of GPTQ's keys are not put in order",
+        GPTQ,
+        'matrix.endswith((".wq.weight", ".wk.weight"))',
+        'matrix.endswith(".wq.weight")',
+        f"{TESTS_GPTQ}[gptq_v2-gptqmodel]",
     ),
     Fault(
         "an adapter's base is known by its numbers, however they were held",
