@@ -1,14 +1,22 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test browser faults
+.PHONY: setup megablocks quickstart test browser faults
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
+.venv/ready: pyproject.toml $(BIN)/python
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/python tools/install_megablocks.py
 	touch .venv/ready
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# the packages of model.kernel=megablocks (setup has them): also into a Python that is there, make megablocks BIN=DIR/bin
+megablocks: $(BIN)/python
+	$(BIN)/pip install --quiet --editable ".[megablocks]"
+	$(BIN)/python tools/install_megablocks.py
 
 # the main job on real text, in minutes: see exps/quickstart.sh
 quickstart: setup

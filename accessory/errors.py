@@ -13,8 +13,11 @@ class UserError(ValueError):
 
 
 @contextmanager
-def needs(extra: str, what: str) -> Iterator[None]:
+def needs(extra: str, what: str, install: str = "") -> Iterator[None]:
     """What is imported meanwhile comes with an extra of this package, and ``what`` needs it.
+
+    Args:
+        install: how to, if the extra alone does not bring it.
 
     Raises:
         UserError: it is not installed.
@@ -23,10 +26,8 @@ def needs(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
-        raise UserError(
-            f'{what} needs {missing}, which is not installed: pip install "accessory-moe[{extra}]", or, where this '
-            f'program\'s sources are, pip install -e ".[{extra}]"'
-        ) from error
+        by_pip = f'pip install "accessory-moe[{extra}]", or, where this program\'s sources are, pip install -e ".[{extra}]"'
+        raise UserError(f"{what} needs {missing}, which is not installed: {install or by_pip}") from error
 
 
 class Stopped(KeyboardInterrupt):

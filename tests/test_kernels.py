@@ -9,8 +9,9 @@ import torch
 from ranks import run_ranks
 
 from accessory.errors import UserError
+from accessory.model import triton_here
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
-from accessory.model.moe.kernels import KERNELS, pick_kernel
+from accessory.model.moe.kernels import KERNELS, _say_picked, pick_kernel
 from accessory.model.moe.kernels import rows as kernel_rows
 from accessory.model.moe.weights import PlainWeights
 from accessory.parallel import cross_entropy
@@ -24,12 +25,34 @@ ROWS = {  # rows of each expert
     "empty groups": [0, 4, 0, 6],
     "all in the last": [0, 0, 0, 9],
     "all in the first": [9, 0, 0, 0],
+    "rows alone": [0, 1, 1, 0, 1],
     "no rows": [0, 0, 0, 0],
     "more than a block": [803, 0, 795, 8],
     "padded blocks": [80, 78, 5, 79, 78, 81],
 }
+WIDTHS = {"megablocks": (128, 256)}  # D and F; of the others DIM and HIDDEN
 EXACT = [("looped", torch.float64, 1e-12), ("looped", torch.float32, 1e-5), ("grouped", torch.float32, 1e-5)]
-COARSE = [("looped", torch.bfloat16, 0.05), ("grouped", torch.bfloat16, 0.05), ("reference", torch.bfloat16, 0.05)]
+INTERPRETED = [  # slowly: of the rows only SOME
+    ("triton", torch.float64, 1e-12),
+    ("triton", torch.float32, 1e-6),
+    ("megablocks", torch.float32, 1e-5),
+]
+COARSE = [
+    ("looped", torch.bfloat16, 0.05),
+    ("grouped", torch.bfloat16, 0.05),
+    ("reference", torch.bfloat16, 0.05),
+    ("megablocks", torch.float16, 0.005),
+]
+SOME = ["empty groups", "rows alone", "no rows"]
+
+
+def with_rows(*kernels):
+    """A parameter for each kernel and each of the ROWS that it can do soon."""
+    names = ("kernel", "dtype", "tolerance", "rows")
+    slow = {kernel for kernel, *_ in INTERPRETED}
+    pairs = [(case, name) for case in kernels for name in (SOME if case[0] in slow else ROWS)]
+    ids = [f"{kernel}-{str(dtype).removeprefix('torch.')}-{name}" for (kernel, dtype, _), name in pairs]
+    return pytest.mark.parametrize(names, [(*case, ROWS[name]) for case, name in pairs], ids=ids)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,19 +70,19 @@ def small_cache(monkeypatch):
     monkeypatch.setattr(kernel_rows, "CACHE_BYTES", 200 * HIDDEN * 8)
 
 
-def run(kernel, rows, dtype, frozen=(), expanded=False):
-    """Output and gradients of one kernel; ``expanded``: the gradient that ``sum()`` hands back."""
+def run(kernel, rows, dtype, widths, frozen=(), upstream=lambda gradient: gradient):
+    """Output and gradients of one kernel; ``upstream``: how the gradient comes back to it."""
     generator = torch.Generator().manual_seed(0)
-    experts, n = len(rows), sum(rows)
-    shapes = {"x": (n, DIM), "w1": (experts, HIDDEN, DIM), "w2": (experts, DIM, HIDDEN), "w3": (experts, HIDDEN, DIM)}
+    experts, n, (dim, hidden) = len(rows), sum(rows), widths
+    shapes = {"x": (n, dim), "w1": (experts, hidden, dim), "w2": (experts, dim, hidden), "w3": (experts, hidden, dim)}
     inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     inputs["weight"] = torch.rand(n, 1, generator=generator, dtype=torch.float64)
-    gradient = torch.randn(n, DIM, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(dtype)
+    gradient = torch.randn(n, dim, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(dtype)
     # values that every dtype holds exactly, so that only the kernels' own arithmetic differs
     inputs = {name: t.to(torch.bfloat16).to(dtype).requires_grad_(name not in frozen) for name, t in inputs.items()}
     matrices = (PlainWeights(inputs[name]) for name in ("w1", "w2", "w3"))
     out = KERNELS[kernel].swiglu(inputs["x"], *matrices, inputs["weight"], torch.tensor(rows).cumsum(0).int())
-    out.backward(gradient[:1, :1].expand(n, DIM) if expanded and n else gradient)
+    out.backward(upstream(gradient))
     return {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
 
 
@@ -71,37 +94,62 @@ def assert_close(ours, expected, tolerance, what=""):
     )
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT + COARSE)
+@with_rows(*EXACT, *INTERPRETED, *COARSE)
 def test_kernel_equals_the_definition(kernel, dtype, tolerance, rows):
-    ours, expected = run(kernel, rows, dtype), run("reference", rows, torch.float64)
+    widths = WIDTHS.get(kernel, (DIM, HIDDEN))
+    ours, expected = run(kernel, rows, dtype, widths), run("reference", rows, torch.float64, widths)
     for name, tensor in expected.items():
         assert ours[name].dtype == dtype
         assert_close(ours[name], tensor, tolerance, name)
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("frozen", [("w1", "w2", "w3"), ("w2",), ("w1", "w3", "weight")], ids="-".join)
-@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT)
+@with_rows(*EXACT, INTERPRETED[0])
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tolerance, frozen, rows):
-    ours, expected = run(kernel, rows, dtype, frozen=frozen), run("reference", rows, torch.float64)
+    widths = WIDTHS.get(kernel, (DIM, HIDDEN))
+    ours, expected = run(kernel, rows, dtype, widths, frozen), run("reference", rows, torch.float64, widths)
     assert ours.keys() == expected.keys() - set(frozen)
     for name, gradient in ours.items():
         assert_close(gradient, expected[name], tolerance, name)
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [case for case in EXACT if case[0] != "grouped"])  # torch refuses
-def test_expanded_output_gradient(kernel, dtype, tolerance):
-    ours = run(kernel, ROWS["ragged"], dtype, expanded=True)
-    expected = run("reference", ROWS["ragged"], torch.float64, expanded=True)
+def test_experts_without_rows_have_no_gradient_whatever_torch_leaves_there(monkeypatch):
+    """On Blackwell its kernel leaves what was in memory."""
+    real = torch.nn.functional.grouped_mm
+
+    def leaving(a, b, offs):
+        result = real(a, b, offs=offs)
+        if result.dim() == 3:
+            result[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaving)
+    for name, gradient in run("grouped", ROWS["empty groups"], torch.float32, (DIM, HIDDEN)).items():
+        assert gradient.isfinite().all(), name
+
+
+UPSTREAM = {
+    "expanded": lambda gradient: gradient[:1, :1].expand(gradient.shape),  # as sum() hands it back
+    "transposed": lambda gradient: gradient.T.contiguous().T,
+    "strided": lambda gradient: gradient.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM.values(), ids=UPSTREAM)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT + INTERPRETED)
+def test_a_gradient_of_any_strides(kernel, dtype, tolerance, upstream):
+    """With an expert that has no rows: on GPUs that is where a wrong stride ends the process."""
+    widths, rows = WIDTHS.get(kernel, (DIM, HIDDEN)), [5, 0, 7, 3]
+    ours = run(kernel, rows, dtype, widths, upstream=upstream)
+    expected = run("reference", rows, torch.float64, widths, upstream=upstream)
     for name, tensor in expected.items():
         assert_close(ours[name], tensor, tolerance, name)
 
 
-def run_matmul(kernel, rows, dtype, width, frozen=()):
-    """Output and gradients of one grouped product, [n, DIM] x [e, width, DIM], and what it kept for backward."""
+def run_matmul(kernel, rows, dtype, dim, width, frozen=()):
+    """Output and gradients of one grouped product, [n, dim] x [e, width, dim], and what it kept for backward."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (sum(rows), DIM), "w": (len(rows), width, DIM)}
+    shapes = {"x": (sum(rows), dim), "w": (len(rows), width, dim)}
     inputs = {name: torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype) for name, shape in shapes.items()}
     inputs = {name: t.requires_grad_(name not in frozen) for name, t in inputs.items()}
     gradient = torch.randn(sum(rows), width, generator=generator).to(torch.bfloat16).to(dtype)
@@ -113,18 +161,19 @@ def run_matmul(kernel, rows, dtype, width, frozen=()):
     return result, {name for name, t in inputs.items() if t.numel() and t.data_ptr() in kept}
 
 
-@pytest.mark.parametrize("width", [HIDDEN, 3], ids=["wide", "rank 3"])  # 3: strides that torch's kernel refuses
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), EXACT + COARSE)
-def test_matmul_equals_the_definition(kernel, dtype, tolerance, rows, width):
-    expected, _ = run_matmul("reference", rows, torch.float64, width)
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "rank 3"])  # 3: strides that torch's kernel refuses
+@with_rows(*EXACT, *INTERPRETED, *COARSE)
+def test_matmul_equals_the_definition(kernel, dtype, tolerance, rows, narrow):
+    dim, width = WIDTHS.get(kernel, (DIM, HIDDEN))
+    width = 3 if narrow else width
+    expected, _ = run_matmul("reference", rows, torch.float64, dim, width)
     for frozen in ((), ("x",), ("w",)):
-        ours, kept = run_matmul(kernel, rows, dtype, width, frozen)
+        ours, kept = run_matmul(kernel, rows, dtype, dim, width, frozen)
         assert ours.keys() == expected.keys() - set(frozen)
         for name, tensor in ours.items():
             assert tensor.dtype == dtype
             assert_close(tensor, expected[name], tolerance, f"{name}, frozen {frozen}")
-        if kernel != "reference" and frozen:
+        if kernel not in ("reference", "megablocks") and frozen:  # autograd and stk keep what they multiply
             assert kept <= set(frozen), "kept for a gradient that nobody wants"
 
 
@@ -149,32 +198,51 @@ def test_experts_that_changed_before_backward_are_refused():
         y.sum().backward()
 
 
-def rows_on(device, dtype, width=DIM):
+def rows_on(device, dtype, rows=5):
     """What a kernel is picked by, on a device that need not be there."""
     return SimpleNamespace(
-        device=torch.device(device), dtype=dtype, shape=(5, width), element_size=lambda: torch.finfo(dtype).bits // 8
+        device=torch.device(device), dtype=dtype, shape=(rows, DIM), element_size=lambda: torch.finfo(dtype).bits // 8
     )
 
 
+AMPERE, HOPPER, WORKSTATION = (8, 0), (9, 0), (12, 0)
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "hidden_dim", "picked"),
+    ("device", "capability", "dtype", "hidden_dim", "rows", "picked"),
     [
-        ("cpu", torch.float32, 24, "looped"),
-        ("cuda", torch.bfloat16, 24, "grouped"),
-        ("cuda", torch.bfloat16, 20, "looped"),  # 40 bytes
-        ("cuda", torch.float64, 24, "looped"),
-        ("mps", torch.float32, 24, "looped"),
+        ("cpu", None, torch.float32, 24, 5, "looped"),
+        ("cuda", HOPPER, torch.bfloat16, 24, 5, "grouped"),
+        ("cuda", HOPPER, torch.bfloat16, 20, 5, "looped"),  # 40 bytes
+        ("cuda", HOPPER, torch.float16, 24, 5, "triton"),
+        ("cuda", HOPPER, torch.float64, 24, 5, "looped"),
+        ("cuda", AMPERE, torch.bfloat16, 20, 5, "triton"),
+        ("cuda", AMPERE, torch.bfloat16, 24, 2**15, "grouped"),
+        ("cuda", AMPERE, torch.float32, 24, 5, "grouped"),
+        ("cuda", WORKSTATION, torch.bfloat16, 24, 5, "triton"),
+        ("mps", None, torch.float32, 24, 5, "looped"),
     ],
 )
-def test_auto_picks_by_device_dtype_and_width(device, dtype, hidden_dim, picked):
-    assert pick_kernel("auto", rows_on(device, dtype), hidden_dim).name == picked
+def test_auto_picks_by_device_dtype_width_and_rows(device, capability, dtype, hidden_dim, rows, picked, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton_here, "capability", lambda _: capability)
+    _say_picked.cache_clear()
+    for _ in range(2):
+        assert pick_kernel("auto", rows_on(device, dtype, rows), hidden_dim).name == picked
+    said = capsys.readouterr().out
+    assert said.count(f"are computed by kernel '{picked}'") == (device != "cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "hidden_dim", "sentence"),
     [
         ("groupd", torch.float32, 24, "unknown kernel 'groupd'; did you mean 'grouped'?"),
-        ("fastest", torch.float32, 24, "unknown kernel 'fastest'; known: auto, grouped, looped, reference"),
+        (
+            "fastest",
+            torch.float32,
+            24,
+            "unknown kernel 'fastest'; known: auto, grouped, looped, megablocks, reference, triton",
+        ),
         (
             "grouped",
             torch.float64,

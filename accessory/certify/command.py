@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from accessory.certify.judge import TOLERANCES, Judge, Verdict
-from accessory.certify.matrix import cache_cells, check_fits, classifier_cells, file_cells, quantised_cells, training_cells
+from accessory.certify.matrix import (
+    cache_cells,
+    check_fits,
+    classifier_cells,
+    file_cells,
+    kernel_cells,
+    other_kernels,
+    quantised_cells,
+    training_cells,
+)
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
 from accessory.certify.precision import PrecisionJudge, precision_cells, run_precision
 from accessory.certify.problem import SMALL, WIDE, Problem
@@ -92,6 +101,7 @@ def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
         training_cells(worlds, strength),
         classifier_cells(worlds),
         quantised_cells(problem.args, worlds),
+        kernel_cells(worlds, other_kernels(problem.args, problem.dtype, arguments.device, worlds[-1])),
         file_cells(worlds),
         cache_cells(worlds),
         serving_cells(worlds),
@@ -119,7 +129,8 @@ def _low_precision(arguments: argparse.Namespace, problem: Problem, worlds: Sequ
         "precision": "bf16, masters in fp32",
     }
     certificate = Certificate("accessory certify --precision bf16", about | environment(arguments.device))
-    cells = _only(arguments, precision_cells(worlds))
+    kernels = other_kernels(problem.args, problem.dtype, arguments.device, 1)
+    cells = _only(arguments, precision_cells(worlds, kernels))
     _fill(certificate, PrecisionJudge(problem), functools.partial(run_precision, problem), cells, arguments.device)
     return certificate
 

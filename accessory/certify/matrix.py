@@ -3,12 +3,17 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from accessory.certify.problem import TUNINGS, Problem
+from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import check_divides
+from accessory.model.moe.kernels import KERNELS, pick_kernel
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.settings import ParallelSection, QuantiseSection
 
@@ -59,6 +64,16 @@ class QuantisedCell(Cell):
     def settings(self) -> dict[str, str]:
         held = {matrices: name or "-" for matrices, name in vars(self.quantise).items()}
         return held | super().settings() | {"tuning": f"q{self.tuning}"}
+
+
+@dataclass(frozen=True)
+class KernelCell(Cell):
+    """The same with experts computed by a kernel that "auto" does not pick here."""
+
+    kernel: str
+
+    def settings(self) -> dict[str, str]:
+        return {"kernel": self.kernel} | super().settings()
 
 
 @dataclass(frozen=True)
@@ -195,6 +210,27 @@ def _by_turns(worlds: Sequence[int]) -> list[Cell]:
             )
             cells.append(cell)
     return cells
+
+
+def kernel_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[KernelCell]:
+    """Each of ``kernels`` trained in full in one process, and by adapters in slices of every expert."""
+    flags: dict[str, bool] = {"packing": False, "masks": False, "recompute": False}
+    return [
+        KernelCell(world, world, "fsdp", layout, 1, **flags, tuning=tuning, balance="document", kernel=kernel)
+        for kernel in kernels
+        for world, layout, tuning in ((worlds[0], "mixtral", "full"), (worlds[-1], "mixtral_sparse", "lora"))
+    ]
+
+
+def other_kernels(args: ModelArgs, dtype: torch.dtype, device: str, smallest_share: int) -> list[str]:
+    """Kernels that compute experts as wide as the model's, and 1 / ``smallest_share`` of that; without "auto"'s choice."""
+    row = torch.empty(1, args.dim, dtype=dtype, device=device)
+    found: list[str] = []
+    for name in KERNELS:
+        with suppress(UserError):  # it cannot, or is not installed
+            kernels = {pick_kernel(name, row, width).name for width in (args.hidden_dim, args.hidden_dim // smallest_share)}
+            found += kernels - {pick_kernel("auto", row, args.hidden_dim).name}
+    return found
 
 
 def file_cells(worlds: Sequence[int]) -> list[FileCell]:

@@ -63,13 +63,14 @@ class PrecisionCell:
     layout: str
     accumulation: int
     tuning: str  # of problem.TUNINGS
+    kernel: str = "auto"
 
     def settings(self) -> dict[str, str]:
-        return partition(self) | {"tuning": self.tuning}
+        return partition(self) | {"tuning": self.tuning, "kernel": self.kernel}
 
 
-def precision_cells(worlds: Sequence[int]) -> list[PrecisionCell]:
-    """Every mesh with every mode, and layout where it is one; tuning and accumulation take turns."""
+def precision_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[PrecisionCell]:
+    """Every mesh with every mode, and layout where it is one; tuning and accumulation take turns; then other kernels."""
     turns = itertools.cycle([("full", 1), ("full", 3), ("lora", 1), ("lora", 3)])
     return [
         PrecisionCell(world, size, mode, layout, accumulation, tuning)
@@ -78,7 +79,7 @@ def precision_cells(worlds: Sequence[int]) -> list[PrecisionCell]:
         for mode in modes(world // size)
         for layout in list(LAYOUTS)[: None if size > 1 else 1]
         for tuning, accumulation in [next(turns)]
-    ]
+    ] + [PrecisionCell(worlds[0], worlds[0], "fsdp", "mixtral", 1, "full", kernel) for kernel in kernels]
 
 
 def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, scratch: Path) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     tuning = problem.tuning(cell.tuning)
     weights = problem.weights(cell.tuning)
-    model = build_problem(problem, cell.layout, device, mesh, tuning=cell.tuning, mode=parallel.data_parallel)
+    how: dict[str, Any] = {"mode": parallel.data_parallel, "kernel": cell.kernel}
+    model = build_problem(problem, cell.layout, device, mesh, tuning=cell.tuning, **how)
     optimizer = make_optimizer(model, SETTINGS)
     masters, pieces = Masters(model, optimizer, weights, SETTINGS), Pieces(model, weights, tuning)
     errors: dict[str, float] = {}
@@ -131,7 +133,8 @@ def _summed_gradients(
     """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
     tuning = problem.tuning(cell.tuning)
     source, layout = Tensors(problem.weights(cell.tuning)), get_layout(cell.layout)
-    model = build_model(tuning.logical, layout, source, dtype=problem.dtype, device=device, trains=tuning.trains)
+    how: dict[str, Any] = {"dtype": problem.dtype, "device": device, "trains": tuning.trains, "kernel": cell.kernel}
+    model = build_model(tuning.logical, layout, source, **how)
     targets, tokens = torch.tensor([[b.target_tokens, b.real_tokens] for b in batches], device=device).sum(0)
     total: dict[str, Tensor] = {}
     for batch in batches:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.certify import formats
 from accessory.certify.harness import build_problem, train
-from accessory.certify.matrix import CacheCell, Cell, FileCell, mode_settings, posed_by
+from accessory.certify.matrix import CacheCell, Cell, FileCell, KernelCell, mode_settings, posed_by
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.certify.serving import ServingCell, run_serving
 from accessory.checkpoint.convert import Target, convert
@@ -52,6 +52,7 @@ def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict
         tuning=cell.tuning,
         mode=parallel.data_parallel,
         recompute=cell.recompute,
+        kernel=cell.kernel if isinstance(cell, KernelCell) else "auto",
     )
     plan = Plan(BATCHES, max(BATCHES))
     return train(

@@ -1,9 +1,12 @@
 """RMSNorm."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
+from accessory.model.triton_here import fuses
 
 
 class RMSNorm(nn.Module):
@@ -15,5 +18,45 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_fp32(x)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return _Normalise.apply(x, self.weight, self.eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """Keeps x as it is given and a number of each row; autograd would keep x in fp32 and what it was normalised to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, scale = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        return *rms_norm_backward(x, weight, scale, dy, with_weight=ctx.needs_input_grad[1]), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of ``x`` [..., D]: the result, and 1 / rms of each row [..., 1]."""
+    if fuses(x):
+        from accessory.model import triton_norm
+
+        return triton_norm.rms_norm(x, weight, eps)
+    wide = at_least_fp32(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight, scale
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, with_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``x`` and, if wanted, of ``weight``."""
+    if fuses(x):
+        from accessory.model import triton_norm
+
+        return triton_norm.rms_norm_backward(x, weight, scale, dy, with_weight)
+    normed, dy = x * scale, dy.to(scale.dtype)
+    d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if with_weight else None
+    d_normed = dy * weight
+    share = (d_normed * normed).mean(-1, keepdim=True)
+    return d_normed.addcmul_(normed, share, value=-1).mul_(scale).to(x.dtype), d_weight

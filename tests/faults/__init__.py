@@ -14,6 +14,7 @@ from faults import (
     experts,
     formats,
     generation,
+    kernels,
     loss,
     optimiser,
     parallel,
@@ -29,6 +30,7 @@ from faults.fault import Fault
 _MODULES = (
     router,
     experts,
+    kernels,
     attention,
     adapters,
     parallel,

@@ -93,7 +93,7 @@ FAULTS = (
     Fault(
         "the norm's epsilon is left out",
         "accessory/model/norm.py",
-        "torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)",
+        "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
         "torch.rsqrt(wide.square().mean(-1, keepdim=True))",
         ONE,
     ),

@@ -5,7 +5,7 @@ from faults.fault import Fault
 
 FILE, DISPATCH = "accessory/model/moe/experts.py", "accessory/model/moe/dispatch.py"
 LAYOUTS, KERNELS = "accessory/model/moe/layouts.py", "accessory/model/moe/kernels"
-LOOPED, GROUPED, SWIGLU = f"{KERNELS}/looped.py", f"{KERNELS}/grouped.py", f"{KERNELS}/swiglu.py"
+LOOPED, FUSED, SWIGLU = f"{KERNELS}/looped.py", f"{KERNELS}/fused.py", f"{KERNELS}/swiglu.py"
 KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
 ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
@@ -124,9 +124,9 @@ FAULTS = (
     ),
     Fault(
         "the grouped kernel activates the wrong product",
-        GROUPED,
-        "F.grouped_mm(weighted_swiglu(gate, up, weight)",
-        "F.grouped_mm(weighted_swiglu(up, gate, weight)",
+        FUSED,
+        "operations.swiglu(gate, up, weight)",
+        "operations.swiglu(up, gate, weight)",
         KERNEL,
     ),
     Fault(

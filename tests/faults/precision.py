@@ -10,17 +10,16 @@ FAULTS = (
     Fault(
         "the router's product is in bf16",
         ROUTER,
-        "        x = at_least_fp32(x)\n        logits = F.linear(x, at_least_fp32(self.weight))",
-        "        logits = at_least_fp32(F.linear(x, self.weight.to(x.dtype)))\n        x = at_least_fp32(x)",
+        "return F.linear(at_least_fp32(x), at_least_fp32(weight))",
+        "return at_least_fp32(F.linear(x, weight.to(x.dtype)))",
         LOW,
     ),
     Fault(
         "the router's softmax is in bf16",
         ROUTER,
-        "        x = at_least_fp32(x)\n",
-        "        given, x = x.dtype, at_least_fp32(x)\n",
+        "probs = logits.softmax(-1)",
+        "probs = logits.to(x.dtype).softmax(-1).to(logits.dtype)",
         LOW,
-        ((ROUTER, "probs = logits.softmax(-1)", "probs = logits.to(given).softmax(-1).to(logits.dtype)"),),
     ),
     Fault(
         "the router's weights are gathered in bf16",

@@ -4,17 +4,35 @@
 ``w1, w3`` [e, F, D] and ``w2`` [e, D, F] are the experts' weights; ``weight`` [n, 1] is each row's routing weight.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from accessory.config import nearest
+from accessory.console import say
 from accessory.errors import UserError
 from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs
 from accessory.model.moe.kernels.looped import looped, looped_matmul
+from accessory.model.moe.kernels.megablocks import (
+    MEGABLOCKS_NEEDS,
+    load_megablocks,
+    megablocks,
+    megablocks_matmul,
+    megablocks_runs,
+)
 from accessory.model.moe.kernels.packed import packed_matmul, packed_swiglu
 from accessory.model.moe.kernels.reference import reference, reference_matmul
+from accessory.model.moe.kernels.triton_experts import (
+    TRITON_EXPERTS_NEEDS,
+    load_triton,
+    triton_experts,
+    triton_experts_run,
+    triton_experts_suit,
+    triton_matmul,
+)
 from accessory.model.moe.weights import ExpertWeights
 
 ExpertSwiGLU = Callable[[Tensor, ExpertWeights, ExpertWeights, ExpertWeights, Tensor, Tensor], Tensor]
@@ -23,6 +41,22 @@ ExpertMatmul = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
 
 def _runs_any(x: Tensor, hidden_dim: int) -> bool:
     return True
+
+
+def _here() -> None:
+    """Nothing has to be installed."""
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _anywhere(x: Tensor) -> bool:
+    return True
+
+
+def _never(x: Tensor) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -36,7 +70,8 @@ class Kernel:
             products experts with adapters are composed.
         runs: whether it can, by dtype, device and widths of rows [n, D] and this rank's F.
         needs: the same in words.
-        slow_on: types of device where a kernel further down is faster.
+        suits: whether "auto" takes it for rows [n, D], if it runs and none before it in the table does.
+        load: imports what the kernel is made of.
     """
 
     name: str
@@ -44,14 +79,25 @@ class Kernel:
     matmul: ExpertMatmul
     runs: Callable[[Tensor, int], bool]
     needs: str
-    slow_on: tuple[str, ...] = ()
+    suits: Callable[[Tensor], bool] = _never
+    load: Callable[[], object] = _here
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, slow_on=("cpu",)),
-        Kernel("looped", looped, looped_matmul, _runs_any, "nothing"),
+        Kernel(
+            "triton",
+            triton_experts,
+            triton_matmul,
+            triton_experts_run,
+            TRITON_EXPERTS_NEEDS,
+            suits=triton_experts_suit,
+            load=load_triton,
+        ),
+        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu),
+        Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere),
+        Kernel("megablocks", megablocks, megablocks_matmul, megablocks_runs, MEGABLOCKS_NEEDS, load=load_megablocks),
         Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
     )
 }
@@ -63,17 +109,30 @@ def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:
     """The kernel called ``name``; of "auto", the first that is right for these rows [n, D] and this rank's F.
 
     Raises:
-        UserError: there is none of that name, or it cannot run these.
+        UserError: there is none of that name, or it cannot run these, or is not installed.
     """
     kernel = KERNELS.get(name)
     if kernel and kernel.runs(x, hidden_dim):
+        kernel.load()
         return kernel
-    right = next(each for each in KERNELS.values() if x.device.type not in each.slow_on and each.runs(x, hidden_dim))
+    right = next(each for each in KERNELS.values() if each.suits(x) and each.runs(x, hidden_dim))
     if name == "auto":
+        _say_picked(right.name, x.dtype, x.device)
         return right
     if kernel is None:
         raise UserError(f"model.kernel: unknown kernel '{name}'{nearest(name, ['auto', *KERNELS])}")
     raise UserError(
         f"model.kernel: '{name}' cannot compute experts of {x.shape[1]} x {hidden_dim} numbers in "
-        f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}: it needs {kernel.needs}; '{right.name}' can"
+        f"{_name(x.dtype)} on {x.device.type}: it needs {kernel.needs}; '{right.name}' can"
     )
+
+
+@functools.cache
+def _say_picked(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Once of each; on a CPU it is always the same."""
+    if device.type != "cpu":
+        say(f"experts in {_name(dtype)} on {device.type} are computed by kernel '{kernel}' (model.kernel names another)")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
