@@ -156,10 +156,8 @@ def footprint(
 
 def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype) -> float:
     """Bytes that one block keeps of a token for backward, if all of it trains and experts share the tokens evenly."""
-    narrow, wide = compute.itemsize, at_least(compute).itemsize
     queries, keys = args.n_heads * args.head_dim / model_parallel, max(1, args.n_kv_heads / model_parallel) * args.head_dim
-    norms = 2 * (2 * narrow + wide) * args.dim  # each its input in fp32, normalised, and with its weight
-    attention = narrow * (2 * queries + 2 * keys)
-    router = wide * (args.dim if narrow < wide else 0)
-    experts = narrow * args.moe.num_experts_per_tok * (args.dim + 3 * args.hidden_dim / model_parallel)
-    return norms + attention + router + experts
+    around = 5 * args.dim  # what goes into either norm and comes out of it, and what attention gives
+    attention = 2 * queries + 2 * keys
+    experts = args.moe.num_experts_per_tok * (args.dim + 2 * args.hidden_dim / model_parallel)
+    return compute.itemsize * (around + attention + experts)
