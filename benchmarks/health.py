@@ -9,6 +9,7 @@ taken in turn. Less than a percent drowns in the noise of whole steps, so the pa
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from unittest import mock
 
 import torch
@@ -17,7 +18,7 @@ from train_step import OPTIM, SHAPE
 
 from accessory.data.loader import collate
 from accessory.data.mix import Sample
-from accessory.model import moe
+from accessory.model import decoder
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.documents import Documents
 from accessory.model.logical import LogicalModel
@@ -39,10 +40,10 @@ def entropies(probs: torch.Tensor, number: torch.Tensor, documents: int) -> torc
     return probs.new_zeros(documents + 1).index_add(0, number, torch.special.entr(probs).sum(-1))
 
 
-def without_entropy(routing: Routing, documents: Documents) -> RouterStats:
+def without_entropy(layers: Sequence[Routing], documents: Documents) -> RouterStats:
     """``router_stats`` less what it does for them."""
-    with mock.patch("torch.special.entr", lambda probs: probs[:, :0]):
-        return router_stats(routing, documents)
+    with mock.patch("torch.special.entr", lambda probs: probs[..., :0]):
+        return router_stats(layers, documents)
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
         window.add(train_step(model, optimizer, [batch], NextToken(), RouterLosses("global"), clip_grad=OPTIM.clip_grad))
 
     def without() -> None:
-        with mock.patch.object(moe, "router_stats", without_entropy):
+        with mock.patch.object(decoder, "router_stats", without_entropy):
             with_health()
 
     with_health()

@@ -20,7 +20,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from accessory.certify.problem import SMALL
 from accessory.model.args import ModelArgs, MoEArgs
-from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import Axis
@@ -45,12 +44,9 @@ class Ours(nn.Module):
     def __init__(self, layout: str, kernel: str):
         super().__init__()
         self.moe = MoE(SHAPE, LAYOUTS[layout], Axis(), kernel)
-        self.documents: Documents | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.documents is None or len(self.documents.document_of) != x.shape[1]:
-            self.documents = Documents.of([x.shape[1]]).to(x.device)
-        return self.moe(x[0], self.documents)[0].unsqueeze(0)
+        return self.moe(x[0])[0].unsqueeze(0)
 
 
 def theirs(implementation: str) -> nn.Module:

@@ -33,7 +33,7 @@ from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.args import MoEArgs
 from accessory.model.documents import Documents
-from accessory.model.moe.router import RouterStats, Routing, router_stats
+from accessory.model.moe.router import Routing, router_stats
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import RunConfig
 from accessory.train.balance import (
@@ -73,8 +73,8 @@ def stats_of(logits, documents):
     for of_layer in logits:
         probs = of_layer.softmax(-1)
         weights, experts = probs.topk(K)
-        layers.append(router_stats(Routing(of_layer, probs, weights, experts), documents))
-    return RouterStats.stacked(layers)
+        layers.append(Routing(of_layer, probs, weights, experts))
+    return router_stats(layers, documents)
 
 
 def switch_loss(logits):
@@ -154,9 +154,9 @@ def test_opposite_imbalances_of_layers_do_not_cancel():
 def test_balanced_is_one_whatever_the_number_of_layers():
     probs = torch.full((12, E), 1 / E, dtype=torch.float64)
     experts = torch.arange(24).view(12, K) % E
-    one = router_stats(Routing(probs.log(), probs, probs[:, :K], experts), Documents.of([12]))
+    one = Routing(probs.log(), probs, probs[:, :K], experts)
     for layers in (1, 3):
-        stats = RouterStats.stacked([one] * layers)
+        stats = router_stats([one] * layers, Documents.of([12]))
         tokens, counts = torch.tensor(12), stats.counts.sum(1)
         assert global_balance(stats, counts, K).item() == pytest.approx(1, rel=1e-12)
         assert document_balance(stats, tokens, K).item() == pytest.approx(1, rel=1e-12)

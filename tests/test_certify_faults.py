@@ -17,7 +17,7 @@ from accessory.certify.parity import ParityCell, TransformersJudge, run_parity
 from accessory.certify.problem import SMALL, Problem
 from accessory.checkpoint import accessory, huggingface
 from accessory.checkpoint.encoding import AS_IS, Encoding
-from accessory.model import attention, linear, moe
+from accessory.model import attention, decoder, linear
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import dispatch, experts, layouts
@@ -70,32 +70,33 @@ def mean_of_means(patch):
 
 def counted_on_the_side(patch):
     """Counts kept by the block itself, each time it runs: recompute counts twice."""
-    forward, train_step = moe.MoE.forward, step.train_step
+    forward, train_step = decoder.Block.forward, step.train_step
 
-    def noting(self, *inputs):
-        out, stats = forward(self, *inputs)
-        self.seen = getattr(self, "seen", 0) + stats.counts.detach().sum(0)
-        return out, stats
+    def noting(self, x, rotation, documents, *others):
+        out, routing = forward(self, x, rotation, documents, *others)
+        real = routing.experts[documents.document_of > 0]
+        self.seen += torch.bincount(real.flatten(), minlength=routing.probs.shape[1])
+        return out, routing
 
     def faulty(model, *inputs, **options):
         for layer in model.layers:
-            layer.feed_forward.seen = 0
+            layer.seen = 0
         with set_checkpoint_early_stop(False):  # else recompute ends where the next layer's gradient has what it needs
             result = train_step(model, *inputs, **options)
-        return replace(result, counts=torch.stack([layer.feed_forward.seen for layer in model.layers]))
+        return replace(result, counts=torch.stack([layer.seen for layer in model.layers]))
 
-    patch.setattr(moe.MoE, "forward", noting)
+    patch.setattr(decoder.Block, "forward", noting)
     patch.setattr(harness, "train_step", faulty)
 
 
 def documents_pooled(patch):
     """All tokens are counted as the first document's."""
-    stats = moe.router_stats
+    stats = decoder.router_stats
 
-    def faulty(routing, documents):
-        return stats(routing, replace(documents, document_of=documents.document_of.clamp(max=1)))
+    def faulty(layers, documents):
+        return stats(layers, replace(documents, document_of=documents.document_of.clamp(max=1)))
 
-    patch.setattr(moe, "router_stats", faulty)
+    patch.setattr(decoder, "router_stats", faulty)
 
 
 def weighted_twice(patch):

@@ -9,7 +9,6 @@ from ranks import run_ranks
 from accessory.certify.problem import SMALL
 from accessory.model.adapter import Adapter
 from accessory.model.args import MoEArgs
-from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.kernels import KERNELS
 from accessory.model.moe.layouts import LAYOUTS
@@ -171,7 +170,7 @@ def run_layer(layer, tokens):
     x, gradient = (torch.randn(tokens, DIM, dtype=torch.float64, generator=generator) for _ in range(2))
     x.requires_grad_()
     torch.nn.init.normal_(layer.gate.weight, generator=generator)
-    y, _ = layer(x, Documents.of([tokens]))
+    y, _ = layer(x)
     y.backward(gradient)
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
 

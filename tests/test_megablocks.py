@@ -13,7 +13,6 @@ from accessory.certify.problem import SMALL
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import MoEArgs
-from accessory.model.documents import Documents
 from accessory.model.moe import MoE
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.kernels.megablocks import load_megablocks, topology
@@ -39,7 +38,7 @@ def run_layers(mp):
             generator = torch.Generator().manual_seed(1)
             torch.nn.init.normal_(layer.gate.weight, generator=generator)
             x, gradient = (torch.randn(tokens, ARGS.dim, generator=generator) for _ in range(2))
-            y, _ = layer(x.requires_grad_(), Documents.of([tokens]))
+            y, _ = layer(x.requires_grad_())
             y.backward(gradient)
             both.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         results.append(both)

@@ -19,7 +19,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from accessory.certify.harness import Tensors
 from accessory.model.build import build_model
-from accessory.model.documents import Documents
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import LoraSection, TuningSection
@@ -45,7 +44,7 @@ def run_ours(w, x, probe, size):
     for layout in LAYOUTS.values():
         options = {"dtype": torch.float64, "device": torch.device("cpu"), "trains": tuning.trains}
         model = build_model(tuning.logical, layout, Tensors(w), mesh=mesh, **options)
-        out, _ = model.layers[0].feed_forward(x, Documents.of([len(x)]))
+        out, _ = model.layers[0].feed_forward(x)
         (out * probe).sum().backward()
         parts = {}
         for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
-from accessory.model.moe.router import RouterStats
+from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.rope import rotations
@@ -58,11 +58,11 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, adapters: TokenAdapters
-    ) -> tuple[Tensor, RouterStats]:
-        """``x`` [T, D] -> [T, D], and statistics of each document; the rest is as ``Attention`` takes it."""
+    ) -> tuple[Tensor, Routing]:
+        """``x`` [T, D] -> [T, D], and which experts made it; the rest is as ``Attention`` takes it."""
         x = x + self.attention(self.attention_norm(x), rotation, documents, cache, adapters)
-        y, stats = self.feed_forward(self.ffn_norm(x), documents, adapters)
-        return x + y, stats
+        y, routing = self.feed_forward(self.ffn_norm(x), adapters)
+        return x + y, routing
 
 
 class Decoder(nn.Module):
@@ -118,21 +118,22 @@ class Decoder(nn.Module):
         )
 
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
-        """What ``head`` makes of the inputs, and the router statistics, with a first dimension of L layers."""
+        """What ``head`` makes of the inputs, and the router statistics."""
         documents, cache = inputs.documents, inputs.cache
         adapters = self._token_adapters(inputs)
         x = self.tok_embeddings(inputs.tokens, adapters)
         args = self.args
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
-        stats = []
+        routings = []
         for index, layer in enumerate(self.layers):
             arguments = (x, rotation, documents, cache.layer(index) if cache else None, adapters)
             if self.recompute and torch.is_grad_enabled():
-                x, layer_stats = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, routing = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer_stats = layer(*arguments)
-            stats.append(layer_stats)
-        return head(x, self.norm, self.score if args.labels else self.output, adapters), RouterStats.stacked(stats)
+                x, routing = layer(*arguments)
+            routings.append(routing)
+        stats = router_stats(routings, documents)
+        return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:
         """Of each token what its document says."""

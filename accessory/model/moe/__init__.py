@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
-from accessory.model.documents import Documents
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
-from accessory.model.moe.router import Router, RouterStats, router_stats
+from accessory.model.moe.router import Router, Routing
 from accessory.parallel.mesh import Axis
 
 
@@ -28,11 +27,8 @@ class MoE(nn.Module):
         hidden_dim, experts = layout.local_hidden_dim(args.hidden_dim, mp), len(self.dispatcher.local_experts)
         self.experts = GroupedExperts(experts, args.dim, hidden_dim, kernel, layout.cut_dims, mp)
 
-    def forward(
-        self, x_TD: Tensor, documents: Documents, adapters: TokenAdapters = ONE_ADAPTER
-    ) -> tuple[Tensor, RouterStats]:
-        """``x_TD`` -> output [T, D], and statistics of each document."""
+    def forward(self, x_TD: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> tuple[Tensor, Routing]:
+        """``x_TD`` -> output [T, D], and which experts made it."""
         routing = self.gate(x_TD, adapters)
-        stats = router_stats(routing, documents)  # here, so that recompute can stop within the experts
         rows = self.dispatcher.dispatch(x_TD, routing, adapters)
-        return self.dispatcher.combine(self.experts(rows), rows), stats
+        return self.dispatcher.combine(self.experts(rows), rows), routing

@@ -22,36 +22,31 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What a batch did to the experts, as sums over the tokens of each of its n documents.
+    """What a batch did to the experts of L layers, as sums over the tokens of each of its n documents.
 
     Sums can be added over layers, micro-batches and ranks before anything is divided (see ``train.balance``).
     """
 
-    sums: Tensor  # [n + 1, 2 E + 2], at least fp32; first comes the token of no document, never used
-
-    @classmethod
-    def stacked(cls, layers: Sequence["RouterStats"]) -> "RouterStats":
-        """Of several layers: everything gets a first dimension of L layers."""
-        return cls(torch.stack([layer.sums for layer in layers]))
+    sums: Tensor  # [L, n + 1, 2 E + 2], at least fp32; first comes the token of no document, never used
 
     @property
     def counts(self) -> Tensor:
-        """[n, E] int64: routed rows per expert; they sum to K x tokens."""
+        """[L, n, E] int64: routed rows per expert; they sum to K x tokens."""
         return self.sums.detach()[..., 1:, : self._experts].long()
 
     @property
     def probs(self) -> Tensor:
-        """[n, E] sum of router probabilities; carries gradient."""
+        """[L, n, E] sum of router probabilities; carries gradient."""
         return self.sums[..., 1:, self._experts : -2]
 
     @property
     def z(self) -> Tensor:
-        """[n] sum of (log sum_e exp logit_e)^2; carries gradient."""
+        """[L, n] sum of (log sum_e exp logit_e)^2; carries gradient."""
         return self.sums[..., 1:, -2]
 
     @property
     def entropy(self) -> Tensor:
-        """[n] sum of the entropies of the router probabilities, in nats."""
+        """[L, n] sum of the entropies of the router probabilities, in nats."""
         return self.sums.detach()[..., 1:, -1]
 
     @property
@@ -114,11 +109,14 @@ class _WideLinear(torch.autograd.Function):
         return dx, dw
 
 
-def router_stats(routing: Routing, documents: Documents) -> RouterStats:
-    """Sum a routing over the tokens of each document."""
-    chosen = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)
-    z = routing.logits.logsumexp(-1, keepdim=True).square()
-    entropy = torch.special.entr(routing.probs.detach()).sum(-1, keepdim=True)
-    values = torch.cat([chosen, routing.probs, z, entropy], 1)
-    sums = values.new_zeros(documents.count + 1, values.shape[1])
-    return RouterStats(sums.index_add(0, documents.document_of, values))
+def router_stats(layers: Sequence[Routing], documents: Documents) -> RouterStats:
+    """Sum the routings of L layers over the tokens of each document."""
+    logits, probs, experts = (
+        torch.stack([getattr(routing, name) for routing in layers]) for name in ("logits", "probs", "experts")
+    )
+    chosen = torch.zeros_like(probs).scatter_(2, experts, 1.0)
+    z = logits.logsumexp(-1, keepdim=True).square()
+    entropy = torch.special.entr(probs.detach()).sum(-1, keepdim=True)
+    values = torch.cat([chosen, probs, z, entropy], 2)
+    sums = values.new_zeros(len(layers), documents.count + 1, values.shape[2])
+    return RouterStats(sums.index_add(1, documents.document_of, values))
