@@ -101,7 +101,7 @@ def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
         training_cells(worlds, strength),
         classifier_cells(worlds),
         quantised_cells(problem.args, worlds),
-        kernel_cells(worlds, other_kernels(problem.args, problem.dtype, arguments.device, worlds[-1])),
+        kernel_cells(worlds, _kernels(arguments, problem, worlds[-1])),
         file_cells(worlds),
         cache_cells(worlds),
         serving_cells(worlds),
@@ -129,8 +129,7 @@ def _low_precision(arguments: argparse.Namespace, problem: Problem, worlds: Sequ
         "precision": "bf16, masters in fp32",
     }
     certificate = Certificate("accessory certify --precision bf16", about | environment(arguments.device))
-    kernels = other_kernels(problem.args, problem.dtype, arguments.device, 1)
-    cells = _only(arguments, precision_cells(worlds, kernels))
+    cells = _only(arguments, precision_cells(worlds, _kernels(arguments, problem, 1)))
     _fill(certificate, PrecisionJudge(problem), functools.partial(run_precision, problem), cells, arguments.device)
     return certificate
 
@@ -149,6 +148,11 @@ def _parity(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
     cells = _only(arguments, parity_cells(worlds))
     _fill(certificate, judge, functools.partial(run_parity, problem), cells, arguments.device)
     return certificate
+
+
+def _kernels(arguments: argparse.Namespace, problem: Problem, most_ranks: int) -> list[str]:
+    asked = [word.removeprefix("kernel=") for word in arguments.only]
+    return other_kernels(problem.args, problem.dtype, arguments.device, most_ranks, asked)
 
 
 def _only(arguments: argparse.Namespace, cells: Sequence[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.logical import check_divides
 from accessory.model.moe.kernels import KERNELS, pick_kernel
 from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.triton_here import is_interpreted
 from accessory.settings import ParallelSection, QuantiseSection
 
 Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
@@ -222,13 +223,18 @@ def kernel_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[KernelCe
     ]
 
 
-def other_kernels(args: ModelArgs, dtype: torch.dtype, device: str, smallest_share: int) -> list[str]:
-    """Kernels that compute experts as wide as the model's, and 1 / ``smallest_share`` of that; without "auto"'s choice."""
+def other_kernels(args: ModelArgs, dtype: torch.dtype, device: str, most_ranks: int, asked: Sequence[str]) -> list[str]:
+    """Kernels, beside the one that "auto" picks, that compute the model's experts, and slices of them on ``most_ranks``.
+
+    Those that Triton interprets take minutes: only if they are ``asked`` for.
+    """
     row = torch.empty(1, args.dim, dtype=dtype, device=device)
     found: list[str] = []
-    for name in KERNELS:
+    for name, kernel in KERNELS.items():
+        if kernel.by_triton and is_interpreted() and name not in asked:
+            continue
         with suppress(UserError):  # it cannot, or is not installed
-            kernels = {pick_kernel(name, row, width).name for width in (args.hidden_dim, args.hidden_dim // smallest_share)}
+            kernels = {pick_kernel(name, row, width).name for width in (args.hidden_dim, args.hidden_dim // most_ranks)}
             found += kernels - {pick_kernel("auto", row, args.hidden_dim).name}
     return found
 

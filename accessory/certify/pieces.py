@@ -44,6 +44,7 @@ class Pieces:
         self.weights = reference.with_adapters(held, scaling)
         self.most: dict[str, float] = defaultdict(float)
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self._documents: Documents
         self._routing: Routing
         self._hidden: Tensor
         self._hooks: list[Any] = []
@@ -85,11 +86,11 @@ class Pieces:
         self._hidden = y
 
     def _attention(self, inputs: Any, y: Tensor, layer: dict[str, Tensor]) -> None:
-        x, rotation, documents = inputs[:3]
+        x, rotation, self._documents = inputs[:3]
         args = self.args
         head = x.detach()[..., : args.head_dim]
         turned = rotate(head.unsqueeze(-2), rotation).squeeze(-2)
-        for rows in _rows(documents):
+        for rows in _rows(self._documents):
             pairs = torch.ones(1, len(rows), args.head_dim, dtype=torch.float64)  # each (1, 1)
             of_ones = torch.view_as_real(rotation[rows] * (1 + 1j)).flatten(1)
             self._no_more("angles", of_ones, reference.rotate(pairs, args)[0])
@@ -108,8 +109,8 @@ class Pieces:
         self._routing = routing
 
     def _experts(self, inputs: Any, output: Any, layer: dict[str, Tensor]) -> None:
-        x, documents = inputs[:2]
-        for rows in _rows(documents):
+        x = inputs[0]
+        for rows in _rows(self._documents):
             _, _, share = reference.routing(wide(x[rows]), layer, self.args)
             self._add("experts", output[0][rows], reference.experts(wide(x[rows]), share, layer))
             logits, moe = wide(self._routing.logits[rows]), self.args.moe

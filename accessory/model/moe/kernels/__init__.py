@@ -72,6 +72,7 @@ class Kernel:
         needs: the same in words.
         suits: whether "auto" takes it for rows [n, D], if it runs and none before it in the table does.
         load: imports what the kernel is made of.
+        by_triton: whether that is Triton, which may interpret it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Kernel:
     needs: str
     suits: Callable[[Tensor], bool] = _never
     load: Callable[[], object] = _here
+    by_triton: bool = False
 
 
 KERNELS = {
@@ -94,10 +96,19 @@ KERNELS = {
             TRITON_EXPERTS_NEEDS,
             suits=triton_experts_suit,
             load=load_triton,
+            by_triton=True,
         ),
         Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu),
         Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere),
-        Kernel("megablocks", megablocks, megablocks_matmul, megablocks_runs, MEGABLOCKS_NEEDS, load=load_megablocks),
+        Kernel(
+            "megablocks",
+            megablocks,
+            megablocks_matmul,
+            megablocks_runs,
+            MEGABLOCKS_NEEDS,
+            load=load_megablocks,
+            by_triton=True,
+        ),
         Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
     )
 }
