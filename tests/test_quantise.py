@@ -205,6 +205,12 @@ def test_commands(home, tmp_path):
     told = accessory("inspect", tmp_path / "saved")
     assert "6.000" in told and "nf4-8" in told and told.count("bfloat16") >= 4
     ask = ("the list", "--max-gen-len", "6", "--precision", "fp32")
+    fits = accessory("inspect", home / "hf", "--fit", "0.001").splitlines()
+    assert [line.split()[0] for line in fits if "quantised" in line or "whole" in line] == [
+        "whole",
+        "quantised",
+        "quantised",
+    ]
     answers = [
         accessory("generate", home / "hf", *ask, "--quantise", "experts=nf4-8"),
         accessory("generate", tmp_path / "saved", *ask),
