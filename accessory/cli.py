@@ -27,7 +27,12 @@ READ_ON = "accessory VERB --help says what a verb does, needs and writes. README
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    arguments = make_parser().parse_args()
+    parser = make_parser()
+    arguments, left = parser.parse_known_args()
+    if "overrides" in arguments and not any(word.startswith("-") for word in left):
+        arguments.overrides += left  # argparse takes only those before the first option
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     _report(arguments.run, arguments)
 
 

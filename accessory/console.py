@@ -30,6 +30,11 @@ def listed(texts: Sequence[str], most: int | None = 4, separator: str = ", ") ->
     return separator.join(texts[:most]) + (f" and {more} more" if more else "")
 
 
+def in_bytes(size: float) -> str:
+    """A number of bytes as a person reads it: 93.4GB."""
+    return tqdm.format_sizeof(size, "B")
+
+
 def complain(text: str) -> None:
     """Print why the program ends, on one line that can be searched for.
 

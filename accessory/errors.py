@@ -30,8 +30,12 @@ def needs(extra: str, what: str, install: str = "") -> Iterator[None]:
         raise UserError(f"{what} needs {missing}, which is not installed: {install or by_pip}") from error
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, and what a scheduler sends some time before it kills: SIGTERM, or that of sbatch --signal=USR1@180."""
+
+
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM asks the program to end.
+    """One of these signals asks the program to end.
 
     Args:
         number: the signal's. where: what stands behind "stopped by SIGTERM" in the sentence. everywhere: all ranks end so.
@@ -44,8 +48,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_on_signals() -> None:
-    """From now on Ctrl-C and SIGTERM raise ``Stopped`` in the main thread, so that what is half-written goes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """From now on these signals raise ``Stopped`` in the main thread, so that what is half-written goes."""
+    for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in what a shell starts in the background
             signal.signal(number, _stop)
 

@@ -1,9 +1,11 @@
 """Files and directories that a user names: where they are not what they should be, one sentence says so, and what helps."""
 
+import errno
 import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,29 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a directory, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not know this of directories
+            raise
+    finally:
+        os.close(opened)
+
+
+def write_rate(directory: Path, size: int = 32 * 2**20) -> float:
+    """Bytes per second that reach the disk of ``directory`` from here: ``size`` are written, and go again."""
+    content, began = os.urandom(2**20), time.perf_counter()
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(size // len(content)):
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return size / (time.perf_counter() - began)
 
 
 def _download_hint(path: Path) -> str:

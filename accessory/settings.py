@@ -209,11 +209,16 @@ class SaveSection:
     # optimiser steps between training states, to resume from: what trains in at least fp32 and AdamW's two moments, 12
     # bytes a trained parameter in OUT/states. The last step has one too. null: none
     state_every: Count | None = 500
-    keep_states: Count = 1  # the newest
+    keep_states: Count = 2  # the newest; if one is damaged, resume=auto goes on from the one before
+    keep_every: Count | None = None  # steps: states at multiples of it stay as well, for ever; a multiple of state_every
 
     def __post_init__(self) -> None:
-        if self.state_every is None and self.keep_states > 1:
+        if self.state_every is None and self.keep_states != SaveSection.keep_states:
             raise UserError(f"keep_states {self.keep_states} keeps nothing while state_every is null: set that too")
+        if self.keep_every is not None and self.keep_every % (self.state_every or self.keep_every + 1):
+            raise UserError(
+                f"keep_every {self.keep_every} is no multiple of state_every {self.state_every}: it would keep no state"
+            )
 
 
 @dataclass(frozen=True)

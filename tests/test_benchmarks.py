@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("moe_layer.py", ["--tokens", "2", "--rounds", "1"], "bfloat16: dense time"),
         ("train_step.py", ["--help"], "--lora"),
         ("checkpoint_memory.py", ["--help"], "--layers"),
+        ("save.py", ["--layers", "1", "--rounds", "1"], "DCP async_save"),
         ("data.py", ["--memory", "2000"], "1000 steps"),
         ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),
     ],

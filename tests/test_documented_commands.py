@@ -31,6 +31,7 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "RUN_OR_MIX.yaml": "{home}/run.yaml",
     "MIX.yaml": "{home}/mix.yaml",
     "SRC": "{home}/ckpt",
+    "STATE": "{home}/lora/states/step1",
     "BASE": "{home}/ckpt",
     "ADAPTER": "{home}/adapter",
     "mine=ADAPTER": "mine={home}/adapter",

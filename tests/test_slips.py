@@ -49,6 +49,7 @@ LIMITS = {
     "save.every_epochs": ("at least 1", 0),
     "save.state_every": ("at least 1", 0),
     "save.keep_states": ("at least 1", 0),
+    "save.keep_every": ("at least 1", 0),
 }
 
 
@@ -191,6 +192,8 @@ RUNS = {  # changes of the good run file: the sentence
     "save.format=bin": "run.yaml: save.format: 'bin' is not one of 'safetensors', 'pth'",
     "save.format=pth tuning.train=norms save.only_trainable=true " + CHECKPOINT: "save.format=pth is of whole models",
     "save.state_every=null save.keep_states=3": "run.yaml: save.keep_states 3 keeps nothing while state_every is null",
+    "save.state_every=null save.keep_every=3": "run.yaml: save.keep_every 3 is no multiple of state_every None",
+    "save.state_every=10 save.keep_every=15": "run.yaml: save.keep_every 15 is no multiple of state_every 10",
     "log.wandb=on": "run.yaml: log.wandb: 'on' is not one of 'off', 'offline', 'online'",
     "log.alarms=3": "run.yaml: log.alarms: expected a group of keys, found 3",
     "resume=nowhere": "nowhere: no such directory; expected a training state",
@@ -306,6 +309,8 @@ VERBS = {  # other command lines: the sentence
     "inspect {odd}/hf_nothing": "model.safetensors: damaged or not a checkpoint file",
     "inspect {home}/ckpt --config {odd}/cut.json": "cut.json: not valid JSON",
     "verify {home}/ckpt nowhere": "nowhere: no such directory",
+    "verify nowhere": "nowhere: no such directory; expected a training state",
+    "verify {home}/ckpt": "{home}/ckpt: alone a training state can be verified; name the checkpoint to compare this with",
     "verify {home}/ckpt {odd}/hf_page": "model.safetensors: a web page",
     "certify --quick --world 0": "--world 0: expected numbers of processes, such as 1,2,4",
     "certify --quick --world 1,two": "--world 1,two: expected numbers of processes",
@@ -376,7 +381,7 @@ USAGE = {  # what argparse refuses: the end of its sentence
     "merge {home}/ckpt {out}": "the following arguments are required",
     "merge {home}/ckpt {home}/hf {out} --mp 0": "argument --mp: must be at least 1, found 0",
     "inspect": "the following arguments are required: paths",
-    "verify {home}/ckpt": "the following arguments are required: b",
+    "verify": "the following arguments are required: a",
     "verify {home}/ckpt {home}/hf --tolerance nan": "argument --tolerance: must be a finite number at least 0, found nan",
     "verify {home}/ckpt {home}/hf --tolerance -1": "argument --tolerance: must be at least 0, found -1.0",
     "certify --precision fp16": "argument --precision: invalid choice: 'fp16'",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -13,10 +14,12 @@ import pytest
 import torch
 from jobs import command
 from models import TINY
+from safetensors.torch import load_file
 from test_commands import MODEL
 from test_resume import home, refused  # noqa: F401 (home is a fixture)
 
-from accessory.checkpoint.state import KINDS, TrainingState
+from accessory.checkpoint import publish
+from accessory.checkpoint.state import KINDS, TrainingState, drop_states
 from accessory.errors import UserError
 from accessory.model.logical import whole_region
 from accessory.settings import DataSection, LoraSection, RunConfig, TrainSection, TuningSection
@@ -25,7 +28,8 @@ from accessory.train.state import number_settings
 # ruff: noqa: F811 (home)
 
 RANKS = 2
-SHORT = ("train.max_steps=4", "save.keep_states=2")
+SHORT = ("train.max_steps=4",)
+FILE = "consolidated.00-of-01.model.safetensors"
 
 
 def finetune(home, out, *words):
@@ -34,11 +38,18 @@ def finetune(home, out, *words):
 
 
 @pytest.fixture(scope="module")
-def begun(home, tmp_path_factory):
-    """A run of two ranks that each hold two experts; of its four steps two are done."""
-    out = tmp_path_factory.mktemp("begun") / "run"
+def whole(home, tmp_path_factory):
+    """A run of two ranks that each hold two experts, with a state in the middle and one at the end."""
+    out = tmp_path_factory.mktemp("whole") / "run"
     codes, _, err = finetune(home, out, *SHORT)
     assert codes == [0, 0], err
+    return out
+
+
+@pytest.fixture(scope="module")
+def begun(whole, tmp_path_factory):
+    """Of its four steps two are done."""
+    out = Path(shutil.copytree(whole, tmp_path_factory.mktemp("begun") / "run"))
     shutil.rmtree(out / "states/step4")
     return out
 
@@ -98,6 +109,69 @@ def test_what_was_changed_is_named_before_training_begins(home, run, state, chan
         sentence = refused(home, run, *SHORT, "resume=auto", f"train.accumulation={4 // ranks}", ranks=ranks)
         assert f"{state}/{named}" in sentence and "resume from another training state" in sentence, sentence
     assert (run / "metrics.jsonl").read_bytes() == before and os.listdir(run / "states") == ["step2"]
+
+
+@pytest.mark.parametrize("damage", [change_tensor, lambda state: (state / "part-001.json").unlink()], ids=["bit", "part"])
+def test_a_run_goes_on_from_the_newest_whole_state(home, whole, tmp_path, damage):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "epoch0-iter4")
+    damage(run / "states/step4")
+    codes, out, err = finetune(home, run, *SHORT, "resume=auto")
+    assert codes == [0, 0], err
+    (line,) = [line for line in out.splitlines() if line.startswith("warning")]
+    assert "states/step4/part-001" in line
+    assert line.endswith("resume=auto does: it goes on from step2, and step4 is called step4.damaged now")
+    assert f"resumed from {run}/states/step2, of 4 steps\n" in out
+    assert sorted(os.listdir(run / "states")) == ["step2", "step4", "step4.damaged"]
+    weights = [load_file(folder / "epoch0-iter4" / FILE) for folder in (whole, run)]
+    assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items()) and len(weights[0]) > 10
+
+
+def test_if_no_state_is_whole_the_newest_is_named(home, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    for name in ("step2", "step4"):
+        change_tensor(run / "states" / name)
+    sentence = refused(home, run, *SHORT, "resume=auto", ranks=2)
+    assert f"{run}/states/step4/part-001.safetensors: exp_avg_sq/" in sentence
+    assert sorted(os.listdir(run / "states")) == ["step2", "step4"], "nothing is renamed"
+
+
+def test_states_at_multiples_stay(tmp_path):
+    for steps in range(1, 10):
+        (tmp_path / f"step{steps}").mkdir()
+        (tmp_path / f"step{steps}/state.json").write_text("")
+        drop_states(tmp_path, 2, 3)
+    assert sorted(os.listdir(tmp_path)) == ["step3", "step6", "step8", "step9"]
+    drop_states(tmp_path, 1, None)
+    assert os.listdir(tmp_path) == ["step9"]
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(publish, "sync", lambda path: done.append(path))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append((path, to)))
+    temporary = publish.prepare_directory(tmp_path / "saved")
+    (temporary / "inner").mkdir()
+    (temporary / "inner/file").write_text("")
+    publish.publish_directory(tmp_path / "saved")
+    assert done == [temporary / "inner", temporary / "inner/file", temporary, (temporary, tmp_path / "saved"), tmp_path]
+
+
+def test_inspect_says_what_is_in_a_state(run, state):
+    codes, out, _ = command("inspect", state)
+    assert codes == [0] and "stands at   step 2 of 4, 8 rows of the data, 4 a step" in out
+    for kind in KINDS:
+        found = re.search(rf"^  {kind} +(\d+) +([\d,]+)  float64$", out, re.M)
+        assert int(found[2].replace(",", "")) == sum(map(math.prod, TrainingState(state).names.values()))
+    assert "optim.lr 0.01" in out
+
+
+def test_verify_reads_every_byte_of_a_state(state):
+    codes, out, _ = command("verify", state)
+    assert codes == [0] and out.startswith("whole: step 2, 2 part(s)")
+    change_tensor(state)
+    codes, out, err = command("verify", state)
+    assert codes == [1] and f"{state}/part-001.safetensors: exp_avg_sq/" in out and err.startswith("DAMAGED: 1 tensors")
 
 
 def load(state):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.storage import Stored, TensorWriter, index_file
+from accessory.checkpoint.storage import Stored, TensorWriter, index_file, lay_out
 from accessory.checkpoint.tiles import Directory, Tile
 from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
@@ -109,14 +109,25 @@ def write_adapter(
         base: the fingerprint of the model that it belongs to, and whatever a person wants to know of it.
     """
     digests: dict[str, str] = {}
-    with TensorWriter(directory / TENSORS, {name: (d, logical.shapes[name]) for name, d in dtypes.items()}, {}) as file:
+    lay_out_adapter(directory, logical, dtypes)
+    with TensorWriter(directory / TENSORS) as file:
         for name, tensor in source:
             file.write(name, tensor)
             digests[name] = digest(tensor)
+    write_manifest(directory, logical, digests, base)
+
+
+def lay_out_adapter(directory: Path, logical: LogicalModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Make the file that the tensors are then written into."""
+    lay_out(directory / TENSORS, {name: (dtype, logical.shapes[name]) for name, dtype in dtypes.items()}, {})
+
+
+def write_manifest(directory: Path, logical: LogicalModel, digests: Mapping[str, str], base: Mapping[str, Any]) -> None:
+    """Say what the tensors are, whose ``digests`` are given."""
     described = {
         name: {"rank": a.rank, "scaling": a.scaling, "bias": a.bias, "tied": a.tied} for name, a in logical.adapters.items()
     }
-    manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": digests}
+    manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": dict(digests)}
     if logical.args.labels:
         manifest["labels"] = logical.args.labels
     write_json(directory / MANIFEST, manifest)

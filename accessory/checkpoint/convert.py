@@ -17,7 +17,7 @@ from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory
 from accessory.checkpoint.quantise import in_words, write_origin
-from accessory.checkpoint.storage import TensorWriter
+from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Files, PlannedTensor, planned_tensors
 from accessory.console import listed, progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
@@ -196,7 +196,8 @@ def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[s
     with progress(total=_nbytes(files), unit="B", unit_scale=True, desc="writing") as bar:
         for file, tensors in files.items():
             announced = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-            with TensorWriter(directory / file, announced, notes.get(file, {})) as out:
+            lay_out(directory / file, announced, notes.get(file, {}))
+            with TensorWriter(directory / file) as out:
                 for key, tensor in tensors.items():
                     stored = tensor.filled(source)
                     if not all_finite(stored):

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accessory.errors import UserError
-from accessory.files import check_file
+from accessory.files import check_file, sync
 
 # what a checkpoint carries along beside weights and configuration, whatever its format
 CARRIED = (
@@ -41,13 +41,24 @@ def prepare_directory(directory: Path) -> Path:
 
 
 def publish_directory(directory: Path) -> None:
-    """Rename a completely written temporary directory to its final name: what bears the name is whole."""
+    """Rename a completely written temporary directory to its final name, once it is on the disk: what bears the name is
+    whole, whenever the machine fails."""
+    temporary = temporary_name(directory)
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
     old = directory.with_name(f".{directory.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists() and any(directory.iterdir()):
         directory.rename(old)
-    temporary_name(directory).rename(directory)
+    temporary.rename(directory)
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a published directory: first its name goes, so that at no time half of it stands there."""
+    directory.rename(temporary_name(directory))
+    shutil.rmtree(temporary_name(directory))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ DIR/part-RRR.safetensors   what rank RRR held, each box of a logical tensor unde
 DIR/part-RRR.json          the box and the CRC-32 of each
 DIR/config.json            the model's shape
 DIR/state.json             how many parts there are, and what the run has to know to go on
-DIR/SHA256SUMS             the digests of all these .json, as sha256sum -c reads them
+DIR/SHA256SUMS             the digests of all these .json, as sha256sum -c reads them; written last: the mark of a whole
 
 KIND is weight, exp_avg or exp_avg_sq. Every value is stored once, by the first rank that holds it. Any layout and any
 parallel size reads what another has written, and none of a file that is not as its checksums say.
@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.encoding import AS_IS, Encoding
-from accessory.checkpoint.storage import Stored, TensorWriter, index_file
+from accessory.checkpoint.publish import remove_directory
+from accessory.checkpoint.storage import Stored, TensorWriter, index_file, lay_out
 from accessory.checkpoint.tiles import Tile, TileReader
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
@@ -62,7 +64,7 @@ class TrainingState:
     """A directory of the files above, as a source of logical tensors.
 
     Attributes:
-        args: the model's shape. names: the tensors that it holds, with their shapes.
+        args: the model's shape. names: the tensors that it holds, with their shapes. stored: file -> key -> tensor.
 
     Raises:
         UserError: it is incomplete or damaged, as far as that is seen without reading the tensors.
@@ -95,6 +97,11 @@ class TrainingState:
             for name, found in self._reader.tiles.items()
             if name.startswith("weight/")
         }
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(prod(t.shape) * t.dtype.itemsize for tensors in self.stored.values() for t in tensors.values())
 
     def damaged(self, part: int) -> Iterator[str]:
         """File and key of what is not as its checksum says in one part."""
@@ -145,8 +152,16 @@ def states_in(directory: Path) -> list[Path]:
     return [found[steps] for steps in sorted(found)]
 
 
-def newest_state(directory: Path) -> Path | None:
-    return next(reversed(states_in(directory)), None)
+def drop_states(directory: Path, keep: int, keep_every: int | None) -> None:
+    """Of the training states in ``directory`` only the newest ``keep`` stay, and those at multiples of ``keep_every``."""
+    for old in states_in(directory)[:-keep]:
+        if not keep_every or int(old.name.removeprefix("step")) % keep_every:
+            remove_directory(old)
+
+
+def is_state(directory: Path) -> bool:
+    """Whether a directory looks like a training state, whole or not."""
+    return any(os.path.isfile(directory / name) for name in (MANIFEST, "part-000.json", "part-000.safetensors"))
 
 
 def _encoding(box: Region) -> Encoding:
@@ -159,7 +174,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> dict[str, str]:
-    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there.
+    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there, on the CPU.
 
     Returns:
         The digests that ``write_notes`` needs, by file name.
@@ -167,9 +182,10 @@ def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Te
     path = directory / f"part-{rank:03d}.safetensors"
     shapes = {key: _encoding(box).stored_shape(region_shape(box)) for key, (box, _) in pieces.items()}
     table: dict[str, Any] = {}
-    with TensorWriter(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {}) as file:
+    lay_out(path, {key: (tensor.dtype, shapes[key]) for key, (_, tensor) in pieces.items()}, {})
+    with TensorWriter(path) as file:
         for key, (box, tensor) in pieces.items():
-            stored = tensor.detach().reshape(shapes[key]).to("cpu").contiguous()
+            stored = tensor.reshape(shapes[key])
             file.write(key, stored)
             progressed()
             table[key] = {"box": [(s.start, s.stop) for s in box], "crc32": checksum(stored)}

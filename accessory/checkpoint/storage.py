@@ -193,36 +193,40 @@ def _index_archive(parts: JoinedFiles) -> TensorFile:
     return TensorFile(stored, notes)
 
 
-class TensorWriter:
-    """Write a file's tensors one after the other, in any order: only the one at hand is in memory.
+Announced = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What a file will hold, key -> (dtype, shape)."""
 
-    Args:
-        tensors: what the file will hold, key -> (dtype, shape).
-        notes: plain values that stand beside the tensors.
+
+def lay_out(path: Path, tensors: Announced, notes: Mapping[str, str]) -> None:
+    """Make a file that has room for ``tensors``. ``notes``: plain values that stand beside them."""
+    of_format = _lay_out_safetensors if path.suffix == ".safetensors" else _lay_out_archive
+    of_format(path, tensors, notes)
+
+
+class TensorWriter:
+    """Write the tensors of a file that is laid out, one after the other, in any order: only the one at hand is in memory.
+
+    Several processes may write parts of one file at a time.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        notes: Mapping[str, str],
-    ):
-        self.path = path
-        _lay_out_safetensors(path, tensors, notes) if path.suffix == ".safetensors" else _lay_out_archive(
-            path, tensors, notes
-        )
+    def __init__(self, path: Path):
         self._places = index_file(path).tensors
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._unsynced = 0
 
     def write(self, key: str, tensor: Tensor) -> None:
+        assert tuple(tensor.shape) == self._places[key].shape, f"{key} is not what was announced"
+        self.write_part(key, 0, tensor.contiguous().view(-1))
+
+    def write_part(self, key: str, start: int, values: Tensor) -> None:
+        """Numbers ``start`` and following of a tensor, of all of its numbers in a row."""
         place = self._places[key]
-        assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), f"{key} is not what was announced"
-        left = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        self._file.seek(place.offset)
+        assert values.dtype == place.dtype, f"{key} is not what was announced"
+        left = values.view(torch.uint8).numpy().data
+        self._file.seek(place.offset + start * place.dtype.itemsize)
         while len(left):
             left = left[self._file.write(left) :]
-        self._unsynced += tensor.nbytes
+        self._unsynced += values.nbytes
         if self._unsynced > SYNC_BYTES:
             os.fsync(self._file.fileno())
             self._unsynced = 0

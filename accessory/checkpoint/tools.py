@@ -1,4 +1,4 @@
-"""The verbs ``convert``, ``inspect`` and ``verify``: what they print."""
+"""The verbs ``convert``, ``inspect`` and ``verify``: what they print of checkpoints and training states."""
 
 import argparse
 import itertools
@@ -12,11 +12,14 @@ import torch
 from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.quantise import in_words
+from accessory.checkpoint.state import KINDS, TrainingState, is_state
 from accessory.checkpoint.verify import compare, different_settings, different_training
 from accessory.console import progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, get_dtype
 from accessory.errors import UserError
+from accessory.files import check_directory
+from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel, allowed_sizes, check_divides
 from accessory.model.memory import share_of_a_rank
 from accessory.model.moe.layouts import LAYOUTS
@@ -72,6 +75,9 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
+    if len(arguments.paths) == 1 and is_state(arguments.paths[0]):
+        _inspect_state(TrainingState(arguments.paths[0]))
+        return
     checkpoint = Checkpoint(arguments.paths, arguments.config, strict=False)
     args = checkpoint.args
     stored = [tensor for d in checkpoint.directories for file in d.stored.values() for tensor in file.values()]
@@ -80,8 +86,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     for directory in checkpoint.directories:
         print(f"{directory.directory}: {TITLES[directory.format]}, in {directory.size} model-parallel part(s)")
     print(f"  files       {len(paths)}, {nbytes / 1e9:,.2f} GB")
-    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels")} | args.to_dict()["moe"]
-    print("  model       " + ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None))
+    print(f"  model       {_shape(args)}")
     if args.labels:
         print(f"  labels      {', '.join(args.labels)}")
     if checkpoint.tokenizer:
@@ -106,6 +111,31 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         sys.exit("accessory: error: files and config.json do not fit together (see the warnings)")
     if damaged:
         sys.exit(f"accessory: error: {len(damaged)} tensors hold NaN or infinite values (see the warnings)")
+
+
+def _shape(args: ModelArgs) -> str:
+    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels")} | args.to_dict()["moe"]
+    return ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
+
+
+def _inspect_state(state: TrainingState) -> None:
+    notes = state.notes
+    print(f"{state.directory}: a training state, to resume from")
+    print(
+        f"  stands at   step {notes.steps} of {notes.of_steps}, {notes.rows:,} rows of the data, {notes.global_batch} a step"
+    )
+    print(f"  files       {notes.parts} part(s), {state.nbytes / 1e9:,.2f} GB")
+    print(f"  model       {_shape(state.args)}")
+    print(f"  base        {f'fingerprint {notes.base}' if notes.base else 'none: all of the model is in here'}")
+    for name, value in (notes.settings or {}).items():
+        print(f"  {name} {_said(value)}")
+    print(f"\n  {'tensors':<12}{'count':>6}  {'numbers':>16}  dtype")
+    for kind in KINDS:
+        found = [item for keys in state.stored.values() for item in keys.items() if item[0].startswith(f"{kind}/")]
+        names = {key.rpartition("/")[0] for key, _ in found}
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for _, tensor in found}
+        numbers = sum(math.prod(tensor.shape) for _, tensor in found)
+        print(f"  {kind:<12}{len(names):>6}  {numbers:>16,}  {', '.join(sorted(dtypes))}")
 
 
 def _print_table(checkpoint: Checkpoint) -> None:
@@ -166,6 +196,13 @@ def _damaged(checkpoint: Checkpoint, nbytes: int) -> list[str]:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
+    if arguments.b is None:
+        if not is_state(check_directory(arguments.a, "a training state")):
+            raise UserError(
+                f"{arguments.a}: alone a training state can be verified; name the checkpoint to compare this with"
+            )
+        _verify_state(TrainingState(arguments.a))
+        return
     a, b = Checkpoint(arguments.a), Checkpoint(arguments.b)
     for checkpoint in (a, b):
         checkpoint.warn_of_differing_replicas()
@@ -193,6 +230,17 @@ def run_verify(arguments: argparse.Namespace) -> None:
     elif rounded:
         how = f"bit for bit, once rounded to the narrower dtype ({_dtypes(rounded[0].dtypes)})"
     print(f"the same model: {len(results)} tensors, {how}")
+
+
+def _verify_state(state: TrainingState) -> None:
+    damaged = [place for part in progress(range(state.notes.parts), unit="part") for place in state.damaged(part)]
+    for place in damaged:
+        print(f"{place} is not what was saved")
+    if damaged:
+        sys.exit(f"DAMAGED: {len(damaged)} tensors; resume=auto goes on from the newest state that is whole")
+    print(
+        f"whole: step {state.notes.steps}, {state.notes.parts} part(s), {state.nbytes / 1e9:,.2f} GB, as their checksums say"
+    )
 
 
 def _said(value: object) -> object:

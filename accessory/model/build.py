@@ -52,12 +52,7 @@ def build_model(
         UserError: the model-parallel size does not divide what the layout cuts; values are no numbers.
     """
     check_divides(logical.args, layout, mesh.mp.size)
-    with torch.device("meta"):
-        model = Decoder(logical, layout, mesh, kernel, recompute)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not is_part(name) and (trains is None or name in trains)
-        kept = dtype if parameter.requires_grad else frozen_dtype or dtype
-        parameter.data = parameter.data.to(held_dtype(name, kept))
+    model = model_without_weights(logical, layout, mesh, dtype, kernel, recompute, trains, frozen_dtype)
     if shard is not None:
         shard(model)
     model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}
@@ -70,6 +65,26 @@ def build_model(
         )
     if damaged and mesh.world.rank == 0:
         print(f"accessory: warning: {listed(damaged, None)} hold NaN or infinite values", file=sys.stderr)
+    return model
+
+
+def model_without_weights(
+    logical: LogicalModel,
+    layout: Layout,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    recompute: bool = False,
+    trains: Collection[str] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> Decoder:
+    """The decoder on the meta device, which takes no memory; the arguments are those of ``build_model``."""
+    with torch.device("meta"):
+        model = Decoder(logical, layout, mesh, kernel, recompute)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not is_part(name) and (trains is None or name in trains)
+        kept = dtype if parameter.requires_grad else frozen_dtype or dtype
+        parameter.data = parameter.data.to(held_dtype(name, kept))
     return model
 
 

@@ -1,17 +1,22 @@
-"""Whether a rank's share of a model fits into the memory there is: told before anything is read or made."""
+"""How much memory a rank needs, and whether it is there: told before anything is read or made."""
 
 import os
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 
+from accessory.dtypes import at_least
 from accessory.errors import UserError
-from accessory.model.logical import LogicalModel, held_dtype
+from accessory.model.args import ModelArgs
+from accessory.model.logical import SCORE, LogicalModel, held_dtype
 from accessory.model.moe.layouts import Layout
+from accessory.parallel.cross_entropy import CHUNK
 from accessory.parallel.mesh import Mesh
+from accessory.settings import ParallelSection
 
 MOMENTS = 2
 """AdamW's, of each parameter that trains, beside its gradient."""
@@ -57,12 +62,11 @@ def check_memory(
     """
     counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
     nbytes = dict(counts)
-    for name, cut in logical.cuts(layout).items():
+    for name, share in shares_of_rank(logical, layout, mesh.mp.size).items():
         kind = "train" if name in trains else "quantised" if name in logical.parts else "frozen"
-        parts = mesh.dp_shard.size * (1 if cut.dim_over(mesh.mp.size) is None else mesh.mp.size)
         each = dtype.itemsize * (2 + MOMENTS) if kind == "train" else held_dtype(name, frozen_dtype or dtype).itemsize
-        counts[kind] += logical.sizes[name] / parts
-        nbytes[kind] += prod(logical.shapes[name]) * each / parts
+        counts[kind] += logical.sizes[name] * share / mesh.dp_shard.size
+        nbytes[kind] += prod(logical.shapes[name]) * each * share / mesh.dp_shard.size
     needed = sum(nbytes.values())
     there = memory_of(device) / sharing
     if needed <= there:
@@ -80,3 +84,91 @@ def check_memory(
         f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or hold it in "
         "fewer bits (a narrower precision, or quantised)"
     )
+
+
+def shares_of_rank(logical: LogicalModel, layout: Layout, model_parallel: int) -> dict[str, float]:
+    """How much of each tensor a model-parallel rank has, before data-parallel ranks share it out."""
+    cuts = logical.cuts(layout)
+    return {name: 1.0 if cuts[name].dim_over(model_parallel) is None else 1 / model_parallel for name in logical.shapes}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a rank's memory while it trains, by what takes them.
+
+    Weights, gradients and moments are counted. What comes and goes is estimated: parameters gathered over the data-parallel
+    ranks, with their gradients before they are shared out; activations that backward needs, with those of the block at work.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    gathered: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {size / 2**30:,.2f}" for kind, size in asdict(self).items())
+        return f"about {self.total / 2**30:,.2f} GiB: {kinds}"
+
+
+def footprint(
+    logical: LogicalModel,
+    layout: Layout,
+    mesh: Mesh,
+    parallel: ParallelSection,
+    compute: torch.dtype,
+    trains: Collection[str],
+    tokens: int,
+    accumulation: int,
+    device_type: str,
+) -> Footprint:
+    """What a rank needs to train.
+
+    Args:
+        compute: dtype of forward and backward. trains: names of the tensors that train.
+        tokens: of a micro-batch at most. accumulation: micro-batches of a step.
+    """
+    narrow, wide, args = compute.itemsize, at_least(compute).itemsize, logical.args
+    shares = shares_of_rank(logical, layout, mesh.mp.size)
+    own = {name: prod(logical.shapes[name]) * share for name, share in shares.items()}
+    computed = {name: n * held_dtype(name, compute).itemsize for name, n in own.items()}
+    trained = {name: n for name, n in own.items() if name in trains}
+    frozen = sum(nbytes for name, nbytes in computed.items() if name not in trains)
+    masters = wide * sum(trained.values()) / mesh.dp_shard.size
+    block, trained_block = (
+        sum(n for name, n in some.items() if name.startswith("layers.0.")) for some in (computed, trained)
+    )
+    gathered, gradients = 0.0, masters
+    if mesh.dp.size > 1 or narrow < wide:  # FSDP's: a block is gathered while the one before is computed
+        everything = sum(computed.values())
+        root = everything - args.n_layers * block
+        at_a_time = root + 2 * block if parallel.data_parallel == "fsdp" else everything
+        gathered = at_a_time + (narrow + wide) * trained_block
+        if parallel.data_parallel != "fsdp" and accumulation > 1:
+            gradients += wide * sum(trained.values())
+    saved = tokens * saved_bytes(args, mesh.mp.size, compute)
+    kept = args.n_layers * (tokens * args.dim * narrow if parallel.recompute else saved)
+    vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
+    head = min(tokens, CHUNK[device_type]) * vocabulary * (narrow + wide)
+    return Footprint(
+        weights=masters + frozen / mesh.dp_shard.size,
+        gradients=gradients,
+        moments=MOMENTS * masters,
+        gathered=gathered,
+        activations=kept + 2 * saved + head,  # what a block computes in backward is about as much again
+    )
+
+
+def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype) -> float:
+    """Bytes that one block keeps of a token for backward, if all of it trains and experts share the tokens evenly."""
+    narrow, wide = compute.itemsize, at_least(compute).itemsize
+    queries, keys = args.n_heads * args.head_dim / model_parallel, max(1, args.n_kv_heads / model_parallel) * args.head_dim
+    norms = 2 * (2 * narrow + wide) * args.dim  # each its input in fp32, normalised, and with its weight
+    attention = narrow * (2 * queries + 2 * keys)
+    router = wide * (args.dim if narrow < wide else 0)
+    experts = narrow * args.moe.num_experts_per_tok * (args.dim + 3 * args.hidden_dim / model_parallel)
+    return norms + attention + router + experts

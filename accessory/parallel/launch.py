@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from accessory.console import complain
-from accessory.errors import Stopped, UserError, sentence
+from accessory.errors import STOPS, Stopped, UserError, sentence
 from accessory.parallel.watchdog import (
     Watchdog,
     doing,
     end_stalls_after,
+    memory_note,
     store_holder,
     torchrun_holds_store,
 )
@@ -226,7 +227,7 @@ def run_job(body: Callable[[Launch], Any], start_timeout_s: float) -> NoReturn:
             if text is None:
                 traceback.print_exception(error)
             complain(text or f"rank {launch.rank} of {launch.world} failed: {type(error).__name__}; its traceback is above")
-    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one as soon as another rank has ended
+    for number in STOPS:  # torchrun sends one as soon as another rank has ended
         signal.signal(number, signal.SIG_IGN)
     if watchdog:
         watchdog.farewell(told)
@@ -237,8 +238,8 @@ def _out_of_memory(error: BaseException) -> str | None:
     """The sentence for an error that says that there is no memory left; None: it is another one."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
-            f"out of memory while {doing()}: lower train.batch_size or data.max_seq_len, set parallel.recompute=true, or "
-            "raise parallel.model_parallel or the number of processes"
+            f"out of memory while {doing()}{memory_note()}: lower train.batch_size or data.max_seq_len, set "
+            "parallel.recompute=true, or raise parallel.model_parallel or the number of processes"
         )
     return None
 

@@ -88,10 +88,7 @@ def make_mesh(model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
         UserError: the sizes do not divide the number of ranks.
     """
     size = dist.get_world_size()
-    _check_size("parallel.model_parallel", model_parallel, f"{size} processes", size)
-    data_parallel = size // model_parallel
-    shard_size = shard_size or data_parallel
-    _check_size("parallel.shard_size", shard_size, f"{data_parallel} data-parallel ranks", data_parallel)
+    shard_size = plan_mesh(size, model_parallel, shard_size).dp_shard.size
     fairscale.destroy_model_parallel()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
         fairscale.initialize_model_parallel(model_parallel)
@@ -106,6 +103,20 @@ def make_mesh(model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
     neighbours, counterparts = ranks[first : first + shard_size], ranks[place::shard_size]
     shard, replicate = (_axis(dist.new_group(some, use_local_synchronization=True)) for some in (neighbours, counterparts))
     return Mesh(mp, shard, replicate, dp, world)
+
+
+def plan_mesh(world: int, model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
+    """The mesh as the first of ``world`` ranks would have it: sizes alone, without groups, and so without the other ranks.
+
+    Raises:
+        UserError: the sizes do not divide the number of ranks.
+    """
+    _check_size("parallel.model_parallel", model_parallel, f"{world} processes", world)
+    data_parallel = world // model_parallel
+    shard_size = shard_size or data_parallel
+    _check_size("parallel.shard_size", shard_size, f"{data_parallel} data-parallel ranks", data_parallel)
+    sizes = (model_parallel, shard_size, data_parallel // shard_size, data_parallel, world)
+    return Mesh(*(Axis(0, size) for size in sizes))
 
 
 def mesh_of(model_parallel_group: dist.ProcessGroup | None) -> Mesh:

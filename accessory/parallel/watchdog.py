@@ -48,6 +48,7 @@ class Activity:
     doing: str = "start-up"
     ticks: int = 0
     stall_timeout_s: float = math.inf
+    needs: str = ""
 
 
 _activity = Activity()
@@ -62,6 +63,15 @@ def progressed(doing: str | None = None) -> None:
 def doing() -> str:
     """What the main thread does, in the words of ``progressed``."""
     return _activity.doing
+
+
+def note_memory(needs: str) -> None:
+    """Say what memory this process needs, as far as that is known: it is told if there is none left."""
+    _activity.needs = needs
+
+
+def memory_note() -> str:
+    return f" (a process needs {_activity.needs})" if _activity.needs else ""
 
 
 def end_stalls_after(seconds: float) -> None:

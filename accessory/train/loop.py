@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -21,10 +21,11 @@ from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
 from accessory.parallel.launch import Launch, run_job
 from accessory.parallel.mesh import Mesh, make_mesh
-from accessory.parallel.watchdog import end_stalls_after, progressed
+from accessory.parallel.watchdog import end_stalls_after, note_memory, progressed
 from accessory.settings import ParallelSection, RunConfig
 from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
+from accessory.train.dry_run import dry_run
 from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers
 from accessory.train.metrics import Window, speed
@@ -35,6 +36,7 @@ from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan, Position, Step
 from accessory.train.report import History, load_table, plot
 from accessory.train.save import save_model, save_trainable
+from accessory.train.saver import Save, Saver
 from accessory.train.state import changed_settings, find_state, number_settings, save_state
 from accessory.train.step import StepResult, train_step
 from accessory.train.stop import StopRequest
@@ -48,7 +50,7 @@ class Trainer:
         self.config, self.start, self.device, self.out = config, start, launch.device, Path(config.out)
         train, log = config.train, config.log
         if is_main():
-            for unfinished in (self.out / "states").glob(".step*.partial"):  # of a job that was killed while it saved
+            for unfinished in (self.out / "states").glob(".step*"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
         self.data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
@@ -57,6 +59,7 @@ class Trainer:
         self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
+        self.saver = Saver()
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
@@ -76,9 +79,17 @@ class Trainer:
 
     def run(self) -> None:
         """Train, validate, save, report."""
+        try:
+            self._run()
+        except Exception:
+            self.saver.settle()
+            raise
+
+    def _run(self) -> None:
         config, end, done = self.config, self.plan.end, self.plan.done
         if note := balance_note(config.train.balance, config.train.accumulation, self.start.args.load_balancing_weight):
             say(note)
+        say(f"run {self.out.name}: its files are in {self.out.absolute()}")
         if self.state:
             say(self._resumed(self.state.notes))
         if end == done:
@@ -94,16 +105,17 @@ class Trainer:
             steps, last = step.after.steps, step.after == end
             keeps_state = config.save.state_every and (last or steps % config.save.state_every == 0)
             if last or keeps_state or steps % config.log.every == 0:
-                self._log(steps, window, rate)
+                bar.set_postfix_str(self._log(steps, window, rate))
             with window.paused():
                 if last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0):
                     self._validate(steps)
-                if last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0):
-                    self._save(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}"))
-                if keeps_state:
-                    self._save_state(step.after)
+                self.saver.check()
+                saves_model = last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0)
+                name = f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}") if saves_model else None
+                self._save(name, step.after if keeps_state else None)
                 if not last and (signal := stop.agreed()):
                     self._stop(signal, step.after, bool(keeps_state))
+        self.saver.wait()
         bar.close()
         stop.close()
         self._report()
@@ -113,7 +125,8 @@ class Trainer:
         text = f" after step {done.steps} of {self.plan.end.steps}; "
         if self.config.save.state_every:
             if not is_saved:
-                self._save_state(done)
+                self._save(None, done)
+            self.saver.wait()
             text += "resume=auto goes on from there"
         else:
             text += "save.state_every is null: what was learnt since the last save is lost"
@@ -154,7 +167,8 @@ class Trainer:
         if self.loggers and values:
             self.loggers.log(step, values)
 
-    def _log(self, step: int, window: Window, rate: float) -> None:
+    def _log(self, step: int, window: Window, rate: float) -> str:
+        """Tell the steps since the last log. Returns what is most of interest."""
         values, metrics, health = window.reduce(self.built.model.mesh.dp)
         built, mean_length = self.built, float(self.data.lengths.mean())
         values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained_share, built.peak_flops)}
@@ -166,35 +180,40 @@ class Trainer:
         self.alarms.check(step, health)
         if self.loggers:
             self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
+        return f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
 
-    def _save(self, name: str) -> None:
-        progressed(f"saving {self.out / name}")
-        try:
-            self._save_into(self.out / name)
-        except OSError as error:
-            raise UserError(f"{self.out / name}: cannot be written ({error.strerror})") from error
+    def _save(self, model: str | None, state: Position | None) -> None:
+        """Begin to save the model under a name, and a training state, or either; the saves before are waited for."""
+        saves: list[Save] = []
+        if model or state:
+            self.saver.wait()
+        if model:
+            progressed(f"saving {self.out / model}")
+            self._save_model(self.out / model, saves.append)
+        if state:
+            progressed(f"saving the training state of step {state.steps}")
+            self._save_state(state, saves.append)
+        if saves:
+            self.saver.begin(saves)
 
-    def _save_into(self, directory: Path) -> None:
+    def _save_model(self, directory: Path, write: Callable[[Save], None]) -> None:
         companions, checkpoint = self.start.companions, self.start.checkpoint
         if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
             quantise = checkpoint.args.quantise
             base = {"fingerprint": checkpoint.fingerprint, "path": below, "quantise": quantise and vars(quantise)}
-            save_trainable(self.built.model, directory, companions, base, self._describe)
-            say(f"saved {directory} (what was trained; it belongs to the base model)")
+            save_trainable(self.built.model, directory, companions, base, self._describe, write)
             return
         dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe)
-        say(f"saved {directory}")
+        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe, write)
 
     def _describe(self, directory: Path) -> None:
         """Say beside a saved model how it was trained."""
         train = self.config.train
         Training(self.data.template, train.balance, train.z_loss_weight).write(directory, self.start.tokenizer)
 
-    def _save_state(self, done: Position) -> None:
-        progressed(f"saving the training state of step {done.steps}")
+    def _save_state(self, done: Position, write: Callable[[Save], None]) -> None:
         notes = StateNotes(
             parts=dist.get_world_size(),
             steps=done.steps,
@@ -202,12 +221,12 @@ class Trainer:
             of_steps=self.plan.end.steps,
             global_batch=self.batches.global_batch,
             data_digest=self.data.digest,
-            base=self.built.base,
+            base=self.start.base,
             settings=self.settings,
         )
         directory = self.out / "states" / f"step{done.steps}"
-        save_state(self.built.model, self.built.optimizer, directory, notes, self.config.save.keep_states)
-        say(f"saved {directory} (to resume from)")
+        save = self.config.save
+        save_state(self.built.model, self.built.optimizer, directory, notes, save.keep_states, save.keep_every, write)
 
     def _resumed(self, notes: StateNotes) -> str:
         assert self.state
@@ -244,6 +263,7 @@ def finetune(config: RunConfig, launch: Launch) -> None:
     mesh = make_mesh(config.parallel.model_parallel, config.parallel.dp_shard())
     dist.barrier()  # a rank that fails now breaks none of the connections that others are about to make
     start = Start(config, mesh, launch)
+    note_memory(str(start.footprint(config, mesh, launch.device)))
     with claimed(Path(config.out)) if is_main() else nullcontext():
         Trainer(config, start, mesh, launch).run()
 
@@ -258,6 +278,8 @@ def run_finetune(arguments: argparse.Namespace) -> None:
         start_timeout_s = config().parallel.stall_timeout_s
     except UserError:  # one rank says it, when all are there
         start_timeout_s = ParallelSection.stall_timeout_s
+    if arguments.dry_run:
+        run_job(lambda launch: dry_run(config(), launch, arguments.world, arguments.memory), start_timeout_s)
     run_job(lambda launch: finetune(config(), launch), start_timeout_s)
 
 

@@ -1,6 +1,7 @@
 """The model of a run: what it starts from, what of it trains, and its optimiser."""
 
 import dataclasses
+from functools import cached_property
 
 import torch
 
@@ -15,8 +16,8 @@ from accessory.dtypes import at_least, get_dtype
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.build import RandomWeights, build_model
-from accessory.model.logical import Overlaid, Source, check_divides, is_buffer
-from accessory.model.memory import check_memory
+from accessory.model.logical import Overlaid, Shape, Source, check_divides, is_buffer
+from accessory.model.memory import Footprint, check_memory, footprint
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -73,13 +74,51 @@ class Start:
         if self.checkpoint:
             check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
-        check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
+        if mesh.world.size == launch.world:  # else a dry run plans for other machines
+            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
         self.width = config.data.max_seq_len or self.args.max_seq_len
         if self.width > self.args.max_seq_len:
             say(
                 f"warning: data.max_seq_len {self.width} lies above the model's max_seq_len {self.args.max_seq_len}: it has "
                 "not seen such positions, and must learn them (or set rope_scaling in its config.json)"
             )
+
+    def footprint(self, config: RunConfig, mesh: Mesh, device: torch.device) -> Footprint:
+        """What memory a rank needs."""
+        return footprint(
+            self.tuning.logical,
+            self.layout,
+            mesh,
+            config.parallel,
+            get_dtype(config.parallel.precision),
+            self.tuning.trains,
+            config.train.batch_size * self.width,
+            config.train.accumulation,
+            device.type,
+        )
+
+    @cached_property
+    def in_state(self) -> dict[str, Shape]:
+        """What a training state of the run holds: the tensors that train, and buffers."""
+        shapes = self.tuning.logical.shapes
+        return {name: shape for name, shape in shapes.items() if name in self.tuning.trains or is_buffer(name)}
+
+    @cached_property
+    def base(self) -> str | None:
+        """The fingerprint of the model below, if a training state leaves something of it out."""
+        leaves_out = self.in_state != self.tuning.logical.shapes
+        return self.checkpoint.fingerprint if self.checkpoint and leaves_out else None
+
+
+def described(config: RunConfig, start: Start, mesh: Mesh) -> str:
+    """The model and how it is cut, in a line."""
+    total, parallel = sum(start.tuning.logical.sizes.values()), config.parallel
+    copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
+    return (
+        f"model: {total / 1e6:,.1f} M parameters, {start.args.active_parameters() / 1e6:,.1f} M active per token; layout "
+        f"{start.layout.name}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
+        f"({parallel.data_parallel}{copies}), {parallel.precision}"
+    )
 
 
 def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
@@ -103,7 +142,6 @@ class RunModel:
 
     Attributes:
         model: the decoder, sharded over data-parallel ranks.
-        base: the fingerprint of what a training state leaves out.
         trained_share: the share of the parameters that trains.
     """
 
@@ -117,10 +155,8 @@ class RunModel:
         source: Source = RandomWeights(logical, seed)
         if checkpoint:
             source = Overlaid(source, checkpoint, checkpoint.logical.shapes)
-        in_state = {name: shape for name, shape in logical.shapes.items() if name in tuning.trains or is_buffer(name)}
-        self.base = checkpoint.fingerprint if checkpoint and in_state != logical.shapes else None
         if state:
-            check_state(state, args, in_state, data_digest, self.base)
+            check_state(state, args, start.in_state, data_digest, start.base)
             source = Overlaid(source, state, state.names)
         self.model = build_model(
             logical,
@@ -144,11 +180,8 @@ class RunModel:
         total = sum(logical.sizes.values())
         self.trained_share = sum(logical.sizes[name] for name in tuning.trains) / total
         self.peak_flops, origin = peak_flops(launch.device, compute)
-        copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
         say(
-            f"model: {total / 1e6:,.1f} M parameters, {args.active_parameters() / 1e6:,.1f} M active per token; layout "
-            f"{start.layout.name}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
-            f"({parallel.data_parallel}{copies}), {parallel.precision}\n"
+            f"{described(config, start, mesh)}\n"
             f"MFU is taken of {self.peak_flops / 1e12:.3g} TFLOP/s per rank ({origin})\n"
             f"{tuning_table(self.model)}"
         )

@@ -1,8 +1,11 @@
-"""Write the trained model as a converted directory, or what was trained as an adapter directory."""
+"""What a run saves of its model: a converted directory, or what was trained as an adapter directory.
 
-from collections import defaultdict
+Every rank of those that have the same writes its own range of each tensor's bytes.
+"""
+
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,40 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
-from accessory.checkpoint.adapter import write_adapter
-from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory, temporary_name
-from accessory.checkpoint.storage import TensorWriter
+from accessory.checkpoint.adapter import TENSORS, digest, lay_out_adapter, write_manifest
+from accessory.checkpoint.publish import copy_companions
+from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Tile, within
-from accessory.console import is_main
 from accessory.model.decoder import Decoder
 from accessory.model.logical import held_dtype, region_shape
 from accessory.parallel.fsdp import show_masters
+from accessory.parallel.mesh import Axis
 from accessory.parallel.watchdog import progressed
 from accessory.settings import FileFormat
+from accessory.train.saver import Save, to_host, wait_for_copies, write_now
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's range of a stored tensor: its numbers from ``start`` on, of all of them in a row, in host memory."""
+
+    key: str
+    start: int
+    values: Tensor
+
+    @classmethod
+    def own(cls, key: str, stored: Tensor, axis: Axis) -> "Piece":
+        """Of a tensor that all ranks of ``axis`` have."""
+        flat = stored.reshape(-1)
+        first, last = (len(flat) * rank // axis.size for rank in (axis.rank, axis.rank + 1))
+        return cls(key, first, to_host(flat[first:last]))
+
+
+def write_pieces(path: Path, pieces: list[Piece]) -> None:
+    with TensorWriter(path) as file:
+        for piece in pieces:
+            file.write_part(piece.key, piece.start, piece.values)
+            progressed()
 
 
 @torch.no_grad()
@@ -31,42 +58,42 @@ def save_model(
     companions: dict[str, Path],
     dtype: torch.dtype,
     suffix: FileFormat,
-    finish: Callable[[Path], None] = lambda _: None,
+    describe: Callable[[Path], None] = lambda _: None,
+    write: Callable[[Save], None] = write_now,
 ) -> None:
-    """Write one file per model-parallel rank, in the layout the model runs in. Every rank must call this.
+    """Save one file per model-parallel rank, in the layout the model runs in. Every rank must call this.
 
-    Parameters are gathered and written one by one, so a rank never holds more than its share and one whole parameter.
-    The directory appears under its name only when it is complete.
+    Parameters are gathered one by one, so a rank never holds more than its share and one whole parameter.
 
     Args:
         companions: files to be copied into the directory, by the names that they get: the tokenizer.
-        finish: writes what else belongs into it.
+        describe: writes what else belongs into it.
+        write: what to do with it: at once, or in the background.
     """
-    rank, size, writes = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp.rank == 0
-    if is_main():
-        prepare_directory(directory)
-    dist.barrier()
-    path = temporary_name(directory) / file_name(rank, size, suffix)
+    rank, size, dp = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp
+    file, pieces = file_name(rank, size, suffix), list[Piece]()
     tiles: dict[str, list[Tile]] = defaultdict(list)
-    for tile in rank_tiles(model.logical, model.layout, rank, size, path.name):
+    for tile in rank_tiles(model.logical, model.layout, rank, size, file):
         tiles[tile.name].append(tile)
     announced = {t.key: (held_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
-    with TensorWriter(path, announced, rank_notes(rank, size)) if writes else nullcontext() as file:
-        for name, part in gathered(model):
-            if file is None:
-                continue
-            region = model.cuts[name].region(rank, size)
-            for tile in tiles[name]:
-                stored = torch.empty(tile.stored_shape(), dtype=held_dtype(name, dtype))
-                tile.encoding.write(part[within(tile.region, region)], stored)
-                file.write(tile.key, stored)
-    dist.barrier()
-    if is_main():
-        write_description(temporary_name(directory), model.args, model.layout)
-        copy_companions(companions, temporary_name(directory))
-        finish(temporary_name(directory))
-        publish_directory(directory)
-    dist.barrier()
+    for name, part in gathered(model, dtype=dtype):
+        region = model.cuts[name].region(rank, size)
+        for tile in tiles[name]:
+            stored = part.new_empty(tile.stored_shape())
+            tile.encoding.write(part[within(tile.region, region)], stored)
+            pieces.append(Piece.own(tile.key, stored, dp))
+    wait_for_copies()
+
+    def make_file(folder: Path) -> None:
+        if dp.rank == 0:
+            lay_out(folder / file, announced, rank_notes(rank, size))
+
+    def finish(folder: Path, _: list[Any]) -> None:
+        write_description(folder, model.args, model.layout)
+        copy_companions(companions, folder)
+        describe(folder)
+
+    write(Save(directory, "the model", lambda folder: write_pieces(folder / file, pieces), finish, make_file))
 
 
 @torch.no_grad()
@@ -75,28 +102,42 @@ def save_trainable(
     directory: Path,
     companions: dict[str, Path],
     base: dict[str, Any],
-    finish: Callable[[Path], None] = lambda _: None,
+    describe: Callable[[Path], None] = lambda _: None,
+    write: Callable[[Save], None] = write_now,
 ) -> None:
-    """Write what trains as an adapter directory, every tensor whole and in its masters' precision.
+    """Save what trains as an adapter directory, every tensor whole and in its masters' precision.
 
     Args:
-        base: the fingerprint of the model that it belongs to, and its path. Every rank must call this.
+        base: the fingerprint of the model that it belongs to, and its path. The others are those of ``save_model``.
     """
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    if is_main():
-        temporary = prepare_directory(directory)
-        write_adapter(temporary, model.logical, trained, gathered_whole(model, trained.keys()), base)
-        copy_companions(companions, temporary)
-        finish(temporary)
-        publish_directory(directory)
-    else:
-        for _ in gathered_whole(model, trained.keys()):
-            pass
-    dist.barrier()
+    world, pieces, own_digests = Axis(dist.get_rank(), dist.get_world_size()), list[Piece](), dict[str, str]()
+    for number, (name, tensor) in enumerate(gathered_whole(model, trained.keys())):
+        if number % world.size == world.rank:
+            own_digests[name] = digest(tensor.cpu())
+        pieces.append(Piece.own(name, tensor, world))
+    wait_for_copies()
+
+    def make_file(folder: Path) -> None:
+        if world.rank == 0:
+            lay_out_adapter(folder, model.logical, trained)
+
+    def write_own(folder: Path) -> dict[str, str]:
+        write_pieces(folder / TENSORS, pieces)
+        return own_digests
+
+    def finish(folder: Path, digests: list[dict[str, str]]) -> None:
+        of_all = ChainMap(*digests)
+        write_manifest(folder, model.logical, {name: of_all[name] for name in trained}, base)
+        copy_companions(companions, folder)
+        describe(folder)
+
+    what = "what was trained; it belongs to the base model"
+    write(Save(directory, what, write_own, finish, make_file))
 
 
 def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives), on the CPU."""
+    """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives)."""
     mp = model.mesh.mp
     for name, part in gathered(model, names):
         dim = model.cuts[name].dim_over(mp.size)
@@ -104,17 +145,20 @@ def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str
             parts = [torch.empty_like(part) for _ in range(mp.size)]
             dist.all_gather(parts, part.contiguous(), group=mp.group)
             part = torch.cat(parts, dim)
-        yield name, part.cpu()
+        yield name, part
 
 
 @torch.no_grad()
-def gathered(model: Decoder, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def gathered(
+    model: Decoder, names: Collection[str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """This model-parallel rank's boxes of logical tensors (or of some) by name, each gathered over the data-parallel ranks
-    (a collective)."""
+    (a collective); in the dtype that a model in ``dtype`` is saved in, if one is given."""
     show_masters(model)
     mp = model.mesh.mp
     for name, parameter in model.named_tensors():
         if names is None or name in names:
             progressed()
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            part = parameter.to(held_dtype(name, dtype)) if dtype else parameter
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
             yield name, whole.view(region_shape(model.cuts[name].region(mp.rank, mp.size)))

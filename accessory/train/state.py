@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accessory.checkpoint.publish import prepare_directory, publish_directory, temporary_name
 from accessory.checkpoint.state import (
     KINDS,
     StateNotes,
     TrainingState,
-    newest_state,
+    drop_states,
     states_in,
     write_notes,
     write_part,
@@ -37,44 +36,82 @@ from accessory.model.logical import Region, Shape
 from accessory.parallel.fsdp import local_part, show_masters
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
+from accessory.train.saver import Save, to_host, wait_for_copies, write_now
 
 
-def find_state(states: Path, resume: str | None) -> TrainingState | None:
-    """The training state that a run is to go on from, checked against its checksums (each rank reads some parts).
+def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingState | None:
+    """The training state that a run is to go on from, checked against its checksums (a collective).
 
     Args:
-        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's, if there is one.
+        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's that is whole, if there is
+            one; damaged ones of more steps get another name, for the run will come to their steps again.
+        dry: nothing is renamed.
 
     Raises:
-        UserError: it is damaged, or a run is to begin where an earlier one left its state.
+        UserError: it is damaged, or all are, or a run is to begin where an earlier one left its state.
     """
-    given: list[str | None] = [str(newest_state(states) or "")]
+    given = [[str(path) for path in reversed(states_in(states))]]
     dist.broadcast_object_list(given)  # a node may see another rank's directories late
-    newest = Path(given[0]) if given[0] else None
-    if resume is None and newest:
-        raise UserError(
-            f"{newest}: an earlier run left its training state here; resume=auto goes on from it. To begin anew, set "
-            f"another out, or remove {states}"
-        )
-    if resume == "auto" and not newest:
-        say(f"resume=auto: no training state in {states}, the run begins")
-    path = newest if resume == "auto" else resume
-    if path is None:
+    newest_first = [Path(path) for path in given[0]]
+    if resume is None:
+        if newest_first:
+            raise UserError(
+                f"{newest_first[0]}: an earlier run left its training state here; resume=auto goes on from it. To begin "
+                f"anew, set another out, or remove {states}"
+            )
         return None
-    state = TrainingState(Path(path).resolve())
-    if newest and state.directory.parent == states.resolve() and state.directory != newest.resolve():
-        raise UserError(
-            f"{state.directory}: {newest} is of more steps, and resume=auto would go on from that one: remove it to go on "
-            "from here, or set another out"
-        )
-    own = range(dist.get_rank(), state.notes.parts, dist.get_world_size())
-    damaged = [key for part in own for key in state.damaged(part)]
-    all_damaged: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(all_damaged, damaged)
-    for names in all_damaged:
-        if names:
-            raise UserError(f"{names[0]} is not what was saved; resume from another training state")
+    if resume != "auto":
+        directory = Path(resume).resolve()
+        if newest_first and directory in [path.resolve() for path in newest_first[1:]]:
+            raise UserError(
+                f"{directory}: {newest_first[0]} is of more steps, and resume=auto would go on from that one: remove it to "
+                "go on from here, or set another out"
+            )
+        return _whole_state(directory)
+    damaged: dict[Path, UserError] = {}
+    for path in newest_first:
+        try:
+            state = _whole_state(path.resolve())
+        except UserError as error:
+            damaged[path] = error
+            continue
+        for other, damage in damaged.items():
+            _set_aside(other, damage, instead=path, dry=dry)
+        return state
+    for damage in damaged.values():
+        raise damage
+    say(f"resume=auto: no training state in {states}, the run begins")
+    return None
+
+
+def _whole_state(directory: Path) -> TrainingState:
+    """A training state, if its files are as their checksums say: each rank reads some parts (a collective).
+
+    Raises:
+        UserError: they are not; on all ranks alike.
+    """
+    state, problem = None, ""
+    try:
+        state = TrainingState(directory)
+        for part in range(dist.get_rank(), state.notes.parts, dist.get_world_size()):
+            for place in state.damaged(part):
+                problem = problem or f"{place} is not what was saved; resume from another training state"
+    except UserError as error:
+        problem = str(error)
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for text in filter(None, problems):
+        raise UserError(text)
+    assert state
     return state
+
+
+def _set_aside(state: Path, damage: UserError, instead: Path, dry: bool) -> None:
+    aside = state.with_name(f"{state.name}.damaged")
+    if is_main() and not dry:
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+    say(f"warning: {damage}. resume=auto does: it goes on from {instead.name}, and {state.name} is called {aside.name} now")
 
 
 def data_digest(rows: Rows, lengths: np.ndarray, *settings: Any) -> str:
@@ -135,24 +172,36 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def save_state(model: Decoder, optimizer: Optimizer, directory: Path, notes: StateNotes, keep: int) -> None:
-    """Write a training state; every rank its own part. Of ``directory``'s siblings the newest ``keep`` stay."""
-    if is_main():
-        prepare_directory(directory)
-    dist.barrier()
-    try:
-        own_sums = write_part(temporary_name(directory), dist.get_rank(), _own_pieces(model, optimizer))
-    except OSError as error:
-        shutil.rmtree(temporary_name(directory), ignore_errors=True)  # a disk that is full needs the room
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); what was saved before is whole") from error
-    sums: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(sums, own_sums)
-    if is_main():
-        write_notes(temporary_name(directory), model.args, notes, dict(ChainMap(*sums)))
-        publish_directory(directory)
-        for old in states_in(directory.parent)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+def save_state(
+    model: Decoder,
+    optimizer: Optimizer,
+    directory: Path,
+    notes: StateNotes,
+    keep: int,
+    keep_every: int | None = None,
+    write: Callable[[Save], None] = write_now,
+) -> None:
+    """Save a training state; every rank its own part.
+
+    Args:
+        keep, keep_every: see ``drop_states``. write: what to do with it: at once, or in the background.
+    """
+    pieces = {key: (box, to_host(values)) for key, (box, values) in _own_pieces(model, optimizer).items()}
+    wait_for_copies()
+    rank = dist.get_rank()
+
+    def finish(folder: Path, sums: list[dict[str, str]]) -> None:
+        write_notes(folder, model.args, notes, dict(ChainMap(*sums)))
+
+    write(
+        Save(
+            directory,
+            "to resume from",
+            lambda folder: write_part(folder, rank, pieces),
+            finish,
+            saved=lambda: drop_states(directory.parent, keep, keep_every),
+        )
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: all ranks end after the same step, and what they learnt can be kept."""
+"""Ctrl-C, SIGTERM and SIGUSR1 while a run trains: all ranks end after the same step, and what they learnt can be kept."""
 
 import os
 import signal
@@ -7,21 +7,25 @@ from types import FrameType
 import torch
 
 from accessory.console import is_main
-from accessory.errors import Stopped, stop_on_signals
+from accessory.errors import STOPS, Stopped, stop_on_signals
 from accessory.parallel.mesh import Axis
 
 
 class StopRequest:
-    """Notes a signal instead of ending at once, from when it is made until ``close``; a second signal does end at once."""
+    """Notes a signal instead of ending at once, from when it is made until ``close``.
+
+    A second Ctrl-C does end at once. A second SIGTERM does not: Slurm sends it to every process, and torchrun to its ranks
+    once more.
+    """
 
     def __init__(self, world: Axis, device: torch.device):
         self._world, self._device, self._noted = world, device, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._noted:
+        if self._noted and number == signal.SIGINT:
             raise Stopped(number)
         self._noted = number
         if number == signal.SIGINT and is_main():  # a person waits; not by print, which may be what was interrupted

@@ -56,13 +56,15 @@ def checkpoint_verbs(verbs: Verbs) -> None:
         verbs,
         "inspect",
         function_of(tools, "run_inspect"),
-        "what a checkpoint is: format, shape, sizes, and whether it is whole",
+        "what a checkpoint or training state is: format, shape, sizes, and whether it is whole",
         "Print a checkpoint's format, shape, tokenizer, fingerprint, adapters, the sizes it can run at, and the parameters "
         "of each part; then read all values. Exit code 1 if a tensor is missing, misshapen or unexpected, or a value NaN or "
-        "infinite.",
+        "infinite. Of a training state it prints where the run stands, what is in it and with which settings it was saved; "
+        "accessory verify reads that.",
         "accessory inspect hf",
         "accessory inspect BASE ADAPTER",
         "accessory inspect BASE --fit 24",
+        "accessory inspect runs/quickstart/mixtral/states/step500",
     )
     verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
     verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
@@ -73,13 +75,15 @@ def checkpoint_verbs(verbs: Verbs) -> None:
         verbs,
         "verify",
         function_of(tools, "run_verify"),
-        "whether two checkpoints of any formats are the same model; exit code 1 if not",
+        "whether two checkpoints are the same model, or a training state is what was saved; exit code 1 if not",
         "Compare two checkpoints tensor by tensor, in whatever formats, layouts and parts they are: bit for bit, or once "
-        "rounded to the narrower dtype, or within --tolerance. It prints what differs. Exit code 1 if something does.",
+        "rounded to the narrower dtype, or within --tolerance. It prints what differs. Of one training state, read every "
+        "byte and compare it with its checksum. Exit code 1 if something is not so.",
         "accessory verify runs/quickstart/model/epoch5 hf",
+        "accessory verify runs/quickstart/mixtral/states/step500",
     )
-    verb.add_argument("a", type=a_path, help="directory")
-    verb.add_argument("b", type=a_path, help="directory")
+    verb.add_argument("a", type=a_path, help="directory of a checkpoint, or of a training state")
+    verb.add_argument("b", type=a_path, nargs="?", help="directory of the checkpoint to compare it with")
     verb.add_argument(
         "--tolerance", type=checked(NonNegative), default=0.0, help="of each tensor's largest value; default: %(default)s"
     )

@@ -1,9 +1,12 @@
 """The verbs that train."""
 
+from accessory.config import Positive
 from accessory.verbs.options import (
     Verbs,
+    a_count,
     a_path,
     add_verb,
+    checked,
     function_of,
 )
 
@@ -12,7 +15,7 @@ def training_verbs(verbs: Verbs) -> None:
     start = "Start it with torchrun or srun, a process for each GPU, or plainly for a single one."
     writes = (
         "It writes the run directory OUT: the model (accessory convert gives it any format), states to resume from, "
-        "metrics.jsonl, report.png. Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from."
+        "metrics.jsonl, report.png. Ctrl-C, SIGTERM and SIGUSR1 end it after the step at hand, with a state to resume from."
     )
     finetune = add_verb(
         verbs,
@@ -25,6 +28,7 @@ def training_verbs(verbs: Verbs) -> None:
         "accessory finetune configs/finetune/quickstart.yaml parallel.model_parallel=1",
         "torchrun --nproc-per-node 2 -m accessory finetune configs/finetune/quickstart.yaml",
         "accessory finetune RUN.yaml resume=auto model.layout=mixtral_sparse",
+        "accessory finetune RUN.yaml --dry-run --world 32 --memory 80",
     )
     pretrain = add_verb(
         verbs,
@@ -38,6 +42,26 @@ def training_verbs(verbs: Verbs) -> None:
     for verb in (finetune, pretrain):
         verb.add_argument("config", type=a_path, help="run YAML, e.g. configs/finetune/quickstart.yaml")
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
+        about = "check all that a run would stumble over, say what it takes and writes, show its first batch, and end"
+        verb.add_argument("--dry-run", action="store_true", help=about)
+        verb.add_argument("--world", type=a_count, help="of a dry run: plan for so many processes; default: those started")
+        about = "of a dry run: memory of each process's GPU; default: this machine's, unless --world is another"
+        verb.add_argument("--memory", type=checked(Positive), metavar="GIB", help=about)
+
+    verb = add_verb(
+        verbs,
+        "doctor",
+        function_of("accessory.train.doctor", "run_doctor"),
+        "whether a run can start here: devices, ranks that hear one another, shared files, disk, clocks",
+        "Look at what a run needs of this machine and of the others, alone or with torchrun or srun as a run is started: "
+        "versions, devices, a sum over all ranks, files that all see, free disk, clocks. With a run file it looks at the "
+        "directory of that run, and whether the next save fits. It prints a line each and leaves nothing behind. Exit "
+        "code 1 if something is wrong.",
+        "accessory doctor",
+        "srun -n32 --gres=gpu:8 --ntasks-per-node=8 accessory doctor RUN.yaml",
+    )
+    verb.add_argument("config", nargs="?", type=a_path, help="run YAML; default: none, this directory")
+    verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a setting of the file")
 
     verb = add_verb(
         verbs,

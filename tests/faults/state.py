@@ -3,7 +3,12 @@
 from faults.fault import Fault
 
 FILE, LOOP, MODEL = "accessory/train/state.py", "accessory/train/loop.py", "accessory/train/model.py"
+SAVER, SAVE = "accessory/train/saver.py", "accessory/train/save.py"
+RANGES = "tests/test_saves.py::test_every_rank_writes_its_own_bytes"
+STATES = "accessory/checkpoint/state.py"
 STEPS = "tests/test_run_state.py::test_steps_go_on_as_if_there_had_been_no_state"
+KEPT = "tests/test_state.py::test_states_at_multiples_stay"
+FALLS_BACK = "tests/test_state.py::test_a_run_goes_on_from_the_newest_whole_state"
 RESUMED = "'tests/test_resume.py::test_a_killed_run_goes_on_in_another_partition[before0-after0]'"
 
 FAULTS = (
@@ -47,5 +52,100 @@ FAULTS = (
         "Overlaid(source, state, {name for name in state.names if not is_buffer(name)})",
         "tests/test_balance.py::test_a_run_resumes_with_its_bias",
     ),
-    Fault("the oldest states are kept", FILE, "[:-keep]", "[keep:]", RESUMED),
+    Fault(
+        "training changes what is being saved",
+        SAVER,
+        "return tensor.detach().clone(memory_format=torch.contiguous_format)",
+        "return tensor.detach()",
+        "tests/test_saves.py::test_training_goes_on_while_a_state_is_written",
+    ),
+    Fault(
+        "every rank holds and writes all of a saved tensor",
+        SAVE,
+        "for rank in (axis.rank, axis.rank + 1)",
+        "for rank in (0, axis.size)",
+        RANGES,
+    ),
+    Fault(
+        "a rank's range is written at the beginning of the tensor",
+        "accessory/checkpoint/storage.py",
+        "place.offset + start * place.dtype.itemsize",
+        "place.offset",
+        "tests/test_checkpoint.py::test_masters_are_saved_whole_after_a_forward_in_bf16",
+    ),
+    Fault(
+        "one rank cannot write, and the others publish what there is",
+        SAVER,
+        "    for _, text in outcomes:\n        if text:",
+        "    for text in (problem,):\n        if text:",
+        "tests/test_saves.py::test_what_cannot_be_written_is_told_on_all_ranks_and_leaves_nothing",
+    ),
+    Fault(
+        "a run that fails does not wait for the save that is under way",
+        LOOP,
+        "            self.saver.settle()\n",
+        "",
+        "tests/test_saves.py::test_a_fault_behind_a_save_does_not_lose_it",
+    ),
+    Fault(
+        "a plan forgets a moment",
+        "accessory/model/memory.py",
+        "moments=MOMENTS * masters",
+        "moments=masters",
+        "tests/test_dry_run.py::test_a_plan_for_other_machines_needs_none_of_them",
+    ),
+    Fault(
+        "a plan forgets what the down projection keeps",
+        "accessory/model/memory.py",
+        "3 * args.hidden_dim / model_parallel",
+        "2 * args.hidden_dim / model_parallel",
+        "tests/test_dry_run.py::test_what_a_block_keeps_for_backward",
+    ),
+    Fault(
+        "a plan takes a state to be its weights alone",
+        "accessory/train/dry_run.py",
+        "state=len(KINDS) * state",
+        "state=state",
+        "tests/test_dry_run.py::test_what_is_planned_is_what_happens",
+    ),
+    Fault(
+        "doctor: a rank looks only at the file that it wrote itself",
+        "accessory/train/doctor.py",
+        "(missing := [name for name in names if not",
+        "(missing := [name for name in names[self.launch.rank :][:1] if not",
+        "'tests/test_doctor.py::test_what_is_wrong_is_said_in_its_line[files]'",
+    ),
+    Fault(
+        "doctor: the sum that is expected is any",
+        "accessory/train/doctor.py",
+        "(data == world * (world + 1) / 2).all()",
+        "data.isfinite().all()",
+        "'tests/test_doctor.py::test_what_is_wrong_is_said_in_its_line[gloo]'",
+    ),
+    Fault("the oldest states are kept", STATES, "[:-keep]", "[keep:]", RESUMED),
+    Fault("a state that is kept for ever goes", STATES, "if not keep_every or int(", "if True or int(", KEPT),
+    Fault(
+        "a damaged state is gone on from", FILE, 'problems = [""] * dist', 'problem, problems = "", [""] * dist', FALLS_BACK
+    ),
+    Fault(
+        "a damaged state keeps its name, and outlives those that are saved on the way to its step",
+        FILE,
+        "        state.rename(aside)\n",
+        "        pass\n",
+        FALLS_BACK,
+    ),
+    Fault(
+        "one rank's part is damaged, and the others do not hear of it",
+        FILE,
+        "dist.all_gather_object(problems, problem)",
+        "problems[0] = problem",
+        FALLS_BACK,
+    ),
+    Fault(
+        "a directory gets its name before its files are on the disk",
+        "accessory/checkpoint/publish.py",
+        '(*temporary.rglob("*"), temporary)',
+        "(temporary,)",
+        "tests/test_state.py::test_a_directory_is_on_the_disk_before_it_has_its_name",
+    ),
 )
