@@ -205,6 +205,12 @@ def test_commands(home, tmp_path):
     told = accessory("inspect", tmp_path / "saved")
     assert "6.000" in told and "nf4-8" in told and told.count("bfloat16") >= 4
     ask = ("the list", "--max-gen-len", "6", "--precision", "fp32")
+    fits = accessory("inspect", home / "hf", "--fit", "0.001").splitlines()
+    assert [line.split()[0] for line in fits if "quantised" in line or "whole" in line] == [
+        "whole",
+        "quantised",
+        "quantised",
+    ]
     answers = [
         accessory("generate", home / "hf", *ask, "--quantise", "experts=nf4-8"),
         accessory("generate", tmp_path / "saved", *ask),
@@ -297,3 +303,14 @@ def test_what_is_quantised_does_not_train(trained, tmp_path):
         assert "held quantised: train adapters on them (tuning.lora)" in told
     accessory("finetune", trained / "run.yaml", *quantised, "tuning.train=[router]")  # saves a whole model
     assert "nf4-8" in accessory("inspect", tmp_path / "run/epoch0-iter1")
+
+
+def test_what_a_person_writes():
+    read = QuantiseSection.read
+    assert read(True) == read("nf4") == QuantiseSection("nf4", "nf4") and read(False) is read(None) is read("") is None
+    assert (
+        read("experts=nf4,attention=int8") == read({"experts": "nf4", "attention": "int8"}) == QuantiseSection("nf4", "int8")
+    )
+    assert read("attention=int4") == read(read("attention=int4")) == QuantiseSection(attention="int4")
+    with pytest.raises(UserError, match="did you mean 'experts'"):
+        read("expert=nf4")

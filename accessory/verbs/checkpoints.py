@@ -63,10 +63,13 @@ def checkpoint_verbs(verbs: Verbs) -> None:
         "accessory verify reads that.",
         "accessory inspect hf",
         "accessory inspect BASE ADAPTER",
+        "accessory inspect BASE --fit 24",
         "accessory inspect runs/quickstart/mixtral/states/step500",
     )
     verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
     verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
+    about = "also say which ways to hold the model (whole, int8, nf4; over how many) fit on cards of so much memory"
+    verb.add_argument("--fit", type=checked(Positive), metavar="GB", help=about)
 
     verb = add_verb(
         verbs,
