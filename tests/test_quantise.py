@@ -267,7 +267,8 @@ def test_adapters_stand_behind_their_base_however_it_is_held(trained, tmp_path):
         accessory("generate", trained / "saved", *ask, "--adapter", q),
         accessory("generate", trained / "saved", *ask, "--adapter", q, "--layout", "mixtral", "--mp", "2"),
     ]
-    assert len(set(as_trained)) == 1 and "warning" not in as_trained[0]
+    answers = {told.partition("> the list")[2] for told in as_trained}  # before it, ranks may be told to have come late
+    assert len(answers) == 1 and "warning" not in as_trained[0]
     assert "beside this base quantised (experts nf4-8, attention int8); here it is whole" in accessory(
         *("generate", trained / "hf", *ask, "--adapter", q)
     )

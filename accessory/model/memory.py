@@ -36,11 +36,8 @@ def memory_of(device: torch.device) -> int:
 
 def share_of_a_rank(logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype) -> float:
     """Bytes of one rank's part of a model that is only used."""
-    cuts = logical.cuts(layout).items()
-    return sum(
-        prod(cut.shape) * held_dtype(name, dtype).itemsize / (1 if cut.dim_over(model_parallel) is None else model_parallel)
-        for name, cut in cuts
-    )
+    shares = shares_of_rank(logical, layout, model_parallel).items()
+    return sum(prod(logical.shapes[name]) * held_dtype(name, dtype).itemsize * share for name, share in shares)
 
 
 def check_memory(
