@@ -1,8 +1,9 @@
 """A run's YAML file, typed. Every default stands here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accessory.config import (
     Count,
@@ -30,6 +31,31 @@ LONGEST_COLLECTIVE_S = 1800
 
 
 @dataclass(frozen=True)
+class QuantiseSection:
+    """How matrices are held that stay as they are: nf4 | int4 | int8, a block's size behind it (nf4-64); null: whole.
+
+    Norms, routers, embeddings and output are always whole.
+    """
+
+    experts: Text | None = None
+    attention: Text | None = None
+
+    @classmethod
+    def read(cls, given: "bool | str | Mapping[str, Any] | QuantiseSection | None") -> "QuantiseSection | None":
+        """What a person writes: True or "nf4" for both, {"experts": "nf4"}, "experts=nf4,attention=int8"; nothing: None."""
+        if not given:
+            return None
+        if isinstance(given, QuantiseSection):
+            return given
+        if given is True:
+            given = "nf4"
+        if isinstance(given, str):
+            given = given if "=" in given else f"experts={given},attention={given}"
+            given = dict(part.partition("=")[::2] for part in given.split(","))
+        return from_mapping(cls, given, "quantise")
+
+
+@dataclass(frozen=True)
 class ModelSection:
     # null: the checkpoint's own; expert or sparse (mixtral_peft is the expert layout)
     layout: LayoutName | None = None
@@ -41,6 +67,8 @@ class ModelSection:
     tokenizer: Text | None = None  # tokenizer.model or tokenizer.json; null: the checkpoint's own
     # false: go on if tensors of the checkpoint are missing, misshapen or unexpected, or hold NaN or infinite values
     strict: bool = True
+    # hold what stays as it is in 8 or 4 bits, as it is read: {experts: nf4, attention: int8}; null: as the checkpoint has it
+    quantise: QuantiseSection | None = None
     kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
 
     def __post_init__(self) -> None:
@@ -219,6 +247,8 @@ class RunConfig:
             raise UserError(
                 "train.reference_loss gives LLaMA2-Accessory's numbers, and that trains no classifier: take it out"
             )
+        if self.model.quantise and self.model.checkpoint is None:
+            raise UserError("model.quantise is of a model that is there: name model.checkpoint, or take it out")
         if self.train.balance == "bias" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(
                 "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "

@@ -42,6 +42,12 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "answers.jsonl": "{new}",
     "DIR/config.json": "{home}/model.json",
     "ACCESSORY_DATA=/where/the/data/is": "ACCESSORY_DATA={home}",
+    "nf4": "nf4-8",
+    "experts=nf4,attention=int8": "experts=nf4-8,attention=int8",
+    "model.checkpoint=BASE": "model.checkpoint={home}/ckpt",
+    "model.quantise.experts=nf4": "model.quantise.experts=nf4-8",
+    "model.quantise.attention=nf4": "model.quantise.attention=nf4-8",
+    "tuning.lora.rank=16": "tuning.lora.rank=2",
     "cuda": "cpu",
     "1,2,4,8": "1,2",
     "8": "2",  # processes and parts

@@ -32,7 +32,7 @@ class Packed:
     trained = None
 
     def __init__(self, matrices):
-        self.shape, self.scale = matrices.shape, matrices.abs().amax(-1, keepdim=True) / 127
+        self.shape, self.at_once, self.scale = matrices.shape, 2, matrices.abs().amax(-1, keepdim=True) / 127
         self.codes = (matrices / self.scale).round().to(torch.int8)
         self.asked, self.announced = [], []
 
@@ -41,6 +41,7 @@ class Packed:
 
     def __getitem__(self, experts):
         self.asked += range(self.shape[0])[experts]
+        assert experts == slice(None) or experts.stop - experts.start <= self.at_once
         return self.codes[experts] * self.scale[experts]
 
     def prefetch(self, experts):
@@ -181,9 +182,9 @@ def run_packed_layers(mp, cases):
     results = []
     for layout, kernel, adapter, tokens in cases:
         layer, rows = make_layer(layout, kernel, mp, adapter), []
-        packed = {name: Packed(layer.experts.expert_weights(name)[:].detach()) for name in ("w1", "w2", "w3")}
+        packed = {name: Packed(layer.experts.expert_weights(name, torch.float64)[:].detach()) for name in ("w1", "w2", "w3")}
         plain = layer.experts.expert_weights
-        layer.experts.expert_weights = lambda name, packed=packed, plain=plain: packed.get(name) or plain(name)
+        layer.experts.expert_weights = lambda name, dtype, packed=packed, plain=plain: packed.get(name) or plain(name, dtype)
         layer.experts.register_forward_pre_hook(lambda _, given, rows=rows: rows.extend(given[0].ends_e.tolist()))
         ours = run_layer(layer, tokens)
         layer = make_layer(layout, "reference", mp, adapter)

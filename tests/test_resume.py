@@ -143,8 +143,10 @@ def test_another_global_batch_goes_through_exactly_the_rows_that_are_left(packed
         assert sorted(seen[epoch]) == list(range(50)), "every sample once"
 
 
-def test_adapters_go_on_from_a_state_that_holds_only_them(home, whole, tmp_path):
+@pytest.mark.parametrize("quantise", ["null", "{experts: nf4-8, attention: int8}"])
+def test_adapters_go_on_from_a_state_that_holds_only_them(home, whole, tmp_path, quantise):
     words = [f"model.checkpoint={whole}/epoch2", "model.config=null", "tuning={lora: {rank: 2, dropout: 0.1}, bias: true}"]
+    words.append(f"model.quantise={quantise}")
     codes, _, err = finetune(home, tmp_path / "whole", *words)
     assert codes == [0], err
     stop_behind(home, tmp_path / "run", 7, *words, ranks=1)

@@ -17,6 +17,7 @@ from accessory.certify.matrix import (
     file_cells,
     kernel_cells,
     other_kernels,
+    quantised_cells,
     training_cells,
 )
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
@@ -99,6 +100,7 @@ def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
     kinds = (
         training_cells(worlds, strength),
         classifier_cells(worlds),
+        quantised_cells(problem.args, worlds),
         kernel_cells(worlds, _kernels(arguments, problem, worlds[-1])),
         file_cells(worlds),
         cache_cells(worlds),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.certify.problem import Problem
+from accessory.checkpoint.quantise import Quantising
 from accessory.data.loader import Batch, BatchPlan, sample_lengths
 from accessory.data.packing import Rows
 from accessory.data.store import Sample
@@ -86,7 +87,7 @@ def build_problem(
     return build(
         spec.logical,
         layout,
-        source or Tensors(problem.weights(tuning)),
+        source or Quantising(Tensors(problem.weights(tuning)), spec.logical),
         mesh=mesh,
         dtype=at_least(problem.dtype),
         compute=problem.dtype,
@@ -180,7 +181,8 @@ def assemble(ranks: Sequence[Parts], shapes: Mapping[str, Shape]) -> tuple[dict[
     everywhere = set.intersection(*(set(parts) for parts in ranks))
     differ = set().union(*ranks) - everywhere
     for name in everywhere:
-        full[name] = torch.full(shapes[name], torch.nan, dtype=ranks[0][name][1].dtype)
+        dtype = ranks[0][name][1].dtype
+        full[name] = torch.full(shapes[name], torch.nan if dtype.is_floating_point else 0, dtype=dtype)
         filled = torch.zeros(shapes[name], dtype=torch.bool)
         for region, tensor in (parts[name] for parts in ranks):
             given = tensor.view(full[name][region].shape)

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from accessory.certify import reference
 from accessory.certify.formats import largest
-from accessory.certify.harness import assemble
-from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell
+from accessory.certify.harness import Tensors, assemble
+from accessory.certify.matrix import CacheCell, Cell, FileCell, posed_by
 from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.certify.serving import ServingCell, wrong_tokens
+from accessory.checkpoint.quantise import Dequantised
 from accessory.data.store import Sample
+from accessory.model.logical import LogicalModel
 from accessory.settings import OptimSection
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -79,7 +81,7 @@ class Judge:
         return list(reference_steps(problem, tuning_name, problem.batches(masks), balance, OPTIM, rates))
 
     def _training(self, cell: Cell, ranks: list[Any]) -> Verdict:
-        problem = self.problem.of_labels() if isinstance(cell, ClassifierCell) else self.problem
+        problem = posed_by(self.problem, cell)
         expected = self._expected(problem, cell.masks, cell.tuning, cell.balance)
         self.margin = min(self.margin, *(step.parts.margin for step in expected))
         errors = dict.fromkeys(("loss", "balance", "z-loss", "counts", "norm"), 0.0)
@@ -98,7 +100,7 @@ class Judge:
         applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
         errors["clipping"] = relative(applied, first.scale)
         errors["gradients"] = distance(gradients, first.gradients)
-        start = problem.weights(cell.tuning)
+        weights, start = in_numbers(weights, tuning.logical), first_weights(problem, cell.tuning)
         errors["weights"] = distance(weights, {name: t for name, t in start.items()} | expected[-1].weights)
         frozen = weights.keys() & start.keys() - tuning.trains
         changed = [name for name in frozen if not torch.equal(weights[name].double(), start[name])]
@@ -139,7 +141,7 @@ def reference_steps(
     """What the plain reference makes of a problem's weights on global batches, at a rate for each."""
     tuning = problem.tuning(tuning_name)
     return reference.train_steps(
-        problem.weights(tuning_name),
+        first_weights(problem, tuning_name),
         problem.args,
         [[(s.tokens, s.trained if s.label is None else s.label) for s in batch] for batch in batches],
         balance=balance,
@@ -151,6 +153,29 @@ def reference_steps(
         trains=tuning.trains,
         scaling=next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0),
     )
+
+
+def first_weights(problem: Problem, tuning_name: str) -> dict[str, Tensor]:
+    """A problem's, with what quantised matrices stand for in their place."""
+    kinds = {".experts.w": "experts", ".attention.": "attention"}
+    held = vars(problem.args.quantise) if problem.args.quantise else {}
+    result = problem.weights(tuning_name)
+    for name, tensor in result.items():
+        way = next((held.get(matrices) for part, matrices in kinds.items() if part in name), None)
+        if way and name.endswith(("weight", ".w1", ".w2", ".w3")):
+            result[name] = reference.quantised(tensor, way)
+    return result
+
+
+def in_numbers(weights: dict[str, Tensor], logical: LogicalModel) -> dict[str, Tensor]:
+    """Tensors of a model, with what quantised matrices stand for in their place."""
+    if not logical.codecs:
+        return weights
+    source, plain = (
+        Dequantised(Tensors(weights), logical),
+        LogicalModel(replace(logical.args, quantise=None), logical.adapters),
+    )
+    return {name: source.read(name, plain.whole(name)) for name in plain.shapes}
 
 
 def disagreement(names: set[str]) -> str | None:

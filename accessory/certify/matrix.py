@@ -1,6 +1,7 @@
 """The cells of the certificate, and a choice of them in which all settings meet each other."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from accessory.certify.problem import TUNINGS
+from accessory.certify.problem import TUNINGS, Problem
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import check_divides
 from accessory.model.moe.kernels import KERNELS, pick_kernel
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.model.triton_here import is_interpreted
-from accessory.settings import ParallelSection
+from accessory.settings import ParallelSection, QuantiseSection
 
 Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
 BALANCES: tuple[Literal["global", "document"], ...] = ("global", "document")
@@ -53,6 +54,17 @@ class ClassifierCell(Cell):
 
     def settings(self) -> dict[str, str]:
         return {"learns": "labels"} | super().settings()
+
+
+@dataclass(frozen=True)
+class QuantisedCell(Cell):
+    """The same beside experts and attention that are quantised as they are read."""
+
+    quantise: QuantiseSection
+
+    def settings(self) -> dict[str, str]:
+        held = {matrices: name or "-" for matrices, name in vars(self.quantise).items()}
+        return held | super().settings() | {"tuning": f"q{self.tuning}"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,13 @@ class CacheCell:
 
     def settings(self) -> dict[str, str]:
         return {"cached on mp": str(self.world), "layout": self.layout}
+
+
+def posed_by(problem: Problem, cell: Cell) -> Problem:
+    """The problem that a training cell solves."""
+    if isinstance(cell, ClassifierCell):
+        return problem.of_labels()
+    return problem.quantised(cell.quantise) if isinstance(cell, QuantisedCell) else problem
 
 
 def partition(cell: Any) -> dict[str, str]:
@@ -151,6 +170,26 @@ def _meetings(cell: Cell, strength: int) -> set[frozenset[tuple[str, object]]]:
 
 
 def classifier_cells(worlds: Sequence[int]) -> list[ClassifierCell]:
+    """Both layouts on every mesh, one trained in full and one by adapters."""
+    return [ClassifierCell(**vars(cell)) for cell in _by_turns(worlds)]
+
+
+def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCell]:
+    """Adapters beside quantised matrices: both layouts on every mesh of several ranks."""
+    row_parts = (args.dim, args.hidden_dim // worlds[-1], args.n_heads * args.head_dim // worlds[-1])
+    block = math.gcd(*row_parts, 64)
+    ways = [QuantiseSection("int8", "int8")]
+    if block > 1:  # two values to a byte
+        ways = [QuantiseSection(f"nf4-{block}", f"int4-{block}"), QuantiseSection("int8", f"nf4-{block}")]
+    return [
+        QuantisedCell(**vars(cell) | {"tuning": "lora", "quantise": way})
+        for cell in _by_turns(worlds)
+        if cell.world > 1
+        for way in (ways if cell.model_parallel > 1 else ways[:1])
+    ]
+
+
+def _by_turns(worlds: Sequence[int]) -> list[Cell]:
     """For every mesh both layouts, one trained in full and one by adapters; the other settings by turns."""
     meshes = [(world, size) for world in worlds for size in model_parallel_sizes(world)]
     cells = []
@@ -158,7 +197,7 @@ def classifier_cells(worlds: Sequence[int]) -> list[ClassifierCell]:
         possible, odd = modes(world // size), number % 2
         tunings = TUNINGS if odd else reversed(TUNINGS)
         for layout, mode, packing, tuning in zip(LAYOUTS, (possible[0], possible[-1]), (not odd, odd), tunings, strict=True):
-            cell = ClassifierCell(
+            cell = Cell(
                 world,
                 size,
                 mode,

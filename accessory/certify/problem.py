@@ -12,7 +12,8 @@ from torch import Tensor
 from accessory.data.store import Sample
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights
-from accessory.settings import LoraSection, OptimSection, TuningSection
+from accessory.model.logical import LogicalModel
+from accessory.settings import LoraSection, OptimSection, QuantiseSection, TuningSection
 from accessory.tuning.spec import Tuning, resolve
 
 # No two sizes are equal that a mistake could exchange, and there is more of everything than two: experts of a token,
@@ -70,6 +71,10 @@ class Problem:
         """The same with a label to be learnt of each sequence."""
         return replace(self, args=replace(self.args, labels=("no", "so", "yes")))
 
+    def quantised(self, quantise: QuantiseSection) -> "Problem":
+        """The same beside matrices that are held so."""
+        return replace(self, args=replace(self.args, quantise=quantise))
+
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
         section = (TUNINGS | SERVED)[name]
@@ -79,12 +84,12 @@ class Problem:
         return resolve(section, self.args, self.seed)
 
     def weights(self, tuning: str = "full") -> dict[str, Tensor]:
-        """Logical tensors, a tuning's adapters among them, in fp64, whose values fp32 holds exactly.
+        """Logical tensors, a tuning's adapters among them, in fp64, whose values fp32 holds exactly; none is quantised.
 
         They are large enough for attention and routing to be far from uniform, and no adapter is zero: else a wrong
         term could hide.
         """
-        logical = self.tuning(tuning).logical
+        logical = LogicalModel(replace(self.args, quantise=None), self.tuning(tuning).logical.adapters)
         source = RandomWeights(logical, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         result = {}

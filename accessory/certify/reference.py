@@ -168,6 +168,36 @@ def schedule(counts, lr, min_lr, warmup):
     return rates
 
 
+NF4 = (
+    "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334 "
+    "-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224 "
+    "0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"
+)
+
+
+def quantised(w, way):
+    """The numbers [..., in] that stand for ``w`` where it is held in a ``way`` such as nf4-64, int4-128 or int8."""
+
+    def of_blocks(scale):
+        return torch.where(scale == 0, 1.0, scale.float())[:, None]
+
+    kind, _, group = way.partition("-")
+    blocks = w.float().reshape(-1, int(group or w.shape[-1]))
+    if kind == "int4":
+        low, high = blocks.amin(1).clamp(max=0), blocks.amax(1).clamp(min=0)
+        scale = of_blocks(((high - low) / 15).half())
+        zero = (-low[:, None] / scale).round()
+        numbers = ((blocks / scale).round() + zero).clamp(0, 15) - zero
+    else:
+        scale = of_blocks((blocks.abs().amax(1) / (127 if kind == "int8" else 1)).bfloat16())
+        if kind == "int8":
+            numbers = (blocks / scale).round().clamp(-127, 127)
+        else:
+            table = torch.tensor([float(number) for number in NF4.split()], dtype=torch.float32)
+            numbers = table[((blocks / scale)[..., None] - table).abs().argmin(-1)]
+    return (numbers * scale).reshape(w.shape).double()
+
+
 def next_token(logits, prompt, answer, how):
     """The token that a request's sampling chooses, by the definition of each setting; a draw is a place in [0, 1)."""
     scores = dict(enumerate(logits.tolist()))

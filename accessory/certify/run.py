@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.certify import formats
 from accessory.certify.harness import build_problem, train
-from accessory.certify.matrix import CacheCell, Cell, ClassifierCell, FileCell, KernelCell, mode_settings
+from accessory.certify.matrix import CacheCell, Cell, FileCell, KernelCell, mode_settings, posed_by
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.certify.serving import ServingCell, run_serving
 from accessory.checkpoint.convert import Target, convert
@@ -37,7 +37,7 @@ def run_cell(
         return {"logits": run_in_chunks(problem, cell, device)}
     if isinstance(cell, ServingCell):
         return run_serving(problem, cell, device)
-    return train_on_problem(problem.of_labels() if isinstance(cell, ClassifierCell) else problem, cell, device)
+    return train_on_problem(posed_by(problem, cell), cell, device)
 
 
 def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:

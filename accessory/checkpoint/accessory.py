@@ -15,6 +15,7 @@ from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
+from accessory.model.codecs import is_part
 from accessory.model.logical import Adapters, LogicalModel
 from accessory.model.moe.layouts import EXPERT, SPARSE, Layout, SparseLayout, get_layout
 from accessory.settings import FileFormat
@@ -36,7 +37,8 @@ def rank_tiles(
 
     The expert layout stores a matrix per expert, by its global number: ``experts.{e}.w1.weight``, and what is added to it
     beside: ``experts.{e}.w1.lora_a.weight``, ``.lora_b.weight``, ``.bias``. The sparse layout stores the slices of all
-    experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape; it has no names for adapters.
+    experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape; it has no names for adapters. Parts
+    of a quantised matrix are ``experts.{e}.w1.codes`` or ``w1.codes``, never transposed: blocks lie along the rows.
     """
     for name, cut in logical.cuts(layout).items():
         region = cut.region(rank, size)
@@ -46,12 +48,12 @@ def rank_tiles(
             continue
         weight, _, part = tensor.partition("_")  # w1, or w1_lora_a
         if isinstance(layout, SparseLayout):
-            if part:
+            if part and not is_part(name):
                 raise UserError(f"the files of the layout 'mixtral_sparse' have no place for {name}")
-            encoding = Encoding("e d f -> (e f) d" if weight == "w2" else "e f d -> (e f) d")
-            yield Tile(name, region, file, f"{prefix}{owner}.{weight}", encoding)
+            encoding = Encoding("e d f -> (e f) d" if tensor == "w2" else "e f d -> (e f) d")
+            yield Tile(name, region, file, f"{prefix}{owner}.{tensor.replace('_', '.')}", encoding)
             continue
-        stored = {"": "weight", "bias": "bias"}.get(part, f"{part}.weight")
+        stored = f"{part}.weight" if part in ("lora_a", "lora_b") else part or "weight"
         for e in range(region[0].start, region[0].stop):
             key = f"{prefix}{owner}.experts.{e}.{weight}.{stored}"
             yield Tile(name, (slice(e, e + 1), *region[1:]), file, key, Encoding("e ... -> ..."))
@@ -129,6 +131,8 @@ def planned_tiles(logical: LogicalModel, layout: Layout, size: int, suffix: File
 
 def check_suffix(args: ModelArgs, suffix: FileFormat) -> None:
     """Raise UserError if LLaMA2-Accessory would read files of this model, but not do what it does."""
+    if args.quantise and suffix == "pth":
+        raise UserError("LLaMA2-Accessory's .pth files have no place for quantised matrices: write safetensors")
     if args.moe.score_bias and suffix == "pth":
         raise UserError(
             "LLaMA2-Accessory's .pth files have no place for the routers' score biases (train.balance: bias), and it "

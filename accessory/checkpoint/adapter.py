@@ -22,6 +22,7 @@ from accessory.config import read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.logical import Adapters, LogicalModel
+from accessory.settings import QuantiseSection
 
 MANIFEST = "adapter.json"
 TENSORS = "adapter.safetensors"
@@ -38,6 +39,7 @@ class AdapterDirectory(Directory):
         manifest = read_mapping(directory / MANIFEST)
         try:
             axes, self.fingerprint = manifest["axes"], manifest["base"]["fingerprint"]
+            self.quantise = QuantiseSection.read(manifest["base"].get("quantise"))
             self._adapters: Adapters = {
                 name: Adapter(
                     rank=entry["rank"], scaling=entry["scaling"], bias=entry["bias"], tied=entry.get("tied", False)

@@ -16,6 +16,7 @@ from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory
+from accessory.checkpoint.quantise import in_words, write_origin
 from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Files, PlannedTensor, planned_tensors
 from accessory.console import listed, progress, say
@@ -70,9 +71,11 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
             or the tokenizer is not the model's.
     """
-    target.check(checkpoint.args)
-    source = Merged(checkpoint)
+    source = Merged(checkpoint, dense=target.format not in LAYOUTS or target.dtype is not None)
+    if checkpoint.args.quantise and not source.logical.args.quantise:
+        say(f"writing the numbers that matrices stand for which are {in_words(checkpoint.args.quantise)}")
     logical, biased = source.logical, list(source.logical.adapters)
+    target.check(logical.args)
     if biased and target.format in ("hf", "mistral"):
         raise UserError(f"the format '{target.format}' has no place for biases; these have one: {listed(biased)}")
     destination = _free(destination)
@@ -83,9 +86,9 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     dtypes = {name: target.dtype or checkpoint.dtype(name) for name in logical.shapes}
     dtypes |= {name: at_least(dtypes[name]) for name in dtypes if is_buffer(name)}  # whose steps are too small for bf16
     if target.dtype is None:  # a bias has its matrix' precision
-        dtypes |= {adapter_name(name, "bias"): dtypes[name] for name in biased}
+        dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
     files = _planned_files(logical, target, dtypes)
-    layout = LAYOUTS.get(target.format)
+    layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     with _written_whole(destination, _nbytes(files)) as temporary:
         copy_companions(checkpoint.companions, temporary)
@@ -97,9 +100,11 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
             template, nbytes = checkpoint.hf_config(), _nbytes(files)
             huggingface.write_description(temporary, checkpoint.args, dtype, template, special, files, nbytes)
         elif layout:
-            accessory.write_description(temporary, checkpoint.args, layout, bool(biased))
+            accessory.write_description(temporary, logical.args, layout, bool(biased))
+            if logical.args.quantise and origin:
+                write_origin(temporary, origin)
         else:
-            mistral.write_description(temporary, checkpoint.args)
+            mistral.write_description(temporary, logical.args)
         checkpoint.training.write(temporary, tokenizer)
     if source.unchanged:
         say(f"warning: nothing changed in {listed(source.unchanged)}: what is added is lost in rounding, or is nothing")

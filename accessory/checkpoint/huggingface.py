@@ -6,6 +6,7 @@ Two namings are read: a matrix per expert (``block_sparse_moe.experts.{e}.w1.wei
 written. Rotary rows of q and k are stored there as two halves of each head.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from accessory.checkpoint import gptq
 from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Directory, Tile
@@ -67,8 +69,14 @@ class HuggingFaceDirectory(Directory):
 
     def __init__(self, directory: Path, tensors: dict[str, Stored]):
         self.directory = directory
-        self.stored = {"": {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}}
+        tensors = {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
         self.fused = any(".mlp." in key for key in tensors)
+        self.gptq: dict[str, Any] | None = None
+        if any(key.endswith(".qweight") for key in tensors):
+            self.gptq = read_mapping(directory / "config.json").get("quantization_config") or {}
+            gptq.held_as(self.gptq, str(directory / "config.json"))  # refuses what cannot be read
+            tensors = gptq.as_bytes(tensors, self.gptq["group_size"], str(directory))
+        self.stored = {"": tensors}
 
     @classmethod
     def find(cls, directory: Path) -> "HuggingFaceDirectory | None":
@@ -95,7 +103,13 @@ class HuggingFaceDirectory(Directory):
         return cls(directory, tensors)
 
     def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
-        return model_tiles(logical, self.fused)
+        if self.gptq is None or not logical.codecs:
+            yield from model_tiles(logical, self.fused)
+            return
+        whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), self.fused)
+        yield from (tile for tile in whole if tile.name not in logical.codecs)
+        keys = {name: matrix_keys(name, logical.args, self.fused) for name in logical.codecs}
+        yield from gptq.part_tiles(logical, keys, self.gptq)
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:
@@ -130,6 +144,20 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
                 yield Tile(name, (slice(e, e + 1), *region[1:]), "", key, Encoding("e f d -> f d"))
 
 
+def matrix_keys(name: str, args: ModelArgs, fused: bool) -> list[str]:
+    """What a quantised matrix, or that of each expert, is called, without the suffix of a part.
+
+    Args:
+        fused: under transformers' names (GPTQModel), not those of the Hub.
+    """
+    layer, rest = split_layer(name)
+    _, is_expert, weight = rest.partition("experts.")
+    if not is_expert:
+        return [layer + NAMES[rest].removesuffix(".weight")]
+    block, called = ("mlp", gptq.PROJECTIONS[weight]) if fused else ("block_sparse_moe", weight)
+    return [f"{layer}{block}.experts.{e}.{called}" for e in range(args.moe.num_experts)]
+
+
 def split_layer(name: str) -> tuple[str, str]:
     """Hugging Face's name of a logical tensor's layer, "" outside of layers, and the rest of our name."""
     in_layer = re.fullmatch(r"(layers\.\d+\.)(.+)", name)
@@ -150,7 +178,7 @@ def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         UserError: a key is missing that the tensors do not tell, or asks for what this decoder does not do.
     """
-    expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False, "quantization_config": None}
+    expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False}
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]!r}, this decoder does {value!r}")
@@ -175,6 +203,8 @@ def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
         values["load_balancing_weight"] = DEFAULT_BALANCE_WEIGHT
     if CLASSIFIER in (config.get("architectures") or ()):
         values["labels"] = _labels(config, where)
+    if config.get("quantization_config"):
+        values["quantise"] = gptq.held_as(config["quantization_config"], where)
     return values | {"head_dim": config.get("head_dim")}
 
 
@@ -220,7 +250,11 @@ def write_description(
     """
     ids = {"bos_token_id": 1, "eos_token_id": 2, **special_ids}
     ids |= {key: template[key] for key in ids if key in template}
-    kept = {k: v for k, v in template.items() if k not in ("rope_parameters", "dtype", "transformers_version")}
+    kept = {
+        k: v
+        for k, v in template.items()
+        if k not in ("rope_parameters", "dtype", "transformers_version", "quantization_config")
+    }
     named = {key: getattr(args, name) for key, name in _CONFIG.items()}
     config: dict[str, Any] = {
         **kept,

@@ -1,5 +1,7 @@
 """A base with its LoRA adapters folded in: W + scaling * B A, computed where it is read."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,21 @@ from accessory.model.logical import EMBEDDING, LogicalModel, Region, as_matrix
 class Merged:
     """``checkpoint`` as a source in which every matrix has its LoRA adapter folded in; biases stay tensors of their own.
 
+    Quantised matrices stay as they are, if none has such an adapter and ``dense`` is not asked for.
+
     Attributes:
         logical: its tensors.
         unchanged: trained tensors that were read, and in which no value changed once it was rounded to the base's precision.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, dense: bool = False):
         self.checkpoint = checkpoint
         biased = {name: Adapter(bias=True) for name, adapter in checkpoint.logical.adapters.items() if adapter.bias}
-        self.logical = LogicalModel(checkpoint.logical.args, biased)
-        self._replaced = checkpoint.base_model.base.keys() & checkpoint.changed
+        args = checkpoint.logical.args
+        if dense or any(adapter.rank for adapter in checkpoint.logical.adapters.values()):
+            args = replace(args, quantise=None)
+        self.logical = LogicalModel(args, biased)
+        self._replaced = checkpoint.base_model.dense.keys() & checkpoint.changed
         self._changed: dict[str, bool] = {}
 
     def read(self, name: str, region: Region) -> Tensor:

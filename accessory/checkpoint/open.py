@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from accessory.checkpoint.huggingface import HuggingFaceDirectory
 from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import companion_files
+from accessory.checkpoint.quantise import Dequantised, Quantising, as_quantised, in_words, read_origin
 from accessory.checkpoint.tiles import Directory, TileReader
 from accessory.checkpoint.training import Training
 from accessory.config import read_mapping
@@ -26,7 +28,8 @@ from accessory.errors import UserError
 from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.build import RandomWeights
-from accessory.model.logical import LogicalModel, Region
+from accessory.model.logical import EMBEDDING, LogicalModel, Region, Source
+from accessory.settings import QuantiseSection
 
 
 def recognise(path: str | Path) -> Directory:
@@ -43,6 +46,17 @@ def recognise(path: str | Path) -> Directory:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """What the first ``count`` directories of a checkpoint make together, as it is stored."""
+
+    checkpoint: "Checkpoint"
+    count: int
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return self.checkpoint._read(name, region, self.count)
+
+
 class Checkpoint:
     """One or several directories, in any format, as a source of logical tensors.
 
@@ -52,20 +66,24 @@ class Checkpoint:
         paths: a directory, or several in order.
         config: another config.json than the first directory's own, or several.
         strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
+        quantise: matrices that are quantised as they are read: the checkpoint is then in all it does the quantised one.
 
     Attributes:
         args: the model's shape.
         logical: its tensors, those of all adapters among them. base_model: the first directory's, maybe with another head.
         layout: the layout to run it in, if the user names none.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
-        companions: files to be copied along, by name. training: how it was trained, as the last directory says.
+        companions: files to be copied along, by name. origin: the fingerprint of what was quantised, if it is known.
+        training: how it was trained, as the last directory says.
         sound: whether everything fitted.
 
     Raises:
         UserError: something is missing, damaged, unexpected or of the wrong shape.
     """
 
-    def __init__(self, paths: Paths, config: Paths | None = None, strict: bool = True):
+    def __init__(
+        self, paths: Paths, config: Paths | None = None, strict: bool = True, quantise: QuantiseSection | None = None
+    ):
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         if not paths:
             raise UserError("expected a checkpoint directory, found an empty list")
@@ -77,7 +95,9 @@ class Checkpoint:
         own = [below]  # each directory's
         for directory in self.directories[1:]:
             own.append(dataclasses.replace(below, labels=directory.labels or own[-1].labels))
-        self.args, self.base_model = own[-1], LogicalModel(below)
+        self.args = as_quantised(own[-1], quantise, str(paths[0]))
+        self._as_stored = LogicalModel(below)
+        self.base_model = LogicalModel(dataclasses.replace(below, quantise=self.args.quantise))
         self.layout = base.layout
         self.companions: dict[str, Path] = {}
         for directory in reversed(self.directories):
@@ -101,6 +121,11 @@ class Checkpoint:
         ]
         self.sound = True
         self._strict = strict
+        for reader in self.readers[1:]:
+            if hidden := [name for name in self._as_stored.codecs if reader.tiles[name]]:
+                raise UserError(
+                    f"{reader.where}: cannot change {hidden[0]} of {paths[0]}, which is quantised: name its original"
+                )
         self._check(strict)
 
     def _check(self, strict: bool) -> None:
@@ -113,8 +138,12 @@ class Checkpoint:
             for problem in problems:
                 say(f"warning: {problem}")
             self.sound &= not problems
-        for path, theirs in ((d.directory, d.fingerprint) for d in self.directories):
+        for directory in self.directories:
+            path, theirs = directory.directory, directory.fingerprint
             if theirs is not None and theirs != self.fingerprint:
+                if was := self._held_in_training(directory):
+                    say(f"warning: {path}: was trained beside this base {was}; here it is {in_words(self.args.quantise)}")
+                    continue
                 message = f"{path}: belongs to another base (fingerprint {theirs}, this is {self.fingerprint})"
                 if strict:
                     raise UserError(f"{message}; name the base that it was trained on, or force it (--force, strict=False)")
@@ -130,8 +159,23 @@ class Checkpoint:
         return self.training.template or ("chat_template" if own else None)
 
     def read(self, name: str, region: Region) -> Tensor:
-        """The values of logical tensor ``name`` in ``region``."""
-        return self._read(name, region, len(self.readers))
+        """The values of logical tensor ``name`` in ``region``; of a quantised matrix also the numbers that it stands for."""
+        return self._all.read(name, region)
+
+    @functools.cached_property
+    def _all(self) -> Source:
+        return self._held(len(self.readers), self.base_model)
+
+    @functools.cached_property
+    def _base(self) -> Source:
+        return self._held(self.base_layers, self.base_model)
+
+    def _held(self, layers: int, logical: LogicalModel) -> Source:
+        """What the first ``layers`` directories make, quantised as in ``logical``."""
+        source: Source = _Layers(self, layers)
+        if logical.args.quantise != self._as_stored.args.quantise:
+            source = Quantising(source, logical)
+        return Dequantised(source, logical)
 
     def _read(self, name: str, region: Region, layers: int) -> Tensor:
         """What the first ``layers`` directories make of it."""
@@ -145,7 +189,9 @@ class Checkpoint:
                 reader.lay_over(value, name, region, adds)
                 return value
         assert not self._strict
-        return RandomWeights(self.logical if name in self.logical.shapes else self.base_model, seed=0).read(name, region)
+        if name in self._as_stored.parts:
+            raise UserError(f"{self.directories[0].directory}: {name} is missing, and cannot be made up")
+        return RandomWeights(self.logical if name in self.logical.shapes else self._as_stored, seed=0).read(name, region)
 
     @functools.cached_property
     def base_layers(self) -> int:
@@ -156,16 +202,38 @@ class Checkpoint:
     @functools.cached_property
     def changed(self) -> list[str]:
         """The base's own tensors that were trained, and come from the directories behind it."""
-        return sorted({n for reader in self.readers[self.base_layers :] for n in self.logical.base if reader.tiles[n]})
+        return sorted({n for reader in self.readers[self.base_layers :] for n in self.logical.dense if reader.tiles[n]})
 
     def read_base(self, name: str, region: Region) -> Tensor:
         """What the base holds of a tensor."""
-        return self._read(name, region, self.base_layers)
+        return self._base.read(name, region)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the base."""
+        """Of the base as it is held."""
         return fingerprint(self.read_base, self.base_model)
+
+    def _fingerprint_if(self, quantise: QuantiseSection | None) -> str:
+        """Of the base if it were held so."""
+        logical = LogicalModel(dataclasses.replace(self._as_stored.args, quantise=quantise))
+        return fingerprint(self._held(self.base_layers, logical).read, logical)
+
+    @functools.cached_property
+    def origin(self) -> str | None:
+        if self._as_stored.args.quantise:
+            return read_origin(self.directories[0].directory)
+        return self._fingerprint_if(None) if self.args.quantise else None
+
+    def _held_in_training(self, directory: Directory) -> str | None:
+        """How the base was held beside which a directory was trained, if that was this one, held otherwise."""
+        if directory.fingerprint == self.origin:
+            return in_words(None)
+        if directory.quantise is None or self._as_stored.args.quantise:
+            return None
+        with suppress(UserError):  # another shape
+            if directory.fingerprint == self._fingerprint_if(directory.quantise):
+                return in_words(directory.quantise)
+        return None
 
     def hf_config(self) -> dict[str, Any]:
         """The first directory's config.json, if it is Hugging Face's."""
@@ -173,9 +241,14 @@ class Checkpoint:
         return read_mapping(base.directory / "config.json") if base.format == "hf" else {}
 
     def dtype(self, name: str) -> torch.dtype:
-        """A dtype that holds every value that the directories have for logical tensor ``name``."""
+        """A dtype that holds every value that the directories have for logical tensor ``name``; of the numbers that a
+        quantised matrix stands for, that of the embedding."""
+        if name in self.logical.parts:
+            return torch.uint8
+        if name in self.logical.codecs:
+            name = EMBEDDING
         holding = [n for n, reader in enumerate(self.readers) if reader.tiles[name]]
-        if name in self.logical.base:  # trained beside the base, it is in the precision of training: the base's own decides
+        if name in self.logical.dense:  # trained beside the base, it is in the precision of training: the base's own decides
             holding = [n for n in holding if self.directories[n].format != "adapter" or n == holding[0]]
         dtypes = [self.readers[n].dtype(name) for n in holding]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32

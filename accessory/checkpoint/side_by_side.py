@@ -93,7 +93,7 @@ def open_adapters(
         )
     found = {}
     for name, directory in directories.items():
-        one, where = Checkpoint([*below, directory], config, strict), f"adapter '{name}' ({directory})"
+        one, where = Checkpoint([*below, directory], config, strict, base.args.quantise), f"adapter '{name}' ({directory})"
         if one.args.labels != base.args.labels:
             raise UserError(f"{where}: makes a classifier of the base, which gives no answers: ask it alone (classify)")
         if replaced := _replaced(base, one):
@@ -110,7 +110,7 @@ def open_adapters(
 def _replaced(base: Checkpoint, one: Checkpoint) -> str | None:
     """A tensor of the base that the last directory of ``one`` changes; a copy of it, as PEFT saves embeddings, does not."""
     reader, adds = one.readers[-1], one.directories[-1].adds
-    for name in base.logical.base:
+    for name in base.logical.dense:
         if reader.tiles[name]:
             theirs, ours = (source.read(name, base.logical.whole(name)) for source in (one, base))
             if adds or not torch.equal(theirs, ours.to(theirs.dtype)):

@@ -25,6 +25,7 @@ from accessory.errors import UserError
 from accessory.files import check_file
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES |= {"U8": torch.uint8, "I32": torch.int32}  # of quantised matrices
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SYNC_BYTES = 2**30  # written between two waits for the disk: one wait for all of it would look like a stall
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
@@ -146,7 +147,7 @@ def _index_safetensors(parts: JoinedFiles) -> TensorFile:
     for key, entry in header.items():
         shape, (begin, stop) = tuple(entry["shape"]), entry["data_offsets"]
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise _not_a_weight(parts, key, entry["dtype"])
+            raise not_a_weight(parts, key, entry["dtype"])
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         if begin < 0 or stop - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{key} has a wrong size")
@@ -158,7 +159,7 @@ def _index_safetensors(parts: JoinedFiles) -> TensorFile:
     return TensorFile(tensors, {key: str(value) for key, value in notes.items()})
 
 
-def _not_a_weight(parts: JoinedFiles, key: str, dtype: object) -> UserError:
+def not_a_weight(parts: JoinedFiles, key: str, dtype: object) -> UserError:
     return UserError(f"{parts}: {key} is of type {dtype}; weights are fp64, fp32, fp16 or bf16 here, not quantised")
 
 
@@ -183,8 +184,8 @@ def _index_archive(parts: JoinedFiles) -> TensorFile:
             raise UserError(
                 f"{parts}: saved in an old or unusual form; load it with torch, clone its tensors and save it anew"
             )
-        if tensor.dtype not in _SAFETENSORS_NAMES:
-            raise _not_a_weight(parts, key, tensor.dtype)
+        if tensor.dtype not in _SAFETENSORS_NAMES or not tensor.dtype.is_floating_point:
+            raise not_a_weight(parts, key, tensor.dtype)
         offset = base + tensor.storage_offset() * tensor.dtype.itemsize
         stored[key] = Stored(parts, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if stored[key].offset + tensor.nbytes > parts.starts[-1]:

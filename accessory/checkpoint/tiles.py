@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.encoding import AS_IS, Encoding
-from accessory.checkpoint.storage import Stored
+from accessory.checkpoint.storage import Stored, not_a_weight
 from accessory.console import listed
+from accessory.model.codecs import is_part
 from accessory.model.logical import Adapters, LogicalModel, Region, Shape, Source, region_shape
 from accessory.model.moe.layouts import EXPERT, Layout
+from accessory.settings import QuantiseSection
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Directory:
     adds = False  # its values are to be added to another checkpoint's
     may_lack = True  # behind a base, it need not hold all that the format has a place for
     fingerprint: str | None = None  # of the base that it belongs to, if it says so
+    quantise: QuantiseSection | None = None  # how that was held
     labels: tuple[str, ...] = ()  # of the classifier that it makes of a base
     directory: Path
     stored: dict[str, dict[str, Stored]]  # file -> key -> tensor
@@ -131,6 +134,9 @@ class TileReader:
             for place, tiles_here in expected.items()
             if place in there and there[place].shape != (shape := tiles_here[0].stored_shape())
         }
+        for place, tiles_here in expected.items():
+            if place in there and not (there[place].dtype.is_floating_point or is_part(tiles_here[0].name)):
+                raise not_a_weight(there[place].parts, place[1], there[place].dtype)
         self.tiles: dict[str, list[Tile]] = defaultdict(list)
         self.replicas: list[tuple[Tile, Tile]] = []
         lacking: dict[str, set[str]] = defaultdict(set)

@@ -5,11 +5,13 @@ import itertools
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
 from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.quantise import in_words
 from accessory.checkpoint.state import KINDS, TrainingState, is_state
 from accessory.checkpoint.verify import compare, different_settings, different_training
 from accessory.console import progress, say
@@ -18,10 +20,14 @@ from accessory.dtypes import all_finite, get_dtype
 from accessory.errors import UserError
 from accessory.files import check_directory
 from accessory.model.args import ModelArgs
-from accessory.model.logical import allowed_sizes
+from accessory.model.logical import LogicalModel, allowed_sizes, check_divides
+from accessory.model.memory import share_of_a_rank
 from accessory.model.moe.layouts import LAYOUTS
+from accessory.settings import QuantiseSection
 from accessory.tuning.spec import PRESETS, matches
 
+ROOM = 0.85
+"""Share of a card that a model and its cache may take; activations and what the driver needs have the rest."""
 TITLES = {
     "hf": "Hugging Face",
     "mistral": "Mistral's own",
@@ -43,6 +49,17 @@ def _convert(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     else:
         target = Target(arguments.to, arguments.mp, dtype, arguments.format, arguments.shard_gb * 1e9)
         convert(checkpoint, arguments.destination, target)
+    print(f"wrote {arguments.destination}")
+
+
+def run_quantise(arguments: argparse.Namespace) -> None:
+    if not (arguments.experts or arguments.attention):
+        raise UserError("nothing is to be quantised: name --experts, --attention or both, as --experts nf4 --attention nf4")
+    quantise = QuantiseSection(arguments.experts, arguments.attention)
+    checkpoint = Checkpoint(arguments.sources, arguments.config, not arguments.force, quantise)
+    if any(adapter.rank for adapter in checkpoint.logical.adapters.values()):
+        raise UserError(f"{arguments.sources[-1]}: an adapter goes into numbers: merge it first (accessory merge)")
+    convert(checkpoint, arguments.destination, Target(arguments.to, arguments.mp))
     print(f"wrote {arguments.destination}")
 
 
@@ -83,16 +100,9 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     for layout in LAYOUTS.values():
         allowed = allowed_sizes(args, layout)
         print(f"  runs as     {layout.name} at model-parallel size {', '.join(map(str, allowed))}")
-    logical = checkpoint.logical
-    print(f"\n  {'tensors':<12}{'count':>6}  {'parameters':>16}  dtype")
-    total = 0
-    for group in PRESETS:
-        names = [name for name in logical.base if matches(group, name)]
-        size = sum(logical.sizes[name] for name in names)
-        dtypes = Counter(str(checkpoint.dtype(name)).removeprefix("torch.") for name in names)
-        print(f"  {group:<12}{len(names):>6}  {size:>16,}  {', '.join(dtypes)}")
-        total += size
-    print(f"  {'all':<12}{len(logical.base):>6}  {total:>16,}  {args.active_parameters():,} active per token")
+    _print_table(checkpoint)
+    if arguments.fit:
+        _print_fit(checkpoint, arguments.fit * 1e9)
     checkpoint.warn_of_differing_replicas()
     damaged = _damaged(checkpoint, nbytes)
     for where in damaged:
@@ -126,6 +136,50 @@ def _inspect_state(state: TrainingState) -> None:
         dtypes = {str(tensor.dtype).removeprefix("torch.") for _, tensor in found}
         numbers = sum(math.prod(tensor.shape) for _, tensor in found)
         print(f"  {kind:<12}{len(names):>6}  {numbers:>16,}  {', '.join(sorted(dtypes))}")
+
+
+def _print_table(checkpoint: Checkpoint) -> None:
+    """How much there is of each part of the model, and how it is held."""
+    logical, rows = checkpoint.logical, []
+    for group in PRESETS:
+        own = [name for name in logical.dense if matches(group, name)]
+        held = [name for name in logical.base if matches(group, name)]
+        kinds = Counter(
+            logical.codecs[name].name if name in logical.codecs else str(checkpoint.dtype(name)).removeprefix("torch.")
+            for name in own
+        )
+        nbytes = sum(math.prod(logical.base[name]) * checkpoint.dtype(name).itemsize for name in held)
+        rows.append((group, len(own), sum(logical.sizes[name] for name in held), nbytes, ", ".join(kinds)))
+    _, counts, sizes, weights, _ = zip(*rows, strict=True)
+    rows.append(("all", sum(counts), sum(sizes), sum(weights), f"{checkpoint.args.active_parameters():,} active per token"))
+    print(f"\n  {'tensors':<12}{'count':>6}  {'parameters':>16}  {'bits each':>9}  {'GB':>9}  held as")
+    for name, count, size, nbytes, kind in rows:
+        print(f"  {name:<12}{count:>6}  {size:>16,}  {8 * nbytes / max(1, size):>9.3f}  {nbytes / 1e9:>9.3f}  {kind}")
+
+
+def _print_fit(checkpoint: Checkpoint, card: float) -> None:
+    """Which ways to hold the model leave room on cards of so many bytes, and for how many tokens' keys and values."""
+    args, layout = checkpoint.args, checkpoint.layout
+    ways = [None, *(QuantiseSection(name, name) for name in ("int8", "nf4"))] if not args.quantise else [args.quantise]
+    sizes = [size for size in (1, 2, 4, 8) if size in allowed_sizes(replace(args, quantise=None), layout)]
+    print(
+        f"\n  on cards of {card / 1e9:g} GB, in bf16: GB of a rank, and the tokens of keys and values that fit beside them"
+    )
+    print(f"  {'held':<40}" + "".join(f"{f'mp {size}':>22}" for size in sizes))
+    for way in ways:
+        cells = []
+        for size in sizes:
+            try:
+                logical = LogicalModel(replace(args, quantise=way))
+                check_divides(logical.args, layout, size)
+            except UserError:  # blocks do not come out even
+                cells.append("-")
+                continue
+            share = share_of_a_rank(logical, layout, size, torch.bfloat16)
+            token = 4 * args.n_layers * args.head_dim * max(1, args.n_kv_heads // size)
+            room = int(ROOM * card - share) // token
+            cells.append(f"{share / 1e9:.2f} " + (f"{room:,}" if room > 0 else "no"))
+        print(f"  {in_words(way):<40}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def _damaged(checkpoint: Checkpoint, nbytes: int) -> list[str]:

@@ -55,6 +55,7 @@ def load(
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),
         device=launch.device,
+        quant=arguments.quantise,
         adapters=adapters,
     )
 

@@ -31,6 +31,7 @@ from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
+from accessory.settings import QuantiseSection
 
 
 class MetaModel:
@@ -78,7 +79,7 @@ class MetaModel:
         mp_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
-        quant: bool = False,
+        quant: bool | str | Mapping[str, str | None] | QuantiseSection | None = False,
         strict: bool = True,
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> MetaModel:
@@ -92,6 +93,8 @@ class MetaModel:
             max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
             device: None: this process's GPU if there is one, else the CPU.
+            quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4" or "int8"
+                for both, or {"experts": "nf4", "attention": "int8"}.
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
             adapters: directories of any format of adapters, by names under which each request can choose one of them.
 
@@ -99,13 +102,11 @@ class MetaModel:
             UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts; an adapter
                 changes what the others share.
         """
-        if with_visual or quant:
-            raise UserError(
-                "with_visual and quant are not supported yet: this model reads text, in bf16, fp16, fp32 or fp64"
-            )
+        if with_visual:
+            raise UserError("with_visual is not supported yet: this model reads text")
         if not dist.is_initialized():
             join(Launch(0, 1, 0, 1), dist.HashStore())
-        checkpoint = Checkpoint(pretrained_path, llama_config, strict=strict)
+        checkpoint = Checkpoint(pretrained_path, llama_config, strict, QuantiseSection.read(quant))
         named = open_adapters(checkpoint, adapters, llama_config, strict) if adapters else {}
         everything = [checkpoint, *named.values()]
         tokenizer_path = tokenizer_path or next((one.tokenizer for one in everything if one.tokenizer), None)

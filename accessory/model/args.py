@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, NonNegative, Positive, Text, from_mapping, read_mapping
 from accessory.errors import UserError
+from accessory.model.codecs import get_codec
+from accessory.settings import QuantiseSection
 
 FewThousand = Annotated[int, Bounds(least=1, below=10_000)]
 """Of what a checkpoint has separate tensors of: to list those of a billion layers would take hours."""
@@ -27,7 +29,8 @@ class ModelArgs:
 
     ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
     ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss. A model with ``labels``
-    says which of them a document has, rather than its next token: their order is that of its logits.
+    says which of them a document has, rather than its next token: their order is that of its logits. ``quantise``: how
+    some of its matrices are held (``model/codecs.py``).
     """
 
     dim: Count
@@ -46,6 +49,7 @@ class ModelArgs:
     max_seq_len: Count = 4096
     load_balancing_weight: NonNegative = 0.1
     labels: tuple[Text, ...] = ()
+    quantise: QuantiseSection | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -58,6 +62,25 @@ class ModelArgs:
             )
         if self.labels and not 1 < len(self.labels) == len(set(self.labels)):
             raise UserError(f"labels must be two or more, each named once; found {', '.join(self.labels)}")
+        if self.quantise:
+            self._check_quantised(self.quantise)
+
+    def _check_quantised(self, quantise: QuantiseSection) -> None:
+        """Raise UserError if the rows of a matrix do not come out even in blocks."""
+        widths = {
+            "experts": {"dim": self.dim, "hidden_dim": self.hidden_dim},
+            "attention": {"dim": self.dim, "n_heads x head_dim": self.n_heads * self.head_dim},
+        }
+        for matrices, name in vars(quantise).items():
+            if not name:
+                continue
+            codec = get_codec(name)
+            for size, width in widths[matrices].items():
+                if width % (codec.group or codec.per_byte):
+                    raise UserError(
+                        f"quantise.{matrices} {codec.name}: {size} {width} is no multiple of a block of {codec.group}: take "
+                        f"smaller blocks, as {codec.kind}-8, or int8, which has none"
+                    )
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelArgs":
@@ -71,6 +94,8 @@ class ModelArgs:
             del values["moe"]["score_bias"]
         if not self.labels:
             del values["labels"]
+        if not self.quantise:
+            del values["quantise"]
         return values
 
     def active_parameters(self) -> int:

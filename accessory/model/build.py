@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from accessory.console import listed
 from accessory.dtypes import all_finite
 from accessory.errors import UserError
+from accessory.model.codecs import is_part
 from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
 from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
@@ -81,7 +82,7 @@ def model_without_weights(
     with torch.device("meta"):
         model = Decoder(logical, layout, mesh, kernel, recompute)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = trains is None or name in trains
+        parameter.requires_grad = not is_part(name) and (trains is None or name in trains)
         kept = dtype if parameter.requires_grad else frozen_dtype or dtype
         parameter.data = parameter.data.to(held_dtype(name, kept))
     return model

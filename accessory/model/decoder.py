@@ -15,7 +15,7 @@ from accessory.model.cache import CacheView, LayerCache, PagedCache
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
-from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, Quantisable, RowParallelLinear
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
@@ -93,6 +93,11 @@ class Decoder(nn.Module):
             layer = self.get_submodule(owner)
             assert isinstance(layer, Adaptable | GroupedExperts)
             layer.adapt(matrix, adapter)
+        for name, codec in logical.codecs.items():
+            owner, matrix = name.rsplit(".", 1)
+            layer = self.get_submodule(owner)
+            assert isinstance(layer, Quantisable | GroupedExperts)
+            layer.quantise(matrix, codec)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers: the model's logical tensors, as this rank holds them."""

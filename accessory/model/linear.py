@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
+from accessory.model.codecs import Codec
 from accessory.model.packed import packed, product
+from accessory.model.quantised import QuantisedWeights, hold_quantised, quantised_linear
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
     copy_to_model_parallel_region,
@@ -14,7 +16,22 @@ from accessory.parallel.regions import (
 )
 
 
-class ColumnParallelLinear(Adaptable):
+class Quantisable(Adaptable):
+    """A layer whose matrix can be held quantised."""
+
+    codec: Codec | None = None
+
+    def quantise(self, matrix: str, codec: Codec) -> None:
+        """Hold it so."""
+        self.codec = codec
+        hold_quantised(self, matrix, codec)
+
+    def quantised(self, dtype: torch.dtype, codec: Codec) -> QuantisedWeights:
+        """The matrix as it is held, to multiply values in ``dtype``."""
+        return QuantisedWeights.of(self, "weight", codec, 1, dtype)
+
+
+class ColumnParallelLinear(Quantisable):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 0: the output stays cut.
 
     The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
@@ -34,13 +51,16 @@ class ColumnParallelLinear(Adaptable):
         self.weight = nn.Parameter(torch.empty(out_features if self.own_rows else out_features // mp.size, in_features))
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        bias = None if self.bias is None else self._own(self.bias)
-        y, low = product(x, self._own(self.weight), bias), self.low_rank(x, adapters)
+        bias, low = None if self.bias is None else self._own(self.bias), self.low_rank(x, adapters)
+        if self.codec:
+            y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)
+        else:
+            y = product(x, self._own(self.weight), bias)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
 
     def pack(self) -> None:
-        """Pack the weight; one of which this rank computes only some rows stays as it is."""
-        if self.own_rows is None:
+        """Pack the weight; one that is quantised, or of which this rank computes only some rows, stays as it is."""
+        if self.own_rows is None and self.codec is None:
             self.weight = packed(self.weight)
 
     def _own(self, parameter: Tensor) -> Tensor:
@@ -55,7 +75,7 @@ class ColumnParallelLinear(Adaptable):
         return scaled(F.linear(dropped(x, self.adapter, adapters.dropout_draw), lora_a), self.adapter, adapters)
 
 
-class RowParallelLinear(Adaptable):
+class RowParallelLinear(Quantisable):
     """``x @ weight.T`` with ``weight`` [out, in] cut on dim 1 and ``x`` cut likewise: partial products are summed."""
 
     def __init__(self, in_features: int, out_features: int, mp: Axis):
@@ -64,10 +84,11 @@ class RowParallelLinear(Adaptable):
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
     def pack(self) -> None:
-        self.weight = packed(self.weight)
+        if self.codec is None:
+            self.weight = packed(self.weight)
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        y = product(x, self.weight)
+        y = quantised_linear(x, self.quantised(x.dtype, self.codec)) if self.codec else product(x, self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
             # this rank's part of A x, and of what the ranks' sum adds once

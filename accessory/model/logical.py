@@ -5,7 +5,8 @@ Names and shapes are those of ``_decoder_shapes``. An adapter on a matrix [..., 
     lora_a [..., R, in]    lora_b [..., out, R]    bias [..., out]
 
 called ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1_lora_a`` beside ``experts.w1``; the
-embedding counts as a matrix that maps V to D. They are the names of the decoder's own parameters.
+embedding counts as a matrix that maps V to D. In the place of a matrix that is held quantised are its codec's parts, called
+likewise: ``wq.codes``, ``experts.w1_codes``. They are the names of the decoder's own parameters.
 """
 
 import re
@@ -22,6 +23,7 @@ from accessory.dtypes import at_least
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
+from accessory.model.codecs import Codec, get_codec, is_part
 from accessory.model.moe.layouts import Layout
 
 T = TypeVar("T")
@@ -103,21 +105,54 @@ class LogicalModel:
     members: tuple[str, ...] = ()
 
     @cached_property
-    def base(self) -> dict[str, Shape]:
-        """The shapes of the model's own tensors, by name and in order."""
+    def dense(self) -> dict[str, Shape]:
+        """The shapes of the model's own tensors, by name and in order, where none is quantised."""
         return _decoder_shapes(self.args)
 
     @cached_property
+    def codecs(self) -> dict[str, Codec]:
+        """Those of them that are held quantised, and how."""
+        quantise = self.args.quantise
+        names = {".experts.": quantise and quantise.experts, ".attention.": quantise and quantise.attention}
+        chosen = {matrices: get_codec(name) for matrices, name in names.items() if name}
+        return {name: codec for name in self.dense for matrices, codec in chosen.items() if matrices in name}
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """Their parts' names: the matrix, and which part of it."""
+        return {
+            adapter_name(name, part): (name, part)
+            for name, codec in self.codecs.items()
+            for part in codec.shapes(self.dense[name])
+        }
+
+    @cached_property
+    def base(self) -> dict[str, Shape]:
+        """The shapes of the model's own tensors as they are held, by name and in order."""
+        return {name: shape for held in self._held.values() for name, shape in held.items()}
+
+    @cached_property
+    def _held(self) -> dict[str, dict[str, Shape]]:
+        """Of each of its own tensors what is held: itself, or its parts."""
+
+        def held(name: str, shape: Shape) -> dict[str, Shape]:
+            codec = self.codecs.get(name)
+            parts = codec.shapes(shape) if codec else {}
+            return {adapter_name(name, part): part_shape for part, part_shape in parts.items()} or {name: shape}
+
+        return {name: held(name, shape) for name, shape in self.dense.items()}
+
+    @cached_property
     def matrices(self) -> dict[str, Shape]:
-        """Those of them that can have an adapter."""
-        return {name: shape for name, shape in self.base.items() if len(shape) > 1 and name != SCORE}
+        """Those that can have an adapter, however they are held."""
+        return {name: shape for name, shape in self.dense.items() if len(shape) > 1 and name != SCORE}
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Of all tensors; an adapter's follow their matrix."""
-        result = {}
-        for name, shape in self.base.items():
-            result[name] = shape
+        result: dict[str, Shape] = {}
+        for name, shape in self.dense.items():
+            result |= self._held[name]
             if name in self.adapters:
                 parts = self.adapters[name].shapes(as_matrix(name, shape))
                 result |= {adapter_name(name, part): part_shape for part, part_shape in parts.items()}
@@ -125,8 +160,9 @@ class LogicalModel:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """How many numbers each tensor has."""
-        return {name: prod(shape) for name, shape in self.shapes.items()}
+        """How many numbers each tensor stands for: the codes of a quantised matrix for all of it."""
+        counted = {part: self.dense[matrix] if kind == "codes" else (0,) for part, (matrix, kind) in self.parts.items()}
+        return {name: prod(shape) for name, shape in (self.shapes | counted).items()}
 
     @property
     def added(self) -> set[str]:
@@ -151,11 +187,13 @@ class LogicalModel:
     def cuts(self, layout: Layout) -> dict[str, Cut]:
         """How ``layout`` cuts every tensor."""
         by_kind = _CUT_DIMS | layout.cut_dims
-        dims = {name: by_kind.get(name.removesuffix(".weight").rpartition(".")[2]) for name in self.base}
+        dims = {name: by_kind.get(name.removesuffix(".weight").rpartition(".")[2]) for name in self.dense}
         for name in self.adapters:
             dim = 0 if name == EMBEDDING else dims[name]  # cut along D, which as_matrix puts first
-            of_parts = adapter_cut_dims(len(self.base[name]), dim)
+            of_parts = adapter_cut_dims(len(self.dense[name]), dim)
             dims |= {adapter_name(name, part): part_dim for part, part_dim in of_parts.items()}
+        for name, (matrix, part) in self.parts.items():
+            dims[name] = self.codecs[matrix].cut_dims(len(self.dense[matrix]), dims[matrix])[part]
         heads = {name: self.args.n_kv_heads for name in self.shapes if _OF_KV_HEADS.search(name)}
         return {name: Cut(shape, dims[name], heads.get(name)) for name, shape in self.shapes.items()}
 
@@ -203,13 +241,21 @@ def is_buffer(name: str) -> bool:
 
 def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """What a logical tensor is held and saved in, if the model is in ``dtype``: the router in fp32 at least, for rounded to
-    bf16 it makes 0.2 % of the choices otherwise."""
+    bf16 it makes 0.2 % of the choices otherwise; parts of a quantised matrix as the codec makes them."""
+    if is_part(name):
+        return torch.uint8
     return at_least(dtype) if ".feed_forward.gate." in name else dtype
 
 
 def undivided(args: ModelArgs, layout: Layout, model_parallel: int) -> list[str]:
     """What a model-parallel size does not divide, with its number; it may be a multiple of n_kv_heads instead."""
     sizes = layout.cut_size(args) | {"n_heads": args.n_heads, "vocab_size": args.vocab_size, "dim": args.dim}
+    for matrices, name in vars(args.quantise).items() if args.quantise else ():
+        group = get_codec(name).group if name else None
+        if group and matrices == "attention":
+            sizes[f"the blocks of {name} in a row of wo,"] = args.n_heads * args.head_dim // group
+        elif group and "hidden_dim" in sizes:
+            sizes[f"the blocks of {name} in a row of w2,"] = args.hidden_dim // group
     if model_parallel < 1 or model_parallel % args.n_kv_heads:
         sizes["n_kv_heads"] = args.n_kv_heads
     return [f"{name} {size}" for name, size in sizes.items() if model_parallel < 1 or size % model_parallel]

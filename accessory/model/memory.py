@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from accessory.dtypes import at_least
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import SCORE, LogicalModel
+from accessory.model.logical import SCORE, LogicalModel, held_dtype
 from accessory.model.moe.layouts import Layout
 from accessory.parallel.cross_entropy import CHUNK
 from accessory.parallel.mesh import Mesh
@@ -33,6 +34,15 @@ def memory_of(device: torch.device) -> int:
     return there
 
 
+def share_of_a_rank(logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype) -> float:
+    """Bytes of one rank's part of a model that is only used."""
+    cuts = logical.cuts(layout).items()
+    return sum(
+        prod(cut.shape) * held_dtype(name, dtype).itemsize / (1 if cut.dim_over(model_parallel) is None else model_parallel)
+        for name, cut in cuts
+    )
+
+
 def check_memory(
     logical: LogicalModel,
     layout: Layout,
@@ -50,35 +60,36 @@ def check_memory(
         dtype: of what trains; frozen_dtype: of the rest, None: the same.
         sharing: how many ranks share the device's memory.
     """
-    own = numbers_of_rank(logical, layout, mesh.mp.size)
-    counts = {True: 0.0, False: 0.0}
-    for name, numbers in own.items():
-        counts[name in trains] += numbers / mesh.dp_shard.size
-    sizes = {True: dtype.itemsize * (2 + MOMENTS), False: (frozen_dtype or dtype).itemsize}
-    needed = sum(counts[kind] * sizes[kind] for kind in counts)
+    counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
+    nbytes = dict(counts)
+    for name, share in shares_of_rank(logical, layout, mesh.mp.size).items():
+        kind = "train" if name in trains else "quantised" if name in logical.parts else "frozen"
+        each = dtype.itemsize * (2 + MOMENTS) if kind == "train" else held_dtype(name, frozen_dtype or dtype).itemsize
+        counts[kind] += logical.sizes[name] * share / mesh.dp_shard.size
+        nbytes[kind] += prod(logical.shapes[name]) * each * share / mesh.dp_shard.size
+    needed = sum(nbytes.values())
     there = memory_of(device) / sharing
     if needed <= there:
         return
-    kinds = {True: "that train, with gradient and AdamW's moments", False: "that do not"}
-    each = " and ".join(
-        f"{counts[kind]:,.0f} parameters {kinds[kind]}, {sizes[kind]} bytes each" for kind in counts if counts[kind]
+    kinds = {"train": "that train, with gradient and AdamW's moments", "quantised": "quantised", "frozen": "that do not"}
+    each_kind = " and ".join(
+        f"{counts[kind]:,.0f} parameters {words}, {nbytes[kind] / counts[kind]:.3g} bytes each"
+        for kind, words in kinds.items()
+        if counts[kind]
     )
     where = "the GPU" if device.type == "cuda" else "this machine"
     among = f" for {sharing} ranks" if sharing > 1 else ""
     raise UserError(
-        f"the model does not fit: this rank's share is {each}, {needed / 2**30:,.1f} GiB in all, and {where} has "
-        f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or take a "
-        "narrower precision"
+        f"the model does not fit: this rank's share is {each_kind}, {needed / 2**30:,.1f} GiB in all, and {where} has "
+        f"{there * sharing / 2**30:,.1f} GiB{among}: cut it over more ranks, train less of it (tuning.lora), or hold it in "
+        "fewer bits (a narrower precision, or quantised)"
     )
 
 
-def numbers_of_rank(logical: LogicalModel, layout: Layout, model_parallel: int) -> dict[str, float]:
-    """How many numbers of each tensor a model-parallel rank has, before data-parallel ranks share them out."""
+def shares_of_rank(logical: LogicalModel, layout: Layout, model_parallel: int) -> dict[str, float]:
+    """How much of each tensor a model-parallel rank has, before data-parallel ranks share it out."""
     cuts = logical.cuts(layout)
-    return {
-        name: size / (1 if cuts[name].dim_over(model_parallel) is None else model_parallel)
-        for name, size in logical.sizes.items()
-    }
+    return {name: 1.0 if cuts[name].dim_over(model_parallel) is None else 1 / model_parallel for name in logical.shapes}
 
 
 @dataclass(frozen=True)
@@ -122,16 +133,21 @@ def footprint(
         tokens: of a micro-batch at most. accumulation: micro-batches of a step.
     """
     narrow, wide, args = compute.itemsize, at_least(compute).itemsize, logical.args
-    own = numbers_of_rank(logical, layout, mesh.mp.size)
+    shares = shares_of_rank(logical, layout, mesh.mp.size)
+    own = {name: prod(logical.shapes[name]) * share for name, share in shares.items()}
+    computed = {name: n * held_dtype(name, compute).itemsize for name, n in own.items()}
     trained = {name: n for name, n in own.items() if name in trains}
-    frozen = sum(own.values()) - sum(trained.values())
+    frozen = sum(nbytes for name, nbytes in computed.items() if name not in trains)
     masters = wide * sum(trained.values()) / mesh.dp_shard.size
-    block, trained_block = (sum(n for name, n in some.items() if name.startswith("layers.0.")) for some in (own, trained))
+    block, trained_block = (
+        sum(n for name, n in some.items() if name.startswith("layers.0.")) for some in (computed, trained)
+    )
     gathered, gradients = 0.0, masters
     if mesh.dp.size > 1 or narrow < wide:  # FSDP's: a block is gathered while the one before is computed
-        root = sum(own.values()) - args.n_layers * block
-        at_a_time = root + 2 * block if parallel.data_parallel == "fsdp" else sum(own.values())
-        gathered = narrow * at_a_time + (narrow + wide) * trained_block
+        everything = sum(computed.values())
+        root = everything - args.n_layers * block
+        at_a_time = root + 2 * block if parallel.data_parallel == "fsdp" else everything
+        gathered = at_a_time + (narrow + wide) * trained_block
         if parallel.data_parallel != "fsdp" and accumulation > 1:
             gradients += wide * sum(trained.values())
     saved = tokens * saved_bytes(args, mesh.mp.size, compute)
@@ -139,7 +155,7 @@ def footprint(
     vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
     head = min(tokens, CHUNK[device_type]) * vocabulary * (narrow + wide)
     return Footprint(
-        weights=masters + narrow * frozen / mesh.dp_shard.size,
+        weights=masters + frozen / mesh.dp_shard.size,
         gradients=gradients,
         moments=MOMENTS * masters,
         gathered=gathered,
@@ -149,10 +165,8 @@ def footprint(
 
 def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype) -> float:
     """Bytes that one block keeps of a token for backward, if all of it trains and experts share the tokens evenly."""
-    narrow, wide = compute.itemsize, at_least(compute).itemsize
     queries, keys = args.n_heads * args.head_dim / model_parallel, max(1, args.n_kv_heads / model_parallel) * args.head_dim
-    norms = 2 * (2 * narrow + wide) * args.dim  # each its input in fp32, normalised, and with its weight
-    attention = narrow * (2 * queries + 2 * keys)
-    router = wide * (args.dim if narrow < wide else 0)
-    experts = narrow * args.moe.num_experts_per_tok * (args.dim + 3 * args.hidden_dim / model_parallel)
-    return norms + attention + router + experts
+    around = 5 * args.dim  # what goes into either norm and comes out of it, and what attention gives
+    attention = 2 * queries + 2 * keys
+    experts = args.moe.num_experts_per_tok * (args.dim + 2 * args.hidden_dim / model_parallel)
+    return compute.itemsize * (around + attention + experts)

@@ -25,7 +25,7 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
             at least fp32. Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or
             at least fp32. Frozen parameters are sharded too.
     """
-    if mesh.dp.size == 1 and all(parameter.dtype == compute for parameter in model.parameters()):
+    if mesh.dp.size == 1 and all(p.dtype == compute or not p.is_floating_point() for p in model.parameters()):
         return
     devices = _device_mesh(mesh, device_type)
     model.data_parallel = mode  # type: ignore[assignment]

@@ -201,7 +201,8 @@ class Trainer:
         if self.start.only_trainable:
             assert checkpoint  # RunConfig has checked
             below = [str(d.directory) for d in checkpoint.directories[: checkpoint.base_layers]]
-            base = {"fingerprint": checkpoint.fingerprint, "path": below}
+            quantise = checkpoint.args.quantise
+            base = {"fingerprint": checkpoint.fingerprint, "path": below, "quantise": quantise and vars(quantise)}
             save_trainable(self.built.model, directory, companions, base, self._describe, write)
             return
         dtype = get_dtype(self.config.parallel.precision)

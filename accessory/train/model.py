@@ -46,7 +46,7 @@ class Start:
         section, compute = config.model, get_dtype(config.parallel.precision)
         self.checkpoint: Checkpoint | None = None
         if section.checkpoint:
-            self.checkpoint = Checkpoint(section.checkpoint, section.config, strict=section.strict)
+            self.checkpoint = Checkpoint(section.checkpoint, section.config, section.strict, section.quantise)
             self.args = self.checkpoint.args
             self.layout = get_layout(section.layout) if section.layout else self.checkpoint.layout
             tokenizer = section.tokenizer or self.checkpoint.tokenizer

@@ -44,7 +44,7 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapt
         UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
     """
     plain = LogicalModel(args)
-    names = [name for name in plain.shapes if not is_buffer(name)]
+    names = [name for name in plain.dense if not is_buffer(name)]
     adapters = _adapters(section, plain.matrices, seed)
     for name in adapters.keys() & given.keys():
         first = adapters.get(f"{name[:-2]}w1")
@@ -65,6 +65,11 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapt
     trains = chosen - frozen
     if both := sorted(name for name in trains if name in adapters and adapters[name].rank):
         raise UserError(f"tuning: {listed(both)} would train both itself and by LoRA: take it out of train or lora.targets")
+    if args.quantise and (packed := sorted(trains & plain.codecs.keys())):
+        raise UserError(
+            f"tuning would train {listed(packed)}, which are held quantised: train adapters on them (tuning.lora), or leave "
+            "model.quantise out"
+        )
     logical = LogicalModel(args, adapters)
     trains |= logical.added
     if not trains:

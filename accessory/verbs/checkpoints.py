@@ -2,7 +2,7 @@
 
 import argparse
 
-from accessory.config import NonNegative, Positive
+from accessory.config import NonNegative, Positive, Text
 from accessory.verbs.options import (
     Verbs,
     a_count,
@@ -50,6 +50,8 @@ def checkpoint_verbs(verbs: Verbs) -> None:
     verb.add_argument("--mp", type=a_count, metavar="N", help="model-parallel parts; default: as the base")
     conversion_options(verb)
 
+    _quantise(verbs)
+
     verb = add_verb(
         verbs,
         "inspect",
@@ -61,10 +63,13 @@ def checkpoint_verbs(verbs: Verbs) -> None:
         "accessory verify reads that.",
         "accessory inspect hf",
         "accessory inspect BASE ADAPTER",
+        "accessory inspect BASE --fit 24",
         "accessory inspect runs/quickstart/mixtral/states/step500",
     )
     verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
     verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
+    about = "also say which ways to hold the model (whole, int8, nf4; over how many) fit on cards of so much memory"
+    verb.add_argument("--fit", type=checked(Positive), metavar="GB", help=about)
 
     verb = add_verb(
         verbs,
@@ -82,6 +87,27 @@ def checkpoint_verbs(verbs: Verbs) -> None:
     verb.add_argument(
         "--tolerance", type=checked(NonNegative), default=0.0, help="of each tensor's largest value; default: %(default)s"
     )
+
+
+def _quantise(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
+        "quantise",
+        function_of("accessory.checkpoint.tools", "run_quantise"),
+        "write a model with its matrices in 8 or 4 bits",
+        "Write a model whose experts and attention are quantised: nf4 or int4, in blocks with a scale each, or int8, by "
+        "rows; nf4-32 are blocks of 32. It loads into either layout at any size that leaves blocks whole, as it is. "
+        "Routers, norms, embeddings and output stay whole. docs/quantisation.md says more.",
+        "accessory quantise BASE DST --experts nf4 --attention nf4",
+    )
+    verb.add_argument("sources", nargs="+", type=a_path, metavar="DIR", help="directory, or several: a base, then changes")
+    verb.add_argument("destination", type=a_path, help="directory to write")
+    verb.add_argument("--experts", type=checked(Text), metavar="NAME", help="how experts are held; default: whole")
+    verb.add_argument("--attention", type=checked(Text), metavar="NAME", help="how attention is; default: whole")
+    verb.add_argument("--to", choices=["mixtral", "mixtral_sparse"], default="mixtral", help="layout; default: %(default)s")
+    verb.add_argument("--mp", type=a_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
+    verb.add_argument("--config", type=a_path, help="another config.json than the source's")
+    verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
 
 
 def conversion_options(verb: argparse.ArgumentParser) -> None:

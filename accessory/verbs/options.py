@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
 from accessory.errors import needs
+from accessory.settings import QuantiseSection
 
 Verbs = Any  # what argparse's add_subparsers returns
 Run = Callable[[argparse.Namespace], None]
@@ -82,6 +83,12 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
     told = "%(default)s" if max_seq_len else "the model's own"
     verb.add_argument(
         "--max-seq-len", type=a_count, default=max_seq_len, help=f"tokens of prompt and answer; default: {told}"
+    )
+    verb.add_argument(
+        "--quantise",
+        type=checked(Text, QuantiseSection.read),
+        metavar="NAME",
+        help="hold experts and attention as nf4, int4 or int8; or experts=nf4,attention=int8; default: as the checkpoint is",
     )
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 

@@ -19,6 +19,7 @@ from faults import (
     optimiser,
     parallel,
     precision,
+    quantised,
     router,
     serving,
     side_by_side,
@@ -46,6 +47,7 @@ _MODULES = (
     serving,
     evaluation,
     precision,
+    quantised,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]

@@ -61,7 +61,7 @@ FAULTS = (
     Fault(
         "the sparse layout's w2 is not transposed",
         ACCESSORY,
-        'Encoding("e d f -> (e f) d" if weight == "w2" else "e f d -> (e f) d")',
+        'Encoding("e d f -> (e f) d" if tensor == "w2" else "e f d -> (e f) d")',
         'Encoding("e f d -> (e f) d")',
         CUT.format("mixtral_sparse"),
     ),

@@ -95,10 +95,10 @@ FAULTS = (
         "tests/test_dry_run.py::test_a_plan_for_other_machines_needs_none_of_them",
     ),
     Fault(
-        "a plan forgets what the down projection keeps",
+        "a plan forgets one of the two up projections",
         "accessory/model/memory.py",
-        "3 * args.hidden_dim / model_parallel",
         "2 * args.hidden_dim / model_parallel",
+        "args.hidden_dim / model_parallel",
         "tests/test_dry_run.py::test_what_a_block_keeps_for_backward",
     ),
     Fault(

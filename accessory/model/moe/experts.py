@@ -16,11 +16,13 @@ from accessory.model.adapter import (
     name_of_a,
     scaled,
 )
+from accessory.model.codecs import Codec
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.packed import packed
+from accessory.model.quantised import QuantisedWeights, hold_quantised
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 
@@ -41,6 +43,7 @@ class GroupedExperts(nn.Module):
         self.num_local, self.kernel, self.cut_dims, self.mp = num_local, kernel, cut_dims, mp
         self.adapters: dict[str, Adapter] = {}
         self.whole: set[str] = set()  # adapter tensors that are whole on every rank
+        self.codecs: dict[str, Codec] = {}  # of matrices that are held quantised
         self.packed: dict[str, PackedWeights] = {}
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_local * dim, hidden_dim))
@@ -52,17 +55,24 @@ class GroupedExperts(nn.Module):
         cuts = adapter_cut_dims(3, self.cut_dims[matrix])
         self.whole |= {adapter_name(matrix, part) for part, dim in cuts.items() if dim is None}
 
+    def quantise(self, matrix: str, codec: Codec) -> None:
+        """Hold a matrix quantised."""
+        self.codecs[matrix] = codec
+        hold_quantised(self, matrix, codec)
+
     def pack(self) -> None:
-        """Pack the weights, matrix by matrix; the plain ones are gone."""
-        for matrix in ("w1", "w2", "w3"):
+        """Pack the weights, matrix by matrix; the plain ones are gone, and quantised ones stay."""
+        for matrix in {"w1", "w2", "w3"} - self.codecs.keys():
             self.packed[matrix] = PackedWeights([packed(of_expert) for of_expert in self._stack(matrix)])
             delattr(self, matrix)
 
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
-        w1, w2, w3 = (self.expert_weights(matrix) for matrix in ("w1", "w2", "w3"))
-        kernel = OF_PACKED if self.packed else pick_kernel(self.kernel, x_nD, w1.shape[1])
+        w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
+        # of quantised weights only a kernel that asks for some experts at a time makes few
+        name = "looped" if self.codecs and self.kernel == "auto" else self.kernel
+        kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
         products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD))
@@ -71,15 +81,15 @@ class GroupedExperts(nn.Module):
 
     def _project(self, matrix: str, x: Tensor, rows: "_Products") -> Tensor:
         """``W x + scaling * B A x + bias`` of each row's expert."""
-        y = rows.matmul(x, self.expert_weights(matrix), rows.ends_e)
+        y = rows.matmul(x, self.expert_weights(matrix, x.dtype), rows.ends_e)
         adapter = self.adapters.get(matrix, Adapter())
         if rows.adapters.reach(adapter):
             first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
             x = dropped(x, adapter, rows.adapters.dropout_draw, first_column)
-            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter)), rows.ends_e)
+            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter), x.dtype), rows.ends_e)
             share = rows.bias_share / self.mp.size if f"{matrix}_lora_b" in self.whole else rows.bias_share
             low_nR = scaled(low_nR, adapter, rows.adapters, share)
-            y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b"), rows.ends_e)
+            y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b", x.dtype), rows.ends_e)
         if adapter.bias:
             bias = self._stack(f"{matrix}_bias")
             if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
@@ -87,8 +97,10 @@ class GroupedExperts(nn.Module):
             y.addmm_(rows.bias_ne, bias)
         return y
 
-    def expert_weights(self, matrix: str) -> ExpertWeights:
-        """A matrix of all experts, or an adapter's, as kernels ask for it."""
+    def expert_weights(self, matrix: str, dtype: torch.dtype) -> ExpertWeights:
+        """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
+        if matrix in self.codecs:
+            return QuantisedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
         return self.packed.get(matrix) or PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:

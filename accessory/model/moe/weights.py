@@ -27,6 +27,11 @@ class ExpertWeights(Protocol):
         """The tensor [e, out, in] whose gradient is wanted; None: these weights are frozen."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """Of how many experts to ask for the matrices together at most, where there is a choice."""
+        ...
+
     def __getitem__(self, experts: slice) -> Tensor:
         """The matrices of ``experts``, [k, out, in]; not to be changed."""
         ...
@@ -40,7 +45,7 @@ class PlainWeights:
     """Weights that are a tensor [e, out, in], or a view of one; they train where autograd wants its gradient."""
 
     def __init__(self, matrices: Tensor):
-        self.matrices, self.shape = matrices, matrices.shape
+        self.matrices, self.shape, self.at_once = matrices, matrices.shape, len(matrices)
         self.trained = matrices if matrices.requires_grad and torch.is_grad_enabled() else None
 
     def __getitem__(self, experts: slice) -> Tensor:
@@ -57,6 +62,7 @@ class PackedWeights:
 
     def __init__(self, matrices: Sequence[Tensor]):
         self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
+        self.at_once = len(matrices)
 
     def __getitem__(self, experts: slice) -> Tensor:
         return torch.stack([plain(matrix) for matrix in self.matrices[experts]])

@@ -60,13 +60,15 @@ class _Block:
         return padded[self.padded_rows].view(len(self.row_counts), max(self.row_counts), padded.shape[1])
 
 
-def _blocks(row_ends: Tensor, max_rows: int) -> list[_Block]:
-    """All experts with rows, in blocks of up to ``max_rows`` padded rows, where those of one expert are not more already."""
+def _blocks(row_ends: Tensor, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
+    """All experts with rows, in blocks of as many as ``matrices`` are to be asked for at once, and of up to ``max_rows``
+    padded rows, where those of one expert are not more already."""
+    at_once = min(w.at_once for w in matrices)
     blocks: list[_Block] = []
     for expert, rows in enumerate(rows_of_experts(row_ends)):
         if rows.start == rows.stop:
             continue
-        is_neighbour = blocks and blocks[-1].experts.stop == expert
+        is_neighbour = blocks and blocks[-1].experts.stop == expert and len(blocks[-1].row_counts) < at_once
         if is_neighbour and (joined := _join(blocks[-1], rows, max_rows)):
             blocks[-1] = joined
         else:
@@ -121,7 +123,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         """``trained``: of each of the ``matrices``, for autograd to see."""
         w1, w2, w3 = ctx.matrices = matrices
         hidden_dim = w1.shape[1]
-        ctx.blocks = _blocks(row_ends, rows_in_cache(x, hidden_dim))
+        ctx.blocks = _blocks(row_ends, rows_in_cache(x, hidden_dim), w1, w2, w3)
         _prefetch(ctx.blocks, w1, w3, w2)
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
         gate, up = x.new_empty(padded, hidden_dim), x.new_empty(padded, hidden_dim)
@@ -166,7 +168,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_ends: Tensor, w: ExpertWeights, trained: Tensor | None) -> Tensor:
-        ctx.w, ctx.blocks = w, _blocks(row_ends, rows_in_cache(x, max(w.shape[1:])))
+        ctx.w, ctx.blocks = w, _blocks(row_ends, rows_in_cache(x, max(w.shape[1:])), w)
         _prefetch(ctx.blocks, w)
         y = x.new_empty(len(x), w.shape[1])
         for block in ctx.blocks:

@@ -1,0 +1,125 @@
+"""GPTQ's and AWQ's quantised matrices in Hugging Face's files, as parts: the same bytes in another order.
+
+    KEY.qweight  int32 [in / 8, out]        eight codes along the input in a word, the first in its lowest bits
+    KEY.scales   fp16  [in / group, out]
+    KEY.qzeros   int32 [in / group, out / 8]    eight zeros along the output in a word; of version 1 each is one too small
+    KEY.g_idx    int32 [in]                     which block each input belongs to: only neighbours in one are read
+
+KEY is that of the matrix: ``model.layers.0.block_sparse_moe.experts.3.w1`` as on the Hub, or, as GPTQModel calls it,
+``model.layers.0.mlp.experts.3.gate_proj``. Routers, norms, embeddings and output are whole. AWQ's files ("gemm") differ in
+
+    KEY.qweight  int32 [in, out / 8]            eight codes along the output in a word, in an order of its own
+    KEY.qzeros   in that order, as they are     and there is no g_idx
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.encoding import Encoding
+from accessory.checkpoint.storage import Stored
+from accessory.checkpoint.tiles import Tile
+from accessory.errors import UserError
+from accessory.model.logical import LogicalModel, Region, Shape
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+SUFFIXES = {"codes": "qweight", "scales": "scales", "zeros": "qzeros"}
+PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+"""GPTQModel's names of the experts' matrices, as transformers has them."""
+
+
+def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """How matrices are held, as ``quantise`` says it, by a ``quantization_config``.
+
+    Raises:
+        UserError: it is of another kind than can be read.
+    """
+    method, bits, group = (config.get(key) for key in ("quant_method", "bits", "group_size"))
+    gemm = str(config.get("version", "gemm")).lower() == "gemm" and config.get("zero_point", True)
+    if bits != 4 or not (method == "gptq" or (method == "awq" and gemm)):
+        raise UserError(
+            f"{where}: quantization_config: {method!r} in {bits!r} bits; of such GPTQ and AWQ (gemm) in 4 are read"
+        )
+    if config.get("desc_act"):
+        raise UserError(
+            f"{where}: desc_act orders the inputs by their activations, so that no slice has whole blocks: take files "
+            "of desc_act false, or quantise the original (accessory quantise)"
+        )
+    if not isinstance(group, int) or group < 2 or group % 2:
+        raise UserError(f"{where}: group_size is {group!r}; blocks of an even number of values are read")
+    return dict.fromkeys(("experts", "attention"), f"int4-{group}")
+
+
+def as_bytes(tensors: Mapping[str, Stored], group: int, where: str) -> dict[str, Stored]:
+    """A file's tensors, those of quantised matrices as bytes.
+
+    Raises:
+        UserError: inputs of a block are not neighbours.
+    """
+    result = {}
+    for key, stored in tensors.items():
+        matrix, _, suffix = key.rpartition(".")
+        if f"{matrix}.qweight" not in tensors or suffix == "bias":
+            result[key] = stored
+        elif suffix == "g_idx":
+            blocks = stored.map()
+            if not torch.equal(blocks, torch.arange(len(blocks), dtype=blocks.dtype) // group):
+                raise UserError(f"{where}: {key} orders inputs as desc_act does: no rank's slice would have whole blocks")
+        else:
+            *rows, columns = stored.shape
+            width = columns * stored.dtype.itemsize
+            result[key] = dataclasses.replace(stored, dtype=torch.uint8, shape=(*rows, width), stride=(width, 1))
+    return result
+
+
+class NibblesEncoding(Encoding):
+    """Numbers of four bits, [..., out, blocks], of which words hold eight along the output.
+
+    Args:
+        order: which of its eight each place of a word holds, from the lowest bits on. added: to each, as it is read.
+        in_bytes: they are codes, of which a byte of ours holds two along the input.
+    """
+
+    def __init__(self, pattern: str, order: Sequence[int], added: int, in_bytes: bool, **sizes: int):
+        super().__init__(pattern, **sizes)
+        self.order, self.added, self.in_bytes = order, added, in_bytes
+
+    def stored_shape(self, box: Shape) -> Shape:
+        blocks, out = super().stored_shape(box)
+        return blocks * (2 if self.in_bytes else 1), out // 2
+
+    def read(self, stored: Tensor, box: Shape, inside: Region) -> Tensor:
+        halves = torch.stack([stored & 15, stored >> 4], -1).view(len(stored), -1, 8)
+        numbers = torch.empty_like(halves)
+        numbers[..., list(self.order)] = halves + self.added
+        numbers = numbers.flatten(1)
+        if self.in_bytes:
+            numbers = numbers[::2] | numbers[1::2] << 4
+        return super().read(numbers, box, inside)
+
+
+def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Mapping[str, Any]) -> Iterator[Tile]:
+    """The tiles of quantised matrices.
+
+    Args:
+        keys: of each matrix, or of each expert's, by logical name. config: the ``quantization_config``.
+    """
+    is_awq = config["quant_method"] == "awq"
+    added = 0 if is_awq or config.get("checkpoint_format") == "gptq_v2" else 1
+    for name, (matrix, part) in logical.parts.items():
+        region, each = logical.whole(name), {"codes": 1 if is_awq else 4, "scales": 2, "zeros": 1}[part]
+        rows, stored_rows, sizes = "n", "n", {"few": each}
+        if matrix.endswith((".wq.weight", ".wk.weight")):  # whose rows Hugging Face has in another order
+            rows, stored_rows = "(head pair two)", "head two pair"
+            sizes |= {"pair": logical.args.head_dim // 2, "two": 2}
+        pattern = f"{'e ' * (len(region) == 3)}{rows} (k few) -> k ({stored_rows} few)"
+        encoding = Encoding(pattern, **sizes)
+        if part == "zeros" or (is_awq and part == "codes"):
+            order = AWQ_ORDER if is_awq else range(8)
+            encoding = NibblesEncoding(pattern, order, added if part == "zeros" else 0, part == "codes", **sizes)
+        for number, key in enumerate(keys[matrix]):
+            place = region if len(region) == 2 else (slice(number, number + 1), *region[1:])
+            yield Tile(name, place, "", f"{key}.{SUFFIXES[part]}", encoding)

@@ -1,0 +1,172 @@
+"""A matrix in few bits: codes of its values, and what turns a block of codes back into numbers.
+
+A codec replaces a matrix [..., out, in] by *parts*, each a tensor of bytes with the same dimensions but the last:
+
+    codes   what stands for each value: a byte, or half of one, the first of two in its low half
+    scales  the two bytes of a number for each block of ``group`` values along the input dimension, or for a whole row
+    zeros   of int4: the code that stands for zero, one for each block
+
+A block never reaches over rows, and no figure spans a matrix. So a cut of the parts is the quantised cut, wherever a cut
+keeps blocks whole, in either layout. Bytes are what nothing rounds (FSDP casts frozen tensors of floating point), and what
+every backend sends.
+A value is what its codec says in fp32, whatever the precision that it is then rounded to.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.config import nearest
+from accessory.errors import UserError
+
+Parts = dict[str, Tensor]
+PARTS = ("codes", "scales", "zeros")
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Values of equal probability under a normal distribution, zero among them (Dettmers et al. 2023)."""
+CHUNK = 2**20
+"""Numbers that are encoded, or on CPU decoded, at a time: so that what is in between stays small."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a matrix is quantised.
+
+    Attributes:
+        kind: nf4: one of 16 fixed values times the block's largest. int4: one of 16 even steps from a zero of the block's
+            own, the grid of GPTQ and AWQ. int8: one of 255 even steps.
+        group: values of a block; None: a row is one.
+    """
+
+    kind: str
+    group: int | None
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.group is None else f"{self.kind}-{self.group}"
+
+    @property
+    def per_byte(self) -> int:
+        """Values that a byte of codes holds."""
+        return 1 if self.kind == "int8" else 2
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What the bits of scales are: of int4 fp16, as in the files of GPTQ and AWQ."""
+        return torch.float16 if self.kind == "int4" else torch.bfloat16
+
+    def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of the parts of a ``matrix`` [..., out, in]."""
+        *rows, inner = matrix
+        parts, blocks = PARTS if self.kind == "int4" else PARTS[:2], inner // (self.group or inner)
+        return {part: (*rows, blocks * self.bytes_of_block(part, inner)) for part in parts}
+
+    def cut_dims(self, dims: int, cut: int | None) -> dict[str, int | None]:
+        """Where each part is cut, if its matrix of ``dims`` dimensions is along ``cut``: a row's scale is whole."""
+        of_blocks = None if self.group is None and cut == dims - 1 else cut
+        return {"codes": cut, "scales": of_blocks, "zeros": of_blocks}
+
+    def bytes_of_block(self, part: str, width: int) -> int:
+        """How much of a part stands for a block, in rows of ``width`` values."""
+        return {"codes": (self.group or width) // self.per_byte, "scales": 2, "zeros": 1}[part]
+
+    def encode(self, matrix: Tensor) -> Parts:
+        """Of [..., out, in]. Raises ValueError if a value is NaN, or its block too wide for its scale."""
+        rows = matrix.reshape(-1, matrix.shape[-1])
+        found = [self._encode(rows[some].float()) for some in self._chunks(rows.shape, CHUNK)]
+        return {
+            part: torch.cat([each[part] for each in found]).view(shape) for part, shape in self.shapes(matrix.shape).items()
+        }
+
+    def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The matrix [..., out, in] that parts stand for."""
+        codes = parts["codes"]
+        out = codes.new_empty(*codes.shape[:-1], codes.shape[-1] * self.per_byte, dtype=dtype)
+        rows, flat = out.view(-1, out.shape[-1]), {part: t.flatten(0, -2) for part, t in parts.items()}
+        scale_of = flat["scales"].view(self.scale_dtype).float().unsqueeze(-1)
+        for some in self._chunks(rows.shape, CHUNK if codes.device.type == "cpu" else out.numel()):
+            values = self._values(flat["codes"][some]).unflatten(-1, (scale_of.shape[1], -1))
+            if self.kind == "int4":
+                values -= flat["zeros"][some].unsqueeze(-1)
+            rows[some] = values.mul_(scale_of[some]).flatten(1)
+        return out
+
+    def _chunks(self, shape: Sequence[int], numbers: int) -> Iterator[slice]:
+        """All rows, as many at a time as have about so many ``numbers``."""
+        step = max(1, numbers // max(1, shape[1]))
+        return (slice(first, first + step) for first in range(0, shape[0], step))
+
+    def _encode(self, rows: Tensor) -> Parts:
+        blocks = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
+        least, most = blocks.aminmax(dim=-1, keepdim=True)
+        low, high = least.clamp(max=0), most.clamp(min=0)
+        if self.kind == "int4":
+            spread = (high - low) / 15
+        else:
+            spread = torch.maximum(-low, high) / (127 if self.kind == "int8" else 1)
+        bits = spread.to(self.scale_dtype)
+        bits = bits.where(bits != 0, 1.0)  # of zeros, which stay zeros
+        if not bits.isfinite().all():
+            raise ValueError("NaN, infinite or too large values")
+        scale, parts = bits.float(), {}
+        if self.kind == "nf4":
+            codes = torch.bucketize(blocks / scale, _middles(blocks.device))
+        elif self.kind == "int8":
+            codes = (blocks / scale).round().clamp(-127, 127) + 128
+        else:
+            zeros = (-low / scale).round().clamp(0, 15)
+            codes = ((blocks / scale).round() + zeros).clamp(0, 15)
+            parts["zeros"] = zeros.to(torch.uint8).squeeze(-1)
+        codes = codes.flatten(-2).to(torch.uint8)
+        if self.per_byte == 2:
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        return {"codes": codes, "scales": bits.squeeze(-1).view(torch.uint8)} | parts
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """What each code stands for before scale and zero, in fp32: of [n, bytes] as many as they hold."""
+        if self.kind == "int8":
+            return codes.float() - 128
+        pairs = _pairs(self.kind, codes.device).index_select(0, codes.flatten().int())
+        return pairs.view(torch.float32).view(len(codes), -1)
+
+
+def get_codec(name: str) -> Codec:
+    """The codec called ``name``: nf4 (in blocks of 64), int4 (of 128) or int8 (by rows), or nf4-32 and the like."""
+    match = re.fullmatch(r"(nf4|int4)(?:-(\d+))?|int8", name)
+    if not match:
+        raise UserError(f"no matrix can be held as '{name}'{nearest(name, ['nf4', 'int4', 'int8'])}; nf4-32: blocks of 32")
+    if not match[1]:
+        return Codec(name, None)
+    group = int(match[2]) if match[2] else {"nf4": 64, "int4": 128}[match[1]]
+    if group < 2 or group % 2:
+        raise UserError(f"'{name}': a block has an even number of values, two to a byte")
+    return Codec(match[1], group)
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor is part of a quantised matrix, by its logical name."""
+    return re.search(r"[._](codes|scales|zeros)$", name) is not None
+
+
+@functools.cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """What the two halves of each byte stand for [256]: two numbers in fp32 side by side, looked up as one in fp64."""
+    with torch.inference_mode(False):
+        table = torch.tensor(NF4 if kind == "nf4" else range(16), dtype=torch.float32, device=device)
+        byte = torch.arange(256, device=device)
+        return torch.stack([table[byte % 16], table[byte // 16]], 1).view(torch.float64).flatten()
+
+
+@functools.cache
+def _middles(device: torch.device) -> Tensor:
+    """Between neighbours of NF4 [15]."""
+    with torch.inference_mode(False):
+        table = torch.tensor(NF4, device=device)
+        return (table[1:] + table[:-1]) / 2

@@ -1,0 +1,73 @@
+"""Matrices that a layer holds quantised, and multiplies with: numbers are made of them where a product needs them.
+
+What a product keeps for its backward pass is the packed form; the numbers are made once more.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.model.adapter import adapter_name
+from accessory.model.codecs import PARTS, Codec, Parts
+
+AT_ONCE_BYTES = 2**28
+"""Of numbers that are made at a time, where that is not one matrix already."""
+
+
+def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
+    """Give ``layer`` the parts of its parameter ``matrix`` [rows, in] in the place of that."""
+    shapes = codec.shapes(getattr(layer, matrix).shape)
+    delattr(layer, matrix)
+    for part, shape in shapes.items():
+        values = torch.empty(shape, dtype=torch.uint8)
+        layer.register_parameter(adapter_name(matrix, part), nn.Parameter(values, requires_grad=False))
+
+
+class QuantisedWeights:
+    """Quantised ``ExpertWeights`` [e, out, in], made to ``dtype`` when they are asked for."""
+
+    trained = None
+
+    def __init__(self, codec: Codec, parts: Parts, dtype: torch.dtype):
+        self.codec, self.parts, self.dtype = codec, parts, dtype
+        e, out, width = parts["codes"].shape
+        self.shape = torch.Size((e, out, width * codec.per_byte))
+        self.at_once = max(1, AT_ONCE_BYTES // (self.shape[1:].numel() * dtype.itemsize))
+
+    @classmethod
+    def of(cls, layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> "QuantisedWeights":
+        """Of a layer that holds those of ``groups`` experts one above the other."""
+        names = {part: adapter_name(matrix, part) for part in PARTS}
+        parts = {part: getattr(layer, name) for part, name in names.items() if hasattr(layer, name)}
+        return cls(codec, {part: stacked.unflatten(0, (groups, -1)) for part, stacked in parts.items()}, dtype)
+
+    def rows(self, rows: slice | None) -> "QuantisedWeights":
+        """Some of each matrix' rows; None: all."""
+        if rows is None:
+            return self
+        return QuantisedWeights(self.codec, {part: stacked[:, rows] for part, stacked in self.parts.items()}, self.dtype)
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        return self.codec.decode({part: stacked[experts] for part, stacked in self.parts.items()}, self.dtype)
+
+    def prefetch(self, experts: slice) -> None:
+        pass
+
+
+def quantised_linear(x: Tensor, weights: QuantisedWeights, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` with the one matrix of ``weights``."""
+    y: Tensor = _QuantisedLinear.apply(x, weights)
+    return y if bias is None else y + bias
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: QuantisedWeights) -> Tensor:
+        ctx.weights = weights
+        return F.linear(x, weights[:][0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.weights[:][0], None

@@ -1,0 +1,149 @@
+"""Matrices in few bits: whose scale a block has, what a cut makes of it, and what stands beside it."""
+
+from faults.fault import Fault
+
+CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
+LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
+GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
+TESTS = "tests/test_quantise.py::test_"
+DEFINITION = f"{TESTS}a_codec_is_what_its_definition_says"
+MIXTRAL = f"{TESTS}the_cut_of_the_quantised_is_the_quantised_cut_at_mixtrals_sizes"
+FILES, BEHIND = (
+    f"{TESTS}files_load_into_any_partition_without_being_quantised_again",
+    f"{TESTS}adapters_stand_behind_their_base_however_it_is_held",
+)
+FSDP = "certify --only tuning=qlora world=2 dp=fsdp"
+CUT = "certify --only tuning=qlora world=2 mp=2 layout=mixtral_sparse experts=nf4-2"
+ROWS = "certify --only tuning=qlora world=2 mp=2 layout=mixtral_sparse experts=int8"
+SHARED_HEADS = "certify --only tuning=qlora world=4 mp=4 layout=mixtral experts=int8"
+
+FAULTS = (
+    Fault("a block has its neighbour's scale", CODECS, "scale_of[some]", "scale_of.roll(1, 1)[some]", FSDP),
+    Fault(
+        "a row's codes are made by the largest value of a rank's own columns",
+        SOURCES,
+        "cover = (*rows, slice(blocks.start * group, blocks.stop * group))",
+        "cover = (*rows, slice(blocks.start * group, blocks.stop * group) if codec.group or part == 'scales' else columns)",
+        ROWS,
+        more=(
+            (
+                SOURCES,
+                "first = blocks.start * each",
+                "first = blocks.start * each if codec.group or part == 'scales' else columns.start",
+            ),
+        ),
+    ),
+    Fault(
+        "blocks are counted from where a rank's columns begin",
+        SOURCES,
+        "blocks = slice(columns.start // each, -(-columns.stop // each))",
+        "blocks = slice(0, -(-(columns.stop - columns.start) // each))",
+        CUT,
+        more=((SOURCES, "pop(part)[..., columns.start - first : columns.stop - first]", "pop(part)"),),
+    ),
+    Fault(
+        "codes are chosen by another scale than the one that is kept",
+        CODECS,
+        "scale, parts = bits.float(), {}",
+        "scale, parts = spread.where(spread != 0, 1.0), {}",
+        DEFINITION,
+    ),
+    Fault(
+        "the two halves of a byte have changed places",
+        CODECS,
+        "codes[:, ::2] | codes[:, 1::2] << 4",
+        "codes[:, ::2] << 4 | codes[:, 1::2]",
+        DEFINITION,
+    ),
+    Fault(
+        "int4's zero is left out",
+        CODECS,
+        'values -= flat["zeros"][some].unsqueeze(-1)',
+        "values -= 8",
+        DEFINITION,
+    ),
+    Fault(
+        "nf4's borders are in the middle of the codes, not of their values",
+        CODECS,
+        "return (table[1:] + table[:-1]) / 2",
+        "return (torch.arange(1, 16, device=device) - 8) / 8",
+        f"{TESTS}nf4_is_that_of_bitsandbytes",
+    ),
+    Fault(
+        "a block that is not finite is quantised as zeros",
+        CODECS,
+        "bits = bits.where(bits != 0, 1.0)",
+        "bits = bits.where(bits > 0, 1.0)",
+        DEFINITION,
+    ),
+    Fault(
+        "attention's adapters are dropped beside quantised matrices",
+        LINEAR,
+        "            y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)\n",
+        "            return quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)\n",
+        FSDP,
+    ),
+    Fault(
+        "the experts' adapters are dropped beside quantised matrices",
+        EXPERTS,
+        "        if not any(adapter.bias",
+        "        if self.codecs or not any(adapter.bias",
+        FSDP,
+    ),
+    Fault(
+        "of a head that ranks share each takes all rows of its quantised matrix",
+        LINEAR,
+        ".rows(self.own_rows), bias)",
+        ".rows(self.own_rows and slice(0, self.own_rows.stop - self.own_rows.start)), bias)",
+        SHARED_HEADS,
+    ),
+    Fault(
+        "the input's gradient is that of the first rows of a quantised matrix alone",
+        HELD,
+        "return dy @ ctx.weights[:][0], None",
+        "return dy[..., :4] @ ctx.weights[:][0][:4], None",
+        FSDP,
+    ),
+    Fault(
+        "in the sparse layout's files w2's codes lie transposed",
+        "accessory/checkpoint/accessory.py",
+        'if tensor == "w2" else',
+        'if weight == "w2" else',
+        FILES,
+    ),
+    Fault(
+        "zeros of GPTQ's first version are read as they are",
+        GPTQ,
+        'config.get("checkpoint_format") == "gptq_v2" else 1',
+        'config.get("checkpoint_format") == "gptq_v2" else 0',
+        f"{TESTS_GPTQ}[gptq-hub]",
+    ),
+    Fault(
+        "AWQ's columns are read in the order of GPTQ's",
+        GPTQ,
+        "AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "AWQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
+        f"{TESTS_GPTQ}[awq-hub]",
+    ),
+    Fault(
+        "rotary pairs of GPTQ's keys are not put in order",
+        GPTQ,
+        'matrix.endswith((".wq.weight", ".wk.weight"))',
+        'matrix.endswith(".wq.weight")',
+        f"{TESTS_GPTQ}[gptq_v2-gptqmodel]",
+    ),
+    Fault(
+        "an adapter's base is known by its numbers, however they were held",
+        "accessory/checkpoint/open.py",
+        "        if directory.fingerprint == self.origin:\n",
+        "        if directory.fingerprint in (self.origin, self._fingerprint_if(directory.quantise)):\n",
+        BEHIND,
+    ),
+    Fault(
+        "a quantised matrix is trained, and never changes",
+        "accessory/tuning/spec.py",
+        "if args.quantise and (packed :=",
+        "if None and (packed :=",
+        f"{TESTS}what_is_quantised_does_not_train",
+    ),
+)

@@ -1,0 +1,122 @@
+"""Directories of GPTQ and AWQ, made by a plain reading of their formats, load into both layouts as what they stand for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from models import TINY, build, evaluate, weights
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from test_expert_weights import assert_close
+
+from accessory.certify import reference
+from accessory.certify.formats import huggingface_tensors, settings
+from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.open import Checkpoint
+from accessory.errors import UserError
+from accessory.model.moe.layouts import LAYOUTS
+from accessory.parallel.mesh import make_mesh
+
+ARGS = replace(TINY, hidden_dim=48)
+GROUP = 8
+GPTQMODEL = {
+    "block_sparse_moe.gate": "mlp.gate",
+    "block_sparse_moe": "mlp",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+
+
+def word(values, order=range(8)):
+    """Eight values of four bits in one, the first of an order in its lowest bits, as int32."""
+    values = [values[place] for place in order]
+    return sum(int(value) << 4 * place for place, value in enumerate(values)) - (2**32 if values[7] >= 8 else 0)
+
+
+def packed(w, version):
+    """A matrix [out, in] rounded as GPTQ's files hold it: (what is stored, the numbers that it stands for)."""
+    blocks = w.float().unflatten(1, (-1, GROUP))
+    scale = (blocks.abs().amax(2) / 7).half()
+    zero = torch.full(scale.shape, 8)
+    zero[::3] = 7  # as asymmetric files have them
+    codes = ((blocks / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).long()
+    numbers = ((codes - zero[..., None]) * scale.float()[..., None]).flatten(1)
+    codes, words = codes.flatten(1), range(len(w) // 8)
+    order = (0, 2, 4, 6, 1, 3, 5, 7) if version == "awq" else range(8)
+    if version == "awq":
+        qweight = [[word(codes[8 * n : 8 * n + 8, k], order) for n in words] for k in range(w.shape[1])]
+    else:
+        qweight = [[word(codes[n, 8 * k : 8 * k + 8]) for n in range(len(w))] for k in range(w.shape[1] // 8)]
+    stored = zero - (1 if version == "gptq" else 0)
+    qzeros = [[word(stored[8 * n : 8 * n + 8, block], order) for n in words] for block in range(scale.shape[1])]
+    parts = {"qweight": torch.tensor(qweight, dtype=torch.int32), "qzeros": torch.tensor(qzeros, dtype=torch.int32)}
+    parts["scales"] = scale.T.contiguous()
+    if version != "awq":
+        parts["g_idx"] = torch.arange(w.shape[1], dtype=torch.int32) // GROUP
+    return parts, numbers
+
+
+def write(directory, version, names):
+    """A model's directory; returns what each of its matrices stands for, under Hugging Face's names."""
+    tensors, numbers = {}, {}
+    for key, tensor in huggingface_tensors(weights(ARGS, dtype=torch.float32), ARGS).items():
+        quantised = "_proj" in key or ".experts." in key
+        parts, numbers[key] = packed(tensor, version) if quantised else ({"weight": tensor}, tensor)
+        stem = key.removesuffix(".weight")
+        for hub, theirs in GPTQMODEL.items() if names == "gptqmodel" else ():
+            stem = stem.replace(hub, theirs)
+        tensors |= {f"{stem}.{suffix}": part for suffix, part in parts.items()}
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": version}
+    if version == "awq":
+        quantisation = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+    config = settings(ARGS, "hf")["config.json"] | {"quantization_config": quantisation}
+    (directory / "config.json").write_text(json.dumps(config))
+    return numbers
+
+
+def logits_of(home, layout, size):
+    """Of what was converted, and of the directory itself."""
+    mesh, sources = make_mesh(size), [Checkpoint(home / "own"), Checkpoint(home / "gptq")]
+    models = [build(source.args, layout, source, mesh=mesh, dtype=torch.float64) for source in sources]
+    return [evaluate(model, range(20)) for model in models]
+
+
+@pytest.mark.parametrize(("version", "names"), [("gptq", "hub"), ("gptq_v2", "gptqmodel"), ("awq", "hub")])
+def test_a_directory_of_gptq(version, names, tmp_path):
+    numbers = write(tmp_path / "gptq", version, names)
+    save_file(numbers, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(settings(ARGS, "hf")["config.json"]))
+    whole = Checkpoint(tmp_path)
+    w = {name: whole.read(name, whole.logical.whole(name)).double() for name in whole.logical.shapes}
+    expected = reference.forward(w, ARGS, torch.arange(20))[0]
+    convert(Checkpoint(tmp_path / "gptq"), tmp_path / "own", Target("mixtral_sparse", 2))
+    for size in (1, 2):
+        for layout in LAYOUTS:
+            for ours, theirs in run_ranks(size, logits_of, tmp_path, layout, size):
+                assert_close(theirs, expected, 1e-10)
+                assert torch.equal(ours, theirs)
+
+
+def test_what_gptq_cannot_be(tmp_path):
+    write(tmp_path / "gptq", "gptq", "hub")
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    for key, value, told in (
+        ("desc_act", True, "desc_act"),
+        ("bits", 3, "in 3 bits"),
+        ("group_size", -1, "group_size is -1"),
+    ):
+        changed = config | {"quantization_config": config["quantization_config"] | {key: value}}
+        (tmp_path / "gptq/config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=told):
+            Checkpoint(tmp_path / "gptq")
+    (tmp_path / "gptq/config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "gptq/model.safetensors")
+    key = "model.layers.1.block_sparse_moe.experts.2.w2.g_idx"
+    tensors[key] = tensors[key].flip(0)
+    save_file(tensors, tmp_path / "gptq/model.safetensors")
+    with pytest.raises(UserError, match=r"experts\.2\.w2\.g_idx orders inputs"):
+        Checkpoint(tmp_path / "gptq")
