@@ -56,8 +56,8 @@ FAULTS = (
     Fault(
         "the router has none of several adapters",
         "accessory/model/moe/router.py",
-        "        if adapters.reach(self.adapter):\n",
-        "        if adapters.reach(self.adapter) and not self.adapter.members:\n",
+        "adapted = adapters.reach(self.adapter)",
+        "adapted = adapters.reach(self.adapter) and not self.adapter.members",
         SEVERAL,
     ),
     Fault(

@@ -76,9 +76,12 @@ class Router(Adaptable):
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Routing:
         """``x`` [T, D] -> Routing."""
+        adapted = adapters.reach(self.adapter)
+        if adapted:
+            x = at_least_fp32(x)  # here, so that its two gradients are added before they are rounded
         logits = _WideLinear.apply(x, self.weight)
-        if adapters.reach(self.adapter):
-            low = F.linear(dropped(at_least_fp32(x), self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
+        if adapted:
+            low = F.linear(dropped(x, self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
             logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
         scores = probs if self.score_bias is None else probs + self.score_bias
