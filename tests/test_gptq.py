@@ -1,10 +1,12 @@
-"""Directories of GPTQ and AWQ, made by a plain reading of their formats, load into both layouts as what they stand for."""
+"""Directories of GPTQ and AWQ, by a plain reading of their formats: they load into both layouts as what they stand for, and
+what is written is what it stands for."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from jobs import command
 from models import TINY, build, evaluate, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from accessory.checkpoint.open import Checkpoint
 from accessory.errors import UserError
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import make_mesh
+from accessory.settings import QuantiseSection
 
 ARGS = replace(TINY, hidden_dim=48)
 GROUP = 8
@@ -120,3 +123,86 @@ def test_what_gptq_cannot_be(tmp_path):
     save_file(tensors, tmp_path / "gptq/model.safetensors")
     with pytest.raises(UserError, match=r"experts\.2\.w2\.g_idx orders inputs"):
         Checkpoint(tmp_path / "gptq")
+
+
+def of_words(words, order=range(8)):
+    """What eight places of each word of [n, words] hold, [n, 8 * words]."""
+    numbers = torch.empty(*words.shape, 8, dtype=torch.long)
+    for place, which in enumerate(order):
+        numbers[..., which] = words.long() >> 4 * place & 15
+    return numbers.flatten(1)
+
+
+def decoded(tensors, config):
+    """The matrices [out, in] of a directory, by a plain reading of its format; the rest as it is."""
+    quantisation, numbers = config["quantization_config"], {}
+    for key, tensor in tensors.items():
+        stem, _, suffix = key.rpartition(".")
+        if suffix == "qweight":
+            if quantisation["quant_method"] == "awq":
+                order, blocks = (0, 2, 4, 6, 1, 3, 5, 7), torch.arange(len(tensor)) // quantisation["group_size"]
+                codes, zeros = of_words(tensor, order), of_words(tensors[f"{stem}.qzeros"], order)
+            else:
+                codes, blocks = of_words(tensor.T).T, tensors[f"{stem}.g_idx"].long()
+                zeros = of_words(tensors[f"{stem}.qzeros"]) + (quantisation["checkpoint_format"] != "gptq_v2")
+            numbers[f"{stem}.weight"] = ((codes - zeros[blocks]) * tensors[f"{stem}.scales"].float()[blocks]).T
+        elif suffix == "weight":
+            numbers[key] = tensor
+    return numbers
+
+
+def contents(directory):
+    """What each file holds: what json says, and bytes."""
+    read = {".json": json.loads}
+    return {path.name: read.get(path.suffix, bytes)(path.read_bytes()) for path in directory.iterdir()}
+
+
+def all_tensors(directory):
+    return {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A model with blocks whose zeros are the least and the largest code."""
+    directory = tmp_path_factory.mktemp("whole")
+    tensors = huggingface_tensors(weights(ARGS, dtype=torch.bfloat16), ARGS)
+    for tensor in tensors.values():
+        if tensor.dim() == 2:
+            tensor[0], tensor[1] = tensor[0].abs(), -tensor[1].abs()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(settings(ARGS, "hf")["config.json"]))
+    return directory
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_a_directory_is_written_and_read_back_byte_for_byte(format, whole, tmp_path):
+    quantised = Checkpoint(whole, quantise=QuantiseSection(f"int4-{GROUP}", f"int4-{GROUP}"))
+    convert(quantised, tmp_path / "numbers", Target("hf", dtype=torch.float32))
+    command("quantise", whole, tmp_path / format, "--experts", "int4-8", "--attention", "int4-8", "--to", format)
+    files = contents(tmp_path / format)
+    config, tensors = files["config.json"], all_tensors(tmp_path / format)
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.int32", "torch.float16", "torch.bfloat16"}
+    numbers, expected = decoded(tensors, config), all_tensors(tmp_path / "numbers")
+    assert numbers.keys() == expected.keys()
+    assert all(torch.equal(numbers[key].float(), expected[key]) for key in expected)
+    for layout in LAYOUTS:
+        for size in (1, 2):
+            own, back = tmp_path / f"{layout}{size}", tmp_path / f"{layout}{size}-back"
+            convert(quantised, own, Target(layout, size))
+            convert(Checkpoint(own), tmp_path / f"{layout}{size}-{format}", Target(format))
+            assert contents(tmp_path / f"{layout}{size}-{format}") == files
+            convert(Checkpoint(tmp_path / f"{layout}{size}-{format}"), back, Target(layout, size))
+            assert contents(back).items() >= contents(own).items()
+
+
+def test_what_cannot_be_written_so():
+    for quantise, told in (
+        (None, "these are whole: run accessory quantise"),
+        (QuantiseSection("int4-8"), "in blocks of one size"),
+        (QuantiseSection("int4-8", "int4-4"), "in blocks of one size"),
+        (QuantiseSection("nf4-8", "nf4-8"), "in blocks of one size"),
+        (QuantiseSection("int4-4", "int4-4"), r"feed_forward\.experts\.w1 is of 44 x"),
+    ):
+        args = replace(ARGS, hidden_dim=44 if "44" in told else 48, quantise=quantise)
+        with pytest.raises(UserError, match=told):
+            Target("gptq").check(args)

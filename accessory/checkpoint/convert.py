@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from accessory.checkpoint import accessory, huggingface, mistral, peft
+from accessory.checkpoint import accessory, gptq, huggingface, mistral, peft
 from accessory.checkpoint.accessory import check_suffix
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
@@ -29,7 +29,9 @@ from accessory.model.logical import EMBEDDING, LogicalModel, Source, check_divid
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.settings import FileFormat
 
-TargetFormat = Literal["hf", "mistral", "mixtral", "mixtral_sparse", "peft"]
+TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
+HUGGINGFACE = ("hf", *gptq.WRITTEN)
+"""Written in Hugging Face's files."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Target:
             check_divides(args, LAYOUTS[self.format], self.size)
         elif self.size != 1:
             raise UserError(f"--mp {self.size}: the format '{self.format}' is not cut; leave --mp away")
-        if self.format == "hf" and self.suffix != "safetensors":
-            raise UserError("the format 'hf' is written as safetensors only")
+        if self.format in HUGGINGFACE and self.suffix != "safetensors":
+            raise UserError(f"the format '{self.format}' is written as safetensors only")
         if self.format not in LAYOUTS and args.moe.score_bias:
             raise UserError(
                 f"the format '{self.format}' has no place for the routers' score biases (train.balance: bias): "
@@ -58,8 +60,13 @@ class Target:
         if self.format == "mistral" and args.labels:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
         check_suffix(args, self.suffix)
+        self.quantisation(args)
         if not self.shard_bytes > 0:
             raise UserError("--shard-gb must be above 0")
+
+    def quantisation(self, args: ModelArgs) -> dict[str, Any]:
+        """What Hugging Face's config.json says of quantised matrices."""
+        return gptq.description(self.format, args) if self.format in gptq.WRITTEN else {}
 
 
 def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
@@ -71,12 +78,13 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
             or the tokenizer is not the model's.
     """
-    source = Merged(checkpoint, dense=target.format not in LAYOUTS or target.dtype is not None)
+    as_it_is = target.format in gptq.WRITTEN or (target.format in LAYOUTS and target.dtype is None)
+    source = Merged(checkpoint, dense=not as_it_is)
     if checkpoint.args.quantise and not source.logical.args.quantise:
         say(f"writing the numbers that matrices stand for which are {in_words(checkpoint.args.quantise)}")
     logical, biased = source.logical, list(source.logical.adapters)
     target.check(logical.args)
-    if biased and target.format in ("hf", "mistral"):
+    if biased and target.format in (*HUGGINGFACE, "mistral"):
         raise UserError(f"the format '{target.format}' has no place for biases; these have one: {listed(biased)}")
     destination = _free(destination)
     checkpoint.warn_of_differing_replicas()
@@ -85,6 +93,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
     dtypes = {name: target.dtype or checkpoint.dtype(name) for name in logical.shapes}
     dtypes |= {name: at_least(dtypes[name]) for name in dtypes if is_buffer(name)}  # whose steps are too small for bf16
+    dtypes |= dict.fromkeys(logical.parts, torch.uint8)
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
     files = _planned_files(logical, target, dtypes)
@@ -93,16 +102,16 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     with _written_whole(destination, _nbytes(files)) as temporary:
         copy_companions(checkpoint.companions, temporary)
         _write_files(source, temporary, files, notes)
-        if target.format == "hf":
+        if logical.args.quantise and origin:
+            write_origin(temporary, origin)
+        if target.format in HUGGINGFACE:
             special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
             special = {key: number for key, number in special.items() if number >= 0}
             dtype = dtypes[EMBEDDING]
-            template, nbytes = checkpoint.hf_config(), _nbytes(files)
-            huggingface.write_description(temporary, checkpoint.args, dtype, template, special, files, nbytes)
+            template, quantisation, nbytes = checkpoint.hf_config(), target.quantisation(logical.args), _nbytes(files)
+            huggingface.write_description(temporary, checkpoint.args, dtype, template, quantisation, special, files, nbytes)
         elif layout:
             accessory.write_description(temporary, logical.args, layout, bool(biased))
-            if logical.args.quantise and origin:
-                write_origin(temporary, origin)
         else:
             mistral.write_description(temporary, logical.args)
         checkpoint.training.write(temporary, tokenizer)
@@ -166,9 +175,11 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
 
 
 def _planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
-    if target.format == "hf":
-        (tensors,) = planned_tensors(huggingface.model_tiles(logical), dtypes).values()
-        return _shards(tensors, target.shard_bytes)
+    if target.format in HUGGINGFACE:
+        config = target.quantisation(logical.args)
+        tiles = huggingface.quantised_tiles(logical, config) if config else huggingface.model_tiles(logical)
+        (tensors,) = planned_tensors(tiles, dtypes).values()
+        return _shards(gptq.planned_words(tensors, config), target.shard_bytes)
     if target.format == "mistral":
         return planned_tensors(mistral.planned_tiles(logical, target.suffix), dtypes)
     tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)

@@ -1,4 +1,4 @@
-"""GPTQ's and AWQ's quantised matrices in Hugging Face's files, as parts: the same bytes in another order.
+"""GPTQ's and AWQ's quantised matrices in Hugging Face's files, as parts: the same bytes in another order, read and written.
 
     KEY.qweight  int32 [in / 8, out]        eight codes along the input in a word, the first in its lowest bits
     KEY.scales   fp16  [in / group, out]
@@ -20,15 +20,24 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.encoding import Encoding
+from accessory.checkpoint.quantise import in_words
 from accessory.checkpoint.storage import Stored
-from accessory.checkpoint.tiles import Tile
+from accessory.checkpoint.tiles import PlannedTensor, Tile
 from accessory.errors import UserError
-from accessory.model.logical import LogicalModel, Region, Shape
+from accessory.model.args import ModelArgs
+from accessory.model.codecs import get_codec
+from accessory.model.logical import LogicalModel, Region, Shape, Source
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SUFFIXES = {"codes": "qweight", "scales": "scales", "zeros": "qzeros"}
 PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """GPTQModel's names of the experts' matrices, as transformers has them."""
+WRITTEN: dict[str, dict[str, Any]] = {
+    # of version 2: what is one less than a zero of 0 has no place in version 1
+    "gptq": {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": False, "sym": False},
+    "awq": {"quant_method": "awq", "version": "gemm", "zero_point": True},
+}
+"""The ``quantization_config`` of each format that is written, but for the sizes."""
 
 
 def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -100,6 +109,15 @@ class NibblesEncoding(Encoding):
             numbers = numbers[::2] | numbers[1::2] << 4
         return super().read(numbers, box, inside)
 
+    def write(self, box: Tensor, stored: Tensor) -> None:
+        """Put codes into ``stored``, or zeros, of which none is added to as it is read: as they are."""
+        numbers = stored.new_empty(super().stored_shape(tuple(box.shape)))
+        super().write(box, numbers)
+        if self.in_bytes:
+            numbers = torch.stack([numbers & 15, numbers >> 4], 1).flatten(0, 1)
+        halves = numbers.view(len(numbers), -1, 8)[..., list(self.order)]
+        stored.copy_((halves[..., ::2] | halves[..., 1::2] << 4).flatten(1))
+
 
 def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Mapping[str, Any]) -> Iterator[Tile]:
     """The tiles of quantised matrices.
@@ -123,3 +141,58 @@ def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Map
         for number, key in enumerate(keys[matrix]):
             place = region if len(region) == 2 else (slice(number, number + 1), *region[1:])
             yield Tile(name, place, "", f"{key}.{SUFFIXES[part]}", encoding)
+
+
+def description(format: str, args: ModelArgs) -> dict[str, Any]:
+    """The ``quantization_config`` of a model that is written in one of the formats above.
+
+    Raises:
+        UserError: it is held otherwise than the format can say, or its matrices do not fill words.
+    """
+    quantise = args.quantise
+    codec = get_codec(quantise.experts) if quantise and quantise.experts else None
+    if quantise is None or codec is None or codec.kind != "int4" or quantise.attention != quantise.experts:
+        raise UserError(
+            f"the format '{format}' holds experts and attention in int4, in blocks of one size; these are "
+            f"{in_words(quantise)}: run accessory quantise --experts int4 --attention int4 --to {format} on the original"
+        )
+    for name in (logical := LogicalModel(args)).codecs:
+        *_, rows, columns = logical.dense[name]
+        if rows % 8 or columns % 8:
+            raise UserError(f"the format '{format}' has eight numbers in a word; {name} is of {rows} x {columns}")
+    return {**WRITTEN[format], "bits": 4, "group_size": codec.group}
+
+
+class PlannedWords(PlannedTensor):
+    """A part of a quantised matrix that is to be written, its bytes as numbers of ``dtype``."""
+
+    def filled(self, source: Source) -> Tensor:
+        (tile,) = self.tiles
+        stored = torch.empty(tile.stored_shape(), dtype=torch.uint8)
+        tile.encoding.write(source.read(tile.name, tile.region), stored)
+        return stored.view(self.dtype)
+
+
+@dataclasses.dataclass
+class PlannedBlocks(PlannedTensor):
+    """The ``g_idx`` of a matrix that is to be written: ``group`` neighbours in a block."""
+
+    group: int
+
+    def filled(self, source: Source) -> Tensor:
+        return torch.arange(*self.shape, dtype=self.dtype) // self.group
+
+
+def planned_words(tensors: Mapping[str, PlannedTensor], config: Mapping[str, Any]) -> dict[str, PlannedTensor]:
+    """What is to be written in the place of tensors of bytes, and g_idx beside."""
+    result: dict[str, PlannedTensor] = {}
+    for key, tensor in tensors.items():
+        matrix, _, suffix = key.rpartition(".")
+        result[key] = tensor
+        if suffix in SUFFIXES.values():
+            dtype = torch.float16 if suffix == "scales" else torch.int32
+            rows, width = tensor.shape
+            result[key] = PlannedWords((rows, width // dtype.itemsize), dtype, tensor.tiles)
+            if suffix == "qweight" and config["quant_method"] == "gptq":
+                result[f"{matrix}.g_idx"] = PlannedBlocks((8 * rows,), torch.int32, [], config["group_size"])
+    return result

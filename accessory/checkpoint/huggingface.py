@@ -106,10 +106,7 @@ class HuggingFaceDirectory(Directory):
         if self.gptq is None or not logical.codecs:
             yield from model_tiles(logical, self.fused)
             return
-        whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), self.fused)
-        yield from (tile for tile in whole if tile.name not in logical.codecs)
-        keys = {name: matrix_keys(name, logical.args, self.fused) for name in logical.codecs}
-        yield from gptq.part_tiles(logical, keys, self.gptq)
+        yield from quantised_tiles(logical, self.gptq, self.fused)
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:
@@ -142,6 +139,14 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
             for e in range(logical.args.moe.num_experts):
                 key = f"{layer}block_sparse_moe.experts.{e}.{weight}.weight"
                 yield Tile(name, (slice(e, e + 1), *region[1:]), "", key, Encoding("e f d -> f d"))
+
+
+def quantised_tiles(logical: LogicalModel, config: Mapping[str, Any], fused: bool = False) -> Iterator[Tile]:
+    """The same of a model whose experts and attention are quantised, as its ``quantization_config`` says."""
+    whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), fused)
+    yield from (tile for tile in whole if tile.name not in logical.codecs)
+    keys = {name: matrix_keys(name, logical.args, fused) for name in logical.codecs}
+    yield from gptq.part_tiles(logical, keys, config)
 
 
 def matrix_keys(name: str, args: ModelArgs, fused: bool) -> list[str]:
@@ -236,6 +241,7 @@ def write_description(
     args: ModelArgs,
     dtype: torch.dtype,
     template: Mapping[str, Any],
+    quantisation: Mapping[str, Any],
     special_ids: Mapping[str, int],
     files: Mapping[str, Iterable[str]],
     nbytes: int,
@@ -244,6 +250,7 @@ def write_description(
 
     Args:
         template: settings of a Hugging Face source, which stay where this decoder does not know them.
+        quantisation: the ``quantization_config``, where matrices are written quantised.
         special_ids: bos_token_id and eos_token_id, where there is a tokenizer.
         files: file -> its keys.
         nbytes: of all tensors.
@@ -271,6 +278,7 @@ def write_description(
         **ids,
         **(_label_settings(args.labels, template, ids) if args.labels else {}),
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **({"quantization_config": quantisation} if quantisation else {}),
     }
     write_json(directory / "config.json", config)
     if not (directory / "generation_config.json").exists():

@@ -13,6 +13,7 @@ from accessory.verbs.options import (
 )
 
 FORMATS = ["hf", "mistral", "mixtral", "mixtral_sparse"]
+PACKED = ["gptq", "awq"]  # of matrices in int4
 
 
 def checkpoint_verbs(verbs: Verbs) -> None:
@@ -31,7 +32,7 @@ def checkpoint_verbs(verbs: Verbs) -> None:
     )
     verb.add_argument("sources", nargs="+", type=a_path, help="directory, or several in order: a base, then what changes it")
     verb.add_argument("destination", type=a_path, help="directory to write")
-    verb.add_argument("--to", required=True, choices=[*FORMATS, "peft"], help="format; peft: the adapter alone")
+    verb.add_argument("--to", required=True, choices=[*FORMATS, *PACKED, "peft"], help="format; peft: the adapter alone")
     verb.add_argument("--mp", type=a_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
     conversion_options(verb)
 
@@ -104,7 +105,8 @@ def _quantise(verbs: Verbs) -> None:
     verb.add_argument("destination", type=a_path, help="directory to write")
     verb.add_argument("--experts", type=checked(Text), metavar="NAME", help="how experts are held; default: whole")
     verb.add_argument("--attention", type=checked(Text), metavar="NAME", help="how attention is; default: whole")
-    verb.add_argument("--to", choices=["mixtral", "mixtral_sparse"], default="mixtral", help="layout; default: %(default)s")
+    layouts = ["mixtral", "mixtral_sparse"]
+    verb.add_argument("--to", choices=[*layouts, *PACKED], default="mixtral", help="format; default: %(default)s")
     verb.add_argument("--mp", type=a_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")
     verb.add_argument("--config", type=a_path, help="another config.json than the source's")
     verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")
@@ -114,7 +116,7 @@ def conversion_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], help="default: each tensor's own")
     verb.add_argument("--format", choices=["safetensors", "pth"], default="safetensors", help="default: %(default)s")
     verb.add_argument(
-        "--shard-gb", type=checked(Positive), default=5, help="largest file of --to hf, GB; default: %(default)s"
+        "--shard-gb", type=checked(Positive), default=5, help="largest file of Hugging Face's, GB; default: %(default)s"
     )
     verb.add_argument("--config", type=a_path, help="another config.json than the source's")
     verb.add_argument("--force", action="store_true", help="go on if files and config.json, or adapter and base, do not fit")

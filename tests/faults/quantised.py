@@ -5,6 +5,7 @@ from faults.fault import Fault
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
 LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
 GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
+WRITTEN = "tests/test_gptq.py::test_a_directory_is_written_and_read_back_byte_for_byte"
 TESTS = "tests/test_quantise.py::test_"
 DEFINITION = f"{TESTS}a_codec_is_what_its_definition_says"
 MIXTRAL = f"{TESTS}the_cut_of_the_quantised_is_the_quantised_cut_at_mixtrals_sizes"
@@ -131,6 +132,20 @@ FAULTS = (
         'matrix.endswith((".wq.weight", ".wk.weight"))',
         'matrix.endswith(".wq.weight")',
         f"{TESTS_GPTQ}[gptq_v2-gptqmodel]",
+    ),
+    Fault(
+        "zeros are written as of version 2, and called version 1's",
+        GPTQ,
+        '"checkpoint_format": "gptq_v2"',
+        '"checkpoint_format": "gptq"',
+        f"{WRITTEN}[gptq]",
+    ),
+    Fault(
+        "AWQ's columns are written in the order of GPTQ's",
+        GPTQ,
+        "[..., list(self.order)]\n        stored",
+        "\n        stored",
+        f"{WRITTEN}[awq]",
     ),
     Fault(
         "an adapter's base is known by its numbers, however they were held",
