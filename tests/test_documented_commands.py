@@ -43,6 +43,7 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "DIR/config.json": "{home}/model.json",
     "ACCESSORY_DATA=/where/the/data/is": "ACCESSORY_DATA={home}",
     "nf4": "nf4-8",
+    "int4": "int4-8",
     "experts=nf4,attention=int8": "experts=nf4-8,attention=int8",
     "model.checkpoint=BASE": "model.checkpoint={home}/ckpt",
     "model.quantise.experts=nf4": "model.quantise.experts=nf4-8",
