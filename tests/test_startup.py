@@ -191,5 +191,5 @@ def test_a_taken_port_is_said(home, tmp_path, listener):
 def test_what_is_wrong_in_the_run_file_is_said_once(home, tmp_path):
     with Job("finetune", home / "run.yaml", f"out={tmp_path}", "train.epoch=2", ranks=3) as job:
         assert job.codes() == [1, 1, 1]
-        (line,) = job.err().splitlines()
-        assert "did you mean 'train.epochs'" in line
+        (error,) = errors(job.err())
+        assert "did you mean 'train.epochs'" in error

@@ -153,6 +153,7 @@ def number_settings(config: RunConfig, args: ModelArgs, data_parallel: int) -> d
     named = ("epochs", "max_steps", "balance", "bias_rate", "z_loss_weight", "reference_loss")
     settings |= {f"train.{name}": getattr(train, name) for name in named}
     settings |= {"load_balancing_weight": args.load_balancing_weight, "parallel.precision": config.parallel.precision}
+    settings |= {"model.quantise": args.quantise and dataclasses.asdict(args.quantise)}
     if lora:
         alpha = float(lora.rank) if lora.alpha is None else lora.alpha
         settings |= {"tuning.lora.alpha": alpha, "tuning.lora.rslora": lora.rslora, "tuning.lora.dropout": lora.dropout}
