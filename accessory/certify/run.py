@@ -74,7 +74,7 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
 
     Returns:
         logits: of the first sequence. saved, hf: the largest difference between a tensor of what was saved in the layout,
-        and of what is Hugging Face's, and the description; wrong: a setting that these say otherwise, or None (all of rank 0).
+        and of what is Hugging Face's, and the description; wrong: a setting that these say otherwise, or None (of rank 0).
     """
     main = dist.get_rank() == 0
     weights = {name: tensor.to(problem.dtype) for name, tensor in problem.weights().items()}
