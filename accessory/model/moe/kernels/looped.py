@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.model.moe.kernels.rows import rows_in_cache, rows_of_experts
 from accessory.model.moe.weights import ExpertWeights
+from accessory.model.recompute import is_rerun
 
 MEMORY_BOUND_ROWS = 64
 """Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
@@ -124,7 +125,8 @@ class _LoopedSwiGLU(torch.autograd.Function):
         w1, w2, w3 = ctx.matrices = matrices
         hidden_dim = w1.shape[1]
         ctx.blocks = _blocks(row_ends, rows_in_cache(x, hidden_dim), w1, w2, w3)
-        _prefetch(ctx.blocks, w1, w3, w2)
+        rerun = is_rerun()
+        _prefetch(ctx.blocks, w1, w3, *(() if rerun else (w2,)))
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
         gate, up = x.new_empty(padded, hidden_dim), x.new_empty(padded, hidden_dim)
         y = torch.empty_like(x)
@@ -132,11 +134,12 @@ class _LoopedSwiGLU(torch.autograd.Function):
             x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), block.experts
             torch.bmm(x_b, w1[e].mT, out=g)
             torch.bmm(x_b, w3[e].mT, out=u)
-            block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
+            if not rerun:
+                block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
         needs_x = w1.trained is not None or w3.trained is not None
         # what trains is kept only for autograd to see that nobody changes it before backward
         ctx.save_for_backward(x if needs_x else None, weight, gate, up, *trained)
-        return y.mul_(weight)
+        return y if rerun else y.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
