@@ -139,3 +139,4 @@ def _making_again() -> Iterator[None]:
             yield
     finally:
         _makers.reset(token)
+        makers.clear()  # autograd keeps ``pack``

@@ -24,6 +24,14 @@ def is_planned() -> bool:
     return _planned.get()
 
 
+def borders_on_host(borders: Tensor, total: int) -> list[int]:
+    """Where the rows of n experts end, of ``total``, as numbers, for which the host waits; planned: each has as many."""
+    if is_planned():
+        return [total * (place + 1) // len(borders) for place in range(len(borders))]
+    numbers: list[int] = borders.tolist()
+    return numbers
+
+
 def device_type(x: Tensor) -> str:
     """What ``x`` is computed on, or planned to be."""
     return "cuda" if is_planned() else x.device.type

@@ -11,6 +11,7 @@ from accessory.model.adapter import TokenAdapters
 from accessory.model.moe.router import Routing
 from accessory.model.recompute import decided, made_again
 from accessory.parallel.mesh import Axis
+from accessory.parallel.planned import borders_on_host
 from accessory.parallel.regions import copy_to_model_parallel_region, reduce_from_model_parallel_region
 
 
@@ -79,7 +80,8 @@ def make_plan(experts_TK: Tensor, local: range, num_experts: int) -> DispatchPla
     ends = (expert_N.unsqueeze(1) == torch.arange(num_experts, device=order.device)).sum(0).cumsum(0)
     if len(local) < num_experts:
         # the number of local rows depends on the routing, so its shape must come to the host
-        start, stop = F.pad(ends, (1, 0))[[local.start, local.stop]].tolist()
+        borders = [0, *borders_on_host(ends, len(order))]
+        start, stop = borders[local.start], borders[local.stop]
         order, place, ends = order[start:stop], place - start, ends[local.start : local.stop] - start
         place = torch.where((place >= 0) & (place < stop - start), place, stop - start)
     return DispatchPlan(order // top_k, order, place.view_as(experts_TK), ends.int())

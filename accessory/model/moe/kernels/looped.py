@@ -61,12 +61,12 @@ class _Block:
         return padded[self.padded_rows].view(len(self.row_counts), max(self.row_counts), padded.shape[1])
 
 
-def _blocks(row_ends: Tensor, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
-    """All experts with rows, in blocks of as many as ``matrices`` are to be asked for at once, and of up to ``max_rows``
-    padded rows, where those of one expert are not more already."""
+def _blocks(row_ends: Tensor, total: int, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
+    """All experts with some of the ``total`` rows, in blocks of as many as ``matrices`` are to be asked for at once, and of
+    up to ``max_rows`` padded rows, where those of one expert are not more already."""
     at_once = min(w.at_once for w in matrices)
     blocks: list[_Block] = []
-    for expert, rows in enumerate(rows_of_experts(row_ends)):
+    for expert, rows in enumerate(rows_of_experts(row_ends, total)):
         if rows.start == rows.stop:
             continue
         is_neighbour = blocks and blocks[-1].experts.stop == expert and len(blocks[-1].row_counts) < at_once
@@ -124,7 +124,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         """``trained``: of each of the ``matrices``, for autograd to see."""
         w1, w2, w3 = ctx.matrices = matrices
         hidden_dim = w1.shape[1]
-        ctx.blocks = _blocks(row_ends, rows_in_cache(x, hidden_dim), w1, w2, w3)
+        ctx.blocks = _blocks(row_ends, len(x), rows_in_cache(x, hidden_dim), w1, w2, w3)
         rerun = is_rerun()
         _prefetch(ctx.blocks, w1, w3, *(() if rerun else (w2,)))
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
@@ -171,7 +171,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_ends: Tensor, w: ExpertWeights, trained: Tensor | None) -> Tensor:
-        ctx.w, ctx.blocks = w, _blocks(row_ends, rows_in_cache(x, max(w.shape[1:])), w)
+        ctx.w, ctx.blocks = w, _blocks(row_ends, len(x), rows_in_cache(x, max(w.shape[1:])), w)
         _prefetch(ctx.blocks, w)
         y = x.new_empty(len(x), w.shape[1])
         for block in ctx.blocks:
