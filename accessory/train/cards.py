@@ -15,6 +15,7 @@ class Card:
         gib: of memory. flops: of bf16 products, a second. memory_rate: bytes a second.
         link: bytes a second that it sends to the others of its node, all at once, as collectives reach them.
         network: the same to other nodes, its share of a node's.
+        products, elementwise: what of ``flops`` and of ``memory_rate`` a training step was seen to reach (A100, H100).
     """
 
     names: tuple[str, ...]
@@ -23,6 +24,8 @@ class Card:
     memory_rate: float
     link: float
     network: float
+    products: float = 0.62
+    elementwise: float = 0.80
 
 
 PCIE = 20e9

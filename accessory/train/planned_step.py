@@ -16,6 +16,7 @@ from accessory.data.store import Sample
 from accessory.dtypes import at_least, get_dtype
 from accessory.model.args import ModelArgs
 from accessory.model.build import model_without_weights
+from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
@@ -23,7 +24,7 @@ from accessory.parallel.mesh import make_mesh
 from accessory.parallel.planned import planned_for_gpu
 from accessory.settings import LayoutName, OptimSection, ParallelSection, TuningSection
 from accessory.train.optim import make_optimizer
-from accessory.train.trace import Figure, Figures, Trace, follow_step
+from accessory.train.trace import Figures, Trace, follow_step
 from accessory.tuning.spec import resolve
 
 
@@ -53,17 +54,27 @@ class PlannedRun:
         They are linear in layers, and in micro-batches: the step is traced for few, unless the model has few.
         """
         layers, micro_batches = self.args.n_layers, self.accumulation
-        if layers > 3:
-            return _line(2, self._with_layers(2).figures(), 3, self._with_layers(3).figures(), layers)
+        if layers > 4:  # from three on there is one at work, one before and one behind
+            return _line(3, self._with_layers(3).figures(), 4, self._with_layers(4).figures(), layers)
         if micro_batches > 3:
             few, more = (dataclasses.replace(self, accumulation=some).figures() for some in (2, 3))
             return _line(2, few, 3, more, micro_batches)
-        return self._trace()
+        return self.traced()
 
     def _with_layers(self, layers: int) -> "PlannedRun":
         return dataclasses.replace(self, args=dataclasses.replace(self.args, n_layers=layers))
 
-    def _trace(self) -> Figures:
+    def traced(self) -> Figures:
+        """The same, of all layers and micro-batches."""
+        there = planned_for_gpu() if self.on_gpu else nullcontext()
+        model, batch = self.model_without_weights(), self.batch()
+        with there, FakeTensorMode(allow_non_fake_inputs=True) as fake, Trace(assumed=lambda: 1) as trace:
+            model.to_empty(device="cpu")
+            optimizer = make_optimizer(model, OptimSection())
+            return follow_step(trace, model, optimizer, [_as_shapes(batch, fake)] * self.accumulation)
+
+    def model_without_weights(self) -> Decoder:
+        """The model of this rank, on the meta device (a collective)."""
         parallel, compute = self.parallel, get_dtype(self.parallel.precision)
         mesh = make_mesh(parallel.model_parallel, parallel.dp_shard())
         tuning = resolve(self.tuning, self.args)
@@ -79,13 +90,12 @@ class PlannedRun:
         )
         wrap(model, mesh, parallel.data_parallel, compute, "cpu")
         model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}
+        return model
+
+    def batch(self) -> Batch:
+        """A micro-batch of as many documents of the width."""
         row = Sample(np.ones(self.width, np.int64), np.ones(self.width, bool))
-        batch = collate([row] * self.batch_size)
-        there = planned_for_gpu() if self.on_gpu else nullcontext()
-        with there, FakeTensorMode(allow_non_fake_inputs=True) as fake, Trace(assumed=lambda: 1) as trace:
-            model.to_empty(device="cpu")
-            optimizer = make_optimizer(model, OptimSection())
-            return follow_step(trace, model, optimizer, [_as_shapes(batch, fake)] * self.accumulation)
+        return collate([row] * self.batch_size)
 
 
 def _as_shapes(batch: Batch, fake: FakeTensorMode) -> Batch:
@@ -127,11 +137,3 @@ def planned_job(world: int) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-def total(figures: Figures, what: str) -> float:
-    """Of all operators or collectives."""
-    return sum(value for name, value in figures.items() if name.what == what)
-
-
-__all__ = ["Figure", "PlannedRun", "planned_job", "total"]

@@ -59,6 +59,11 @@ class Figure(NamedTuple):
 Figures = Counter[Figure]
 
 
+def total(figures: Figures, what: str) -> float:
+    """Of all operators or collectives."""
+    return sum(value for name, value in figures.items() if name.what == what)
+
+
 def follow_step(trace: "Trace", model: Decoder, optimizer: Optimizer, batches: Sequence[Batch]) -> Figures:
     """The figures of a step, after one in which the optimiser makes its state. ``trace`` has followed all that is there."""
     for _ in range(2):
@@ -162,4 +167,5 @@ def _product(func: Any, args: Any, out: Any) -> float:
         x, w = args[:2]
         return 2.0 * x.shape[0] * x.shape[1] * w.shape[-1]
     counted = flop_registry.get(func._overloadpacket)
-    return float(counted(*args, out_val=out)) if counted else 0.0
+    flops = float(counted(*args, out_val=out)) if counted else 0.0
+    return flops / 2 if "attn" in func._schema.name else flops  # half of the pairs of a causal one
