@@ -43,6 +43,7 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
         shard(block, mp_policy=policy, reshard_after_forward=mode == "fsdp")
     shard(model, mp_policy=policy, reshard_after_forward=False)
     for block, after in pairwise(blocks):  # gathered before the host waits, as in a block of whole experts it does
+        assert isinstance(block, FSDPModule) and isinstance(after, FSDPModule)
         block.set_modules_to_forward_prefetch([after])
     for module in model.modules():  # gradients are summed: a loss is already divided by what there is on all ranks
         if isinstance(module, FSDPModule):
