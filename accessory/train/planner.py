@@ -10,17 +10,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from accessory.checkpoint.description import load_args, own_config
 from accessory.console import progress
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import check_divides
+from accessory.model.memory import footprint
 from accessory.model.moe.layouts import SPARSE
+from accessory.parallel.mesh import plan_mesh
 from accessory.settings import LoraSection, ParallelSection, QuantiseSection, Recompute, TuningSection
 from accessory.train.cards import Card, card_called
 from accessory.train.measure import measured_here
 from accessory.train.planned_step import PlannedRun, planned_job
-from accessory.train.trace import Collective, Figure, Figures, total
+from accessory.train.trace import PEAK, STATE, Collective, Figure, Figures, total
+from accessory.tuning.spec import resolve
 
 TUNINGS = {"full": TuningSection(), "lora": TuningSection(lora=LoraSection()), "qlora": TuningSection(lora=LoraSection())}
 OVERHEAD_BYTES = 3e9
@@ -36,6 +41,8 @@ IMBALANCE = 1.35
 """How much more than its share the busiest rank computes where ranks have whole experts."""
 STRAGGLER = 0.007
 """Standard deviation of the ranks' times, of a step."""
+FAR_TOO_MUCH = 1.25
+"""What a formula says of so many times the card's memory is not traced."""
 TIME_ERROR = "times are estimates, +-20 %; counts of FLOPs, bytes and memory are exact, of the real step at full size"
 
 
@@ -44,7 +51,8 @@ class Choice:
     """A way to cut a run, and what its step would take.
 
     Attributes:
-        figures: of a step of the first rank. seconds: by term; their sum is the step's.
+        figures: of a step of the first rank; of one that does not fit by far, only its memory, by a formula.
+        seconds: by term; their sum is the step's.
     """
 
     run: PlannedRun
@@ -58,7 +66,7 @@ class Choice:
     @property
     def memory(self) -> dict[str, float]:
         """Bytes, by kind: of weights, moments and frozen weights; of what comes and goes; of the rest."""
-        state, peak = self.figures[Figure("state")], self.figures[Figure("peak")]
+        state, peak = self.figures[STATE], self.figures[PEAK]
         passing = peak - state
         return {"state": state, "step": passing, "overhead": OVERHEAD_BYTES + FRAGMENTATION * passing}
 
@@ -109,15 +117,22 @@ def choices(args: ModelArgs, tuning: str, world: int, card: Card, per_node: int,
     Of the expert layout only the time is its own: with even loads a rank has as many rows x widths of experts as in the
     sparse one, and loads are not even.
     """
+    trained = resolve(TUNINGS[tuning], args)
+    kernel = "looped" if args.quantise else "grouped"
     for parallel in cuts(args, world, per_node):
-        mine = rows // (world // parallel.model_parallel)
+        mesh = plan_mesh(world, parallel.model_parallel, parallel.dp_shard())
+        mine = rows // mesh.dp.size
         for batch_size in (size for size in (4, 2, 1) if mine % size == 0):
-            if parallel.data_parallel == "sdp" and mine == batch_size:
+            accumulation = mine // batch_size
+            if parallel.data_parallel == "sdp" and accumulation == 1:
                 continue  # the same as fsdp but for its memory
-            kernel = "looped" if args.quantise else "grouped"
-            run = PlannedRun(
-                args, TUNINGS[tuning], "mixtral_sparse", parallel, batch_size, mine // batch_size, width, kernel
-            )
+            run = PlannedRun(args, TUNINGS[tuning], "mixtral_sparse", parallel, batch_size, accumulation, width, kernel)
+            cut = (parallel, torch.bfloat16, trained.trains, batch_size * width, accumulation, "cuda")
+            told = footprint(trained.logical, SPARSE, mesh, *cut)
+            if told.total > FAR_TOO_MUCH * card.gib * 2**30:
+                if batch_size == 1:
+                    yield Choice(run, Figures({STATE: told.weights + told.moments, PEAK: told.total}), {})
+                continue
             figures = run.figures()
             choice = Choice(run, figures, step_seconds(figures, run, card, per_node, world))
             if choice.fits(card) or batch_size == 1:
@@ -125,9 +140,6 @@ def choices(args: ModelArgs, tuning: str, world: int, card: Card, per_node: int,
                 if parallel.model_parallel > 1 and args.moe.num_experts % parallel.model_parallel == 0:
                     whole = dataclasses.replace(run, layout="mixtral")
                     yield Choice(whole, figures, step_seconds(figures, whole, card, per_node, world))
-                break
-            if choice.figures[Figure("state")] > card.gib * 2**30:
-                yield choice
                 break
 
 
@@ -194,10 +206,11 @@ def _table(ways: list[Choice], card: Card, flops: float, tokens: int) -> Iterato
 
 def _line_of(way: Choice, card: Card, flops: float, tokens: int) -> str:
     run, parallel, memory = way.run, way.run.parallel, way.memory
-    fits = "yes" if way.fits(card) else "-"
-    return (
+    line = (
         f"  {parallel.model_parallel:<2} {run.layout:14}  {parallel.data_parallel:4}  {parallel.shard_size or 'all'!s:6}  "
         f"{parallel.recompute:17}  {run.batch_size:4}  {run.accumulation:3}  {sum(memory.values()) / 2**30:4.0f}  "
-        f"{memory['state'] / 2**30:5.1f}  {memory['step'] / 2**30:5.1f}  {fits:4}  {way.step_s:6.2f}  "
-        f"{flops / card.flops / way.step_s:4.0%}  {tokens / way.step_s:8,.0f}"
+        f"{memory['state'] / 2**30:5.1f}  {memory['step'] / 2**30:5.1f}  {'yes' if way.fits(card) else '-':4}"
     )
+    if not way.seconds:
+        return f"{line}  by far not"
+    return f"{line}  {way.step_s:6.2f}  {flops / card.flops / way.step_s:4.0%}  {tokens / way.step_s:8,.0f}"

@@ -57,6 +57,7 @@ class Figure(NamedTuple):
 
 
 Figures = Counter[Figure]
+STATE, PEAK = Figure("state"), Figure("peak")
 
 
 def total(figures: Figures, what: str) -> float:
@@ -70,7 +71,7 @@ def follow_step(trace: "Trace", model: Decoder, optimizer: Optimizer, batches: S
         state = trace.live
         trace.reset()
         train_step(model, optimizer, batches, NextToken(), RouterLosses(), clip_grad=1.0)
-    trace.figures[Figure("state")], trace.figures[Figure("peak")] = state, trace.peak
+    trace.figures[STATE], trace.figures[PEAK] = state, trace.peak
     return trace.figures
 
 
