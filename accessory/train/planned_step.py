@@ -59,7 +59,9 @@ class PlannedRun:
             return _line(3, self._with_layers(3).figures(), 4, self._with_layers(4).figures(), layers)
         if micro_batches > 2:
             one, two = (dataclasses.replace(self, accumulation=some).traced() for some in (1, 2))
-            return _line(1, one, 2, two, micro_batches) | Figures({PEAK: two[PEAK]})
+            figures = _line(1, one, 2, two, micro_batches)
+            figures[PEAK] = two[PEAK]
+            return figures
         return self.traced()
 
     def _with_layers(self, layers: int) -> "PlannedRun":
