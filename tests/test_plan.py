@@ -60,6 +60,7 @@ def really(runs):
                 for parameter in model.parameters():
                     parameter.normal_(0.0, 0.02)
             optimizer = make_optimizer(model, OptimSection())
+            follow_step(trace, model, optimizer, [run.batch()])
             found.append(follow_step(trace, model, optimizer, [run.batch()] * run.accumulation))
     return found
 

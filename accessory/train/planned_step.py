@@ -58,7 +58,7 @@ class PlannedRun:
         if layers > 4:  # from three on there is one at work, one before and one behind
             return _line(3, self._with_layers(3).figures(), 4, self._with_layers(4).figures(), layers)
         if micro_batches > 2:
-            one, two = (dataclasses.replace(self, accumulation=some).traced() for some in (1, 2))
+            one, two = self._steps(1, 2)
             figures = _line(1, one, 2, two, micro_batches)
             figures[PEAK] = two[PEAK]
             return figures
@@ -69,12 +69,18 @@ class PlannedRun:
 
     def traced(self) -> Figures:
         """The same, of all layers and micro-batches."""
+        return self._steps(self.accumulation)[0]
+
+    def _steps(self, *accumulations: int) -> list[Figures]:
+        """Of steps of so many micro-batches each, one after the other."""
         there = planned_for_gpu() if self.on_gpu else nullcontext()
         model, batch = self.model_without_weights(), self.batch()
         with there, FakeTensorMode(allow_non_fake_inputs=True) as fake, Trace(assumed=lambda: 1) as trace:
             model.to_empty(device="cpu")
             optimizer = make_optimizer(model, OptimSection())
-            return follow_step(trace, model, optimizer, [_as_shapes(batch, fake)] * self.accumulation)
+            shapes = _as_shapes(batch, fake)
+            follow_step(trace, model, optimizer, [shapes])
+            return [follow_step(trace, model, optimizer, [shapes] * count) for count in accumulations]
 
     def model_without_weights(self) -> Decoder:
         """The model of this rank, on the meta device (a collective)."""

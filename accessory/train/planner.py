@@ -18,6 +18,7 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import check_divides
 from accessory.model.memory import footprint
+from accessory.model.moe.kernels.grouped import grouped_runs
 from accessory.model.moe.layouts import SPARSE
 from accessory.parallel.mesh import plan_mesh
 from accessory.settings import LoraSection, ParallelSection, QuantiseSection, Recompute, TuningSection
@@ -41,7 +42,7 @@ IMBALANCE = 1.35
 """How much more than its share the busiest rank computes where ranks have whole experts."""
 STRAGGLER = 0.007
 """Standard deviation of the ranks' times, of a step."""
-FAR_TOO_MUCH = 1.25
+FAR_TOO_MUCH = 1.15
 """What a formula says of so many times the card's memory is not traced."""
 TIME_ERROR = "times are estimates, +-20 %; counts of FLOPs, bytes and memory are exact, of the real step at full size"
 
@@ -118,10 +119,12 @@ def choices(args: ModelArgs, tuning: str, world: int, card: Card, per_node: int,
     sparse one, and loads are not even.
     """
     trained = resolve(TUNINGS[tuning], args)
-    kernel = "looped" if args.quantise else "grouped"
     for parallel in cuts(args, world, per_node):
         mesh = plan_mesh(world, parallel.model_parallel, parallel.dp_shard())
         mine = rows // mesh.dp.size
+        row = torch.empty(1, args.dim, dtype=torch.bfloat16)
+        takes_all = not args.quantise and grouped_runs(row, SPARSE.local_hidden_dim(args.hidden_dim, mesh.mp))
+        kernel = "grouped" if takes_all else "looped"
         for batch_size in (size for size in (4, 2, 1) if mine % size == 0):
             accumulation = mine // batch_size
             if parallel.data_parallel == "sdp" and accumulation == 1:

@@ -66,11 +66,11 @@ def total(figures: Figures, what: str) -> float:
 
 
 def follow_step(trace: "Trace", model: Decoder, optimizer: Optimizer, batches: Sequence[Batch]) -> Figures:
-    """The figures of a step, after one in which the optimiser makes its state. ``trace`` has followed all that is there."""
-    for _ in range(2):
-        state = trace.live
-        trace.reset()
-        train_step(model, optimizer, batches, NextToken(), RouterLosses(), clip_grad=1.0)
+    """The figures of a step. ``trace`` has followed all that is there; the first step is unlike others: the optimiser makes
+    its state in it."""
+    state = trace.live
+    trace.reset()
+    train_step(model, optimizer, batches, NextToken(), RouterLosses(), clip_grad=1.0)
     trace.figures[STATE], trace.figures[PEAK] = state, trace.peak
     return trace.figures
 
