@@ -21,7 +21,7 @@ from accessory.model.memory import footprint
 from accessory.model.moe.kernels.grouped import grouped_runs
 from accessory.model.moe.layouts import SPARSE
 from accessory.parallel.mesh import plan_mesh
-from accessory.settings import LoraSection, ParallelSection, QuantiseSection, Recompute, TuningSection
+from accessory.settings import LayoutName, LoraSection, ParallelSection, QuantiseSection, Recompute, TuningSection
 from accessory.train.cards import Card, card_called
 from accessory.train.measure import measured_here
 from accessory.train.planned_step import PlannedRun, planned_job
@@ -125,11 +125,12 @@ def choices(args: ModelArgs, tuning: str, world: int, card: Card, per_node: int,
         row = torch.empty(1, args.dim, dtype=torch.bfloat16)
         takes_all = not args.quantise and grouped_runs(row, SPARSE.local_hidden_dim(args.hidden_dim, mesh.mp))
         kernel = "grouped" if takes_all else "looped"
+        layout: LayoutName = "mixtral_sparse" if mesh.mp.size > 1 else "mixtral"  # the same on one rank
         for batch_size in (size for size in (4, 2, 1) if mine % size == 0):
             accumulation = mine // batch_size
             if parallel.data_parallel == "sdp" and accumulation == 1:
                 continue  # the same as fsdp but for its memory
-            run = PlannedRun(args, TUNINGS[tuning], "mixtral_sparse", parallel, batch_size, accumulation, width, kernel)
+            run = PlannedRun(args, TUNINGS[tuning], layout, parallel, batch_size, accumulation, width, kernel)
             cut = (parallel, torch.bfloat16, trained.trains, batch_size * width, accumulation, "cuda")
             told = footprint(trained.logical, SPARSE, mesh, *cut)
             if told.total > FAR_TOO_MUCH * card.gib * 2**30:
