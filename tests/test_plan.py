@@ -133,18 +133,6 @@ def test_what_is_told_at_once_is_near_what_is_counted(full_size):
         assert told.total == pytest.approx(full_size[name][Figure("peak")], rel=0.15), name
 
 
-@pytest.mark.parametrize(("mp", "layout", "kilobytes"), [(1, "mixtral", 160), (8, "mixtral_sparse", 40)])
-def test_what_a_layer_keeps_of_a_token_between_the_ways(mp, layout, kilobytes):
-    def peak(layers):
-        args = dataclasses.replace(MIXTRAL, n_layers=layers)
-        figures = PlannedRun(args, FULL, layout, cut(mp, recompute="norms_and_experts"), 4, 1, 4096).traced()
-        return figures[Figure("peak")] - figures[Figure("state")]
-
-    with planned_job(32):
-        each = (peak(5) - peak(4)) / (4 * 4096) / 1000
-    assert 0.8 * kilobytes < each <= kilobytes
-
-
 def test_seconds_are_those_worked_by_hand():
     card = dataclasses.replace(
         CARDS["a100-80"], flops=1e14, memory_rate=1e12, link=1e11, network=1e10, products=0.5, elementwise=0.5
@@ -182,13 +170,13 @@ def test_cards_are_known_by_their_own_names():
 
 
 def test_the_command_names_the_best(tmp_path):
-    words = ("plan", "configs/model/tiny.json", "--gpus", "2", "--rows", "4", "--seq-len", "64")
+    words = ("plan", "configs/model/tiny.json", "--seq-len", "64", "--rows", "4")
     codes, out, err = command(*words, "--card", "h100")
     assert codes == [0] and not err, err
     ways, fitting = map(int, re.match(r"(\d+) ways, (\d+) fit into 79 GiB; times are estimates, \+-20 %", out).groups())
-    assert ways == fitting == out.count(" yes ") > 10
+    assert ways == fitting == out.count(" yes ") == 3
     assert re.search(r"\n1\. products .* s, attention .*\n   model: .*\n   parallel: \{model_parallel: .*\n   train: ", out)
     codes, out, err = command(*words, "--card", "h1000")
     assert codes == [1] and err == "accessory: error: --card: unknown card 'h1000'; did you mean 'h100'?\n", err
-    codes, out, err = command(*words[:-2], "--card", "h100", "--rows", "5")
-    assert codes == [1] and "--rows 5 is no multiple of --gpus 2" in err
+    codes, out, err = command(*words, "--card", "h100", "--gpus", "3")
+    assert codes == [1] and "--rows 4 is no multiple of --gpus 3" in err

@@ -51,16 +51,16 @@ class PlannedRun:
     def figures(self) -> Figures:
         """Those of the first rank. A job of so many ranks must be ``planned_job``.
 
-        They are linear in layers, and in micro-batches, of which only the second needs more memory than the one before: the
-        step is traced for few.
+        They are linear in layers, and in micro-batches once there are two: the step is traced for few.
         """
         layers, micro_batches = self.args.n_layers, self.accumulation
         if layers > 4:  # from three on there is one at work, one before and one behind
             return _line(3, self._with_layers(3).figures(), 4, self._with_layers(4).figures(), layers)
-        if micro_batches > 2:
-            one, two = self._steps(1, 2)
-            figures = _line(1, one, 2, two, micro_batches)
-            figures[PEAK] = two[PEAK]
+        few = 1 if self.parallel.data_parallel == "fsdp" else 2  # the others have whole gradients from the second on
+        if micro_batches > few + 1:
+            first, second = self._steps(few, few + 1)
+            figures = _line(few, first, few + 1, second, micro_batches)
+            figures[PEAK] = second[PEAK]
             return figures
         return self.traced()
 
