@@ -47,7 +47,11 @@ def training_verbs(verbs: Verbs) -> None:
         verb.add_argument("--world", type=a_count, help="of a dry run: plan for so many processes; default: those started")
         about = "of a dry run: memory of each process's GPU; default: this machine's, unless --world is another"
         verb.add_argument("--memory", type=checked(Positive), metavar="GIB", help=about)
+    _before_a_run(verbs)
 
+
+def _before_a_run(verbs: Verbs) -> None:
+    """What says how it would go, and checks where it is to go."""
     verb = add_verb(
         verbs,
         "plan",
