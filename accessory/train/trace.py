@@ -1,7 +1,6 @@
 """A step followed as it runs, on real tensors or on shapes alone: what it allocates, computes, sends and waits for."""
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -56,7 +55,13 @@ class Figure(NamedTuple):
     of: str | Collective = ""
 
 
-Figures = Counter[Figure]
+class Figures(dict[Figure, float]):
+    """Numbers by name; what did not happen is 0."""
+
+    def __missing__(self, name: Figure) -> float:
+        return 0.0
+
+
 STATE, PEAK = Figure("state"), Figure("peak")
 
 
