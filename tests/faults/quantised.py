@@ -138,6 +138,13 @@ FAULTS = (
         f"{TESTS_GPTQ}[gptq_v2-gptqmodel]",
     ),
     Fault(
+        "compressed-tensors' zeros are taken from the highest bits on",
+        "accessory/checkpoint/compressed.py",
+        "return (words.unsqueeze(1) >> places & 15).byte().flatten(0, 1)",
+        "return (words.unsqueeze(1) >> places.flip(0) & 15).byte().flatten(0, 1)",
+        f"{TESTS_GPTQ}[compressed-gptqmodel]",
+    ),
+    Fault(
         "zeros are written as of version 2, and called version 1's",
         GPTQ,
         '"checkpoint_format": "gptq_v2"',
