@@ -39,7 +39,8 @@ def correlated(rows, width, seed=0):
 @pytest.mark.parametrize("name", ["int4-8", "nf4-16", "int8"])
 def test_codes_are_those_of_the_definition(name):
     """Input by input: all that are not rounded yet take the values that make up best, by least squares from the start, for
-    those that are; then the next is rounded to the nearest, on the grid that the first of its block met."""
+    those that are; then the next is rounded to the nearest. A block's grid is chosen where its first is met: of narrower and
+    narrower ones that by which a row loses least, each input's error counting as what those behind it cannot make up for."""
     codec, x = get_codec(name), correlated(200, 48)
     w = torch.randn(6, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gram = x.T @ x
@@ -49,7 +50,12 @@ def test_codes_are_those_of_the_definition(name):
         lost = fixed - w[:, :n]
         best = w[:, n:] - torch.linalg.solve(damped[n:, n:], damped[n:, :n] @ lost.T).T
         if n % group == 0:
-            grid = codec.grid(best[:, :group])
+            weight = torch.tensor([1 / torch.linalg.inv(damped[m:, m:])[0, 0] for m in range(n, n + group)])
+            grids = [codec.grid(best[:, :group] * share) for share in (1, 0.95, 0.9, 0.85, 0.8)]
+            values = [codec.numbers(codec.nearest(best[:, :group], *grid), *grid) for grid in grids]
+            lost = [((some - best[:, :group]) ** 2 * weight).sum(1).tolist() for some in values]
+            chosen = [min(range(5), key=[of[row] for of in lost].__getitem__) for row in range(6)]
+            grid = [torch.stack([grids[c][n][row] for row, c in enumerate(chosen)]) for n in range(2)]
         rounded = codec.numbers(codec.nearest(best[:, :1], *grid), *grid)
         fixed = torch.cat([fixed, rounded.double()], 1)
     ours = codec.decode(encode_for_rows(codec, w, gram), torch.float64)
@@ -59,13 +65,12 @@ def test_codes_are_those_of_the_definition(name):
 
 
 def test_inputs_that_never_come():
-    """An input that is always zero is rounded to the nearest, and so is everything where no rows say anything."""
+    """Neither an input that is always zero nor rows that say nothing make what is no number."""
     codec, x = get_codec("int4-8"), correlated(64, 16)
     x[:, 5] = 0
     w = torch.randn(4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert codec.decode(encode_for_rows(codec, w, x.T @ x), torch.float64).isfinite().all()
-    ours, nearest = encode_for_rows(codec, w, torch.zeros(16, 16)), codec.encode(w)
-    assert all(torch.equal(ours[part], nearest[part]) for part in nearest)
+    for gram in (x.T @ x, torch.zeros(16, 16)):
+        assert (codec.decode(encode_for_rows(codec, w, gram), torch.float64) - w).norm() < 0.2 * w.norm()
     w[2, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         encode_for_rows(codec, w, x.T @ x)

@@ -10,6 +10,8 @@ from torch import Tensor
 from accessory.dtypes import at_least_fp32
 from accessory.model.codecs import Codec, Parts
 
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Of its width, among which each block's grid takes the best: where few values lie far out, finer steps are worth more."""
 DAMPING = 0.01
 """Added to the mean square of each input, as a share of their mean: for what the rows do not say."""
 STEP = 128
@@ -19,7 +21,7 @@ STEP = 128
 def encode_for_rows(codec: Codec, matrix: Tensor, gram: Tensor) -> Parts:
     """The parts of ``matrix`` [out, in] whose product with certain rows x [n, in] is nearest to its own.
 
-    Each block's grid is that of its values once they make up for the inputs before.
+    Each block's grid is made for its values once they make up for the inputs before.
 
     Args:
         gram: x.T @ x [in, in] of the rows.
@@ -36,7 +38,8 @@ def encode_for_rows(codec: Codec, matrix: Tensor, gram: Tensor) -> Parts:
     for start in range(0, width, codec.group or STEP):
         stop = min(start + (codec.group or STEP), width)
         if start % group == 0:
-            grids.append(codec.grid(left[start : start + group].T))
+            weight = factor.diagonal()[start : start + group] ** -2  # of an input's error: what no other can make up for
+            grids.append(_best_grid(codec, left[start : start + group].T.contiguous(), weight))
         grid = [each.squeeze(1) for each in grids[-1]]
         block, errors, inside = left[start:stop], torch.empty_like(left[start:stop]), factor[start:stop, start:stop]
         for n, values in enumerate(block):
@@ -46,6 +49,15 @@ def encode_for_rows(codec: Codec, matrix: Tensor, gram: Tensor) -> Parts:
         left[stop:] -= factor[start:stop, stop:].T @ errors
     scale, zero = (torch.stack(each, 1) for each in zip(*grids, strict=True))
     return codec.parts(codes.T, scale, zero)
+
+
+def _best_grid(codec: Codec, block: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero [out, 1] with which the values of each row of a block [out, group] lose least."""
+    grids = [codec.grid(block * share) for share in SHARES]
+    errors = torch.stack([codec.numbers(codec.nearest(block, *grid), *grid) - block for grid in grids])
+    best = (errors**2 * weight).sum(-1, keepdim=True).argmin(0, keepdim=True)
+    scale, zero = (torch.stack(each).gather(0, best).squeeze(0) for each in zip(*grids, strict=True))
+    return scale, zero
 
 
 def _factor(gram: Tensor) -> Tensor:

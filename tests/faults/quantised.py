@@ -189,8 +189,15 @@ FAULTS = (
     Fault(
         "a block's grid is that of its values before they make up for others",
         ROUNDING,
-        "codec.grid(left[start : start + group].T)",
-        "codec.grid(matrix[:, start : start + group])",
+        "_best_grid(codec, left[start : start + group].T.contiguous(), weight)",
+        "_best_grid(codec, matrix[:, start : start + group], weight)",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block's grid is chosen as if all its inputs counted alike",
+        ROUNDING,
+        "(errors**2 * weight)",
+        "(errors**2)",
         GPTQS_CODES,
     ),
     Fault(
