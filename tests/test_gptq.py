@@ -3,6 +3,7 @@ they stand for, and what is written is what it stands for."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import TINY, build, evaluate, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_expert_weights import assert_close
+from test_quantise import digest
 
 from accessory.certify import reference
 from accessory.certify.formats import huggingface_tensors, settings
@@ -243,3 +245,29 @@ def test_what_cannot_be_written_so():
         args = replace(ARGS, hidden_dim=44 if "44" in told else 48, quantise=quantise)
         with pytest.raises(UserError, match=told):
             Target("gptq").check(args)
+
+
+MADE = Path(__file__).parent / "gptqmodel"
+"""What GPTQModel 7.7.0 made of a small Mixtral with random weights, on 32 samples of random tokens: QuantizeConfig(bits=4,
+group_size=16, desc_act=False), quantize, save. expected.json is what it says of its own directory, loaded in fp16
+(backend GPTQ_TORCH): digests of dequantize_weight() of each matrix [out, in], and the logits that follow tokens 5 to 24."""
+
+
+def logits_of_made(layout, size):
+    source = Checkpoint(MADE)
+    return evaluate(build(source.args, layout, source, mesh=make_mesh(size), dtype=torch.float64), range(5, 25))
+
+
+def test_a_directory_that_gptqmodel_made(tmp_path):
+    expected = json.loads((MADE / "expected.json").read_text())
+    convert(Checkpoint(MADE), tmp_path / "numbers", Target("hf", dtype=torch.float16))
+    numbers = {}
+    for key, tensor in all_tensors(tmp_path / "numbers").items():
+        stem = key.removesuffix(".weight")
+        for hub, theirs in GPTQMODEL.items():
+            stem = stem.replace(hub, theirs)
+        numbers[stem] = digest(tensor)
+    assert len(expected["weights"]) == 32 and expected["weights"].items() <= numbers.items()
+    for layout in LAYOUTS:
+        for logits in run_ranks(2, logits_of_made, layout, 2):
+            assert_close(logits[-1], torch.tensor(expected["logits"], dtype=torch.float64), 2e-3)

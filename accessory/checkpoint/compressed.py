@@ -9,6 +9,7 @@ KEY is that of the matrix, under the Hub's names or transformers', as in GPTQ's 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,7 +75,8 @@ def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: st
             result[f"{matrix}.codes"] = codes
         elif suffix == "weight_scale":
             out, blocks = stored.shape
-            result[f"{matrix}.scales"] = _converted(stored, (out, 2 * blocks), lambda x, k=key: _as_half(x, f"{where}: {k}"))
+            as_half = functools.partial(_as_half, where=f"{where}: {key}")
+            result[f"{matrix}.scales"] = _converted(stored, (out, 2 * blocks), as_half)
             if f"{matrix}.weight_zero_point" not in tensors:
                 result[f"{matrix}.zeros"] = _converted(stored, (out, blocks), lambda x: torch.full(x.shape, 8).byte())
         elif suffix == "weight_zero_point":
