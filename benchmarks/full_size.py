@@ -34,7 +34,7 @@ GPU = torch.device("cuda", 0)
 
 def measured(run: PlannedRun, steps: int) -> tuple[float, float]:
     """Seconds of the median step, and bytes at its peak."""
-    model = run.model_without_weights()
+    model = run.model_without_weights("cuda")
     model.to_empty(device=GPU)
     with torch.no_grad():
         for parameter in model.parameters():

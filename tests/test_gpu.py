@@ -91,7 +91,7 @@ def small_step(recompute="block", layers=2):
     torch.manual_seed(0)
     args = dataclasses.replace(MIXTRAL, n_layers=layers)
     run = PlannedRun(args, TuningSection(), "mixtral", ParallelSection(recompute=recompute), 1, 1, 4096)
-    model = run.model_without_weights()
+    model = run.model_without_weights("cuda")
     model.to_empty(device=GPU)
     with torch.no_grad():
         for parameter in model.parameters():

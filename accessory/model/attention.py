@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +22,11 @@ from accessory.parallel.mesh import Axis
 from accessory.parallel.planned import is_planned
 from accessory.parallel.regions import copy_to_model_parallel_region
 
-VARLEN_TAKES = inspect.signature(varlen_attn).parameters
-"""By torch's version."""
+
+@functools.cache
+def takes(kernel: Callable[..., Any], argument: str) -> bool:
+    """Whether a kernel of torch has an argument, which depends on torch's version."""
+    return argument in inspect.signature(kernel).parameters
 
 
 class Attention(nn.Module):
@@ -89,7 +93,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
         reason = f"has no {dtype}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"does not run on {torch.cuda.get_device_name(device)}"
-    elif paged and "block_table" not in VARLEN_TAKES:
+    elif paged and not takes(varlen_attn, "block_table"):
         reason = "reads no pages before torch 2.13"
     if reason:
         say(f"attention runs document by document: torch's variable-length kernel {reason}")
@@ -99,7 +103,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """One kernel over all documents: ``q`` [T, H, head_dim] over ``k``, ``v`` [T, H_kv, head_dim]."""
     shared_heads: dict[str, Any] = {"enable_gqa": True}
-    if "enable_gqa" not in VARLEN_TAKES:  # torch 2.11
+    if not takes(varlen_attn, "enable_gqa"):  # torch 2.11
         shared_heads = {}
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     span = (-1 if window is None else window - 1, 0)  # keys seen before a token, and behind it; -1: all

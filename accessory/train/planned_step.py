@@ -82,8 +82,8 @@ class PlannedRun:
             follow_step(trace, model, optimizer, [shapes])
             return [follow_step(trace, model, optimizer, [shapes] * count) for count in accumulations]
 
-    def model_without_weights(self) -> Decoder:
-        """The model of this rank, on the meta device (a collective)."""
+    def model_without_weights(self, device_type: str = "cpu") -> Decoder:
+        """The model of this rank, on the meta device, to be filled on another (a collective)."""
         parallel, compute = self.parallel, get_dtype(self.parallel.precision)
         mesh = make_mesh(parallel.model_parallel, parallel.dp_shard())
         tuning = resolve(self.tuning, self.args)
@@ -97,7 +97,7 @@ class PlannedRun:
             tuning.trains,
             compute,
         )
-        wrap(model, mesh, parallel.data_parallel, compute, "cpu")
+        wrap(model, mesh, parallel.data_parallel, compute, device_type)
         model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}
         return model
 
