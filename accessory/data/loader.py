@@ -13,6 +13,7 @@ from accessory.data.store import Sample
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Targets
+from accessory.model.visual import Images
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,21 @@ class Batch:
     labels: Tensor  # [documents] the number of each one's label, -1 where it has none
     real_tokens: int
     target_tokens: int
+    images: Images | None = None  # of a visual model's
 
     def inputs(self, dropout: bool = False) -> Inputs:
         """What the decoder takes."""
-        return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None)
+        return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None, images=self.images)
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "sample_keys", "labels")}
-        return replace(self, **tensors, documents=self.documents.to(device), targets=self.targets.to(device))
+        return replace(
+            self,
+            **tensors,
+            documents=self.documents.to(device),
+            targets=self.targets.to(device),
+            images=self.images and self.images.to(device),
+        )
 
 
 def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0) -> Batch:

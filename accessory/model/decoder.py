@@ -12,6 +12,7 @@ from accessory.model.adapter import Adaptable, TokenAdapters, dropout_draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import CacheView, LayerCache, PagedCache
+from accessory.model.connector import Connector
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
@@ -24,6 +25,7 @@ from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.rope import rotations
+from accessory.model.visual import Images
 from accessory.parallel.mesh import Axis, Mesh
 
 
@@ -37,6 +39,7 @@ class Inputs:
         cache: what their tokens of before left there; these are added to it.
         dropout_keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
         members: [documents] which of several adapters each has (see ``LogicalModel.member``); None: none has one.
+        images: what a visual model sees among them, encoded; None: nothing.
     """
 
     tokens: Tensor
@@ -44,6 +47,7 @@ class Inputs:
     cache: CacheView | None = None
     dropout_keys: Tensor | None = None
     members: Tensor | None = None
+    images: Images | None = None
 
 
 class Block(nn.Module):
@@ -88,6 +92,7 @@ class Decoder(nn.Module):
             self.score = ColumnParallelLinear(args.dim, len(args.labels), Axis())  # so small that each rank has it whole
         else:
             self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
+        self.connector = Connector(args.visual, args.dim) if args.visual else None
         for name, adapter in logical.adapters.items():
             owner, matrix = name.rsplit(".", 1)
             layer = self.get_submodule(owner)
@@ -127,6 +132,8 @@ class Decoder(nn.Module):
         documents, cache = inputs.documents, inputs.cache
         adapters = self._token_adapters(inputs)
         x = self.tok_embeddings(inputs.tokens, adapters)
+        if self.connector is not None:
+            x = self.connector(x, inputs.images)
         args = self.args
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
         routings = []
