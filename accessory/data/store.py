@@ -272,17 +272,6 @@ def _write(
 ) -> None:
     total, end, seen = Report(), 0, 0
     with ExitStack() as stack:
-        names = [
-            "tokens.i32",
-            "ends.i64",
-            "places.i64",
-            "digests.u64",
-            "labels.i32",
-            "images.jsonl",
-            "seen.i64",
-            "dropped.jsonl",
-            "bad.jsonl",
-        ]
         files = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         tokens, ends, places, digests, labels, images, seens, dropped, bad = files
         for part in _encoded(file, make_encoder, max_seq_len):
