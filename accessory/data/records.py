@@ -350,7 +350,7 @@ def _content(turn: Fields) -> str:
     if isinstance(value, list | tuple):
         parts = [_part(turn, part, number) for number, part in enumerate(value, 1)]
         # an image stands on a line of its own, as in LLaVA's records
-        return "".join(part + "\n" * (part == IMAGE and part is not parts[-1]) for part in parts)
+        return "".join(part + "\n" * (part == IMAGE and number < len(parts)) for number, part in enumerate(parts, 1))
     if not isinstance(value, str):
         raise RecordError(f"{turn.where}{_NO_TURN}")
     turn.texts.append(whole_text(value, turn.where))

@@ -88,9 +88,8 @@ class MixEntry:
             )
         for name in ("preprocess", "prompt_type"):
             if (asked := getattr(self, name)) not in (None, "default"):
-                raise UserError(
-                    f"{self.path}: {name} '{asked}' is not known here; set {_HERE.get(asked, _HERE[None])} instead"
-                )
+                instead = _HERE.get(asked, "kind and template")
+                raise UserError(f"{self.path}: {name} '{asked}' is not known here; set {instead} instead")
         for name in given:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} of {self.path} must be above 0, and a number, found {getattr(self, name)}")

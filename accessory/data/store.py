@@ -36,8 +36,10 @@ from accessory.visual.images import ImageError, is_data_uri
 
 VERSION = 6
 """Of the files and of how samples are made; part of the key."""
-FILES = ("tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32", "images.jsonl", "seen.i64")
-FILES += ("dropped.jsonl", "bad.jsonl")
+FILES = (
+    *("tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32"),
+    *("images.jsonl", "seen.i64", "dropped.jsonl", "bad.jsonl"),
+)
 CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
 
 
@@ -161,9 +163,10 @@ class Store:
         start = int(self._ends[number - 1]) if number else 0
         values = np.array(self._values[start : int(self._ends[number])])
         trained, label = values >= 0, int(self._labels[number])
-        return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label, self._images(number))
+        return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label, self.images(number))
 
-    def _images(self, number: int) -> tuple[str, ...]:
+    def images(self, number: int) -> tuple[str, ...]:
+        """Those of a sample, as paths or data: URIs."""
         start, end = (int(self._seen[number - 1]) if number else 0), int(self._seen[number])
         names = json.loads(self._lines[start:end].tobytes()) if start < end else ()
         return tuple(name if is_data_uri(name) else str(self._folder / name) for name in names)
