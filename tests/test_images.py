@@ -1,34 +1,17 @@
 """Pictures: what is read of them, to the bit, and what is refused, in one sentence each."""
 
-import base64
 import hashlib
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from pictures import data_uri, file_bytes, noise
 from PIL import Image
 
 from accessory.visual.images import MOST_BYTES, ImageError, check_image, open_image
 from accessory.visual.views import cut_views, normalised, padded_resize
-
-
-def noise(width, height, mode="RGB", seed=0):
-    shape = (height, width, len(Image.new(mode, (1, 1)).getbands()))
-    values = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(values.squeeze(2) if shape[2] == 1 else values, mode)
-
-
-def file_bytes(image, kind="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def data_uri(image, kind="PNG"):
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file_bytes(image, kind)).decode()}"
 
 
 def png_claiming(width, height):

@@ -1,6 +1,6 @@
 """The decoder: embedding, blocks of attention and MoE, norm, output."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,10 @@ class Decoder(nn.Module):
     Attributes:
         logical: its tensors and adapters. cuts: what of each tensor a model-parallel rank has.
         holdings: what this rank has of each; ``build_model`` finds out, once the model is sharded.
+        vision: makes features of pixels, where the model sees; no part of the module, for nothing of it trains.
     """
+
+    vision: Callable[[Images], Images] | None = None
 
     def __init__(self, logical: LogicalModel, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: bool = False):
         super().__init__()

@@ -16,6 +16,7 @@ from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
 from accessory.checkpoint.training import Training
 from accessory.console import is_main, progress, say
+from accessory.data.image_reader import one_ahead
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
@@ -53,10 +54,12 @@ class Trainer:
             for unfinished in (self.out / "states").glob(".step*"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
-        self.data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
+        self.data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
         dp = mesh.dp
-        self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
+        self.batches = BatchPlan(
+            train.batch_size, train.accumulation, dp.rank, dp.size, train.reference_loss, self.data.image_reader
+        )
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.saver = Saver()
@@ -136,11 +139,15 @@ class Trainer:
 
     def _steps(self) -> Iterator[tuple[Step, list[Batch]]]:
         """Yield every optimiser step, with this rank's micro-batches."""
-        for step in self.plan.steps():
-            progressed(f"reading the batch of step {step.after.steps}")
-            micro_batches = self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch)
+        steps: Iterator[tuple[Step, list[Batch]]] = (
+            (step, self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch))
+            for step in self.plan.steps()
+        )
+        progressed("reading the batch of the first step")
+        for step, micro_batches in one_ahead(steps) if self.batches.images else steps:
             progressed(f"step {step.after.steps} of epoch {step.epoch}")
-            yield step, [batch.to(self.device) for batch in micro_batches]
+            yield step, [batch.on(self.built.model) for batch in micro_batches]
+            progressed(f"reading the batch of step {step.after.steps + 1}")
 
     def _train(self, step: Step, micro_batches: list[Batch], rate: float) -> StepResult:
         built = self.built

@@ -80,7 +80,7 @@ def _naming(picture: Picture) -> Iterator[None]:
     except ImageError as error:
         raise ImageError(f"{name}: {error}", file) from error
     except UserError as error:  # it names the file
-        raise ImageError(f"image {error}", file) from error
+        raise ImageError(f"image {str(error).replace(str(picture), shortened(str(picture)))}", file) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: no image, or of another format than {', '.join(FORMATS)}", file) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
