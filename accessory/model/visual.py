@@ -148,7 +148,7 @@ class VisualArgs:
                 full = replace(full, **{name: value for name, value in said.items() if value not in (None, ())})
         if kind == "clip" and full.activation is None:
             full = replace(full, activation="gelu" if self.exact else "quick_gelu")
-        return full
+        return replace(full, out_dim=None) if self.preset == "llava" else full
 
     @property
     def place(self) -> Place:
