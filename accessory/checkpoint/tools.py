@@ -35,6 +35,7 @@ TITLES = {
     "mixtral_sparse": "Accessory, sparse layout (mixtral_sparse)",
     "adapter": "an adapter of this program",
     "peft": "an adapter of PEFT",
+    "visual": "encoders of a model that sees",
 }
 
 
@@ -143,6 +144,8 @@ def _print_table(checkpoint: Checkpoint) -> None:
     logical, rows = checkpoint.logical, []
     for group in PRESETS:
         own = [name for name in logical.dense if matches(group, name)]
+        if not own:
+            continue
         held = [name for name in logical.base if matches(group, name)]
         kinds = Counter(
             logical.codecs[name].name if name in logical.codecs else str(checkpoint.dtype(name)).removeprefix("torch.")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from accessory.checkpoint.encoders import FILE, write_encoders
 from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
 from accessory.checkpoint.training import Training
@@ -56,6 +57,10 @@ class Trainer:
         self.state = find_state(self.out / "states", config.resume)
         self.data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
+        if start.args.visual and FILE not in start.companions:
+            start.companions[FILE] = self.out / FILE  # which every save of the run shares
+            if is_main() and self.built.vision:
+                write_encoders(self.out / FILE, self.built.vision, get_dtype(config.parallel.precision))
         dp = mesh.dp
         self.batches = BatchPlan(
             train.batch_size, train.accumulation, dp.rank, dp.size, train.reference_loss, self.data.image_reader

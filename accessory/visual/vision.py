@@ -23,8 +23,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Encoder = ViT | ConvNeXt | QFormer
 
 
-class Vision(nn.Module):
-    """The encoders, whole on every rank, and outside of what is sharded; nothing of them trains.
+class Vision:
+    """The encoders, whole on every rank. No part of the decoder: nothing of them trains, is sharded, or saved with it.
 
     Of a micro-batch each model-parallel rank encodes a share of the images, and all get all features, bitwise the same.
 
@@ -33,18 +33,17 @@ class Vision(nn.Module):
     """
 
     def __init__(self, args: VisualArgs, mp: Axis):
-        super().__init__()
         self.args, self.mp = args, mp
         self.encoders = nn.ModuleDict({kind: _encoder(args, kind) for kind in args.kinds})
-        self.requires_grad_(False)
+        self.encoders.requires_grad_(False)
         self.names = {
-            f"encoders.{kind}.{own}": self._encoder(kind).reference_name(own)
+            f"{kind}.{own}": self._encoder(kind).reference_name(own)
             for kind in args.kinds
             for own, _ in self._encoder(kind).named_parameters()
         }
 
     @torch.no_grad()
-    def forward(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Images:
         """The same with features in the place of pixels (a collective of the model-parallel ranks, if there are images)."""
         assert images.pixels is not None
         count = len(images.pixels)
@@ -53,6 +52,11 @@ class Vision(nn.Module):
         own = [self._features(chunk) for chunk in mine.split(max(1, CHUNK // self.args.views))]
         features = tuple(self._gathered(torch.cat(parts), share)[:count] for parts in zip(*own, strict=True))
         return Images(images.rows, features=features, words=images.words)
+
+    def read(self, name: str, region: Region) -> Tensor:
+        """An encoder's tensor, by its name in a checkpoint."""
+        own = next(own for own, theirs in self.names.items() if theirs == name)
+        return self.encoders.get_parameter(own)[region]
 
     def _gathered(self, features: Tensor, share: int) -> Tensor:
         """Of all model-parallel ranks, each of which has ``share`` or fewer."""
@@ -66,7 +70,7 @@ class Vision(nn.Module):
 
     def _features(self, pixels: Tensor) -> list[Tensor]:
         """uint8 [n, 3, size, size] -> of each group [n, views, tokens, width]."""
-        dtype, preset, args = next(self.parameters()).dtype, PRESETS[self.args.preset], self.args
+        dtype, preset, args = next(self.encoders.parameters()).dtype, PRESETS[self.args.preset], self.args
         x = normalised(pixels, at_least(dtype))
         rounding = torch.float16 if args.exact and len(preset.groups) > 1 else None
 
@@ -122,16 +126,16 @@ def vision_shapes(args: VisualArgs) -> dict[str, Shape]:
     """The tensors of a model's encoders, under the names of LLaMA2-Accessory's checkpoints."""
     with torch.device("meta"):
         vision = Vision(args, Axis())
-    return {vision.names[name]: tuple(parameter.shape) for name, parameter in vision.named_parameters()}
+    return {vision.names[name]: tuple(parameter.shape) for name, parameter in vision.encoders.named_parameters()}
 
 
 @torch.no_grad()
 def make_vision(args: VisualArgs, source: Source, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision:
     """A model's encoders, filled from ``source``."""
     with torch.device("meta"):
-        vision = Vision(args, mp).to(dtype)
-    vision.to_empty(device=device)
-    for name, parameter in vision.named_parameters():
+        vision = Vision(args, mp)
+    vision.encoders.to(dtype).to_empty(device=device)
+    for name, parameter in vision.encoders.named_parameters():
         parameter.copy_(source.read(vision.names[name], whole_region(parameter.shape)))
         progressed()
     return vision
