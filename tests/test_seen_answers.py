@@ -196,4 +196,4 @@ def limited():
 
 def test_the_newest_images_are_kept():
     (new,) = run_ranks(1, limited)
-    assert new == [1, 1, 0, 1, 1, 3, 0, 1, 0]
+    assert new == [1, 1, 0, 1, 1, 2, 0, 1, 1]
