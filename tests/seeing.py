@@ -6,16 +6,9 @@ from dataclasses import replace
 import torch
 from models import TINY, samples
 
+from accessory.certify.problem import ENCODERS
 from accessory.data.loader import Batch, collate
-from accessory.model.visual import EncoderArgs, Images, VisualArgs
-
-ENCODERS = {
-    "clip": EncoderArgs("clip", 28, 14, 16, 24, 2, 4, out_dim=12),
-    "dinov2": EncoderArgs("dinov2", 28, 14, 20, 16, 2, 4, positions=3),
-    "eva": EncoderArgs("eva", 28, 14, 12, 20, 2, 2),
-    "qformer": EncoderArgs("qformer", dim=10, hidden_dim=14, layers=3, heads=2, tokens=3),
-    "convnext": EncoderArgs("convnext", 64, 32, 4, depths=(1, 1, 2, 1)),
-}
+from accessory.model.visual import Images, VisualArgs
 
 
 def visual(preset, **options):

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ import torch
 
 from accessory.checkpoint import accessory, gptq, huggingface, mistral, peft
 from accessory.checkpoint.accessory import check_suffix
+from accessory.checkpoint.encoders import FILE as ENCODERS_FILE
+from accessory.checkpoint.encoders import as_they_are
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory
@@ -25,9 +27,10 @@ from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
-from accessory.model.logical import EMBEDDING, LogicalModel, Source, check_divides, is_buffer
+from accessory.model.logical import EMBEDDING, LogicalModel, Overlaid, Source, check_divides, is_buffer
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.settings import FileFormat
+from accessory.visual.vision import vision_shapes
 
 TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
 HUGGINGFACE = ("hf", *gptq.WRITTEN)
@@ -59,6 +62,8 @@ class Target:
             )
         if self.format == "mistral" and args.labels:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
+        if args.visual and self.format in gptq.WRITTEN:
+            raise UserError(f"the format '{self.format}' is of language models, and this one sees: write hf, or a layout")
         check_suffix(args, self.suffix)
         self.quantisation(args)
         if not self.shard_bytes > 0:
@@ -96,12 +101,20 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     dtypes |= dict.fromkeys(logical.parts, torch.uint8)
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
+    everything: Source = source
+    if logical.args.visual:
+        checkpoint.check_encoders()
+        assert checkpoint.encoders
+        shapes = vision_shapes(logical.args.visual)
+        dtypes |= {name: target.dtype or checkpoint.encoders.dtype(name) for name in shapes}
+        everything = Overlaid(source, checkpoint.encoders, shapes)
     files = _planned_files(logical, target, dtypes)
     layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
+    companions = {name: path for name, path in checkpoint.companions.items() if name != ENCODERS_FILE}
     with _written_whole(destination, _nbytes(files)) as temporary:
-        copy_companions(checkpoint.companions, temporary)
-        _write_files(source, temporary, files, notes)
+        copy_companions(companions, temporary)
+        _write_files(everything, temporary, files, notes)
         if logical.args.quantise and origin:
             write_origin(temporary, origin)
         if target.format in HUGGINGFACE:
@@ -175,15 +188,27 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
 
 
 def _planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
+    visual = logical.args.visual
     if target.format in HUGGINGFACE:
         config = target.quantisation(logical.args)
         tiles = huggingface.quantised_tiles(logical, config) if config else huggingface.model_tiles(logical)
+        if visual:
+            tiles = huggingface.llava_tiles(logical, visual)
         (tensors,) = planned_tensors(tiles, dtypes).values()
         return _shards(gptq.planned_words(tensors, config), target.shard_bytes)
     if target.format == "mistral":
-        return planned_tensors(mistral.planned_tiles(logical, target.suffix), dtypes)
-    tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
-    return planned_tensors(tiles, dtypes)
+        tiles = mistral.planned_tiles(logical, target.suffix)
+    else:
+        tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
+    files = planned_tensors(tiles, dtypes)
+    if not visual:
+        return files
+    inside = target.format in LAYOUTS and target.suffix == "pth"  # as LLaMA2-Accessory reads them: whole, in every file
+    for file in list(files) if inside else [ENCODERS_FILE]:
+        prefix = accessory.PREFIX if inside else ""
+        placed = (replace(tile, file=file, key=prefix + tile.key) for tile in as_they_are(visual))
+        files[file] = files.get(file, {}) | planned_tensors(placed, dtypes)[file]
+    return files
 
 
 def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:

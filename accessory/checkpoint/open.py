@@ -30,7 +30,9 @@ from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.build import RandomWeights
 from accessory.model.logical import EMBEDDING, LogicalModel, Region, Source
+from accessory.parallel.mesh import Axis
 from accessory.settings import QuantiseSection
+from accessory.visual.vision import Vision, make_vision
 
 
 def recognise(path: str | Path) -> Directory:
@@ -125,9 +127,8 @@ class Checkpoint:
             TileReader(str(directory.directory), directory.tiles(LogicalModel(args, added)), directory.stored)
             for directory, args, added in zip(self.directories, own, self._added, strict=True)
         ]
-        self.encoders: Source | None = None
-        for directory in self.directories if self.visual else ():
-            self.encoders = encoder_reader(directory, self.visual) or self.encoders
+        readers = (encoder_reader(directory, self.visual) for directory in reversed(self.directories) if self.visual)
+        self.encoders = next(filter(None, readers), None)
         self.sound = True
         self._strict = strict
         for reader in self.readers[1:]:
@@ -161,6 +162,22 @@ class Checkpoint:
         for name in self.logical.added:
             if not any(name in reader.complete for reader in self.readers):
                 raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
+
+    def vision(self, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision | None:
+        """What the model sees with; None: it reads text alone. Raises UserError if its encoders are not there."""
+        if self.visual is None:
+            return None
+        self.check_encoders()
+        assert self.encoders
+        return make_vision(self.visual, self.encoders, mp, dtype, device)
+
+    def check_encoders(self) -> None:
+        """Raise UserError if the model sees, and its encoders are not there."""
+        if self.visual and not self.encoders:
+            raise UserError(
+                f"{self.directories[0].directory}: the model sees, and the encoders that it sees with are not in it: name a "
+                "directory that holds them behind it"
+            )
 
     def template(self) -> str | None:
         """The name of what it is asked in unless another is named; None: it does not say."""
@@ -245,9 +262,10 @@ class Checkpoint:
         return None
 
     def hf_config(self) -> dict[str, Any]:
-        """The first directory's config.json, if it is Hugging Face's."""
+        """The first directory's config.json, if it is Hugging Face's; of a LLaVA, what it says of the language model."""
         base = self.directories[0]
-        return read_mapping(base.directory / "config.json") if base.format == "hf" else {}
+        config = read_mapping(base.directory / "config.json") if base.format == "hf" else {}
+        return dict(config.get("text_config", config))
 
     def dtype(self, name: str) -> torch.dtype:
         """A dtype that holds every value that the directories have for logical tensor ``name``; of the numbers that a

@@ -130,6 +130,8 @@ class MetaModel:
         check_memory(source.logical, layout, mesh, where, dtype)
         llma = build_model(source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset())
         llma.pack()
+        if checkpoint.args.visual and with_visual is not False:
+            llma.vision = checkpoint.vision(mesh.mp, dtype, where)
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
         return cls(llma, tokenizer, max_seq_len or checkpoint.args.max_seq_len, templates)
 

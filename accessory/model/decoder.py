@@ -147,7 +147,7 @@ class Decoder(nn.Module):
             else:
                 x, routing = layer(*arguments)
             routings.append(routing)
-        stats = router_stats(routings, documents)
+        stats = router_stats(routings, documents, inputs.images and inputs.images.rows)
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:

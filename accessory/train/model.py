@@ -52,11 +52,7 @@ class Start:
             self.args = self.checkpoint.args
             self.layout = get_layout(section.layout) if section.layout else self.checkpoint.layout
             tokenizer = section.tokenizer or self.checkpoint.tokenizer
-            if self.checkpoint.visual and not self.checkpoint.encoders:
-                raise UserError(
-                    f"{section.checkpoint}: the model sees, but the encoders that it sees with are not there: name the "
-                    f"directory that holds them as well, model.checkpoint=[BASE, ENCODERS]"
-                )
+            self.checkpoint.check_encoders()
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
             companions = {} if section.tokenizer else self.checkpoint.companions
@@ -152,6 +148,8 @@ class RunModel:
         trained_share: the share of the parameters that trains.
     """
 
+    vision: Vision | None = None
+
     def __init__(
         self, config: RunConfig, start: Start, state: TrainingState | None, data_digest: str, mesh: Mesh, launch: Launch
     ):
@@ -179,10 +177,10 @@ class RunModel:
             refuse_damaged=config.model.strict,
             shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
         )
-        self.vision: Vision | None = None
-        if args.visual:
-            encoders = (checkpoint and checkpoint.encoders) or RandomEncoders(args.visual, seed)
-            self.vision = make_vision(args.visual, encoders, mesh.mp, compute, launch.device)
+        if checkpoint:
+            self.vision = checkpoint.vision(mesh.mp, compute, launch.device)
+        elif args.visual:
+            self.vision = make_vision(args.visual, RandomEncoders(args.visual, seed), mesh.mp, compute, launch.device)
         self.model.vision = self.vision
         self.model.register_forward_pre_hook(lambda *_: progressed())
         self.optimizer = make_optimizer(self.model, config.optim)

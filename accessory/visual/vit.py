@@ -117,6 +117,9 @@ STYLES = {
 class ViTBlock(nn.Module):
     """Pre-norm attention and MLP."""
 
+    scale1: Tensor | None
+    scale2: Tensor | None
+
     def __init__(self, args: EncoderArgs, style: Style, dim: int, heads: int, hidden_dim: int):
         super().__init__()
         self.heads = heads
@@ -143,6 +146,8 @@ class ViT(nn.Module):
     Args:
         before_last: give what goes into the last block instead, and no norm (LLaVA's).
     """
+
+    proj: Tensor | None
 
     def __init__(self, args: EncoderArgs, before_last: bool = False):
         super().__init__()
