@@ -8,8 +8,10 @@ from seeing import seeing, seen_batch
 
 from accessory.certify import harness, reference
 from accessory.data.loader import collate
+from accessory.model.head import Nothing
 from accessory.model.logical import LogicalModel
 from accessory.train.balance import RouterLosses
+from accessory.train.health import RouterHealth
 from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
@@ -64,3 +66,30 @@ def test_a_step_on_images_is_that_of_the_reference(preset, layout, ranks, mp, mo
         assert told["loss"] == pytest.approx(parts.ce.item(), rel=1e-12)
         assert told["norm"] == pytest.approx(norm, rel=1e-12)
         assert torch.equal(told["counts"], parts.counts)
+
+
+def test_the_routers_of_images_and_of_text_are_told_apart():
+    args = seeing("clip")
+    model = harness.build(LogicalModel(args), "mixtral", harness.Tensors(weights(args)))
+    batch, _ = seen_batch(args, [1, 0, 2], 0)
+    chosen, entropies = [], []
+
+    def keep(_, __, routing):
+        chosen.append(routing.experts)
+        entropies.append(-(routing.probs * routing.probs.log()).sum(-1))
+
+    for block in model.layers:
+        block.feed_forward.gate.register_forward_hook(keep)
+    with torch.no_grad():
+        _, stats = model(batch.inputs(), Nothing())
+    tokens, rows = len(batch.tokens), batch.images.rows
+    health = RouterHealth.of_sums(stats.counts.sum(1), stats.entropy.sum(1), tokens, stats.of_images)
+    text = torch.tensor(sorted(set(range(tokens)) - set(rows.tolist())))
+    for part, places in (("image", rows), ("text", text)):
+        for layer in range(args.n_layers):
+            counts = torch.bincount(chosen[layer][places].flatten(), minlength=args.moe.num_experts)
+            assert torch.equal(health.parts[part].counts[layer], counts)
+            assert health.parts[part].entropy[layer].item() == pytest.approx(entropies[layer][places].mean().item())
+    told = health.metrics()
+    assert told["image_load_max"] == health.parts["image"].load.max().item() and "text_layer_entropy" in told
+    assert "of image tokens: expert load" in health.line()

@@ -18,6 +18,7 @@ from accessory.visual.views import CLIP_MEAN, CLIP_STD
 from accessory.visual.vision import Vision, make_vision, vision_shapes
 
 CPU = torch.device("cpu")
+ENCODERS_BUT_CLIP = [sizes for kind, sizes in ENCODERS.items() if kind != "clip"]
 PREFIXES = {
     "clip": "clip.visual.",
     "dinov2": "dinov2_vitg14.",
@@ -328,3 +329,18 @@ def test_an_image_alone_is_what_it_is_among_others_and_none_is_none():
         check(many[3:4], one, 1e-12)
     nothing = vision(Images(torch.arange(0), pixels[:0])).features
     assert [one.shape for one in nothing] == [(0, 5, tokens, width) for tokens, width in args.groups]
+
+
+@torch.no_grad()
+def test_the_references_rounding_is_there_if_asked_for():
+    """To fp16, before and after images are resized; it shows, and is small."""
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = []
+    for exact in (None, "reference"):
+        args = replace(
+            visual("ens", exact=exact), encoders=(*ENCODERS_BUT_CLIP, replace(ENCODERS["clip"], activation="gelu"))
+        )
+        vision = make_vision(args, Weights(args), Axis(), torch.float64, CPU)
+        found.append(torch.cat([group.flatten() for group in vision(Images(torch.arange(0), pixels)).features]))
+    difference = (found[0] - found[1]).abs().max() / found[0].abs().max()
+    assert 1e-6 < difference < 1e-2

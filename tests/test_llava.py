@@ -49,6 +49,8 @@ def theirs():
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").double()
+    model.set_experts_implementation("eager")
+    model.model.vision_tower.config._attn_implementation = "sdpa"  # the other takes its softmax in fp32
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 6

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models import TINY, weights
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from seeing import seeing
 
@@ -77,11 +78,15 @@ def test_the_encoders_have_the_references_names_and_shapes():
 def own(tmp_path_factory):
     """A directory as a run saves it."""
     home = tmp_path_factory.mktemp("own")
+    run_ranks(1, save_own, home)
+    return home / "own"
+
+
+def save_own(home):
     model = build(LogicalModel(ARGS), "mixtral", Tensors(weights(ARGS)))
     vision = make_vision(ARGS.visual, RandomEncoders(ARGS.visual, 0), Axis(), torch.float64, CPU)
     write_encoders(home / "visual.safetensors", vision, torch.float64)
     save_model(model, home / "own", {"visual.safetensors": home / "visual.safetensors"}, torch.float64, "safetensors")
-    return home / "own"
 
 
 @pytest.mark.parametrize(("layout", "size"), [("mixtral", 1), ("mixtral_sparse", 2), ("mixtral", 4), ("mixtral_sparse", 4)])

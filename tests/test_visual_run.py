@@ -23,7 +23,7 @@ MODEL = ModelArgs(
     n_heads=4,
     n_kv_heads=2,
     vocab_size=300,
-    max_seq_len=128,
+    max_seq_len=512,
     moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
 )
 ARGS = seeing("clip", MODEL)
@@ -48,7 +48,7 @@ def home(tmp_path_factory):
     (home / "run.yaml").write_text(
         f"""
 model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
-data: {{mix: {home}/mix.yaml, max_seq_len: 64, validation: 0.2}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.2}}
 parallel: {{precision: fp32}}
 optim: {{lr: 1e-2}}
 train: {{max_steps: 3, batch_size: 2}}

@@ -5,9 +5,8 @@ docs/metrics.md says what every figure means.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class RouterHealth:
 
     counts: Tensor
     entropy: Tensor
-    parts: Mapping[str, "RouterHealth"] = MappingProxyType({})
+    parts: Mapping[str, "RouterHealth"] = field(default_factory=dict)
 
     @classmethod
     def of_sums(cls, counts: Tensor, entropy: Tensor, tokens: int, of_images: Tensor) -> "RouterHealth":

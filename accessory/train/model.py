@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property
+from math import prod
 
 import torch
 
@@ -32,7 +33,7 @@ from accessory.train.state import check_state, load_moments
 from accessory.tuning.spec import check_goes_on, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
-from accessory.visual.vision import RandomEncoders, Vision, make_vision
+from accessory.visual.vision import RandomEncoders, Vision, make_vision, vision_shapes
 
 
 class Start:
@@ -78,7 +79,7 @@ class Start:
             check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
         if mesh.world.size == launch.world:  # else a dry run plans for other machines
-            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
+            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing, self.encoders)
         self.width = config.data.max_seq_len or self.args.max_seq_len
         if self.width > self.args.max_seq_len:
             say(
@@ -98,7 +99,13 @@ class Start:
             config.train.batch_size * self.width,
             config.train.accumulation,
             device.type,
+            self.encoders,
         )
+
+    @cached_property
+    def encoders(self) -> int:
+        """Numbers of what the model sees with."""
+        return sum(map(prod, vision_shapes(self.args.visual).values())) if self.args.visual else 0
 
     @cached_property
     def in_state(self) -> dict[str, Shape]:

@@ -24,6 +24,7 @@ from faults import (
     serving,
     side_by_side,
     state,
+    vision,
 )
 from faults.fault import Fault
 
@@ -48,6 +49,7 @@ _MODULES = (
     evaluation,
     precision,
     quantised,
+    vision,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]
