@@ -1,7 +1,7 @@
 """Handwritten digits as a task for eyes: 1,797 real ones that scikit-learn carries, each with the question which it is.
 
     python exps/see_digits.py write DIR
-    python exps/see_digits.py check DIR PICTURE RUN ...     # own.jsonl, other.jsonl and none.jsonl in each are answers
+    python exps/see_digits.py check DIR PICTURE RUN ...     # each has answers.jsonl
 
 What is held out is asked three times: with its own image, with that of another digit, and with none. Only who sees can be
 right with the first, and must not be better than chance with the others.
@@ -53,9 +53,8 @@ def write(folder: Path) -> None:
     others = [
         next(n for n in np.roll(held_out, -place) if numbers[n] != numbers[held_out[place]]) for place in range(HELD_OUT)
     ]
-    for name, shown in (("own", held_out), ("other", others), ("none", [None] * HELD_OUT)):
-        asked = (_question(None if n is None else str(folder / names[n])) for n in shown)
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in asked))
+    shown = [str(folder / names[n]) for n in (*held_out, *others)] + [None] * HELD_OUT
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(_question(image))}\n" for image in shown))
     (folder / "mix.yaml").write_text(MIX)
     print(f"{folder}: {len(splits['digits'])} digits to learn from, {HELD_OUT} held out")
 
@@ -70,18 +69,22 @@ def check(folder: Path, picture: Path, runs: list[Path]) -> None:
     right = [json.loads(line)["output"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
     sees = True
     for run in runs:
-        shares = {}
-        for name in ("own", "other", "none"):
-            answers = [json.loads(line)["answer"] for line in (run / f"{name}.jsonl").read_text().splitlines()]
-            shares[name] = np.mean([answer == word for answer, word in zip(answers, right, strict=True)])
-        told = ", ".join(
-            f"{share:.1%} with {name}" for name, share in zip(("its own", "another's", "no"), shares.values(), strict=True)
-        )
-        print(f"{run.name}: of {len(right)} digits that it has never seen right {told} image")
-        sees &= bool(shares["own"] >= 0.9 and shares["other"] <= 0.2 and shares["none"] <= 0.2)
+        answers = _answers(run)
+        shares = [
+            np.mean([answer == word for answer, word in zip(answers[start : start + HELD_OUT], right, strict=True)])
+            for start in range(0, 3 * HELD_OUT, HELD_OUT)
+        ]
+        own, other, none = shares
+        print(f"{run.name}: of {HELD_OUT} digits that it has never seen, right are {own:.1%}")
+        print(f"    {other:.1%} if it is shown another digit, {none:.1%} if it is shown nothing")
+        sees &= bool(own >= 0.9 and other <= 0.2 and none <= 0.2)
     draw(folder, picture, runs[-1], right)
     print(f"picture: {picture}")
     sys.exit(not sees)
+
+
+def _answers(run: Path) -> list[str]:
+    return [json.loads(line)["answer"] for line in (run / "answers.jsonl").read_text().splitlines()]
 
 
 def draw(folder: Path, picture: Path, run: Path, right: list[str], most: int = 20) -> None:
@@ -89,9 +92,8 @@ def draw(folder: Path, picture: Path, run: Path, right: list[str], most: int = 2
     from matplotlib.figure import Figure
 
     images = [json.loads(line)["image"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
-    answers = [json.loads(line)["answer"] for line in (run / "own.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for axes, image, answer, word in zip(figure.subplots(2, most // 2).flat, images, answers, right, strict=False):
+    for axes, image, answer, word in zip(figure.subplots(2, most // 2).flat, images, _answers(run), right, strict=False):
         axes.imshow(Image.open(folder / image), cmap="gray")
         axes.set_title(answer[:12], fontsize=9, color="black" if answer == word else "red")
         axes.set_axis_off()
