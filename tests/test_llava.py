@@ -9,7 +9,7 @@ import transformers
 from models import check_close
 from test_oracle import wholly_double  # noqa: F401  (transformers computes all in fp64)
 
-from accessory.certify.harness import build, gradients
+from accessory.certify.harness import assemble, build, gradients
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
@@ -125,7 +125,7 @@ def test_logits_loss_and_gradients_are_theirs_in_fp64(layout, theirs, saved):
     found = {}
     for tile in model_tiles(LogicalModel(checkpoint.args), fused=True):
         found[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region)))
-    check_close({name: part for name, (_, part) in gradients(model).items()}, found, 1e-10)
+    check_close(assemble([gradients(model)], checkpoint.logical.shapes)[0], found, 1e-10)
 
 
 def test_what_comes_back_is_what_they_saved(theirs, saved, tmp_path):

@@ -25,8 +25,8 @@ from accessory.visual.vision import Vision, vision_shapes
 FILE, DESCRIPTION = "visual.safetensors", "visual.json"
 _OWN = re.compile(r"(?:llma\.)?((?:clip|openclip_convnext_xxl|dinov2_vitg14|qformer)\..+)")
 _UNUSED = re.compile(
-    r"clip\.(positional_embedding|text_projection|logit_scale|attn_mask|token_embedding\.|ln_final\.|transformer\.)"
-    r"|dinov2_vitg14\.mask_token|.*\.position_ids$|qformer\.(language_|vision_model\.embeddings\.position_ids)"
+    r"clip\.(positional_embedding|text_projection|logit_scale|attn_mask|(token_embedding|ln_final|transformer)\..*)"
+    r"|dinov2_vitg14\.mask_token|qformer\..*position_ids"
 )
 """What the reference leaves in its files of the encoders' other halves."""
 

@@ -90,6 +90,9 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print(f"  model       {_shape(args)}")
     if args.labels:
         print(f"  labels      {', '.join(args.labels)}")
+    if sees := checkpoint.visual:
+        there = "its encoders are there" if checkpoint.encoders else "its encoders are in another directory"
+        print(f"  sees        as {sees.preset}: {sees.words} words an image; {there}")
     if checkpoint.tokenizer:
         tokenizer = Tokenizer(checkpoint.tokenizer)
         print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")
@@ -115,7 +118,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def _shape(args: ModelArgs) -> str:
-    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels")} | args.to_dict()["moe"]
+    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels", "visual")} | args.to_dict()["moe"]
     return ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.visual import PRESETS, Images, VisualArgs, no_images
+from accessory.model.visual import PRESETS, Images, VisualArgs
 
 
 class Connector(nn.Module):
@@ -31,12 +31,8 @@ class Connector(nn.Module):
         if self.preset.tags:
             self.start_img, self.end_img = (nn.Parameter(torch.empty(1, 1, dim)) for _ in range(2))
 
-    def forward(self, x: Tensor, images: Images | None) -> Tensor:
-        """``x`` [T, D] -> [T, D].
-
-        Without an image all of it runs as well, on nothing: else a rank that has none would miss the others' collectives.
-        """
-        images = images or no_images(self.args, x)
+    def forward(self, x: Tensor, images: Images) -> Tensor:
+        """``x`` [T, D] -> [T, D]."""
         words = [
             self._projected(name, features.to(x.dtype))
             for name, features in zip(self.preset.names, images.features, strict=True)

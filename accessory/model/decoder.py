@@ -25,7 +25,7 @@ from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.rope import rotations
-from accessory.model.visual import Images
+from accessory.model.visual import Images, no_images
 from accessory.parallel.mesh import Axis, Mesh
 
 
@@ -135,9 +135,11 @@ class Decoder(nn.Module):
         documents, cache = inputs.documents, inputs.cache
         adapters = self._token_adapters(inputs)
         x = self.tok_embeddings(inputs.tokens, adapters)
-        if self.connector is not None:
-            x = self.connector(x, inputs.images)
-        args = self.args
+        args, images = self.args, inputs.images
+        if self.connector is not None and args.visual:
+            # without an image it runs on nothing: else a rank that has none would miss the others' collectives
+            images = images or no_images(args.visual, x)
+            x = self.connector(x, images)
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
         routings = []
         for index, layer in enumerate(self.layers):
@@ -147,7 +149,7 @@ class Decoder(nn.Module):
             else:
                 x, routing = layer(*arguments)
             routings.append(routing)
-        stats = router_stats(routings, documents, inputs.images and inputs.images.rows)
+        stats = router_stats(routings, documents, images and images.rows)
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:
