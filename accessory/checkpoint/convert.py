@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -28,8 +28,8 @@ from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.logical import EMBEDDING, LogicalModel, Overlaid, Source, check_divides, is_buffer
-from accessory.model.moe.layouts import LAYOUTS
-from accessory.settings import FileFormat
+from accessory.model.moe.layouts import LAYOUTS, Layout
+from accessory.settings import FileFormat, SavedFormat
 from accessory.visual.vision import vision_shapes
 
 TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
@@ -47,6 +47,11 @@ class Target:
     suffix: FileFormat = "safetensors"
     shard_bytes: float = 5e9  # of a Hugging Face file
 
+    @classmethod
+    def of_run(cls, format: SavedFormat, layout: Layout, size: int) -> "Target":
+        """What a run writes whose model is in a layout."""
+        return cls("hf") if format == "hf" else cls(cast(TargetFormat, layout.name), size, suffix=format)
+
     def check(self, args: ModelArgs) -> None:
         """Raise UserError if a model of this shape cannot be written so."""
         if self.format in LAYOUTS:
@@ -59,6 +64,11 @@ class Target:
             raise UserError(
                 f"the format '{self.format}' has no place for the routers' score biases (train.balance: bias): "
                 "write mixtral or mixtral_sparse"
+            )
+        if self.format in ("hf", "mistral") and args.quantise:
+            raise UserError(
+                f"the format '{self.format}' has no place for quantised matrices: write {' or '.join(gptq.WRITTEN)}, or a "
+                "layout"
             )
         if self.format == "mistral" and args.labels:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
@@ -108,7 +118,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         shapes = vision_shapes(logical.args.visual)
         dtypes |= {name: target.dtype or checkpoint.encoders.dtype(name) for name in shapes}
         everything = Overlaid(source, checkpoint.encoders, shapes)
-    files = _planned_files(logical, target, dtypes)
+    files = planned_files(logical, target, dtypes)
     layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     companions = {name: path for name, path in checkpoint.companions.items() if name != ENCODERS_FILE}
@@ -117,19 +127,35 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         _write_files(everything, temporary, files, notes)
         if logical.args.quantise and origin:
             write_origin(temporary, origin)
-        if target.format in HUGGINGFACE:
-            special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
-            special = {key: number for key, number in special.items() if number >= 0}
-            dtype = dtypes[EMBEDDING]
-            template, quantisation, nbytes = checkpoint.hf_config(), target.quantisation(logical.args), _nbytes(files)
-            huggingface.write_description(temporary, checkpoint.args, dtype, template, quantisation, special, files, nbytes)
-        elif layout:
-            accessory.write_description(temporary, logical.args, layout, bool(biased))
-        else:
-            mistral.write_description(temporary, logical.args)
+        write_description(temporary, target, logical, files, tokenizer, checkpoint.hf_config())
         checkpoint.training.write(temporary, tokenizer)
     if source.unchanged:
         say(f"warning: nothing changed in {listed(source.unchanged)}: what is added is lost in rounding, or is nothing")
+
+
+def write_description(
+    directory: Path,
+    target: Target,
+    logical: LogicalModel,
+    files: Files,
+    tokenizer: Tokenizer | None,
+    hf_config: Mapping[str, Any],
+) -> None:
+    """What says beside ``files`` what they are; the tokenizer's own files must be there.
+
+    Args:
+        hf_config: config.json of a Hugging Face directory that the model comes from, if it does.
+    """
+    if target.format in HUGGINGFACE:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+        ids = {key: number for key, number in ids.items() if number >= 0}
+        dtype = next(planned.dtype for planned in _tensors(files) if planned.tiles[0].name == EMBEDDING)
+        quantisation = target.quantisation(logical.args)
+        huggingface.write_description(directory, logical.args, dtype, hf_config, quantisation, ids, files, _nbytes(files))
+    elif target.format in LAYOUTS:
+        accessory.write_description(directory, logical.args, LAYOUTS[target.format], bool(logical.adapters))
+    else:
+        mistral.write_description(directory, logical.args)
 
 
 def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
@@ -187,7 +213,8 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
         raise
 
 
-def _planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
+def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
+    """All that is to be written of a model. ``dtypes``: of its logical tensors."""
     visual = logical.args.visual
     if target.format in HUGGINGFACE:
         config = target.quantisation(logical.args)
@@ -246,4 +273,8 @@ def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[s
 
 
 def _nbytes(files: Files) -> int:
-    return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in _tensors(files))
+
+
+def _tensors(files: Files) -> Iterator[PlannedTensor]:
+    return (tensor for tensors in files.values() for tensor in tensors.values())

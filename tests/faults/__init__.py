@@ -14,6 +14,7 @@ from faults import (
     experts,
     formats,
     generation,
+    images,
     kernels,
     loss,
     optimiser,
@@ -50,6 +51,7 @@ _MODULES = (
     precision,
     quantised,
     vision,
+    images,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]
