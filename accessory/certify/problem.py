@@ -92,13 +92,14 @@ class Problem:
 
     def seeing(self, preset: PresetName) -> "Problem":
         """The same where some sequences show images."""
-        visual = VisualArgs(preset, tuple(ENCODERS[kind] for kind in VisualArgs(preset).kinds))
+        token = self.args.vocab_size - 1 if preset == "llava" else None
+        visual = VisualArgs(preset, tuple(ENCODERS[kind] for kind in VisualArgs(preset).kinds), image_token=token)
         return replace(self, args=replace(self.args, visual=visual))
 
     def vision(self, mp: Axis, device: torch.device) -> Vision | None:
         """What it sees with."""
         visual = self.args.visual
-        return visual and make_vision(visual, RandomEncoders(visual, self.seed), mp, self.dtype, device)
+        return make_vision(visual, RandomEncoders(visual, self.seed), mp, self.dtype, device) if visual else None
 
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
@@ -154,7 +155,8 @@ class Problem:
 
 def _showing(rng: random.Random, sample: Sample, visual: VisualArgs) -> Sample:
     """The sample with no image, or one or two of noise, somewhere among its tokens, before the first as well."""
-    tokens, trained, images = list(sample.tokens), list(sample.trained), list[str]()
+    tokens = [0 if token == visual.image_token else token for token in sample.tokens.tolist()]
+    trained, images = list(sample.trained), list[str]()
     for _ in range(rng.choice((0, 0, 1, 2))):
         place = rng.choice([n for n, token in enumerate(tokens) if token != PLACE])
         tokens[place:place], trained[place:place] = [PLACE] * visual.words, [False] * visual.words

@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             else:
                 x, routing = layer(*arguments)
             routings.append(routing)
-        stats = router_stats(routings, documents, images and images.rows)
+        stats = router_stats(routings, documents, images.rows if images else None)
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:
