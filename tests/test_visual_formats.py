@@ -13,6 +13,7 @@ from accessory.certify.harness import Tensors, build
 from accessory.checkpoint.convert import Target, convert
 from accessory.checkpoint.encoders import write_encoders
 from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.verify import compare
 from accessory.errors import UserError
 from accessory.model.logical import LogicalModel, whole_region
 from accessory.model.visual import VisualArgs
@@ -148,10 +149,16 @@ def test_encoders_that_are_not_there_or_not_whole_are_told(own, tmp_path):
     copy.mkdir()
     for path in own.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(copy / "visual.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if name != "clip.visual.proj"}, copy / "visual.safetensors")
+    file = copy / "visual.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    file.unlink()  # it is mapped
+    save_file(tensors | {"clip.visual.ln_post.weight": tensors["clip.visual.ln_post.weight"] * 2}, file)
+    differing = [found.name for found in compare(Checkpoint(own), Checkpoint(copy)) if not found.exact]
+    assert differing == ["clip.visual.ln_post.weight"]
+    file.unlink()
+    save_file({name: tensor for name, tensor in tensors.items() if name != "clip.visual.proj"}, file)
     with pytest.raises(UserError, match=r"visual.safetensors lacks clip.visual.proj: does visual of config.json"):
         Checkpoint(copy)
-    (copy / "visual.safetensors").unlink()
+    file.unlink()
     with pytest.raises(UserError, match="the encoders that it sees with are not in it: name a directory"):
         Checkpoint(copy).vision(Axis(), torch.float64, CPU)

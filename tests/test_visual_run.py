@@ -9,6 +9,7 @@ from jobs import command
 from models import make_tokenizer
 from pictures import noise
 from seeing import seeing
+from transformers import LlavaForConditionalGeneration
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.args import ModelArgs, MoEArgs
@@ -113,3 +114,23 @@ def test_a_text_model_learns_to_see_with_encoders_of_their_own_directory(home):
     ours, theirs = whole(checkpoint), whole(Checkpoint(base))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert set(ours) - set(theirs) == {name for name in ours if name.startswith("connector.")}
+
+
+def test_a_run_on_a_llava_saves_what_transformers_loads(home):
+    """And in LLaMA2-Accessory's .pth files, as in Hugging Face's, the encoders are among the model's own tensors."""
+    described = home / "llava.json"
+    described.write_text(json.dumps(seeing("llava", MODEL, image_token=299).to_dict()))
+    seen = {}
+    for format in ("hf", "pth"):
+        ranks = ["parallel.model_parallel=2", f"save.format={format}", f"out={home}/{format}"]
+        run(home, f"model.config={described}", *ranks)
+        (saved,) = (path for path in (home / format).iterdir() if path.name.startswith("epoch"))
+        assert not (saved / "visual.safetensors").exists()
+        seen[format] = Checkpoint(saved)
+    for ours, theirs in zip(*(encoders(one).values() for one in seen.values()), strict=True):
+        assert torch.equal(ours, theirs)
+    directory = seen["hf"].directories[0].directory
+    model, told = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+    assert not any(told.values()), told
+    tower = model.model.vision_tower.state_dict()
+    assert torch.equal(tower["embeddings.class_embedding"], encoders(seen["hf"])["clip.visual.class_embedding"])

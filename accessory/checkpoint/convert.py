@@ -74,10 +74,20 @@ class Target:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
         if args.visual and self.format in gptq.WRITTEN:
             raise UserError(f"the format '{self.format}' is of language models, and this one sees: write hf, or a layout")
+        if args.visual and self.format == "hf" and args.visual.preset != "llava":
+            raise UserError(
+                f"transformers has no architecture that sees as the preset {args.visual.preset}: write mixtral, or "
+                "mixtral_sparse"
+            )
         check_suffix(args, self.suffix)
         self.quantisation(args)
         if not self.shard_bytes > 0:
             raise UserError("--shard-gb must be above 0")
+
+    @property
+    def holds_encoders(self) -> bool:
+        """Whether what a model sees with is among its own files, where others read it, and not in a file of its own."""
+        return self.format in HUGGINGFACE or (self.format in LAYOUTS and self.suffix == "pth")
 
     def quantisation(self, args: ModelArgs) -> dict[str, Any]:
         """What Hugging Face's config.json says of quantised matrices."""
@@ -119,6 +129,8 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         dtypes |= {name: target.dtype or checkpoint.encoders.dtype(name) for name in shapes}
         everything = Overlaid(source, checkpoint.encoders, shapes)
     files = planned_files(logical, target, dtypes)
+    if logical.args.visual and not target.holds_encoders:
+        files |= planned_tensors((replace(t, file=ENCODERS_FILE) for t in as_they_are(logical.args.visual)), dtypes)
     layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     companions = {name: path for name, path in checkpoint.companions.items() if name != ENCODERS_FILE}
@@ -214,7 +226,8 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
 
 
 def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
-    """All that is to be written of a model. ``dtypes``: of its logical tensors."""
+    """All that is to be written of a model. ``dtypes``: of its logical tensors, and of its encoders if ``target`` holds
+    them."""
     visual = logical.args.visual
     if target.format in HUGGINGFACE:
         config = target.quantisation(logical.args)
@@ -228,13 +241,10 @@ def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch
     else:
         tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
     files = planned_tensors(tiles, dtypes)
-    if not visual:
-        return files
-    inside = target.format in LAYOUTS and target.suffix == "pth"  # as LLaMA2-Accessory reads them: whole, in every file
-    for file in list(files) if inside else [ENCODERS_FILE]:
-        prefix = accessory.PREFIX if inside else ""
-        placed = (replace(tile, file=file, key=prefix + tile.key) for tile in as_they_are(visual))
-        files[file] = files.get(file, {}) | planned_tensors(placed, dtypes)[file]
+    if visual and target.holds_encoders:
+        for file, planned in files.items():  # as LLaMA2-Accessory reads them: whole, in every file
+            placed = (replace(tile, file=file, key=accessory.PREFIX + tile.key) for tile in as_they_are(visual))
+            planned |= planned_tensors(placed, dtypes)[file]
     return files
 
 

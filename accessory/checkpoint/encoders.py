@@ -112,9 +112,8 @@ def in_transformers(visual: VisualArgs) -> Iterator[Tile]:
 
 def write_encoders(path: Path, vision: Vision, dtype: torch.dtype) -> None:
     """Write the file above, one tensor after the other."""
-    shapes = vision_shapes(vision.args)
     with replacing(path) as unfinished:  # other directories may have the file that is there
-        lay_out(unfinished, {name: (dtype, shape) for name, shape in shapes.items()}, {})
+        lay_out(unfinished, {name: (dtype, tensor.shape) for name, tensor in vision.tensors()}, {})
         with TensorWriter(unfinished) as file:
-            for name, shape in shapes.items():
-                file.write(name, vision.read(name, whole_region(shape)).to("cpu", dtype))
+            for name, tensor in vision.tensors():
+                file.write(name, tensor.to("cpu", dtype))

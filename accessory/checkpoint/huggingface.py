@@ -145,11 +145,6 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
     """The tiles of a whole model, not yet dealt out to files (an index says which file holds what)."""
     if logical.args.moe.score_bias:
         raise UserError("Hugging Face's files have no place for the routers' score biases: take moe.score_bias out")
-    if logical.args.visual and logical.args.visual.preset != "llava":
-        raise UserError(
-            f"transformers has no architecture that sees as the preset {logical.args.visual.preset}: write mixtral or "
-            "mixtral_sparse"
-        )
     for name in logical.base:
         region, (layer, rest) = logical.whole(name), split_layer(name)
         if name.startswith(CONNECTOR):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -53,10 +54,10 @@ class Vision:
         features = tuple(self._gathered(torch.cat(parts), share)[:count] for parts in zip(*own, strict=True))
         return Images(images.rows, features=features, words=images.words)
 
-    def read(self, name: str, region: Region) -> Tensor:
-        """An encoder's tensor, by its name in a checkpoint."""
-        own = next(own for own, theirs in self.names.items() if theirs == name)
-        return self.encoders.get_parameter(own)[region]
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The encoders', by their names in a checkpoint."""
+        for own, parameter in self.encoders.named_parameters():
+            yield self.names[own], parameter.detach()
 
     def _gathered(self, features: Tensor, share: int) -> Tensor:
         """Of all model-parallel ranks, each of which has ``share`` or fewer."""
