@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("checkpoint_memory.py", ["--help"], "--layers"),
         ("save.py", ["--layers", "1", "--rounds", "1"], "DCP async_save"),
         ("data.py", ["--memory", "2000"], "1000 steps"),
+        ("full_size.py", ["--help"], "--layers"),
         ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),
     ],
 )
