@@ -20,7 +20,7 @@ COUNTS = [[1, 0, 2], [0, 0], [1]]
 """Images of the samples in three micro-batches: the second has none."""
 
 
-def step_on_rank(args, layout, mp, mode, accumulation, recompute=False):
+def step_on_rank(args, layout, mp, mode, accumulation, recompute="none"):
     """Gradients of a step as this rank has them, and its norm; micro-batches are dealt over the data-parallel ranks."""
     mesh = mesh_for(mp, mode)
     model = harness.build(
