@@ -1,6 +1,8 @@
 """What both demos are made of: the command line of LLaMA2-Accessory's, a server that is asked, and how a page looks."""
 
 import argparse
+import base64
+import io
 import json
 import os
 from collections.abc import AsyncIterator
@@ -12,6 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import httpx
 from matplotlib.figure import Figure
+from PIL import Image
+
+from accessory.errors import UserError
+from accessory.visual.images import open_image
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -59,6 +65,24 @@ async def ask(url: str, path: str, **body: Any) -> AsyncIterator[dict[str, Any]]
                 yield event["choices"][0]
     except httpx.HTTPError as error:
         raise gr.Error("The model is lost in the middle of its answer; ask again when it is back.") from error
+
+
+def shown(path: str) -> Image.Image:
+    """An image that somebody has put into the page."""
+    try:
+        return open_image(path)
+    except UserError as error:
+        raise gr.Error(str(error)) from error
+
+
+def image_part(path: str) -> dict[str, Any]:
+    """An image, for the server: as its bytes."""
+    stream = io.BytesIO()
+    shown(path).save(stream, "PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"},
+    }
 
 
 def sampling_controls(most: int) -> list[gr.Slider]:

@@ -11,26 +11,60 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
-from common import ask, draw_load, launch, parser, sampling, sampling_controls, serve_words
+from boxes import drawn
+from common import ask, draw_load, image_part, launch, parser, sampling, sampling_controls, serve_words, shown
 from matplotlib.figure import Figure
 from worker import Worker
 
 
-def make_page(worker: Worker, most_tokens: int) -> gr.Blocks:
+def parts_of(content: Any) -> list[dict[str, Any]]:
+    """What a turn says and shows, as the page has it, in OpenAI's parts: images before their text."""
+    files = [image_part(path) for path in files_in(content)]
+    if isinstance(content, dict):  # of the box below
+        content = content["text"]
+    several = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else part.get("text") for part in several]
+    return files + [{"type": "text", "text": text} for text in texts if text is not None]
+
+
+def together(turns: list[tuple[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """Messages of turns, of which the page makes several where a question has images."""
+    messages: list[dict[str, Any]] = []
+    for role, parts in turns:
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += parts
+        else:
+            messages.append({"role": role, "content": parts})
+    return messages
+
+
+def files_in(content: Any) -> list[str]:
+    """The images of a turn: of the box below, or of one before, which holds each beside its path."""
+    if isinstance(content, dict):
+        return list(content["files"])
+    parts = [part for part in content if isinstance(part, dict)]
+    return [part.get("file", part)["path"] for part in parts if "file" in part or "path" in part]
+
+
+def make_page(worker: Worker, most_tokens: int, sees: bool = False) -> gr.Blocks:
     async def answer(
-        message: str, history: list[dict[str, Any]], system: str, *values: float
-    ) -> AsyncIterator[tuple[str, Figure | None]]:
+        message: str | dict[str, Any], history: list[dict[str, Any]], system: str, *values: float
+    ) -> AsyncIterator[tuple[Any, ...]]:
         if worker.url is None:
             raise gr.Error(worker.status)
         messages = [{"role": "system", "content": system}] if system.strip() else []
-        messages += [{"role": turn["role"], "content": turn["content"]} for turn in history]
-        messages.append({"role": "user", "content": message})
+        messages += together([(turn["role"], parts_of(turn["content"])) for turn in history] + [("user", parts_of(message))])
         text, load = "", None
         async for piece in ask(worker.url, "chat/completions", messages=messages, **sampling(values)):
             text += piece["delta"].get("content", "")
             load = piece.get("expert_load")
-            yield text, None
-        yield text, draw_load(load) if load else None
+            yield (text, None, None) if sees else (text, None)
+        figure: Figure | None = draw_load(load) if load else None
+        if not sees:
+            yield text, figure
+            return
+        files = [file for content in (*(turn["content"] for turn in history), message) for file in files_in(content)]
+        yield text, figure, drawn(shown(files[-1]), text) if files else None
 
     with gr.Blocks(title="Accessory", fill_height=True) as page, gr.Row():
         with gr.Column(scale=1, min_width=320):
@@ -38,20 +72,24 @@ def make_page(worker: Worker, most_tokens: int) -> gr.Blocks:
             gr.Timer(1).tick(lambda: worker.status, None, status, show_progress="hidden")
             system = gr.Textbox(label="System prompt", lines=2, placeholder="the template's own")
             controls = sampling_controls(most_tokens)
-            picture = gr.Plot(show_label=False)
+            outputs: list[Any] = [gr.Plot(show_label=False)]
+            if sees:
+                outputs.append(gr.Image(label="Where it says that things are", elem_id="boxes", interactive=False))
         with gr.Column(scale=3):
             gr.ChatInterface(
                 answer,
+                multimodal=sees,
+                textbox=gr.MultimodalTextbox(file_types=["image"], file_count="multiple") if sees else None,
                 chatbot=gr.Chatbot(height="75vh", buttons=["copy"], feedback_options=None),
                 additional_inputs=[system, *controls],
-                additional_outputs=[picture],
+                additional_outputs=outputs,
                 analytics_enabled=False,
             )
     return page
 
 
-def main() -> None:
-    options = parser(__doc__)
+def main(about: str | None = __doc__, sees: bool = False) -> None:
+    options = parser(about)
     gpus = options.add_mutually_exclusive_group()
     gpus.add_argument("--n_gpus", type=int, default=1, help="GPUs that hold the model together (without any: processes)")
     gpus.add_argument("--gpu_ids", type=int, nargs="+", default=[], help="these GPUs")
@@ -64,7 +102,7 @@ def main() -> None:
     try:
         if not worker.wait():
             sys.exit(1)
-        page = make_page(worker, arguments.model_max_seq_len)
+        page = make_page(worker, arguments.model_max_seq_len, sees)
         launch(page, arguments)
         ended.wait()
         page.close(verbose=False)

@@ -10,6 +10,7 @@ from playwright import sync_api as playwright
 from ranks import run_ranks
 from test_chat import QUESTIONS, write_model
 from test_demo import Demo, lives, processes, until
+from test_seen_use import QUESTION, write_seeing
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -140,3 +141,23 @@ def test_single_questions_under_torchrun(home, answers, browser, tmp_path):
         page.get_by_role("button", name="Run", exact=True).click()
         box = page.locator("#answer textarea")
         until(lambda: page.wait_for_timeout(100) or box.input_value() == answers[0])
+
+
+def test_an_image_in_the_browser(browser, tmp_path):
+    """It stays with its turn, and a new talk shows none."""
+    (expected,) = run_ranks(1, write_seeing, tmp_path)
+    words = ("demos/multi_turn_mm.py", "--pretrained_path", tmp_path / "model", "--dtype", "fp64")
+    with Demo(*words, log=tmp_path / "log") as demo:
+        first = Page(browser, demo.url)
+        first.set("Longest answer", 8)
+        for number in range(2):
+            first.page.locator("input[type=file]").first.set_input_files(tmp_path / f"{number}.png")
+            first.until(lambda: first.page.locator("[data-testid=multimodal-textbox] img, .thumbnail-item").count() > 0)
+            first.ask(QUESTION)
+            first.answered(expected[number])
+            first.keep(f"image{number}")
+            first.press("Clear")
+            first.answered()
+        first.ask(QUESTION)
+        first.answered(expected[3])
+        assert {url.split("/")[2] for url in first.asked if "//" in url} == {demo.url.split("/")[2]}

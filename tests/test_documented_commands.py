@@ -14,6 +14,7 @@ import pytest
 from jobs import Job
 from ranks import run_ranks
 from slips import make_home
+from test_seen_use import write_seeing
 
 from accessory.cli import make_parser
 from accessory.config import from_mapping
@@ -39,6 +40,8 @@ STANDS_FOR = {  # what a reader fills in, or has a cluster for: what it is here
     "TASKS": "{home}/tasks",
     "scores.json": "{new}",
     "@questions.txt": "@{home}/questions.txt",
+    "SPHINX": "{home}/seeing/model",
+    "a.jpg": "{home}/seeing/0.png",
     "answers.jsonl": "{new}",
     "DIR/config.json": "{home}/model.json",
     "ACCESSORY_DATA=/where/the/data/is": "ACCESSORY_DATA={home}",
@@ -99,6 +102,8 @@ def workshop(tmp_path_factory):
         (home / name).write_text(records.replace("the", name[:4]))
     (home / "questions.txt").write_text("What is json?\nWhy?\n")
     write_task(home)
+    (home / "seeing").mkdir()
+    run_ranks(1, write_seeing, home / "seeing")
     quickstart = place / "runs/quickstart"
     subprocess.run([sys.executable, ROOT / "exps/quickstart_questions.py", "write", quickstart / "data"], check=True)
     held_out = quickstart / "data/first_held_out.jsonl"

@@ -185,7 +185,7 @@ def test_a_cancelled_request_leaves_at_once(steps):
 
 
 def test_a_plan_goes_through_numbers():
-    plan = StepPlan([0, 2], [[4, 5, 6], [7]], [0, 33], [0, 16], [[1], [9, 2]], [1])
+    plan = StepPlan([0, 2], [[4, -5, -5], [7]], [0, 33], [0, 16], [[1], [9, 2]], [1], [0, 3], [5])
     assert StepPlan.from_numbers(plan.to_numbers()) == plan
 
 

@@ -36,7 +36,7 @@ def test_they_are_many_and_their_names_are_their_own():
     assert len(EVERY) >= 60 and len({fault.name for fault in EVERY}) == len(EVERY)
     assert len(EIGHT) == 8 and set(EIGHT) <= {fault.name for fault in EVERY}
     rooms = {file.split("/")[1] for fault in EVERY for file, _, _ in fault.changes}
-    assert rooms == {"model", "train", "parallel", "tuning", "checkpoint", "infer", "data"}
+    assert rooms == {"model", "train", "parallel", "tuning", "checkpoint", "infer", "data", "visual"}
 
 
 @pytest.mark.parametrize("check", sorted({fault.check for fault in EVERY}))

@@ -218,7 +218,7 @@ REFUSED = {  # name: (record, the rest of the mix entry, the sentence)
         {},
         "'alpaca' has no place for a system prompt",
     ),
-    "LLaVA": (LLAVA, {}, "image HOME/cat.jpg does not exist"),
+    "LLaVA": (LLAVA, {}, "it has an image (cat.jpg), and this model reads text only"),
     "LLaVA, online": (
         LLAVA | {"image": "https://a/cat.jpg"},
         {},
@@ -237,7 +237,7 @@ REFUSED = {  # name: (record, the rest of the mix entry, the sentence)
             ]
         },
         {},
-        "turn 1 has a part of type 'image_url'",
+        "it has an image (x), and this model reads text only",
     ),
     "video": ({"conversations": turns("What?", "Cats."), "video": "cats.mp4"}, {}, "nothing here uses 'video'"),
     "DPO": (DPO, {}, "it is a preference record ('chosen' and 'rejected'), and there is no such objective yet"),

@@ -14,6 +14,7 @@ FLOORS = (  # from the ground; rooms of one floor do not import one another
     ("dtypes", "settings"),
     ("listing", "parallel"),
     ("model",),
+    ("visual",),
     ("data", "tuning"),
     ("checkpoint",),
     ("infer",),

@@ -35,6 +35,33 @@ GOOD = {  # name: (raw, record)
     "system key": (said(("human", "Why?"), ("gpt", "Because."), system="S"), Conversation("S", ONE)),
     "empty system": (said(("system", ""), ("human", "Why?"), ("gpt", "Because."), system=None), Conversation(None, ONE)),
     "image": (said(("human", "Why?"), ("gpt", "Because."), image="a.png"), Conversation(None, ONE, ("a.png",))),
+    "images among the text": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+                        {"type": "text", "text": "Why?"},
+                        {"type": "image", "image": {"path": "b.png", "bytes": None}},
+                    ],
+                },
+                {"role": "assistant", "content": "Because."},
+            ]
+        },
+        Conversation(None, (Turn("user", "<image>\nWhy?<image>"), Turn("assistant", "Because.")), ("a.png", "b.png")),
+    ),
+    "images that parts point to": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]},
+                {"role": "assistant", "content": "Because."},
+            ],
+            "images": [{"bytes": b"abc", "path": "a.png"}],
+        },
+        Conversation(None, (Turn("user", "<image>\nWhy?"), ONE[1]), ("data:;base64,YWJj",)),
+    ),
+    "captions": ({"url": "a.png", "caption": ["A cat.", "Cats."]}, Document("A cat.", ("a.png",), others=("Cats.",))),
     "no image": (said(("human", "Why?"), ("gpt", "Because."), image=None), Conversation(None, ONE)),
     "two answers": (
         said(("human", "Why?"), ("gpt", "Because."), ("human", "Really?"), ("gpt", "Yes.")),
@@ -111,7 +138,7 @@ Q, A = ("human", "Why?"), ("gpt", "Because.")
 BAD = {  # name: (raw, what the message says)
     "a number": (17, "expected an object, found int"),
     "a list": ([], "expected an object, found list"),
-    "no kind": ({"body": "a"}, "none of 'conversations', 'messages', 'instruction', 'text' among its keys; it has 'body'"),
+    "no kind": ({"body": "a"}, "'instruction', 'text', 'caption' among its keys; it has 'body'"),
     "nothing": ({}, "among its keys; it has none"),
     "no turns": (said(), "'conversations' must be a list of turns with at least one question and answer"),
     "turns are a text": ({"messages": "Why?"}, "'messages' must be a list"),
@@ -138,7 +165,21 @@ BAD = {  # name: (raw, what the message says)
     "value is null": (said(Q, ("gpt", None)), "turn 2 must be an object with the texts"),
     "no role": ({"conversations": [{"value": "Why?"}]}, "turn 1 must say who speaks: 'from' (or 'role') is None"),
     "role is a list": (turn(**{"from": ["human"]}), "turn 1 must say who speaks"),
-    "part is an image": (messages(("user", [{"type": "image_url"}])), "turn 1 has a part of type 'image_url'"),
+    "part is a video": (messages(("user", [{"type": "video_url"}])), "turn 1 has a part of type 'video_url'"),
+    "part is an image without one": (
+        messages(("user", [{"type": "image_url"}]), A),
+        "turn 1, part 1: 'image_url' must be a text, or an object with the text 'url'",
+    ),
+    "an image says more": (
+        messages(("user", [{"type": "image_url", "image_url": {"url": "a.png", "crop": 1}}]), A),
+        "turn 1, part 1: nothing here uses 'crop'",
+    ),
+    "images among the text and beside it": (
+        messages(("user", [{"type": "image_url", "image_url": "a.png"}]), A) | {"image": "b.png"},
+        "some images stand among the text and others beside it",
+    ),
+    "a caption is a number": ({"caption": 3, "image": "a.png"}, "'caption' must be a text, or a list of texts"),
+    "an empty caption": ({"caption": ["a", " "], "image": "a.png"}, "'caption' must be a text, or a list of texts"),
     "part is a text": (messages(("user", ["Why?"])), "turn 1 has a part of type 'str'"),
     "part without text": (messages(("user", [{"type": "text"}])), "turn 1, part 1: 'text' must be a text"),
     "an empty tool call": (called({}), "turn 2, call 1: expected an object, found NoneType"),

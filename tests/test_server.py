@@ -252,7 +252,11 @@ CHAT = {"model": "model", "messages": MESSAGES}
         (CHAT | {"messages": ["a"]}, 400, "messages: expected"),
         (CHAT | {"messages": [*MESSAGES, *MESSAGES]}, 400, "turn 2 is from 'user', expected 'assistant'"),
         (CHAT | {"messages": TALK[:2]}, 400, "there is no question to answer"),
-        (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "parts of type 'text' only"),
+        (
+            CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "'image_url' must be a text, or an object",
+        ),
         (CHAT | {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
         (CHAT | {"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "no room to answer in max_seq_len 4096"),
         (CHAT | {"response_format": {"type": "xml"}}, 400, "response_format must be"),

@@ -18,6 +18,7 @@ from accessory.certify.matrix import (
     kernel_cells,
     other_kernels,
     quantised_cells,
+    seeing_cells,
     training_cells,
 )
 from accessory.certify.parity import TransformersJudge, parity_cells, run_parity
@@ -100,6 +101,7 @@ def _matrix(arguments: argparse.Namespace, problem: Problem, worlds: Sequence[in
     kinds = (
         training_cells(worlds, strength),
         classifier_cells(worlds),
+        seeing_cells(worlds),
         quantised_cells(problem.args, worlds),
         kernel_cells(worlds, _kernels(arguments, problem, worlds[-1])),
         file_cells(worlds),

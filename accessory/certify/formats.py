@@ -32,6 +32,7 @@ def rank_tensors(w: dict[str, Tensor], args: ModelArgs, layout: str, rank: int, 
     out = {"tok_embeddings.weight": w["tok_embeddings.weight"].chunk(size, 1)[rank]}
     out |= {"score.weight": w["score.weight"]} if args.labels else {"output.weight": w["output.weight"].chunk(size, 0)[rank]}
     out["norm.weight"] = w["norm.weight"]
+    out |= {name.removeprefix("connector."): tensor for name, tensor in w.items() if name.startswith("connector.")}
     for n in range(args.n_layers):
         layer = f"layers.{n}"
         for name, heads in (("wq", args.n_heads), ("wk", args.n_kv_heads), ("wv", args.n_kv_heads)):
@@ -132,6 +133,8 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
     }
     if args.labels:
         config["labels"] = list(args.labels)
+    if args.visual:
+        config["visual"] = args.visual.to_dict()
     return {"config.json": config, "meta.json": {"llama_type": format}}
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from accessory.certify.problem import Problem
 from accessory.checkpoint.quantise import Quantising
+from accessory.data.image_reader import ImageReader
 from accessory.data.loader import Batch, BatchPlan, sample_lengths
 from accessory.data.packing import Rows
 from accessory.data.store import Sample
@@ -84,7 +85,7 @@ def build_problem(
 ) -> Decoder:
     """The problem's model, trained as ``tuning`` says; ``source``: of its weights, if not the problem's own."""
     spec = problem.tuning(tuning)
-    return build(
+    model = build(
         spec.logical,
         layout,
         source or Quantising(Tensors(problem.weights(tuning)), spec.logical),
@@ -95,15 +96,23 @@ def build_problem(
         trains=spec.trains,
         **options,
     )
+    model.vision = problem.vision(mesh.mp, device)
+    return model
 
 
 def micro_batches(
-    samples: Sequence[Sample], accumulation: int, rank: int, ranks: int, width: int | None = None
+    samples: Sequence[Sample],
+    accumulation: int,
+    rank: int,
+    ranks: int,
+    width: int | None = None,
+    images: ImageReader | None = None,
 ) -> list[Batch]:
     """A data-parallel rank's part of a global batch; ``width``: packed into rows of so many tokens; None: a row each."""
     order = np.arange(len(samples))
     rows = Rows.packed(order, sample_lengths(samples), width) if width else Rows.alone(order)
-    (batches,) = BatchPlan(-(-len(rows) // (accumulation * ranks)), accumulation, rank, ranks).epoch(samples, rows)
+    plan = BatchPlan(-(-len(rows) // (accumulation * ranks)), accumulation, rank, ranks, images=images)
+    (batches,) = plan.epoch(samples, rows)
     return batches
 
 
@@ -127,12 +136,13 @@ def train(
     optimizer = make_optimizer(model, optim)
     first: Parts = {}
     optimizer.register_step_pre_hook(lambda *_: None if first else first.update(gradients(model)))
-    device, dp = next(model.parameters()).device, model.mesh.dp
+    dp, visual = model.mesh.dp, model.args.visual
+    reader = ImageReader(visual.size) if visual else None
     steps = []
     for samples, rate in zip(batches, rates or [optim.lr] * len(batches), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        mine = [batch.to(device) for batch in micro_batches(samples, accumulation, dp.rank, dp.size, width)]
+        mine = [batch.on(model) for batch in micro_batches(samples, accumulation, dp.rank, dp.size, width, reader)]
         losses = RouterLosses(balance, z_weight)
         result = train_step(model, optimizer, mine, objective or NextToken(), losses, clip_grad=optim.clip_grad)
         steps.append(measured(result, dp))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,14 @@ from accessory.certify.problem import BATCHES, OPTIM, Problem
 from accessory.certify.processes import Failure
 from accessory.certify.serving import ServingCell, wrong_tokens
 from accessory.checkpoint.quantise import Dequantised
+from accessory.data.placement import PLACE
 from accessory.data.store import Sample
 from accessory.model.logical import LogicalModel
+from accessory.model.visual import Images
+from accessory.parallel.mesh import Axis
 from accessory.settings import OptimSection
+from accessory.visual.images import open_image
+from accessory.visual.views import padded_resize
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -143,7 +149,7 @@ def reference_steps(
     return reference.train_steps(
         first_weights(problem, tuning_name),
         problem.args,
-        [[(s.tokens, s.trained if s.label is None else s.label) for s in batch] for batch in batches],
+        [[posed(problem, sample) for sample in batch] for batch in batches],
         balance=balance,
         clip=optim.clip_grad,
         lr=rates,
@@ -153,6 +159,26 @@ def reference_steps(
         trains=tuning.trains,
         scaling=next((adapter.scaling for adapter in tuning.logical.adapters.values()), 1.0),
     )
+
+
+def posed(problem: Problem, sample: Sample) -> tuple[Any, ...]:
+    """A sample as the reference takes it, each of its images encoded alone, by one process."""
+    learnt = sample.trained if sample.label is None else sample.label
+    visual = problem.args.visual
+    if visual is None:
+        return sample.tokens, learnt
+    places = (sample.tokens == PLACE).nonzero()[0][:: visual.words].tolist()
+    features = [encoded(problem, image) for image in sample.images]
+    return np.where(sample.tokens == PLACE, 0, sample.tokens), learnt, list(zip(places, features, strict=True))
+
+
+@functools.cache
+def encoded(problem: Problem, image: str) -> list[Tensor]:
+    """Of each group of encoders [views, tokens, width]."""
+    vision, visual = problem.vision(Axis(), torch.device("cpu")), problem.args.visual
+    assert vision and visual
+    pixels = padded_resize(open_image(image), visual.size)[None]
+    return [group[0] for group in vision(Images(torch.zeros(0, dtype=torch.int64), pixels)).features]
 
 
 def first_weights(problem: Problem, tuning_name: str) -> dict[str, Tensor]:

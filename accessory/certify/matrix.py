@@ -16,6 +16,7 @@ from accessory.model.logical import check_divides
 from accessory.model.moe.kernels import KERNELS, pick_kernel
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.model.triton_here import is_interpreted
+from accessory.model.visual import PresetName
 from accessory.settings import ParallelSection, QuantiseSection, Recompute
 
 Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
@@ -79,6 +80,16 @@ class KernelCell(Cell):
 
 
 @dataclass(frozen=True)
+class SeeingCell(Cell):
+    """The same of a model that sees, with images in some of the sequences."""
+
+    preset: PresetName
+
+    def settings(self) -> dict[str, str]:
+        return {"sees": self.preset} | super().settings()
+
+
+@dataclass(frozen=True)
 class FileCell:
     """A checkpoint ``given`` in a format, cut into ``size``, is loaded into a layout, saved there, and converted to hf."""
 
@@ -113,6 +124,8 @@ def posed_by(problem: Problem, cell: Cell) -> Problem:
     """The problem that a training cell solves."""
     if isinstance(cell, ClassifierCell):
         return problem.of_labels()
+    if isinstance(cell, SeeingCell):
+        return problem.seeing(cell.preset)
     return problem.quantised(cell.quantise) if isinstance(cell, QuantisedCell) else problem
 
 
@@ -188,6 +201,12 @@ def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCel
         if cell.world > 1
         for way in (ways if cell.model_parallel > 1 else ways[:1])
     ]
+
+
+def seeing_cells(worlds: Sequence[int]) -> list[SeeingCell]:
+    """Both layouts on every mesh, each with another preset, one trained in full and one by adapters and the connector."""
+    presets: dict[str, PresetName] = {"mixtral": "ens5", "mixtral_sparse": "clip"}
+    return [SeeingCell(**vars(cell), preset=presets[cell.layout]) for cell in _by_turns(worlds)]
 
 
 def _by_turns(worlds: Sequence[int]) -> list[Cell]:

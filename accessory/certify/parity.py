@@ -1,11 +1,11 @@
-"""The same weights in Hugging Face's Mixtral, by way of a converted checkpoint: same logits, loss, gradients."""
+"""The same weights in Hugging Face's Mixtral, or LLaVA, by way of a converted checkpoint: same logits, loss, gradients."""
 
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,54 +13,65 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.certify import formats
 from accessory.certify.formats import largest
-from accessory.certify.harness import assemble, build_problem, gradients
+from accessory.certify.harness import assemble, build_problem, gradients, micro_batches
 from accessory.certify.judge import Verdict, bounds, disagreement, distance, relative
 from accessory.certify.problem import Problem
 from accessory.certify.processes import Failure
 from accessory.checkpoint.convert import Target, convert
+from accessory.checkpoint.encoders import FILE as ENCODERS_FILE
+from accessory.checkpoint.encoders import write_encoders
 from accessory.checkpoint.huggingface import model_tiles
 from accessory.checkpoint.open import Checkpoint
-from accessory.data.loader import Batch, collate
+from accessory.data.image_reader import ImageReader
+from accessory.data.loader import Batch
 from accessory.errors import UserError
 from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel, region_shape, whole_region
 from accessory.model.moe.layouts import LAYOUTS
-from accessory.parallel.mesh import make_mesh
+from accessory.parallel.mesh import Axis, make_mesh
 from accessory.train.objective import Classification, NextToken, Objective
+from accessory.visual.views import normalised
 
 
 @dataclass(frozen=True)
 class ParityCell:
-    """One model, a language model or a classifier, on ``world`` model-parallel ranks."""
+    """One model, a language model, a classifier, or one that sees, on ``world`` model-parallel ranks."""
 
     world: int
     layout: str
-    classifies: bool = False
+    learns: Literal["tokens", "labels", "to see"] = "tokens"
 
     def settings(self) -> dict[str, str]:
-        return {"learns": "labels" if self.classifies else "tokens", "mp": str(self.world), "layout": self.layout}
+        return {"learns": self.learns, "mp": str(self.world), "layout": self.layout}
+
+    def poses(self, problem: Problem) -> Problem:
+        return {"tokens": problem, "labels": problem.of_labels(), "to see": problem.seeing("llava")}[self.learns]
 
 
 def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
-    return [ParityCell(world, layout, classifies) for world in worlds for layout in LAYOUTS for classifies in (False, True)]
+    kinds: tuple[Literal["tokens", "labels", "to see"], ...] = ("tokens", "labels", "to see")
+    return [ParityCell(world, layout, learns) for world in worlds for layout in LAYOUTS for learns in kinds]
 
 
 def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
     """Logits, loss and gradients of a batch, as one of the cell's ranks."""
     mesh = make_mesh(cell.world)
-    problem = problem.of_labels() if cell.classifies else problem
-    objective: Objective = Classification() if cell.classifies else NextToken()
+    problem = cell.poses(problem)
+    objective: Objective = Classification() if problem.args.labels else NextToken()
     model = build_problem(problem, cell.layout, device, mesh)
-    batch = _batch(problem).to(device)
+    batch = _batch(problem).on(model)
     with torch.no_grad():
-        logits, _ = model(batch.inputs(), Logits(batch.documents.ends if cell.classifies else None))
+        logits, _ = model(batch.inputs(), Logits(batch.documents.ends if problem.args.labels else None))
     loss = objective.loss(model, batch).loss_sum / objective.targets(batch)
     loss.backward()
     return {"logits": logits.cpu(), "loss": loss.item(), "gradients": gradients(model)}
 
 
 def _batch(problem: Problem) -> Batch:
-    return collate(problem.batches(masks=True)[0])
+    visual = problem.args.visual
+    reader = ImageReader(visual.size) if visual else None
+    (batch,) = micro_batches(problem.batches(masks=True)[0], 1, 0, 1, images=reader)
+    return batch
 
 
 def grid(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,12 +91,12 @@ class TransformersJudge:
 
     def __init__(self, problem: Problem):
         self.version = _transformers().__version__
-        self._expected = functools.cache(lambda classifies: _run(problem.of_labels() if classifies else problem))
+        self._problem, self._expected = problem, functools.cache(_run)
 
     def row(self, cell: ParityCell, outcome: list[Any] | Failure) -> Verdict:
         if isinstance(outcome, Failure):
             return Verdict(cell, {}, self.bounds, outcome.reason)
-        expected = self._expected(cell.classifies)
+        expected = self._expected(cell.poses(self._problem))
         shapes = {name: gradient.shape for name, gradient in expected["gradients"].items()}
         ours, differ = assemble([rank["gradients"] for rank in outcome], shapes)
         logits = (distance({"": rank["logits"]}, {"": expected["logits"]}) for rank in outcome)
@@ -102,11 +113,18 @@ def _run(problem: Problem) -> dict[str, Any]:
         padding = min(set(range(problem.args.vocab_size)) - set(batch.tokens[batch.documents.ends].tolist()))
         model.config.pad_token_id, model.model.embed_tokens.padding_idx = padding, None
         out = model(input_ids=tokens.masked_fill(~real, padding), attention_mask=real.long(), labels=batch.labels)
+    elif problem.args.visual and batch.images and batch.images.pixels is not None:
+        pixels, token = normalised(batch.images.pixels), model.config.image_token_id
+        tokens, labels, real = grid(replace(batch, tokens=batch.tokens.index_fill(0, batch.images.rows, token)))
+        out = model(input_ids=tokens, pixel_values=pixels, attention_mask=real.long(), labels=labels)
     else:
         out = model(input_ids=tokens, attention_mask=real.long(), labels=labels)
     out.loss.backward()
     logits = out.logits.detach() if problem.args.labels else out.logits.detach()[real]
-    stored, found = {name: p.grad for name, p in model.named_parameters()}, {}
+    stored, found = {}, {}
+    for name, parameter in model.named_parameters():
+        name = name.replace("model.language_model.", "model.").replace("model.multi_modal_", "multi_modal_")  # of LLaVA
+        stored[name] = parameter.grad
     for tile in model_tiles(LogicalModel(problem.args), fused=True):  # which say where in its tensors ours are
         found[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region))).double()
     return {"logits": logits.double(), "loss": out.loss.item(), "gradients": found}
@@ -127,8 +145,12 @@ def _transformers() -> Any:
 def load_in_transformers(problem: Problem) -> Any:
     """The problem's weights in transformers' hands."""
     kind = f"MixtralFor{'SequenceClassification' if problem.args.labels else 'CausalLM'}"
+    if problem.args.visual:
+        kind = "LlavaForConditionalGeneration"
     with tempfile.TemporaryDirectory(prefix="accessory-certify-") as name:
         weights = {key: tensor.float() for key, tensor in problem.weights().items()}
         formats.write(Path(name, "given"), weights, problem.args, "mixtral")
+        if vision := problem.vision(Axis(), torch.device("cpu")):
+            write_encoders(Path(name, "given", ENCODERS_FILE), vision, torch.float32)
         convert(Checkpoint(Path(name, "given")), Path(name, "hf"), Target("hf"))
         return getattr(_transformers(), kind).from_pretrained(Path(name, "hf"), dtype=torch.float32)

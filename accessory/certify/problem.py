@@ -1,20 +1,27 @@
 """What is computed in every cell: a model, its first weights, its data and its optimiser, as functions of a seed."""
 
+import base64
 import functools
+import io
 import math
 import random
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from accessory.data.placement import PLACE
 from accessory.data.store import Sample
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights
 from accessory.model.logical import LogicalModel
+from accessory.model.visual import EncoderArgs, PresetName, VisualArgs
+from accessory.parallel.mesh import Axis
 from accessory.settings import LoraSection, OptimSection, QuantiseSection, TuningSection
 from accessory.tuning.spec import Tuning, resolve
+from accessory.visual.vision import RandomEncoders, Vision, make_vision
 
 # No two sizes are equal that a mistake could exchange, and there is more of everything than two: experts of a token,
 # micro-batches, windows of a sequence, chunks of the cross-entropy.
@@ -54,6 +61,14 @@ SERVED = {
     "second": TuningSection(lora=LoraSection(rank=2, alpha=5.0, targets=("experts", "router", "output"))),
 }
 """Adapters that stand side by side when requests are answered."""
+ENCODERS = {
+    "clip": EncoderArgs("clip", 28, 14, 16, 24, 2, 4, out_dim=12),
+    "dinov2": EncoderArgs("dinov2", 28, 14, 20, 16, 2, 4, positions=3),
+    "eva": EncoderArgs("eva", 28, 14, 12, 20, 2, 2),
+    "qformer": EncoderArgs("qformer", dim=10, hidden_dim=14, layers=3, heads=2, tokens=3),
+    "convnext": EncoderArgs("convnext", 64, 32, 4, depths=(1, 1, 2, 1)),
+}
+"""What a small model sees with."""
 BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full
 LONGEST = 150  # tokens of a sequence
 PACKED_WIDTH = 2 * LONGEST
@@ -75,12 +90,25 @@ class Problem:
         """The same beside matrices that are held so."""
         return replace(self, args=replace(self.args, quantise=quantise))
 
+    def seeing(self, preset: PresetName) -> "Problem":
+        """The same where some sequences show images."""
+        token = self.args.vocab_size - 1 if preset == "llava" else None
+        visual = VisualArgs(preset, tuple(ENCODERS[kind] for kind in VisualArgs(preset).kinds), image_token=token)
+        return replace(self, args=replace(self.args, visual=visual))
+
+    def vision(self, mp: Axis, device: torch.device) -> Vision | None:
+        """What it sees with."""
+        visual = self.args.visual
+        return make_vision(visual, RandomEncoders(visual, self.seed), mp, self.dtype, device) if visual else None
+
     @functools.cache  # noqa: B019  (one problem a process)
     def tuning(self, name: str) -> Tuning:
         section = (TUNINGS | SERVED)[name]
         if section.lora and self.args.labels:  # whose score is trained whole
             targets = tuple(target for target in section.lora.targets if target != "output")
             section = replace(section, lora=replace(section.lora, targets=targets))
+        if section.lora and self.args.visual:
+            section = replace(section, train=(*section.train, "connector"))
         return resolve(section, self.args, self.seed)
 
     def weights(self, tuning: str = "full") -> dict[str, Tensor]:
@@ -105,7 +133,9 @@ class Problem:
     def batches(self, masks: bool) -> list[list[Sample]]:
         """A global batch for each step; with ``masks`` a prompt of random length is not trained on."""
         rng = random.Random(self.seed)
-        return [[self._sample(rng, 3, LONGEST, masks) for _ in range(count)] for count in BATCHES]
+        batches = [[self._sample(rng, 3, LONGEST, masks) for _ in range(count)] for count in BATCHES]
+        visual = self.args.visual
+        return [[_showing(rng, sample, visual) for sample in batch] for batch in batches] if visual else batches
 
     def long_then_short(self) -> list[list[Sample]]:
         """Global batches for 31 steps: one of long sequences, then three others by turns, which can be learnt by heart."""
@@ -121,3 +151,17 @@ class Problem:
         tokens = [rng.randrange(self.args.vocab_size) for _ in range(length)]
         trained = [not masks or place >= prompt for place in range(length)]
         return Sample(np.array(tokens), np.array(trained), label=tokens[0] % 3 if self.args.labels else None)
+
+
+def _showing(rng: random.Random, sample: Sample, visual: VisualArgs) -> Sample:
+    """The sample with no image, or one or two of noise, somewhere among its tokens, before the first as well."""
+    tokens = [0 if token == visual.image_token else token for token in sample.tokens.tolist()]
+    trained, images = list(sample.trained), list[str]()
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        place = rng.choice([n for n, token in enumerate(tokens) if token != PLACE])
+        tokens[place:place], trained[place:place] = [PLACE] * visual.words, [False] * visual.words
+        noise = np.frombuffer(rng.randbytes(3 * visual.size**2), np.uint8).reshape(visual.size, visual.size, 3)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        images.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+    return replace(sample, tokens=np.array(tokens), trained=np.array(trained), images=tuple(images))

@@ -8,14 +8,18 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(w, args, tokens, scaling=1.0):
+def forward(w, args, tokens, scaling=1.0, seen=()):
     """One sequence [S] -> logits [S, V], router logits [L, S, E] and chosen experts [L, S, K].
 
     Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A. A classifier's V are its labels.
+    ``seen``: of each image where its words begin, and what the encoders made of it, [views, tokens, width] of each group.
     """
     routers, chosen = [], []
     w = with_adapters(w, scaling)
     x = w["tok_embeddings.weight"][tokens]
+    for place, features in seen:
+        words = image_words(w, features)
+        x = torch.cat([x[:place], words, x[place + len(words) :]])
     for n in range(args.n_layers):
         layer = layer_of(w, n)
         x = x + attention(norm(x, layer["attention_norm.weight"], args.norm_eps), layer, args)
@@ -26,6 +30,30 @@ def forward(w, args, tokens, scaling=1.0):
         chosen.append(top)
     head = w["score.weight" if args.labels else "output.weight"]
     return norm(x, w["norm.weight"], args.norm_eps) @ head.T, torch.stack(routers), torch.stack(chosen)
+
+
+def image_words(w, features):
+    """What stands in the places of one image [words, D], by the tensors that the connector has."""
+    of = {name.removeprefix("connector."): tensor for name, tensor in w.items() if name.startswith("connector.")}
+    groups = []
+    for name, group in zip(("qformer_proj", "visual_proj")[-len(features) :], features, strict=True):
+        if "clip_proj.weight" in of:
+            names = "clip_proj", "clip_proj_norm"
+        elif "multi_modal_projector.linear_1.weight" in of:
+            names = "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"
+        else:
+            name = name if f"{name}.0.weight" in of else "qformer_proj"
+            names = f"{name}.0", f"{name}.1"
+        (first, b1), (second, b2) = ((of[f"{n}.weight"], of[f"{n}.bias"]) for n in names)
+        y = group @ first.T + b1
+        if second.dim() == 2:
+            y = (y * (1 + torch.erf(y / math.sqrt(2))) / 2) @ second.T + b2
+        else:
+            y = y - y.mean(-1, keepdim=True)
+            y = y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * second + b2
+        groups.append(y)
+    tags = [of[tag].expand(len(groups[0]), 1, -1) for tag in ("start_img", "end_img") if tag in of]
+    return torch.cat([*tags[:1], *groups, *tags[1:]], 1).flatten(0, 1)
 
 
 def layer_of(w, n):
@@ -118,11 +146,14 @@ class ReferenceStep(NamedTuple):
 
 
 def loss_parts(w, args, samples, balance, scaling=1.0):
-    """Parts of the loss over a whole global batch of (tokens, trained) or (tokens, label) pairs, as FORMATS defines them."""
+    """Parts of the loss over a whole global batch of (tokens, trained) or (tokens, label), as FORMATS defines them.
+
+    Behind them may stand what a sample shows (see ``forward``).
+    """
     total, targets, documents = torch.zeros(()), 0, []
     margin, top_k = math.inf, args.moe.num_experts_per_tok
-    for tokens, learnt in samples:
-        logits, routers, chosen = forward(w, args, torch.tensor(tokens), scaling)
+    for tokens, learnt, *seen in samples:
+        logits, routers, chosen = forward(w, args, torch.tensor(tokens), scaling, *seen)
         if args.labels:
             wanted = [(len(tokens) - 1, learnt)]
         else:

@@ -13,7 +13,8 @@ from accessory.certify import reference
 from accessory.certify.harness import Tensors
 from accessory.certify.problem import SERVED, Problem
 from accessory.checkpoint.side_by_side import SideBySide
-from accessory.infer.engine import Engine, Running
+from accessory.infer.engine import Engine
+from accessory.infer.request import Running
 from accessory.infer.sampling import Sampling
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from accessory.checkpoint.encoders import taken_out
 from accessory.checkpoint.encoding import Encoding
 from accessory.checkpoint.storage import TensorFile, index_file
 from accessory.checkpoint.tiles import Directory, Tile
@@ -16,8 +17,9 @@ from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.args import ModelArgs
 from accessory.model.codecs import is_part
-from accessory.model.logical import Adapters, LogicalModel
+from accessory.model.logical import CONNECTOR, Adapters, LogicalModel
 from accessory.model.moe.layouts import EXPERT, SPARSE, Layout, SparseLayout, get_layout
+from accessory.model.visual import PresetName, VisualArgs
 from accessory.settings import FileFormat
 
 PREFIX = "llma."
@@ -44,7 +46,8 @@ def rank_tiles(
         region = cut.region(rank, size)
         owner, is_expert, tensor = name.partition(".experts.")
         if not is_expert:
-            yield Tile(name, region, file, prefix + (f"{name}.weight" if name.endswith(("lora_a", "lora_b")) else name))
+            stored = name.removeprefix(CONNECTOR)
+            yield Tile(name, region, file, prefix + (f"{name}.weight" if name.endswith(("lora_a", "lora_b")) else stored))
             continue
         weight, _, part = tensor.partition("_")  # w1, or w1_lora_a
         if isinstance(layout, SparseLayout):
@@ -69,7 +72,9 @@ class AccessoryDirectory(Directory):
         for rank, (file, content) in enumerate(indexed.items()):
             _check_rank(directory / file, content, rank, size)
         self.stored = {file: content.tensors for file, content in indexed.items()}
+        self.encoders = [taken_out(tensors) for tensors in self.stored.values()][-1]  # each file has them whole
         self.layout = self._own_layout()
+        self.visual = self._own_visual()
         self.format = self.layout.name
 
     @classmethod
@@ -103,14 +108,29 @@ class AccessoryDirectory(Directory):
 
     def _own_layout(self) -> Layout:
         """What meta.json says; where there is none, what the names say."""
-        meta = self.directory / "meta.json"
-        named = read_mapping(meta).get("llama_type") if meta.is_file() else None
-        if named is not None:
-            if not isinstance(named, str):
-                raise UserError(f"{meta}: llama_type is {named!r}, expected a name")
+        if (named := self._llama_type()) is not None:
             return get_layout(named)
         fused = any(re.search(r"\.feed_forward\.w1$", key) for keys in self.stored.values() for key in keys)
         return SPARSE if fused else EXPERT
+
+    def _llama_type(self) -> str | None:
+        meta = self.directory / "meta.json"
+        named = read_mapping(meta).get("llama_type") if meta.is_file() else None
+        if not (named is None or isinstance(named, str)):
+            raise UserError(f"{meta}: llama_type is {named!r}, expected a name")
+        return named
+
+    def _own_visual(self) -> VisualArgs | None:
+        """What the names of the connector say; of which ens is, meta.json."""
+        keys = next(iter(self.stored.values()))
+        if f"{PREFIX}visual_proj.0.weight" in keys:
+            return VisualArgs("ens5" if (self._llama_type() or "").endswith("ens5") else "ens")
+        presets: dict[str, PresetName] = {
+            "qformer_proj.0": "qformer",
+            "clip_proj": "clip",
+            "multi_modal_projector.linear_1": "llava",
+        }
+        return next((VisualArgs(preset) for name, preset in presets.items() if f"{PREFIX}{name}.weight" in keys), None)
 
 
 def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
@@ -147,5 +167,11 @@ def rank_notes(rank: int, size: int) -> dict[str, str]:
 
 def write_description(directory: Path, args: ModelArgs, layout: Layout, biased: bool = False) -> None:
     """config.json and meta.json. ``biased``: the files hold biases, as ``mixtral_peft`` has them."""
-    write_json(directory / "config.json", args.to_dict() | ({"bias_tuning": True} if biased else {}))
-    write_json(directory / "meta.json", {"llama_type": "mixtral_peft" if biased else layout.name})
+    said = args.to_dict() | ({"bias_tuning": True} if biased else {})
+    named = "mixtral_peft" if biased else layout.name
+    if args.visual in (VisualArgs("ens"), VisualArgs("ens5")) and isinstance(layout, SparseLayout):
+        named += f"_{args.visual.preset}"
+    if args.visual == VisualArgs("clip") or named.endswith(("ens", "ens5")):
+        del said["visual"]  # the other files tell it, and LLaMA2-Accessory has no such key
+    write_json(directory / "config.json", said)
+    write_json(directory / "meta.json", {"llama_type": named})

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from accessory.checkpoint.storage import Stored, TensorWriter, index_file, lay_out
 from accessory.checkpoint.tiles import Directory, Tile
-from accessory.config import read_mapping, write_json
+from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
 from accessory.model.adapter import Adapter
 from accessory.model.logical import Adapters, LogicalModel
+from accessory.model.visual import VisualArgs
 from accessory.settings import QuantiseSection
 
 MANIFEST = "adapter.json"
@@ -48,6 +49,8 @@ class AdapterDirectory(Directory):
             }
             self._digests: dict[str, str] = dict(manifest["tensors"])
             self.labels = tuple(manifest.get("labels", ()))
+            if "visual" in manifest:
+                self.visual = from_mapping(VisualArgs, manifest["visual"], str(directory / MANIFEST), "visual.")
             known = isinstance(self.fingerprint, str) and all(isinstance(label, str) for label in self.labels)
             if not known or not all(map(_is_sound, self._adapters.values())):
                 raise TypeError("a value of another kind than expected")
@@ -130,4 +133,6 @@ def write_manifest(directory: Path, logical: LogicalModel, digests: Mapping[str,
     manifest: dict[str, Any] = {"base": dict(base), "axes": AXES, "adapters": described, "tensors": dict(digests)}
     if logical.args.labels:
         manifest["labels"] = logical.args.labels
+    if logical.args.visual:
+        manifest["visual"] = logical.args.visual.to_dict()
     write_json(directory / MANIFEST, manifest)

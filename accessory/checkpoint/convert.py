@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +13,8 @@ import torch
 
 from accessory.checkpoint import accessory, gptq, huggingface, mistral, peft
 from accessory.checkpoint.accessory import check_suffix
+from accessory.checkpoint.encoders import FILE as ENCODERS_FILE
+from accessory.checkpoint.encoders import as_they_are
 from accessory.checkpoint.merge import Merged
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import copy_companions, prepare_directory, publish_directory
@@ -28,6 +30,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.logical import EMBEDDING, LogicalModel, Overlaid, Source, check_divides, is_buffer
 from accessory.model.moe.layouts import LAYOUTS, Layout
 from accessory.settings import FileFormat, SavedFormat
+from accessory.visual.vision import vision_shapes
 
 TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
 HUGGINGFACE = ("hf", *gptq.WRITTEN)
@@ -69,10 +72,22 @@ class Target:
             )
         if self.format == "mistral" and args.labels:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
+        if args.visual and self.format in gptq.WRITTEN:
+            raise UserError(f"the format '{self.format}' is of language models, and this one sees: write hf, or a layout")
+        if args.visual and self.format == "hf" and args.visual.preset != "llava":
+            raise UserError(
+                f"transformers has no architecture that sees as the preset {args.visual.preset}: write mixtral, or "
+                "mixtral_sparse"
+            )
         check_suffix(args, self.suffix)
         self.quantisation(args)
         if not self.shard_bytes > 0:
             raise UserError("--shard-gb must be above 0")
+
+    @property
+    def holds_encoders(self) -> bool:
+        """Whether what a model sees with is among its own files, where others read it, and not in a file of its own."""
+        return self.format in HUGGINGFACE or (self.format in LAYOUTS and self.suffix == "pth")
 
     def quantisation(self, args: ModelArgs) -> dict[str, Any]:
         """What Hugging Face's config.json says of quantised matrices."""
@@ -107,12 +122,22 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target, parts: So
     dtypes |= dict.fromkeys(logical.parts, torch.uint8)
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
+    everything: Source = Overlaid(source, parts, logical.parts) if parts else source
+    if logical.args.visual:
+        checkpoint.check_encoders()
+        assert checkpoint.encoders
+        shapes = vision_shapes(logical.args.visual)
+        dtypes |= {name: target.dtype or checkpoint.encoders.dtype(name) for name in shapes}
+        everything = Overlaid(everything, checkpoint.encoders, shapes)
     files = planned_files(logical, target, dtypes)
+    if logical.args.visual and not target.holds_encoders:
+        files |= planned_tensors((replace(t, file=ENCODERS_FILE) for t in as_they_are(logical.args.visual)), dtypes)
     layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
+    companions = {name: path for name, path in checkpoint.companions.items() if name != ENCODERS_FILE}
     with _written_whole(destination, _nbytes(files)) as temporary:
-        copy_companions(checkpoint.companions, temporary)
-        _write_files(Overlaid(source, parts, logical.parts) if parts else source, temporary, files, notes)
+        copy_companions(companions, temporary)
+        _write_files(everything, temporary, files, notes)
         if logical.args.quantise and origin:
             write_origin(temporary, origin)
         write_description(temporary, target, logical, files, tokenizer, checkpoint.hf_config())
@@ -202,16 +227,26 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
 
 
 def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
-    """All that is to be written of a model. ``dtypes``: of its logical tensors."""
+    """All that is to be written of a model. ``dtypes``: of its logical tensors, and of its encoders if ``target`` holds
+    them."""
+    visual = logical.args.visual
     if target.format in HUGGINGFACE:
         config = target.quantisation(logical.args)
         tiles = huggingface.quantised_tiles(logical, config) if config else huggingface.model_tiles(logical)
+        if visual:
+            tiles = huggingface.llava_tiles(logical, visual)
         (tensors,) = planned_tensors(tiles, dtypes).values()
         return _shards(gptq.planned_words(tensors, config), target.shard_bytes)
     if target.format == "mistral":
-        return planned_tensors(mistral.planned_tiles(logical, target.suffix), dtypes)
-    tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
-    return planned_tensors(tiles, dtypes)
+        tiles = mistral.planned_tiles(logical, target.suffix)
+    else:
+        tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
+    files = planned_tensors(tiles, dtypes)
+    if visual and target.holds_encoders:
+        for file, planned in files.items():  # as LLaMA2-Accessory reads them: whole, in every file
+            placed = (replace(tile, file=file, key=accessory.PREFIX + tile.key) for tile in as_they_are(visual))
+            planned |= planned_tensors(placed, dtypes)[file]
+    return files
 
 
 def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accessory.checkpoint import llava
 from accessory.checkpoint.huggingface import CONFIG_KEYS, values_from
 from accessory.checkpoint.tiles import Directory
 from accessory.config import from_mapping, read_mapping
@@ -46,8 +47,9 @@ class Description:
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         config = {key: value for path in paths for key, value in read_mapping(path).items() if key not in _PEFT_KEYS}
         where, names = ", ".join(map(str, paths)), {}
-        if "hidden_size" in config:
-            config, names = values_from(config, where), CONFIG_KEYS
+        if "hidden_size" in config or "text_config" in config:
+            visual = {"visual": llava.visual_values(config, where)} if "text_config" in config else {}
+            config, names = values_from(config.get("text_config", config), where) | visual, CONFIG_KEYS
         elif Path(paths[0]).name == "params.json":  # what is switched off need not be known
             known = {field.name for field in dataclasses.fields(ModelArgs)}
             config = {key: value for key, value in config.items() if key in known or value not in (None, False)}

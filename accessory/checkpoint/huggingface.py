@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint import compressed, gptq
+from accessory.checkpoint import compressed, gptq, llava
+from accessory.checkpoint.encoders import in_transformers
 from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Directory, Tile
@@ -23,7 +24,8 @@ from accessory.console import say
 from accessory.data.tokenizer_json import write_tokenizer_json
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.logical import LogicalModel
+from accessory.model.logical import CONNECTOR, LogicalModel
+from accessory.model.visual import VisualArgs
 
 INDEX = "model.safetensors.index.json"
 
@@ -69,7 +71,10 @@ class HuggingFaceDirectory(Directory):
 
     def __init__(self, directory: Path, tensors: dict[str, Stored]):
         self.directory = directory
-        tensors = {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+        tensors = {
+            key: stored for key, stored in tensors.items() if not key.endswith(("rotary_emb.inv_freq", "position_ids"))
+        }
+        tensors, self.encoders = _set_apart(tensors)
         self.fused = any(".mlp." in key for key in tensors)
         self.packing: dict[str, Any] | None = None  # the quantization_config
         if any(key.endswith((".qweight", f".{compressed.PACKED}")) for key in tensors):
@@ -110,6 +115,21 @@ class HuggingFaceDirectory(Directory):
         yield from quantised_tiles(logical, self.packing, self.fused)
 
 
+def _set_apart(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """Of a LLaVA the language model with the projector, under a language model's names, and the encoder's tensors."""
+    model, encoders = dict[str, Stored](), dict[str, Stored]()
+    for key, stored in tensors.items():
+        inner = key.removeprefix("model.")  # as transformers 5 has it in memory
+        tower, _, name = inner.partition(".")
+        if tower == "vision_tower":
+            encoders[name.removeprefix("vision_model.")] = stored
+        elif tower == "language_model":
+            model[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = stored
+        else:
+            model[inner if tower == "multi_modal_projector" else key] = stored
+    return model, encoders
+
+
 def _indexed(directory: Path) -> dict[str, Stored]:
     """The tensors that the index names, each from the file that it names."""
     weight_map = read_mapping(directory / INDEX).get("weight_map")
@@ -128,6 +148,9 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
         raise UserError("Hugging Face's files have no place for the routers' score biases: take moe.score_bias out")
     for name in logical.base:
         region, (layer, rest) = logical.whole(name), split_layer(name)
+        if name.startswith(CONNECTOR):
+            yield Tile(name, region, "", name.removeprefix(CONNECTOR))
+            continue
         _, is_expert, weight = rest.partition("experts.")
         if rest == "feed_forward.gate.weight":
             yield Tile(name, region, "", f"{layer}{'mlp' if fused else 'block_sparse_moe'}.gate.weight")
@@ -140,6 +163,15 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
             for e in range(logical.args.moe.num_experts):
                 key = f"{layer}block_sparse_moe.experts.{e}.{weight}.weight"
                 yield Tile(name, (slice(e, e + 1), *region[1:]), "", key, Encoding("e f d -> f d"))
+
+
+def llava_tiles(logical: LogicalModel, visual: VisualArgs) -> Iterator[Tile]:
+    """The same of ``LlavaForConditionalGeneration``, with what it sees with."""
+    for tile in model_tiles(logical):
+        before = "" if tile.name.startswith(CONNECTOR) else "language_model."
+        yield dataclasses.replace(tile, key=before + tile.key)
+    for tile in in_transformers(visual):
+        yield dataclasses.replace(tile, key=f"vision_tower.{tile.key}")
 
 
 def quantised_tiles(logical: LogicalModel, config: Mapping[str, Any], fused: bool = False) -> Iterator[Tile]:
@@ -304,7 +336,7 @@ def write_description(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **({"quantization_config": quantisation} if quantisation else {}),
     }
-    write_json(directory / "config.json", config)
+    write_json(directory / "config.json", llava.description(config, args) if args.visual else config)
     if not (directory / "generation_config.json").exists():
         write_json(directory / "generation_config.json", ids)
     if len(files) > 1:

@@ -12,13 +12,14 @@ from torch import Tensor
 from accessory.checkpoint.accessory import AccessoryDirectory
 from accessory.checkpoint.adapter import AdapterDirectory
 from accessory.checkpoint.description import Description, Paths, described, own_config
+from accessory.checkpoint.encoders import EncodersDirectory, encoder_reader
 from accessory.checkpoint.fingerprint import fingerprint
 from accessory.checkpoint.huggingface import HuggingFaceDirectory
 from accessory.checkpoint.mistral import MistralDirectory
 from accessory.checkpoint.peft import PeftDirectory
 from accessory.checkpoint.publish import companion_files
 from accessory.checkpoint.quantise import Dequantised, Quantising, as_quantised, in_words, read_origin
-from accessory.checkpoint.tiles import Directory, TileReader
+from accessory.checkpoint.tiles import Directory, TileReader, has_connector
 from accessory.checkpoint.training import Training
 from accessory.config import read_mapping
 from accessory.console import listed, say
@@ -29,13 +30,16 @@ from accessory.files import check_directory
 from accessory.model.adapter import Adapter
 from accessory.model.build import RandomWeights
 from accessory.model.logical import EMBEDDING, LogicalModel, Region, Source
+from accessory.parallel.mesh import Axis
 from accessory.settings import QuantiseSection
+from accessory.visual.vision import Vision, make_vision
 
 
 def recognise(path: str | Path) -> Directory:
     """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
     directory = check_directory(path, "a checkpoint")
-    for format in (AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory):
+    formats = AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory, EncodersDirectory
+    for format in formats:
         if found := format.find(directory):
             return found
     if (directory / "state.json").is_file():
@@ -72,6 +76,7 @@ class Checkpoint:
         args: the model's shape.
         logical: its tensors, those of all adapters among them. base_model: the first directory's, maybe with another head.
         layout: the layout to run it in, if the user names none.
+        visual: how it sees, or is to: ``args`` say so if its connector is there. encoders: what it sees with, or None.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
         companions: files to be copied along, by name. origin: the fingerprint of what was quantised, if it is known.
         training: how it was trained, as the last directory says.
@@ -89,12 +94,15 @@ class Checkpoint:
             raise UserError("expected a checkpoint directory, found an empty list")
         self.directories = [recognise(path) for path in paths]
         base = self.directories[0]
-        if base.adds or base.format in ("adapter", "peft"):
+        if base.adds or base.format in ("adapter", "peft", "visual"):
             raise UserError(f"{paths[0]}: holds what changes another checkpoint; name that one before it")
         below = described(base, Description.read(config or own_config(base.directory)), strict)
+        self.visual = next((d.visual for d in reversed(self.directories[1:]) if d.visual), below.visual or base.visual)
+        below = dataclasses.replace(below, visual=self.visual if has_connector(base) else None)
         own = [below]  # each directory's
         for directory in self.directories[1:]:
-            own.append(dataclasses.replace(below, labels=directory.labels or own[-1].labels))
+            sees = self.visual if has_connector(directory) else own[-1].visual
+            own.append(dataclasses.replace(below, labels=directory.labels or own[-1].labels, visual=sees))
         self.args = as_quantised(own[-1], quantise, str(paths[0]))
         self._as_stored = LogicalModel(below)
         self.base_model = LogicalModel(dataclasses.replace(below, quantise=self.args.quantise))
@@ -119,6 +127,8 @@ class Checkpoint:
             TileReader(str(directory.directory), directory.tiles(LogicalModel(args, added)), directory.stored)
             for directory, args, added in zip(self.directories, own, self._added, strict=True)
         ]
+        readers = (encoder_reader(directory, self.visual) for directory in reversed(self.directories) if self.visual)
+        self.encoders = next(filter(None, readers), None)
         self.sound = True
         self._strict = strict
         for reader in self.readers[1:]:
@@ -152,6 +162,22 @@ class Checkpoint:
         for name in self.logical.added:
             if not any(name in reader.complete for reader in self.readers):
                 raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
+
+    def vision(self, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision | None:
+        """What the model sees with; None: it reads text alone. Raises UserError if its encoders are not there."""
+        if self.visual is None:
+            return None
+        self.check_encoders()
+        assert self.encoders
+        return make_vision(self.visual, self.encoders, mp, dtype, device)
+
+    def check_encoders(self) -> None:
+        """Raise UserError if the model sees, and its encoders are not there."""
+        if self.visual and not self.encoders:
+            raise UserError(
+                f"{self.directories[0].directory}: the model sees, and the encoders that it sees with are not in it: name a "
+                "directory that holds them behind it"
+            )
 
     def template(self) -> str | None:
         """The name of what it is asked in unless another is named; None: it does not say."""
@@ -236,9 +262,10 @@ class Checkpoint:
         return None
 
     def hf_config(self) -> dict[str, Any]:
-        """The first directory's config.json, if it is Hugging Face's."""
+        """The first directory's config.json, if it is Hugging Face's; of a LLaVA, what it says of the language model."""
         base = self.directories[0]
-        return read_mapping(base.directory / "config.json") if base.format == "hf" else {}
+        config = read_mapping(base.directory / "config.json") if base.format == "hf" else {}
+        return dict(config.get("text_config", config))
 
     def dtype(self, name: str) -> torch.dtype:
         """A dtype that holds every value that the directories have for logical tensor ``name``; of the numbers that a

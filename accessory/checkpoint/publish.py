@@ -1,6 +1,7 @@
 """A directory appears under its name only when it is whole: written under a temporary name, then renamed."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ CARRIED = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
     "tekken.json",
+    "visual.safetensors",
 )
 
 
@@ -109,4 +111,8 @@ def copy_companions(companions: dict[str, Path], directory: Path) -> None:
     check_companions(companions)
     for name, path in companions.items():
         (directory / name).parent.mkdir(exist_ok=True)
+        if path.suffix == ".safetensors":  # frozen encoders: the same bytes on the disk, where the file system can
+            with suppress(OSError):
+                os.link(path.resolve(), directory / name)
+                continue
         shutil.copyfile(path, directory / name)

@@ -5,10 +5,12 @@ Reading and writing share the table, so a format cannot be read otherwise than i
 
 import functools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from accessory.console import listed
 from accessory.model.codecs import is_part
 from accessory.model.logical import Adapters, LogicalModel, Region, Shape, Source, region_shape
 from accessory.model.moe.layouts import EXPERT, Layout
+from accessory.model.visual import VisualArgs
 from accessory.settings import QuantiseSection
 
 
@@ -92,6 +95,8 @@ class Directory:
     fingerprint: str | None = None  # of the base that it belongs to, if it says so
     quantise: QuantiseSection | None = None  # how that was held
     labels: tuple[str, ...] = ()  # of the classifier that it makes of a base
+    visual: VisualArgs | None = None  # how the model sees, as far as the files tell
+    encoders: Mapping[str, Stored] = MappingProxyType({})  # of what it sees with, among the files of the model
     directory: Path
     stored: dict[str, dict[str, Stored]]  # file -> key -> tensor
 
@@ -107,6 +112,14 @@ class Directory:
     def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
         """Where the tensors of the model with these adapters are."""
         raise NotImplementedError
+
+
+def has_connector(directory: Directory) -> bool:
+    """Whether some tensor of a visual model's connector is there, under any format's name."""
+    return any(_CONNECTOR.search(key) for tensors in directory.stored.values() for key in tensors)
+
+
+_CONNECTOR = re.compile(r"(^|\.)(clip_proj|visual_proj|qformer_proj|multi_modal_projector|start_img)(_norm)?(\.|$)")
 
 
 class TileReader:

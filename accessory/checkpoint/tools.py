@@ -36,6 +36,7 @@ TITLES = {
     "mixtral_sparse": "Accessory, sparse layout (mixtral_sparse)",
     "adapter": "an adapter of this program",
     "peft": "an adapter of PEFT",
+    "visual": "encoders of a model that sees",
 }
 
 
@@ -108,6 +109,9 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print(f"  model       {_shape(args)}")
     if args.labels:
         print(f"  labels      {', '.join(args.labels)}")
+    if sees := checkpoint.visual:
+        there = "its encoders are there" if checkpoint.encoders else "its encoders are in another directory"
+        print(f"  sees        as {sees.preset}: {sees.words} words an image; {there}")
     if checkpoint.tokenizer:
         tokenizer = Tokenizer(checkpoint.tokenizer)
         print(f"  tokenizer   {checkpoint.tokenizer}, {tokenizer.n_words} pieces")
@@ -133,7 +137,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def _shape(args: ModelArgs) -> str:
-    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels")} | args.to_dict()["moe"]
+    shape = {k: v for k, v in args.to_dict().items() if k not in ("moe", "labels", "visual")} | args.to_dict()["moe"]
     return ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
 
 
@@ -162,6 +166,8 @@ def _print_table(checkpoint: Checkpoint) -> None:
     logical, rows = checkpoint.logical, []
     for group in PRESETS:
         own = [name for name in logical.dense if matches(group, name)]
+        if not own:
+            continue
         held = [name for name in logical.base if matches(group, name)]
         kinds = Counter(
             logical.codecs[name].name if name in logical.codecs else str(checkpoint.dtype(name)).removeprefix("torch.")

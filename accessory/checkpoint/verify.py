@@ -11,6 +11,7 @@ from accessory.checkpoint.open import Checkpoint
 from accessory.console import progress
 from accessory.dtypes import at_least_fp32
 from accessory.model.logical import Region, region_shape, whole_region
+from accessory.visual.vision import vision_shapes
 
 # they say nothing about the function that the model computes
 _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
@@ -64,7 +65,10 @@ def different_training(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, 
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
-    """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory."""
+    """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory.
+
+    Also what they see with, if both have it there.
+    """
     merged = Merged(a), Merged(b)
     shapes = merged[0].logical.shapes | merged[1].logical.shapes
     result = []
@@ -79,6 +83,11 @@ def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
             )
             comparison.add(here, there)
         result.append(comparison)
+    if a.args.visual and a.encoders and b.encoders:
+        for name, shape in vision_shapes(a.args.visual).items():
+            comparison = Comparison(name, (a.encoders.dtype(name), b.encoders.dtype(name)))
+            comparison.add(*(one.read(name, whole_region(shape)).contiguous() for one in (a.encoders, b.encoders)))
+            result.append(comparison)
     return result
 
 

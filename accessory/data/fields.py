@@ -36,7 +36,7 @@ class Fields:
 
     Attributes:
         where: what messages call it ("turn 3"); empty: the record itself. raw: what it says, without what is to be ignored.
-        texts: of the whole record, those that were taken so far.
+        texts: of the whole record, those that were taken so far. images: likewise, those that stand among texts.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class Fields:
         ignore: Collection[str] = (),
         columns: Mapping[str, str] | None = None,
         where: str = "",
-        texts: list[str] | None = None,
+        within: "Fields | None" = None,
     ):
-        """``columns``: what the object calls a key that is read under another name."""
+        """``columns``: what the object calls a key that is read under another name. ``within``: the record it is part of."""
         if not isinstance(raw, Mapping):
             raise RecordError(f"{where}{': ' * bool(where)}expected an object, found {type(raw).__name__}")
         self.where, self._columns, self._ignore = where, columns or {}, ignore
         self.raw = {key: value for key, value in raw.items() if key not in ignore}
         if columns:
             self._rename(columns)
-        self.texts: list[str] = [] if texts is None else texts
+        self.texts: list[str] = within.texts if within else []
+        self.images: list[Any] = within.images if within else []
         self._taken: set[str] = set()
 
     def _rename(self, columns: Mapping[str, str]) -> None:
@@ -79,7 +80,7 @@ class Fields:
 
     def inside(self, raw: Any, where: str) -> "Fields":
         """The keys of an object of this record, which ``where`` names in messages."""
-        return Fields(raw, self._ignore, where=where, texts=self.texts)
+        return Fields(raw, self._ignore, where=where, within=self)
 
     def take(self, key: str) -> Any:
         """The value of ``key``, for use; None where there is none."""

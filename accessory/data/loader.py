@@ -7,12 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accessory.data.image_reader import ImageReader
 from accessory.data.mix import Samples
 from accessory.data.packing import Rows
+from accessory.data.placement import PLACE
 from accessory.data.store import Sample
-from accessory.model.decoder import Inputs
+from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Targets
+from accessory.model.visual import Images
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,37 @@ class Batch:
     labels: Tensor  # [documents] the number of each one's label, -1 where it has none
     real_tokens: int
     target_tokens: int
+    images: Images | None = None  # of a visual model's
 
     def inputs(self, dropout: bool = False) -> Inputs:
         """What the decoder takes."""
-        return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None)
+        return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None, images=self.images)
+
+    def on(self, model: Decoder) -> "Batch":
+        """Where ``model`` is, its images as what the encoders make of them."""
+        batch = self.to(model.norm.weight.device)
+        return replace(batch, images=model.vision(batch.images)) if model.vision and batch.images else batch
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "sample_keys", "labels")}
-        return replace(self, **tensors, documents=self.documents.to(device), targets=self.targets.to(device))
+        return replace(
+            self,
+            **tensors,
+            documents=self.documents.to(device),
+            targets=self.targets.to(device),
+            images=self.images and self.images.to(device),
+        )
 
 
-def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0) -> Batch:
+def collate(
+    samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0, pixels: Tensor | None = None
+) -> Batch:
     """Lay samples out one behind the other. Where there is none, one token stands that counts nowhere.
 
     Args:
         keys: one for each sample; None: they are counted.
         padded_to: give each sample so many tokens, for comparisons: what is behind it counts for the router alone.
+        pixels: of all images of a visual model's samples (see ``ImageReader``); None: it reads text alone.
     """
     tokens, trained = [], []
     for sample in samples:
@@ -53,16 +71,22 @@ def collate(samples: Sequence[Sample], keys: Sequence[int] | None = None, padded
     # a target is a trained token behind another of its document
     places = (np.concatenate(trained or [np.zeros(1, bool)]) & (documents.positions.numpy() > 0)).nonzero()[0]
     targets = Targets(torch.from_numpy(places - 1), torch.from_numpy(ids[places]))
+    in_images = ids == PLACE
+    ids[in_images] = 0  # of an image nothing is looked up
+    images = None if pixels is None else Images(torch.from_numpy(in_images.nonzero()[0]), pixels)
     numbers = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
     labels = torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.int64)
-    return Batch(torch.from_numpy(ids), documents, targets, numbers, labels, len(ids) if samples else 0, len(places))
+    count = len(ids) if samples else 0
+    return Batch(torch.from_numpy(ids), documents, targets, numbers, labels, count, len(places), images)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """How a global batch is cut: ``batch_size`` rows x ``accumulation`` micro-steps x ``world`` data-parallel ranks.
 
-    ``pads``: samples are as long as the longest of their micro-batch (see ``collate``).
+    Attributes:
+        pads: samples are as long as the longest of their micro-batch (see ``collate``).
+        images: reads those of a visual model's samples.
     """
 
     batch_size: int
@@ -70,6 +94,7 @@ class BatchPlan:
     rank: int
     world: int
     pads: bool = False
+    images: ImageReader | None = None
 
     @property
     def global_batch(self) -> int:
@@ -100,9 +125,17 @@ class BatchPlan:
             mine = chosen[first : first + self.batch_size]
             numbers = [i for row in mine for i in row]
             longest = int(lengths[numbers].max(initial=0)) if self.pads else 0
+            some, pixels = [samples[i] for i in numbers], None
+            if self.images:
+                some, pixels = self.images.read(some, [where(samples, i) for i in numbers])
             keys = [epoch * len(samples) + i for i in numbers]
-            micro_batches.append(collate([samples[i] for i in numbers], keys, padded_to=longest))
+            micro_batches.append(collate(some, keys, longest, pixels))
         return micro_batches
+
+
+def where(samples: Sequence[Sample], number: int) -> str:
+    """What messages call a sample: file and line of its record."""
+    return samples.where(number) if isinstance(samples, Samples) else f"sample {number}"
 
 
 def sample_lengths(samples: Sequence[Sample]) -> np.ndarray:

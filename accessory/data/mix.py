@@ -7,11 +7,10 @@ META:
 
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
@@ -22,33 +21,50 @@ from accessory.config import nearest
 from accessory.console import progress, say
 from accessory.data.held_out import hold_out
 from accessory.data.order import Part, Shuffled
-from accessory.data.records import Conversation, Document, label_number, read_record, shortened
+from accessory.data.placement import encode_placed, images_set_apart
+from accessory.data.records import Conversation, Document, Record, label_number, read_record
 from accessory.data.sources import MixEntry, MixSource, content_digest, place_name, read_rows, read_sources
 from accessory.data.store import Encoder, Sample, Store, make_store
 from accessory.data.templates import default_template, get_template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
+from accessory.model.visual import VisualArgs
 from accessory.parallel.watchdog import progressed
+from accessory.visual.images import check_image, is_data_uri, is_on_the_web
 
 BadRecords = Literal["error", "skip"]
-URL = re.compile("(data|https?):", re.IGNORECASE)
-"""How an image begins that is no file."""
 
 
-def make_encoder(path: Path, entry: MixEntry, max_seq_len: int, labels: Sequence[str]) -> Encoder:
-    """What turns a record of ``entry`` into samples: one; or several, of a text that is too long and is not classified."""
+def make_encoder(
+    path: Path, entry: MixEntry, max_seq_len: int, labels: Sequence[str], visual: VisualArgs | None, folder: Path
+) -> Encoder:
+    """What turns a record of ``entry`` into samples: one; or several, of a text that is too long and is neither classified
+    nor beside an image.
+
+    Args:
+        visual: how the model sees; None: it does not. folder: where the paths of images begin.
+    """
     tokenizer = Tokenizer(path)
     template = get_template(entry.template, tokenizer) if entry.template else None
 
     def encode(raw: object) -> list[Sample]:
-        record = read_record(raw, entry.form)
+        record, images = images_set_apart(read_record(raw, entry.form), visual)
+        names = tuple(map(str, images))
+        for name in names:
+            check_image(name if is_data_uri(name) or is_on_the_web(name) else folder / name)
+        records: list[Record] = [record]
+        if isinstance(record, Document):
+            records = [replace(record, text=text, others=()) for text in (record.text, *record.others)]
+        return [sample for one in records for sample in encode_one(one, names)]
+
+    def encode_one(record: Record, images: tuple[str, ...]) -> list[Sample]:
         label = label_number(record, labels)
         segments = (template or default_template(record)).render(record, entry.train_on)
-        tokens, trained = map(np.array, tokenizer.encode_segments(segments))
+        tokens, trained = map(np.array, encode_placed(tokenizer, segments, len(images), visual))
         if label is not None:
-            return [Sample(tokens, np.zeros_like(trained), label)]
-        if not isinstance(record, Document) or len(tokens) <= max_seq_len:
-            return [Sample(tokens, trained)]
+            return [Sample(tokens, np.zeros_like(trained), label, images)]
+        if images or not isinstance(record, Document) or len(tokens) <= max_seq_len:
+            return [Sample(tokens, trained, images=images)]
         # the last token of a part is the first of the next, so that every token is predicted once
         starts = range(0, len(tokens) - 1, max_seq_len - 1)
         parts = (slice(start, start + max_seq_len) for start in starts)
@@ -107,7 +123,6 @@ class Tokenised:
 
     source: MixSource
     stores: list[Store]
-    max_seq_len: int
 
     def __len__(self) -> int:
         return sum(len(store) for store in self.stores)
@@ -123,24 +138,14 @@ class Tokenised:
     def bad(self) -> Iterator[str]:
         """Every bad record: file, line and reason."""
         for store in self.stores:
-            for place, reason, image in store.bad():
-                # looked up anew: what is cached knows the record alone
-                if image and not URL.match(image) and not _is_file(self.source.image(store.file, image)):
-                    reason = f"image {self.source.image(store.file, shortened(image))} does not exist"
-                yield f"{place_name(store.file, place)}: {reason}"
+            for bad in store.bad():
+                yield f"{place_name(store.file, bad.place)}: {bad.reason}"
 
     def dropped(self) -> Iterator[str]:
         """Every record that is no sample, for nothing of it would be learnt: file, line and reason."""
         for store in self.stores:
-            for place in store.dropped():
-                yield f"{place_name(store.file, place)}: dropped: nothing to learn within {self.max_seq_len} tokens"
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, or a folder that may not be read
-        return False
+            for place, reason in store.dropped():
+                yield f"{place_name(store.file, place)}: dropped: {reason}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Dataset:
     parts: list[tuple[MixEntry, range]]
     seed: int
 
-    def count(self, what: Literal["truncated", "dropped"]) -> int:
+    def count(self, what: Literal["truncated", "dropped", "unseen", "images"]) -> int:
         return sum(getattr(store.report, what) for source in self.sources for store in source.stores)
 
     def templates(self) -> Counter[str]:
@@ -198,13 +203,23 @@ def check_columns(source: MixSource, mix: str | Path) -> None:
             seen |= record.keys() if isinstance(record, dict) else set()
 
 
-def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, labels: Sequence[str] = ()) -> list[Tokenised]:
+def tokenise_mix(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    labels: Sequence[str] = (),
+    visual: VisualArgs | None = None,
+) -> list[Tokenised]:
     """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports.
 
-    ``labels``: of a classifier; each record must have one. Empty: the next token is learnt, and none may have one.
+    Args:
+        labels: of a classifier; each record must have one. Empty: the next token is learnt, and none may have one.
+        visual: how the model sees the images of records; None: none may have one.
     """
     if max_seq_len < 2:
         raise UserError(f"max_seq_len must be at least 2, for a token is learnt from those before it; found {max_seq_len}")
+    if visual and max_seq_len <= visual.words + 2:
+        raise UserError(f"max_seq_len {max_seq_len} has no room for an image of {visual.words} words and its text")
     sources, result = read_sources(path), list[Tokenised]()
     files = {name: content_digest(file) for name, file in tokenizer.files.items()}
     with progress(desc="tokenise", unit=" records") as bar:
@@ -216,17 +231,31 @@ def tokenise_mix(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, label
         for source in sources:
             entry = source.entry
             try:
-                encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len, labels)
-                encoder()
+                encoder = partial(make_encoder, tokenizer.path, entry, max_seq_len, labels, visual)
+                encoder(Path())
             except UserError as error:
                 raise UserError(f"{path}: {entry.path}: {error}") from error
             settings = {"tokenizer": files, "max_seq_len": max_seq_len, "entry": entry.encoding, "labels": labels}
             check_columns(source, path)
-            stores = [make_store(file, settings, encoder, count) for file in source.files]
+            stores = [_store(source, file, settings, encoder, count, visual) for file in source.files]
             if not any(store.report.records for store in stores):
                 raise UserError(f"{source.files[0]}: holds no record")
-            result.append(Tokenised(source, stores, max_seq_len))
+            result.append(Tokenised(source, stores))
     return result
+
+
+def _store(
+    source: MixSource,
+    file: Path,
+    settings: dict[str, object],
+    encoder: Callable[[Path], Encoder],
+    count: Callable[[int], None],
+    visual: VisualArgs | None,
+) -> Store:
+    folder = source.folder(file)
+    if visual:  # whether an image can be read is told with its record
+        settings = settings | {"image": (visual.words, visual.place), "folder": str(folder.resolve())}
+    return make_store(file, settings, partial(encoder, folder), count, folder)
 
 
 def load_mix(
@@ -237,21 +266,23 @@ def load_mix(
     validation: float = 0.0,
     bad_records: BadRecords = "error",
     labels: Sequence[str] = (),
+    visual: VisualArgs | None = None,
 ) -> Dataset:
     """A mix's samples.
 
-    A sample longer than ``max_seq_len`` is truncated; one with no trained token left is dropped; both are counted.
+    A sample longer than ``max_seq_len`` is truncated; one with no trained token left, or of which an image does not fit, is
+    dropped; both are counted.
 
     Args:
         validation: share of the samples that is held out, whole records of them, chosen by ``seed``; if entries of the
             mix are marked ``split: validation``, they are what is held out, and nothing else.
         bad_records: "skip": say how many are bad, and go on without them.
-        labels: of a classifier (see ``tokenise_mix``).
+        labels, visual: see ``tokenise_mix``.
 
     Raises:
         UserError: naming file and line, for anything that cannot be read.
     """
-    sources = tokenise_mix(path, tokenizer, max_seq_len, labels)
+    sources = tokenise_mix(path, tokenizer, max_seq_len, labels, visual)
     first = next((line for source in sources for line in source.bad()), None)
     if first:
         count = sum(store.report.bad for source in sources for store in source.stores)
@@ -300,7 +331,7 @@ def mix_texts(path: str | Path) -> Iterator[str]:
 
 def _text_of(raw: object, entry: MixEntry) -> str:
     """What a record says, as its template writes it; without one, if that is to be the tokenizer's own."""
-    record = read_record(raw, entry.form)
+    record = replace(read_record(raw, entry.form), images=())
     if entry.template == "chat_template" and isinstance(record, Conversation):
         calls = [{"name": call.name, "arguments": call.arguments} for turn in record.turns for call in turn.calls]
         tools = [json.dumps(value, ensure_ascii=False) for value in (*record.tools, *calls)]

@@ -6,11 +6,13 @@ from typing import Any, Literal, get_args
 
 from accessory.console import listed
 from accessory.data.fields import Fields, RecordError, whole_text
+from accessory.data.record_images import IMAGE, read_images, read_part
 from accessory.data.tool_use import ToolCall, answered_call, parse_calls, read_calls, read_tools
 from accessory.errors import UserError
+from accessory.visual.images import Picture
 
 Role = Literal["user", "assistant", "tool"]
-Kind = Literal["conversations", "messages", "instruction", "text"]
+Kind = Literal["conversations", "messages", "instruction", "text", "caption"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Each is told by the key of its name; of several, the first one counts."""
 _OF_INSTRUCTIONS = ("instruction", "input", "output", "history")
@@ -40,23 +42,6 @@ _ANSWERS = ("answer", "completion", "solution", "response", "output")
 """What other projects call them: for the sentence that says how to read such a file."""
 
 
-def shortened(image: str) -> str:
-    """An image's name for a message: some are the whole image, as a data: URL."""
-    return image if len(image) <= 100 else f"{image[:100]}..."
-
-
-class ImageError(RecordError):
-    """A record with an image, which no model here can see yet.
-
-    Attributes:
-        image: its path, as the record has it.
-    """
-
-    def __init__(self, image: str):
-        super().__init__(f"it has an image ({shortened(image)}), and this model reads text only")
-        self.image = image
-
-
 @dataclass(frozen=True)
 class Turn:
     role: Role
@@ -80,7 +65,7 @@ class Conversation:
 
     system: str | None
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[Picture, ...] = ()  # in the order of their IMAGE, if the text says where they stand
     tools: tuple[Mapping[str, Any], ...] = ()  # that may be called, as OpenAI describes them
     label: Any = None  # what a classifier should say of it
     is_instruction: bool = field(default=False, compare=False)  # in the file
@@ -88,11 +73,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be learnt as it is."""
+    """A text to be learnt as it is; ``others``: of its images, each to be learnt in its place."""
 
     text: str
-    images: tuple[str, ...] = ()
+    images: tuple[Picture, ...] = ()
     label: Any = None
+    others: tuple[str, ...] = ()
 
 
 Record = Conversation | Document
@@ -109,6 +95,7 @@ class Columns:
     output: str | None = None
     history: str | None = None
     text: str | None = None
+    caption: str | None = None
     system: str | None = None
     tools: str | None = None
     image: str | None = None
@@ -151,16 +138,20 @@ def read_record(raw: Any, form: RecordForm = RecordForm()) -> Record:
     kind = form.kind or _recognise(record)
     if kind not in record.raw:
         raise RecordError(f"no {record.name(kind)} among its keys; it has {record.names()}")
-    images, label = _images(record), record.take("label")
+    label = record.take("label")
     label = label if record.says("label") else None
     if kind == "text":
-        found: Record = Document(_document(record), images, label)
+        found: Record = Document(_document(record), read_images(record), label)
+    elif kind == "caption":
+        captions = _captions(record)
+        found = Document(captions[0], read_images(record, "url"), label, captions[1:])
     elif kind == "instruction":
         system = record.text("system") or None
-        found = Conversation(system, _instruction(record), images, read_tools(record), label, is_instruction=True)
+        turns = _instruction(record)
+        found = Conversation(system, turns, read_images(record), read_tools(record), label, is_instruction=True)
     else:
         system, turns = _conversation(record, kind)
-        found = Conversation(system, turns, images, read_tools(record), label)
+        found = Conversation(system, turns, read_images(record), read_tools(record), label)
     if form.kind:  # the record in other forms, which the mix entry decides against
         for key in (*KINDS, *(_OF_INSTRUCTIONS if "instruction" in record.raw else ())):
             record.take(key)
@@ -178,7 +169,7 @@ def read_question(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping
     """
     record = Fields({"messages": messages, "tools": tools})
     system, turns = _conversation(record, "messages", asks=True)
-    return Conversation(system, turns, tools=read_tools(record))
+    return Conversation(system, turns, tuple(record.images), read_tools(record))
 
 
 def _recognise(record: Fields) -> Kind:
@@ -246,12 +237,13 @@ def _refuse_preferences(record: Fields) -> None:
         )
 
 
-def _images(record: Fields) -> tuple[str, ...]:
-    one, several = record.take("image"), record.take("images")
-    if several is not None and not isinstance(several, list | tuple):
-        raise RecordError(f"{record.name('images')} must be a list of paths")
-    named = [(one, record.name("image"))] * (one is not None) + [(path, "an image") for path in several or ()]
-    return tuple(filter(None, (whole_text(path, what, "path") for path, what in named)))
+def _captions(record: Fields) -> tuple[str, ...]:
+    """A caption, or several of the same image."""
+    value, name = record.take("caption"), record.name("caption")
+    captions = value if isinstance(value, list | tuple) else [value]
+    if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise RecordError(f"{name} must be a text, or a list of texts, and none of them empty")
+    return tuple(whole_text(text, name) for text in captions)
 
 
 def _document(record: Fields) -> str:
@@ -356,7 +348,9 @@ def _content(turn: Fields) -> str:
     key = "value" if "value" in turn.raw else "content"
     value = turn.take(key)
     if isinstance(value, list | tuple):
-        return "".join(_part(turn, part, number) for number, part in enumerate(value, 1))
+        parts = [_part(turn, part, number) for number, part in enumerate(value, 1)]
+        # an image stands on a line of its own, as in LLaVA's records
+        return "".join(part + "\n" * (part == IMAGE and number < len(parts)) for number, part in enumerate(parts, 1))
     if not isinstance(value, str):
         raise RecordError(f"{turn.where}{_NO_TURN}")
     turn.texts.append(whole_text(value, turn.where))
@@ -365,13 +359,17 @@ def _content(turn: Fields) -> str:
 
 def _part(turn: Fields, raw: Any, number: int) -> str:
     kind = raw.get("type") if isinstance(raw, Mapping) else type(raw).__name__
-    if kind != "text":
-        raise RecordError(f"{turn.where} has a part of type {kind!r}; expected parts of type 'text' only")
+    if kind not in ("text", "image_url", "image"):
+        raise RecordError(f"{turn.where} has a part of type {kind!r}; expected parts of type 'text' or 'image_url' only")
     part = turn.inside(raw, f"{turn.where}, part {number}")
     part.take("type")
-    text = part.text("text", needed=True)
+    if kind == "text":
+        text = part.text("text", needed=True)
+        part.refuse_rest()
+        return text
+    read_part(part, kind)
     part.refuse_rest()
-    return text
+    return IMAGE
 
 
 def _flag(turn: Fields) -> bool:

@@ -32,6 +32,12 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
 _CHOOSING = ("path", "name", "split", "ratio", "epochs", "weight", "root")
 """Settings of an entry that say which records are used, and how often."""
+_HERE = {
+    "caption": "kind: caption",
+    "single_turn_llava": "kind: conversations and template: alpaca",
+    "alpaca": "template: alpaca",
+}
+"""How what the reference's mixes ask for under ``preprocess`` and ``prompt_type`` is said."""
 MAX_RECORD = 16 * 2**20
 """Bytes of a record: more is not a conversation, but a file that is not what it seems."""
 
@@ -41,9 +47,9 @@ class MixEntry:
     """One entry of META. Of ``ratio``, ``epochs`` and ``weight`` at most one is given."""
 
     path: str  # file, directory or glob; relative to the mix; ~ and $VARIABLES are expanded
-    type: Literal["text"] = "text"
+    type: Literal["text", "image_text"] = "text"  # of the reference's mixes; here any record may have an image
     name: str | None = None  # in reports; null: the path
-    kind: Kind | None = None  # conversations | messages | instruction | text; null: told by the records' keys
+    kind: Kind | None = None  # conversations | messages | instruction | text | caption; null: told by the records' keys
     # what the records call the keys that are read here: {instruction: question, output: answer}
     columns: Columns = field(default_factory=Columns)
     ignore: tuple[str, ...] = ()  # keys of the records that are left out; else what has no use here is refused
@@ -81,10 +87,9 @@ class MixEntry:
                 f"{self.path}: {given[0]} says how much is trained on, and split: validation that nothing is; keep one"
             )
         for name in ("preprocess", "prompt_type"):
-            if getattr(self, name) not in (None, "default"):
-                raise UserError(
-                    f"{self.path}: {name} '{getattr(self, name)}' is not known here; set kind and template instead"
-                )
+            if (asked := getattr(self, name)) not in (None, "default"):
+                instead = _HERE.get(asked, "kind and template")
+                raise UserError(f"{self.path}: {name} '{asked}' is not known here; set {instead} instead")
         for name in given:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} of {self.path} must be above 0, and a number, found {getattr(self, name)}")
@@ -104,9 +109,9 @@ class MixSource:
     def name(self) -> str:
         return self.entry.name or self.entry.path
 
-    def image(self, file: Path, path: str) -> Path:
-        """Where the image of a record in ``file`` lies."""
-        return (self.root or file.parent) / path
+    def folder(self, file: Path) -> Path:
+        """Where the paths of images begin that the records of ``file`` name."""
+        return self.root or file.parent
 
 
 def read_sources(mix: str | Path) -> list[MixSource]:

@@ -5,7 +5,9 @@ CACHE/<key>/ends.i64      per sample: where its tokens end
 CACHE/<key>/places.i64    per sample: which record it is from
 CACHE/<key>/digests.u64   per sample: equal for equal tokens
 CACHE/<key>/labels.i32    per sample: the number of its label, -1 if it has none
-CACHE/<key>/dropped.i64   the records (or parts of one) that hold nothing to learn within max_seq_len
+CACHE/<key>/images.jsonl  per sample that has any: the names of its images, as its record has them
+CACHE/<key>/seen.i64      per sample: where its line of images.jsonl ends (if it has none, where the line before does)
+CACHE/<key>/dropped.jsonl the records (or parts of one) that are no sample, and why
 CACHE/<key>/bad.jsonl     the records that cannot be used, and why
 CACHE/<key>/report.json   what happened to the records, in numbers
 """
@@ -21,28 +23,37 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from accessory.config import read_mapping, write_json
-from accessory.data.records import ImageError
+from accessory.data.placement import PLACE
 from accessory.data.sources import SourceRow, content_digest, file_kind, place_name, read_rows
 from accessory.errors import UserError
 from accessory.parallel.forkserver import Killed, NotStarted, fork_server, map_in_processes
+from accessory.visual.images import ImageError, is_data_uri
 
-VERSION = 5
+VERSION = 6
 """Of the files and of how samples are made; part of the key."""
+FILES = (
+    *("tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32"),
+    *("images.jsonl", "seen.i64", "dropped.jsonl", "bad.jsonl"),
+)
 CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record, ``<s>`` first, and which of them are trained: each [n]; ``label``: the number of its label."""
+    """Tokens of one record, and which of them are trained: each [n]; PLACE stands for those of an image.
+
+    ``label``: the number of its label. ``images``: paths and data: URIs, in the order of their places.
+    """
 
     tokens: np.ndarray
     trained: np.ndarray
     label: int | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,7 +63,9 @@ class Report:
     records: int = 0
     targets: int = 0  # tokens, or labels, that are predicted
     truncated: int = 0  # cut to fit
-    dropped: int = 0  # nothing trained was left in them
+    dropped: int = 0  # nothing trained was left in them, or an image did not fit
+    unseen: int = 0  # of these, those whose images did not fit
+    images: int = 0
     bad: int = 0
 
     def add(self, other: "Report") -> None:
@@ -61,11 +74,21 @@ class Report:
 
 
 class Bad(NamedTuple):
-    """A record that cannot be used; ``image``: because it has one."""
+    """A record that cannot be used.
+
+    ``image``: the file that is the reason, if one is, and its state then (``file_state``).
+    """
 
     place: int
     reason: str
-    image: str | None
+    image: tuple[str, str] | None
+
+
+class Dropped(NamedTuple):
+    """A record of which nothing is learnt."""
+
+    place: int
+    reason: str
 
 
 Encoder = Callable[[object], list[Sample]]
@@ -80,48 +103,57 @@ class Encoded(NamedTuple):
     places: np.ndarray
     digests: np.ndarray
     labels: np.ndarray
-    dropped: np.ndarray
+    images: list[bytes]  # a line each, empty where there is none
+    dropped: list[Dropped]
     bad: list[Bad]
     report: Report
 
 
 def encode_rows(rows: list[SourceRow], encode: Encoder, max_seq_len: int) -> Encoded:
-    """Samples of some rows, cut to ``max_seq_len``."""
+    """Samples of some rows, cut to ``max_seq_len``, but never in front of an image's end: without it they are nothing."""
     report, parts, places = Report(records=len(rows)), [np.zeros(0, np.int32)], []
-    digests, labels, dropped, bad = [], [], [], []
+    digests, labels, images, dropped, bad = [], [], [], [], []
     for row in rows:
         try:
             samples = encode(row.parse())
         except ValueError as error:
-            bad.append(Bad(row.place, str(error), error.image if isinstance(error, ImageError) else None))
+            file = error.file if isinstance(error, ImageError) else None
+            bad.append(Bad(row.place, str(error), (str(file), file_state(file)) if file else None))
             continue
         for sample in samples:
             report.truncated += len(sample.tokens) > max_seq_len
             mask = sample.trained[:max_seq_len]
             targets = int(mask[1:].sum()) + (sample.label is not None)  # <s> has no prediction
-            if not targets:
-                dropped.append(row.place)
+            unseen = (sample.tokens[max_seq_len:] == PLACE).any()
+            if unseen or not targets:
+                reason = "an image does not fit" if unseen else "nothing to learn"
+                dropped.append(Dropped(row.place, f"{reason} within {max_seq_len} tokens"))
+                report.unseen += bool(unseen)
                 continue
             ids = sample.tokens[:max_seq_len].astype(np.int32)
             parts.append(np.where(mask, ids, ~ids))
             places.append(row.place)
-            digests.append(hashlib.blake2b(parts[-1].tobytes(), digest_size=8).digest())
+            images.append(json.dumps(sample.images).encode() + b"\n" if sample.images else b"")
+            digests.append(hashlib.blake2b(parts[-1].tobytes() + images[-1], digest_size=8).digest())
             labels.append(-1 if sample.label is None else sample.label)
             report.targets += targets
+            report.images += len(sample.images)
     report.dropped, report.bad = len(dropped), len(bad)
     ends = np.cumsum([len(part) for part in parts[1:]], dtype=np.int64)
     index = ends, np.array(places, np.int64), np.frombuffer(b"".join(digests), np.uint64), np.array(labels, np.int32)
-    return Encoded(np.concatenate(parts), *index, np.array(dropped, np.int64), bad, report)
+    return Encoded(np.concatenate(parts), *index, images, dropped, bad, report)
 
 
 class Store:
     """The samples of one file, in the order of its records."""
 
-    def __init__(self, directory: Path, file: Path):
-        self.file, self._directory = file, directory
+    def __init__(self, directory: Path, file: Path, folder: Path | None = None):
+        """``folder``: where the paths of images begin."""
+        self.file, self._directory, self._folder = file, directory, folder or file.parent
         self._values, self._ends = _map(directory / "tokens.i32", np.int32), _map(directory / "ends.i64", np.int64)
         self._places, self.digests = _map(directory / "places.i64", np.int64), _map(directory / "digests.u64", np.uint64)
         self._labels = _map(directory / "labels.i32", np.int32)
+        self._lines, self._seen = _map(directory / "images.jsonl", np.uint8), _map(directory / "seen.i64", np.int64)
         self.report = Report(**read_mapping(directory / "report.json"))
 
     def __len__(self) -> int:
@@ -131,7 +163,13 @@ class Store:
         start = int(self._ends[number - 1]) if number else 0
         values = np.array(self._values[start : int(self._ends[number])])
         trained, label = values >= 0, int(self._labels[number])
-        return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label)
+        return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label, self.images(number))
+
+    def images(self, number: int) -> tuple[str, ...]:
+        """Those of a sample, as paths or data: URIs."""
+        start, end = (int(self._seen[number - 1]) if number else 0), int(self._seen[number])
+        names = json.loads(self._lines[start:end].tobytes()) if start < end else ()
+        return tuple(name if is_data_uri(name) else str(self._folder / name) for name in names)
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int32."""
@@ -155,14 +193,31 @@ class Store:
         np.not_equal(self._places[1:], self._places[:-1], out=first[1:-1])
         return np.flatnonzero(first)
 
-    def dropped(self) -> Iterator[int]:
-        """Places of records of which nothing is left."""
-        yield from map(int, _map(self._directory / "dropped.i64", np.int64))
+    def dropped(self) -> Iterator[Dropped]:
+        """The records of which nothing is left."""
+        yield from itertools.starmap(Dropped, _lines(self._directory / "dropped.jsonl"))
 
     def bad(self) -> Iterator[Bad]:
         """The records that cannot be used, in their order."""
-        with open(self._directory / "bad.jsonl", encoding="utf-8") as file:
-            yield from (Bad(*json.loads(line)) for line in file)
+        yield from _bad_of(self._directory)
+
+
+def _bad_of(directory: Path) -> Iterator[Bad]:
+    yield from itertools.starmap(Bad, _lines(directory / "bad.jsonl"))
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def file_state(path: str | Path) -> str:
+    """Changes when the file does."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return str(error.strerror)
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _map(path: Path, dtype: type[np.number]) -> np.ndarray:
@@ -170,7 +225,11 @@ def _map(path: Path, dtype: type[np.number]) -> np.ndarray:
 
 
 def make_store(
-    file: Path, settings: dict[str, object], make_encoder: Callable[[], Encoder], bar: Callable[[int], object]
+    file: Path,
+    settings: dict[str, object],
+    make_encoder: Callable[[], Encoder],
+    bar: Callable[[int], object],
+    folder: Path | None = None,
 ) -> Store:
     """The samples of ``file``, from the cache or made now by all cores this process may use.
 
@@ -179,9 +238,12 @@ def make_store(
             and content, the key.
         make_encoder: called in every worker; must be picklable.
         bar: told the number of records as they are done.
+        folder: where the paths of images begin; None: beside the file.
     """
     described = {"version": VERSION, "suffix": file_kind(file), "content": content_digest(file), **settings}
     directory = cache() / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+    if directory.exists() and _is_outdated(directory):
+        shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
         temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
         try:
@@ -195,7 +257,12 @@ def make_store(
                 ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return Store(directory, file)
+    return Store(directory, file, folder)
+
+
+def _is_outdated(directory: Path) -> bool:
+    """Whether an image has changed since because of which a record could not be used."""
+    return any(file_state(bad.image[0]) != bad.image[1] for bad in _bad_of(directory) if bad.image)
 
 
 def cache() -> Path:
@@ -206,20 +273,22 @@ def cache() -> Path:
 def _write(
     directory: Path, file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int, bar: Callable[[int], object]
 ) -> None:
-    total, end = Report(), 0
+    total, end, seen = Report(), 0, 0
     with ExitStack() as stack:
-        names = "tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32", "dropped.i64", "bad.jsonl"
-        files = (stack.enter_context(open(directory / name, "wb")) for name in names)
-        tokens, ends, places, digests, labels, dropped, bad = files
+        files = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
+        tokens, ends, places, digests, labels, images, seens, dropped, bad = files
         for part in _encoded(file, make_encoder, max_seq_len):
             tokens.write(part.values.tobytes())
             ends.write((part.ends + end).tobytes())
             places.write(part.places.tobytes())
             digests.write(part.digests.tobytes())
             labels.write(part.labels.tobytes())
-            dropped.write(part.dropped.tobytes())
+            images.writelines(part.images)
+            seens.write((np.cumsum([len(line) for line in part.images], dtype=np.int64) + seen).tobytes())
+            dropped.writelines(json.dumps(record).encode() + b"\n" for record in part.dropped)
             bad.writelines(json.dumps(record).encode() + b"\n" for record in part.bad)
             end += len(part.values)
+            seen += sum(map(len, part.images))
             total.add(part.report)
             bar(part.report.records)
     write_json(directory / "report.json", asdict(total))

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from accessory.config import nearest
 from accessory.data.chat_template import chat_template, has_chat_template
 from accessory.data.fields import RecordError
-from accessory.data.records import Conversation, Document, ImageError, Record
+from accessory.data.records import Conversation, Document, Record
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.errors import UserError
+from accessory.visual.images import shortened
 
 TrainOn = Literal["answers", "last_answer", "all"]
 ToolPlaces = Literal["none", "results", "all"]
@@ -49,8 +50,7 @@ class Template:
         if isinstance(record, Document) != self.documents:
             fits, found = ("documents", "a conversation") if self.documents else ("conversations", "a document")
             raise RecordError(f"the template '{self.name}' is for {fits}, and this is {found}")
-        if record.images:
-            raise ImageError(record.images[0])
+        _refuse_images(record)
         if isinstance(record, Document):
             return list(self.write(record))
         self._check_tools(record)
@@ -67,6 +67,7 @@ class Template:
         """What a model is given to answer a conversation that ends with a question."""
         if self.documents:
             raise UserError(f"the template '{self.name}' is for documents, not for questions: continue the raw text instead")
+        _refuse_images(conversation)
         self._check_tools(conversation)
         return list(self.write(conversation))
 
@@ -84,6 +85,12 @@ class Template:
             f"the template '{self.name}' has no place for {what}: name the model's own in the mix entry, "
             "template: chat_template"
         )
+
+
+def _refuse_images(record: Record) -> None:
+    """What a model sees is set apart before (``data/placement.py``)."""
+    if record.images:
+        raise RecordError(f"it has an image ({shortened(str(record.images[0]))}), and this model reads text only")
 
 
 def default_template(record: Record) -> Template:

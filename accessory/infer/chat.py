@@ -12,16 +12,19 @@ import torch.distributed as dist
 
 from accessory.config import from_mapping, read_mapping
 from accessory.console import progress, say
+from accessory.data.record_images import IMAGE
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
-from accessory.infer.engine import Running
 from accessory.infer.grammar import Grammar
 from accessory.infer.meta import MetaModel
+from accessory.infer.prompts import encode_prompts
+from accessory.infer.request import Running
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
+from accessory.visual.images import Picture
 
 Prompt = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
@@ -87,14 +90,17 @@ def generate(arguments: argparse.Namespace, launch: Launch) -> None:
 
 def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arguments: argparse.Namespace) -> None:
     sampling = replace(sampling, grammar=_grammar(model, arguments))
+    images: list[Picture] = [*arguments.image]
     requests = []
     for prompt in prompts:
         stops: tuple[str, ...] = ()
         if arguments.raw:
-            ids = model.tokenizer.encode(_text(prompt), bos=True, eos=False)
+            (asked,) = encode_prompts(
+                model.tokenizer, [_text(prompt)], [images], model.llma.args.visual, bos=True, eos=False
+            )
         else:
-            ids, stops = model.asked(prompt, arguments.template)
-        requests.append(model.engine.submit(ids, sampling.stopping_at(stops)))
+            asked, stops = model.asked(_showing(prompt, images), arguments.template)
+        requests.append(model.engine.submit(asked.tokens, sampling.stopping_at(stops), None, asked.images))
     with progress(total=len(requests), unit="answer") as bar:
         for _ in model.engine.run():
             bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
@@ -105,6 +111,24 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
     else:
         for prompt, request in zip(prompts, requests, strict=True):
             say(f"> {_text(prompt)}\n{request.text.strip()}\n")
+
+
+def _showing(prompt: Prompt, images: Sequence[Picture]) -> Prompt:
+    """A prompt whose first question shows images, too."""
+    if not images:
+        return prompt
+    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    first = next((number for number, turn in enumerate(messages) if turn.get("role") == "user"), None)
+    if first is None:
+        raise UserError("--image is shown with a question, and there is none")
+    messages[first] = messages[first] | {"content": showing(messages[first].get("content"), images)}
+    return messages
+
+
+def showing(content: Any, images: Sequence[Picture]) -> list[dict[str, Any]]:
+    """The content of a turn, with images before it."""
+    said = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+    return [*({"type": "image", "image": str(image)} for image in images), *said]
 
 
 def _grammar(model: MetaModel, arguments: argparse.Namespace) -> Grammar | None:
@@ -137,7 +161,13 @@ def _read(path: str) -> Iterator[Prompt]:
 
 
 def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {_said(turn)}" for turn in prompt)
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """A turn's text, with a mark for each image."""
+    content = turn["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", IMAGE) for part in content)
 
 
 def _line(prompt: Prompt, request: Running) -> str:

@@ -4,21 +4,21 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accessory.data.placement import PLACE
 from accessory.errors import UserError
-from accessory.infer.grammar import Matcher
-from accessory.infer.pages import Key, PagePool, page_keys
+from accessory.infer.pages import PagePool, page_keys
 from accessory.infer.plan import StepPlan
+from accessory.infer.request import Progress, Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
+from accessory.infer.sights import SeenImages
 from accessory.infer.text import TextStream, Vocabulary
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -26,60 +26,6 @@ from accessory.model.head import Logits
 
 BEAT_S = 60.0
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
-Reason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass
-class Running:
-    """A request, and how far it has come.
-
-    Attributes:
-        prompt, answer: token ids. text: the answer's. choices: its tokens, with what is told of them.
-        adapter: the name of the one that answers; None: the base alone.
-        finish_reason: None while it goes on; "error": its grammar could not be followed.
-        expert_load: [L, E] int64, its tokens that were run by each expert, if ``sampling`` asks for it.
-        admitted: when it was let in, by ``time.monotonic``.
-        in_cache: how many of its tokens the cache has. pages, begin: where (see ``PagedCache.at``).
-        keys: of its full pages, the prompt's at first. promised: pages that it may still take.
-    """
-
-    id: int
-    prompt: list[int]
-    sampling: Sampling
-    stream: TextStream
-    matcher: Matcher | None
-    adapter: str | None = None
-    answer: list[int] = field(default_factory=list)
-    choices: list[TokenChoice] = field(default_factory=list)
-    finish_reason: Reason | None = None
-    in_cache: int = 0
-    pages: list[int] = field(default_factory=list)
-    begin: int = 0
-    keys: list[Key] = field(default_factory=list)
-    promised: int = 0
-    expert_load: Tensor | None = None
-    admitted: float | None = None
-
-    @property
-    def text(self) -> str:
-        return self.stream.text
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.answer
-
-    @property
-    def root(self) -> Key:
-        """What stands before its first page: under another adapter, the same tokens have other keys and values."""
-        return repr(self.adapter).encode()
-
-
-class Progress(NamedTuple):
-    """What a step added to a request: a token, unless it ended the answer, and text, which can lag behind."""
-
-    request: Running
-    text: str
-    choice: TokenChoice | None
 
 
 class Engine:
@@ -125,6 +71,7 @@ class Engine:
             )
         self._cache = model.make_cache(pages, self._page)
         self.pool = PagePool(pages)
+        self._sights = SeenImages(model)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.prompt_tokens = 0  # of all that were let in
@@ -135,10 +82,13 @@ class Engine:
 
     # ---- asked on the first rank
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Running:
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None, images: Sequence[Tensor] = ()
+    ) -> Running:
         """Ask for an answer to token ids.
 
         Args:
+            images: see ``Prompt``.
             adapter: the name of the one that is to answer, of those the model was loaded with; None: the base alone.
 
         Raises:
@@ -150,14 +100,15 @@ class Engine:
             raise UserError("a prompt must have at least one token")
         if len(prompt) >= self.max_seq_len:
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room to answer in max_seq_len {self.max_seq_len}")
-        if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
+        if not all(0 <= token < self.model.args.vocab_size or token == PLACE for token in prompt):
             raise UserError(f"a prompt has tokens from 0 to {self.model.args.vocab_size - 1}")
         if beyond := [token for token in sampling.logit_bias if not 0 <= token < self.tokenizer.n_words]:
             raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
         names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]
         matcher = sampling.grammar.matcher() if sampling.grammar else None
         stream = TextStream(self.tokenizer, names)
-        request = Running(next(self._ids), list(prompt), sampling.seeded(), stream, matcher, adapter)
+        tokens, seen = self._sights.numbered(prompt, images)
+        request = Running(next(self._ids), tokens, sampling.seeded(), stream, matcher, adapter, seen)
         # the last token is run, whatever is known
         request.keys = list(page_keys(request.prompt[:-1], self._page, request.root))
         self.waiting.append(request)
@@ -181,16 +132,20 @@ class Engine:
         chosen = self._planned()
         if not chosen:
             return []
+        tokens = [request.tokens[request.in_cache : request.in_cache + count] for request, count in chosen]
+        images = {number: pixels for request, _ in chosen for number, pixels in request.images.items()}
         plan = StepPlan(
             [self.model.logical.member(request.adapter) for request, _ in chosen],
-            [request.tokens[request.in_cache : request.in_cache + count] for request, count in chosen],
+            tokens,
             [request.in_cache for request, _ in chosen],
             [request.begin for request, _ in chosen],
             [request.pages for request, _ in chosen],
             [n for n, (request, count) in enumerate(chosen) if request.in_cache + count == len(request.tokens)],
+            [request.places_behind for request, _ in chosen],
+            self._sights.missing(tokens),
         )
         self._send(plan.to_numbers())
-        logits, counts = self._run(plan)
+        logits, counts = self._run(plan, images)
         self.expert_load += counts.sum(1)
         for number, (request, count) in enumerate(chosen):
             self._advance(request, count)
@@ -202,7 +157,7 @@ class Engine:
         vocabulary = self.tokenizer.n_words
         choices = choose(
             logits[:, :vocabulary],
-            [request.prompt for request in ending],
+            [[token for token in request.prompt if token >= 0] for request in ending],
             [request.answer for request in ending],
             [request.sampling for request in ending],
             [request.matcher.allowed(vocabulary) if request.matcher else None for request in ending],
@@ -268,7 +223,7 @@ class Engine:
         if numbers[0] < 0:
             ScorePlan.from_numbers(numbers).run(self.model)
         else:
-            self._run(StepPlan.from_numbers(numbers))
+            self._run(StepPlan.from_numbers(numbers), {})
         return True
 
     def _send(self, numbers: list[int]) -> list[int]:
@@ -286,12 +241,17 @@ class Engine:
         return known + mp.broadcast(rest).tolist()
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Logits [ends, V], and how many tokens of each document went to each expert of each layer [L, documents, E]."""
-        documents = Documents.of([len(tokens) for tokens in plan.tokens], plan.past).to(self._device)
-        tokens = torch.tensor([token for tokens in plan.tokens for token in tokens], device=self._device)
+    def _run(self, plan: StepPlan, pixels: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [ends, V], and how many tokens of each document went to each expert of each layer [L, documents, E].
+
+        ``pixels``: of the images, on the first rank.
+        """
+        self._sights.receive(plan.tokens, plan.new, pixels)
+        tokens, images = self._sights.shown(plan.tokens, plan.shown)
+        documents = Documents.of([len(some) for some in plan.tokens], plan.past).to(self._device)
         members = torch.tensor(plan.members, device=self._device) if any(plan.members) else None
-        inputs = Inputs(tokens, documents, self._cache.at(documents, plan.pages, plan.begins), members=members)
+        view = self._cache.at(documents, plan.pages, plan.begins)
+        inputs = Inputs(torch.tensor(tokens, device=self._device), documents, view, members=members, images=images)
         logits, stats = self.model(inputs, Logits(documents.ends[plan.ends].long()))
         return logits, stats.counts
 

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
-from accessory.data.records import read_question
+from accessory.data.placement import encode_placed, images_set_apart
+from accessory.data.records import Conversation, read_question
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
+from accessory.infer.prompts import Prompt, Shown, encode_prompts, read_image
 from accessory.infer.sampling import Sampling
+from accessory.infer.scoring import score_example, scored_from
+from accessory.infer.sights import SeenImages
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -74,7 +77,7 @@ class MetaModel:
         llama_type: str | None = None,
         llama_config: str | Path | None = None,
         tokenizer_path: str | Path | None = None,
-        with_visual: bool = False,
+        with_visual: bool | None = None,
         max_seq_len: int | None = 4096,
         mp_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -90,6 +93,7 @@ class MetaModel:
             llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
             llama_config: another config.json than the directory's.
             tokenizer_path: another tokenizer.model or tokenizer.json than the directory's.
+            with_visual: False: a model that sees is loaded without its encoders, for texts; True: it must be one that sees.
             max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
             device: None: this process's GPU if there is one, else the CPU.
@@ -102,11 +106,11 @@ class MetaModel:
             UserError: the checkpoint cannot be read, or the group's size does not divide what the layout cuts; an adapter
                 changes what the others share.
         """
-        if with_visual:
-            raise UserError("with_visual is not supported yet: this model reads text")
         if not dist.is_initialized():
             join(Launch(0, 1, 0, 1), dist.HashStore())
         checkpoint = Checkpoint(pretrained_path, llama_config, strict, QuantiseSection.read(quant))
+        if with_visual and not checkpoint.args.visual:
+            raise UserError(f"{pretrained_path}: with_visual=True, but this model reads text only")
         named = open_adapters(checkpoint, adapters, llama_config, strict) if adapters else {}
         everything = [checkpoint, *named.values()]
         tokenizer_path = tokenizer_path or next((one.tokenizer for one in everything if one.tokenizer), None)
@@ -126,6 +130,8 @@ class MetaModel:
         check_memory(source.logical, layout, mesh, where, dtype)
         llma = build_model(source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset())
         llma.pack()
+        if checkpoint.args.visual and with_visual is not False:
+            llma.vision = checkpoint.vision(mesh.mp, dtype, where)
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
         return cls(llma, tokenizer, max_seq_len or checkpoint.args.max_seq_len, templates)
 
@@ -142,7 +148,8 @@ class MetaModel:
 
         Args:
             conversations: questions, or lists of messages ``{"role": "system" | "user" | "assistant", "content": text}`` of
-                which the last is the user's.
+                which the last is the user's; content can have parts, of which images are ``{"type": "image", "image": ...}``
+                (a path, a data: URI, an image of Pillow's).
             template: the name of another one. adapter: which of ``adapters`` answers; None: the base alone.
 
         Raises:
@@ -152,7 +159,8 @@ class MetaModel:
             raise UserError("chat takes a list of questions or conversations, not one text: write [question]")
         asked = [self.asked(conversation, template, adapter=adapter) for conversation in conversations]
         stops = asked[0][1] if asked else ()
-        return self.generate([prompt for prompt, _ in asked], None, max_gen_len, temperature, top_p, stops, adapter)
+        prompts, images = [prompt.tokens for prompt, _ in asked], [prompt.images for prompt, _ in asked]
+        return self.generate(prompts, images if any(images) else None, max_gen_len, temperature, top_p, stops, adapter)
 
     def asked(
         self,
@@ -160,17 +168,21 @@ class MetaModel:
         template: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         adapter: str | None = None,
-    ) -> tuple[list[int], tuple[str, ...]]:
-        """The tokens that ask for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``.
+    ) -> tuple[Prompt, tuple[str, ...]]:
+        """What asks for the next answer of a conversation (see ``chat``), and what ends it beside ``</s>``.
 
         Args:
             tools: that may be called, as OpenAI describes them.
         """
         chosen = get_template(template, self.tokenizer) if template else self.template_of(adapter)
         if chosen.documents:  # a model of texts goes on with one
-            return self.tokenizer.encode(str(conversation), bos=True, eos=False), ()
+            return Prompt(self.tokenizer.encode(str(conversation), bos=True, eos=False)), ()
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        return self.tokenizer.encode_segments(chosen.prompt(read_question(messages, tools)))[0], chosen.stop
+        visual = self.llma.args.visual
+        question, images = images_set_apart(read_question(messages, tools), visual)
+        assert isinstance(question, Conversation)
+        tokens, _ = encode_placed(self.tokenizer, chosen.prompt(question), len(images), visual)
+        return Prompt(tokens, tuple(read_image(image, visual) for image in images if visual)), chosen.stop
 
     @cache  # noqa: B019
     def grammars_of(self, adapter: str | None) -> Grammars:
@@ -181,7 +193,7 @@ class MetaModel:
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
-        images: None = None,
+        images: Shown = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
@@ -192,6 +204,8 @@ class MetaModel:
 
         Args:
             prompts: texts, or token ids (which are taken as they are, as templates make them).
+            images: what is shown with each prompt: an image (a path, a data: URI, bytes, one of Pillow's, or a tensor
+                [3, size, size] as LLaMA2-Accessory's transforms make it), a list of them, or None.
             additional_stop_symbols: texts, or names of special tokens.
             adapter: which of ``adapters`` answers; None: the base alone.
 
@@ -208,7 +222,7 @@ class MetaModel:
     def stream_generate(
         self,
         prompt: str,
-        image: None = None,
+        image: Any = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
@@ -217,7 +231,8 @@ class MetaModel:
     ) -> Iterator[dict[str, Any]]:
         """Yield {"text": the answer so far, "end_of_content": whether it is whole} after each token."""
         text = ""
-        steps = self._stream([prompt], image, max_gen_len, temperature, top_p, additional_stop_symbols, adapter)
+        shown = None if image is None else image if isinstance(image, Tensor) and image.dim() == 4 else [image]
+        steps = self._stream([prompt], shown, max_gen_len, temperature, top_p, additional_stop_symbols, adapter)
         for ((text, ended),) in steps:
             if ended:
                 break
@@ -227,7 +242,7 @@ class MetaModel:
     def _stream(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
-        images: None,
+        images: Shown,
         max_gen_len: int,
         temperature: float,
         top_p: float,
@@ -235,10 +250,10 @@ class MetaModel:
         adapter: str | None,
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each step, every prompt's answer so far and whether it has ended; on all ranks the same."""
-        _refuse_images(images)
         values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": tuple(stops)}
         sampling = from_mapping(Sampling, values, "generate")
-        requests = [self.engine.submit(ids, sampling, adapter) for ids in self._encode(prompts, bos=True, eos=False)]
+        asked = self._prompts(prompts, images, bos=True, eos=False)
+        requests = [self.engine.submit(prompt.tokens, sampling, adapter, prompt.images) for prompt in asked]
         if not self.llma.mesh.mp.rank:
             try:
                 for _ in self.engine.run():
@@ -278,7 +293,7 @@ class MetaModel:
     def compute_logits(
         self,
         examples: Sequence[str] | Sequence[Sequence[int]],
-        images: None = None,
+        images: Shown = None,
         bos: bool = True,
         eos: bool = False,
         adapter: str | None = None,
@@ -287,11 +302,10 @@ class MetaModel:
 
         Args:
             examples: texts, or token ids (which are taken as they are; ``bos`` and ``eos`` are for texts).
-            adapter: which of ``adapters`` reads them; None: the base alone.
+            images: as ``generate`` takes them. adapter: which of ``adapters`` reads them; None: the base alone.
         """
-        _refuse_images(images)
         self._refuse_classifier()
-        inputs = self._inputs(self._encode(examples, bos, eos), adapter)
+        inputs = self._inputs(self._prompts(examples, images, bos, eos), adapter)
         logits, _ = self.llma(inputs, Logits())
         return list(logits.split(inputs.documents.lengths))
 
@@ -316,7 +330,7 @@ class MetaModel:
                 raise UserError(
                     f"example {number} has {len(example)} tokens; from 1 to max_seq_len {self.max_seq_len} are read"
                 )
-        inputs = self._inputs(ids)
+        inputs = self._inputs([Prompt(example) for example in ids])
         logits, _ = self.llma(inputs, Logits(inputs.documents.ends))
         found = (zip(labels, shares, strict=True) for shares in logits.softmax(1).tolist())
         return [dict(sorted(pairs, key=lambda pair: -pair[1])) for pairs in found]
@@ -325,7 +339,7 @@ class MetaModel:
         self,
         examples: Sequence[str] | Sequence[Sequence[int]],
         contexts: Sequence[str] | Sequence[Sequence[int]] | None = None,
-        images: None = None,
+        images: Shown = None,
         bos: bool = True,
         eos: bool = False,
         adapter: str | None = None,
@@ -339,47 +353,39 @@ class MetaModel:
         Raises:
             UserError: an example does not begin with its context, or has nothing to score.
         """
-        ids = self._encode(examples, bos, eos)
-        starts = [1] * len(ids)
+        prompts = self._prompts(examples, images, bos, eos)
+        begun = None
         if contexts is not None:
-            context_ids = self._encode(contexts, bos, False)
-            if len(context_ids) != len(ids):
-                raise UserError(f"{len(ids)} examples but {len(context_ids)} contexts")
-            for number, (example, context) in enumerate(zip(ids, context_ids, strict=True)):
-                if list(example[: len(context)]) != list(context):
-                    raise UserError(f"example {number} does not begin with the tokens of its context")
-            starts = [max(1, len(context)) for context in context_ids]
-        result: dict[str, list[Any]] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        logits_of = self.compute_logits(ids, images, adapter=adapter)
-        for number, (example, start, logits) in enumerate(zip(ids, starts, logits_of, strict=True)):
-            if len(example) <= start:
-                raise UserError(f"example {number} has no token to score after its context")
-            scored = logits[start - 1 : -1]
-            labels = torch.tensor(example[start:], device=logits.device)
-            losses = F.cross_entropy(scored, labels, reduction="none")
-            result["log_likelihood"].append(-losses.sum().item())
-            result["ppl"].append(losses.mean().exp().item())
-            result["max_equal"].append(bool((scored.argmax(-1) == labels).all()))
-            result["non_context_logits"].append(scored)
-        return result
+            begun = [context.tokens for context in self._prompts(contexts, images, bos, False)]
+        starts = scored_from([prompt.tokens for prompt in prompts], begun)
+        logits_of = self.compute_logits(
+            [prompt.tokens for prompt in prompts], [prompt.images for prompt in prompts], adapter=adapter
+        )
+        scored = [
+            score_example(prompt.tokens[start:], logits[start - 1 : -1])
+            for prompt, start, logits in zip(prompts, starts, logits_of, strict=True)
+        ]
+        return {name: [one[name] for one in scored] for name in scored[0]}
 
-    def _inputs(self, ids: Sequence[Sequence[int]], adapter: str | None = None) -> Inputs:
+    def _inputs(self, prompts: Sequence[Prompt], adapter: str | None = None) -> Inputs:
+        seen = SeenImages(self.llma)
+        numbered = [seen.numbered(*prompt) for prompt in prompts]
+        pixels = {number: image for _, images in numbered for number, image in images.items()}
+        documents = [tokens for tokens, _ in numbered]
+        seen.receive(documents, seen.missing(documents), pixels)
+        tokens, images = seen.shown(documents, [0] * len(documents))
         device = self.llma.norm.weight.device
-        tokens = torch.tensor([token for example in ids for token in example], device=device)
         member = self.llma.logical.member(adapter)
-        members = torch.full((len(ids),), member, device=device) if member else None
-        return Inputs(tokens, Documents.of([len(example) for example in ids]).to(device), members=members)
+        members = torch.full((len(prompts),), member, device=device) if member else None
+        lengths = Documents.of([len(document) for document in documents]).to(device)
+        return Inputs(torch.tensor(tokens, device=device), lengths, members=members, images=images)
 
     def _refuse_classifier(self) -> None:
         if labels := self.llma.args.labels:
             raise UserError(f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: let it classify")
 
+    def _prompts(self, examples: Sequence[Any], images: Shown, bos: bool, eos: bool) -> list[Prompt]:
+        return encode_prompts(self.tokenizer, examples, images, self.llma.args.visual, bos, eos)
+
     def _encode(self, examples: Sequence[Any], bos: bool, eos: bool) -> list[list[int]]:
-        if isinstance(examples, str) or not examples:
-            raise UserError("expected a list of texts or of lists of token ids")
-        return [self.tokenizer.encode(e, bos, eos) if isinstance(e, str) else list(e) for e in examples]
-
-
-def _refuse_images(images: Any) -> None:
-    if images is not None:
-        raise UserError("images are not supported yet: this model reads text")
+        return [prompt.tokens for prompt in self._prompts(examples, None, bos, eos)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from accessory.infer.engine import Engine, Running
+from accessory.infer.engine import Engine
+from accessory.infer.request import Running
 
 disable_created_metrics()  # a second line for each would say when it began
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from accessory.config import Bounds, NonNegative, Text, from_mapping
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
-from accessory.infer.engine import Reason, Running
 from accessory.infer.grammar import Grammar, Grammars
+from accessory.infer.request import Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice
 
 C = TypeVar("C", bound="Call")

@@ -9,17 +9,19 @@ class StepPlan(NamedTuple):
     """What a model's ranks run in a step: of each document its new tokens, and where in the cache it is."""
 
     members: list[int]  # see ``LogicalModel.member``
-    tokens: list[list[int]]
+    tokens: list[list[int]]  # those in an image's places are its number, negative
     past: list[int]
     begins: list[int]
     pages: list[list[int]]
     ends: list[int]  # the documents whose next token is wanted
+    shown: list[int]  # of each document, how many places of images it has had before
+    new: list[int]  # the images whose pixels come with the plan
 
     def to_numbers(self) -> list[int]:
-        numbers = [len(self.tokens), len(self.ends), *self.ends]
-        documents = zip(self.members, self.tokens, self.past, self.begins, self.pages, strict=True)
-        for member, tokens, past, begin, pages in documents:
-            numbers += [member, len(tokens), past, begin, len(pages), *tokens, *pages]
+        numbers = [len(self.tokens), len(self.ends), len(self.new), *self.ends, *self.new]
+        documents = zip(self.members, self.tokens, self.past, self.begins, self.pages, self.shown, strict=True)
+        for member, tokens, past, begin, pages, shown in documents:
+            numbers += [member, len(tokens), past, begin, len(pages), shown, *tokens, *pages]
         return numbers
 
     @classmethod
@@ -29,13 +31,14 @@ class StepPlan(NamedTuple):
         def some(count: int) -> list[int]:
             return list(itertools.islice(left, count))
 
-        count, ends = some(2)
-        plan = cls([], [], [], [], [], some(ends))
+        count, ends, new = some(3)
+        plan = cls([], [], [], [], [], some(ends), [], some(new))
         for _ in range(count):
-            member, length, past, begin, pages = some(5)
+            member, length, past, begin, pages, shown = some(6)
             plan.members.append(member)
             plan.past.append(past)
             plan.begins.append(begin)
+            plan.shown.append(shown)
             plan.tokens.append(some(length))
             plan.pages.append(some(pages))
         return plan

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.data.placement import PLACE
+from accessory.errors import UserError
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Predictions, Targets
@@ -78,6 +81,38 @@ def score(
                 sizes.append(len(continuation))
         for number, (log_probs, likeliest) in zip(numbers, run(plan).double().cpu().split(sizes, 1), strict=True):
             yield number, Score(log_probs.sum().item(), bool(likeliest.all()))
+
+
+def scored_from(examples: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]] | None) -> list[int]:
+    """Where the part of each example begins that is scored: behind its context, its images and the first token.
+
+    Raises:
+        UserError: an example does not begin with its context, or has nothing to score.
+    """
+    if contexts is not None and len(contexts) != len(examples):
+        raise UserError(f"{len(examples)} examples but {len(contexts)} contexts")
+    starts = []
+    for number, example in enumerate(examples):
+        context = contexts[number] if contexts is not None else ()
+        if list(example[: len(context)]) != list(context):
+            raise UserError(f"example {number} does not begin with the tokens of its context")
+        images = max((place + 1 for place, token in enumerate(example) if token == PLACE), default=0)
+        starts.append(max(1, len(context), images))
+        if len(example) <= starts[-1]:
+            raise UserError(f"example {number} has no token to score after its context")
+    return starts
+
+
+def score_example(tokens: Sequence[int], logits: Tensor) -> dict[str, Any]:
+    """What the reference's ``evaluate_examples`` tells of the tokens that are to follow at each of ``logits`` [n, V]."""
+    labels = torch.tensor(tokens, device=logits.device)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return {
+        "log_likelihood": -losses.sum().item(),
+        "ppl": losses.mean().exp().item(),
+        "max_equal": bool((logits.argmax(-1) == labels).all()),
+        "non_context_logits": logits,
+    }
 
 
 def _batches(documents: Sequence[tuple[int, ...]], most_tokens: int) -> Iterator[list[tuple[int, ...]]]:

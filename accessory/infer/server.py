@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,9 +28,11 @@ from starlette.types import Receive, Scope, Send
 from accessory.console import listed, say
 from accessory.errors import UserError
 from accessory.infer.chat import check_template, load
+from accessory.infer.client_images import allowed_images
 from accessory.infer.meta import MetaModel
 from accessory.infer.metrics import Metrics
 from accessory.infer.openai_api import Call, ChatCall, CompletionCall, Writer, error_body
+from accessory.infer.prompts import Prompt, encode_prompts
 from accessory.infer.sampling import Sampling
 from accessory.infer.service import Answers, Busy, Closing, News, Service
 from accessory.parallel.launch import Launch, run_job, start_ranks
@@ -39,7 +41,8 @@ from accessory.settings import ParallelSection
 
 T = TypeVar("T", bound=Call)
 KEY = "ACCESSORY_API_KEY"
-MOST_BYTES = 2 * 2**20  # of a body
+MOST_BYTES, MOST_WITH_IMAGES = 2 * 2**20, 32 * 2**20  # of a body
+DECODING = threading.BoundedSemaphore(2)  # requests whose images are decoded at a time: pixels are many times what is sent
 BODY_S = 30.0  # for a body to come
 SERVED = "/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it."
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -75,7 +78,15 @@ def serve(arguments: argparse.Namespace, launch: Launch, ready: Callable[[str], 
         return engine.follow()
     metrics = Metrics(engine, name)
     service = Service(engine, metrics, most_waiting=arguments.max_waiting, grace_s=arguments.grace)
-    app = make_app(model, service, name, template=arguments.template, key=key, limit_s=arguments.timeout)
+    app = make_app(
+        model,
+        service,
+        name,
+        template=arguments.template,
+        key=key,
+        limit_s=arguments.timeout,
+        image_hosts=arguments.allow_image_host,
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, service.close)
     said = f"{listed(names)} {'is' if len(names) == 1 else 'are'} served at"
@@ -124,7 +135,7 @@ class Front:
 
     async def read(self, request: Request, kind: type[T]) -> T:
         """The call in a body."""
-        call = kind.read(await _json(request))
+        call = kind.read(await _json(request, MOST_WITH_IMAGES if self.model.llma.args.visual else MOST_BYTES))
         self.adapter(call.model)
         return call
 
@@ -139,9 +150,9 @@ class Front:
             raise HTTPException(404, f"the model '{model}' is not here; there is {listed(self.names)}")
         return None if model == self.name else model
 
-    async def answer(self, call: Call, prompts: Sequence[tuple[list[int], Sampling]], request: Request) -> Response:
+    async def answer(self, call: Call, prompts: Sequence[tuple[Prompt, Sampling]], request: Request) -> Response:
         """Ask, and answer in one piece or as it comes."""
-        samples = [(ids, sampling.seeded(n)) for ids, sampling in prompts for n in range(call.n)]
+        samples = [(prompt, sampling.seeded(n)) for prompt, sampling in prompts for n in range(call.n)]
         answers = await self.service.ask(samples, self.adapter(call.model))
         writer = Writer(call, self.model.tokenizer)
         if call.stream:
@@ -160,12 +171,21 @@ class Front:
         return JSONResponse(writer.whole(answers.requests))
 
 
-def make_app(model: MetaModel, service: Service, name: str, *, template: str | None, key: str, limit_s: float) -> FastAPI:
+def make_app(
+    model: MetaModel,
+    service: Service,
+    name: str,
+    *,
+    template: str | None,
+    key: str,
+    limit_s: float,
+    image_hosts: Collection[str] = (),
+) -> FastAPI:
     """The application.
 
     Args:
         name: what clients call the model. key: what they must send; empty: nothing.
-        limit_s: seconds that an answer may take.
+        limit_s: seconds that an answer may take. image_hosts: machines from which images may be fetched.
     """
     front = Front(model, service, name, template, limit_s)
     app = FastAPI(openapi_url=None)
@@ -180,7 +200,7 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: Request) -> Response:
         call = await front.read(request, ChatCall)
-        asked = await run_in_threadpool(_asked, model, call, front.adapter(call.model), template)
+        asked = await run_in_threadpool(_asked, model, call, front.adapter(call.model), template, image_hosts)
         return await front.answer(call, [asked], request)
 
     @app.post("/v1/completions", dependencies=guarded)
@@ -218,24 +238,28 @@ def make_app(model: MetaModel, service: Service, name: str, *, template: str | N
     return app
 
 
-def _asked(model: MetaModel, call: ChatCall, adapter: str | None, template: str | None) -> tuple[list[int], Sampling]:
-    """The tokens that ask for an answer, and how it is to be."""
+def _asked(
+    model: MetaModel, call: ChatCall, adapter: str | None, template: str | None, hosts: Collection[str]
+) -> tuple[Prompt, Sampling]:
+    """What asks for an answer, and how it is to be."""
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
     tools = call.tools if call.tool_choice == "auto" else ()
-    ids, stops = model.asked(messages, template, adapter=adapter, tools=tools)
-    return ids, _sampling(model, call, adapter).stopping_at(stops)
+    with DECODING if model.llma.args.visual else nullcontext():
+        asked, stops = model.asked(allowed_images(messages, hosts), template, adapter=adapter, tools=tools)
+    return asked, _sampling(model, call, adapter).stopping_at(stops)
 
 
-def _continued(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[list[int], Sampling]]:
-    encode, sampling = model.tokenizer.encode, _sampling(model, call, adapter)
-    return [(encode(one, bos=True, eos=False) if isinstance(one, str) else one, sampling) for one in call.prompts]
+def _continued(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[Prompt, Sampling]]:
+    sampling = _sampling(model, call, adapter)
+    asked = encode_prompts(model.tokenizer, call.prompts, None, model.llma.args.visual, bos=True, eos=False)
+    return [(prompt, sampling) for prompt in asked]
 
 
 def _sampling(model: MetaModel, call: Call, adapter: str | None) -> Sampling:
     return call.sampling(model.grammars_of(adapter) if call.wants_form else None)
 
 
-async def _json(request: Request) -> Mapping[str, Any]:
+async def _json(request: Request, most_bytes: int) -> Mapping[str, Any]:
     """The object in a body. Only what says that it is JSON is read: a page in a browser may send other kinds to anybody."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send the request as Content-Type: application/json")
@@ -244,8 +268,8 @@ async def _json(request: Request) -> Mapping[str, Any]:
         async with asyncio.timeout(BODY_S):
             async for piece in request.stream():
                 body += piece
-                if len(body) > MOST_BYTES:
-                    raise HTTPException(413, f"a request may have {MOST_BYTES} bytes")
+                if len(body) > most_bytes:
+                    raise HTTPException(413, f"a request may have {most_bytes} bytes")
     except TimeoutError as error:
         raise HTTPException(408, f"the request did not come within {BODY_S:g} s") from error
     try:

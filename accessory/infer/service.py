@@ -9,8 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from accessory.infer.engine import BEAT_S, Engine, Progress, Reason, Running
+from accessory.infer.engine import BEAT_S, Engine
 from accessory.infer.metrics import Metrics, Times
+from accessory.infer.prompts import Prompt
+from accessory.infer.request import Progress, Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice
 from accessory.parallel.watchdog import progressed
 
@@ -129,7 +131,7 @@ class Service:
         stands = time.monotonic() - self._stepping_since
         return f"the engine has been in one step for {stands:.0f} s" if stands > STALLED_S else ""
 
-    async def ask(self, prompts: Sequence[tuple[Sequence[int], Sampling]], adapter: str | None) -> Answers:
+    async def ask(self, prompts: Sequence[tuple[Prompt, Sampling]], adapter: str | None) -> Answers:
         """Ask an adapter (None: the base) for an answer to each of some prompts, which are taken together or not at all.
 
         Raises:
@@ -144,7 +146,7 @@ class Service:
             if waiting and len(waiting) + len(prompts) > self._most_waiting:
                 raise Busy(math.ceil(time.monotonic() - self._listeners[waiting[0].id].times.asked))
             for number, (prompt, sampling) in enumerate(prompts):
-                request = self.engine.submit(prompt, sampling, adapter)
+                request = self.engine.submit(prompt.tokens, sampling, adapter, prompt.images)
                 answers.requests.append(request)
                 self._listeners[request.id] = Listener(answers, number, Times(asked))
 

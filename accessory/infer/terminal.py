@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from accessory.errors import UserError, sentence, stop_on_signals
-from accessory.infer.chat import check_template, load, sampling_of
+from accessory.infer.chat import check_template, load, sampling_of, showing
 from accessory.infer.meta import MetaModel
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
+from accessory.visual.images import check_image
 
 HELP = """\
 /reset        begin anew        /undo         take the last question and its answer back
 /retry        another answer    /save FILE    write the conversation (JSON)
 /system TEXT  begin anew, with this system prompt; without TEXT: none
+/image FILE   show this with the next question
 /help         this              Ctrl-C        ends an answer; here, as Ctrl-D does, the chat"""
 
 
@@ -40,6 +42,7 @@ class Chat:
     def __init__(self, model: MetaModel, sampling: Sampling, template: str | None, system: str | None):
         self.model, self.sampling, self.template = model, sampling, template
         self.messages: list[dict[str, Any]] = []
+        self.images: list[Path] = []  # for the next question
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
@@ -52,7 +55,8 @@ class Chat:
                 if line.startswith("/"):
                     self.command(*line[1:].split(maxsplit=1))
                 elif line:
-                    self.messages.append({"role": "user", "content": line})
+                    self.messages.append({"role": "user", "content": showing(line, self.images) if self.images else line})
+                    self.images = []
                     self.answer()
             except (UserError, OSError) as error:  # of this line; the chat goes on
                 print(sentence(error) or error, flush=True)
@@ -70,6 +74,9 @@ class Chat:
             if name == "retry":
                 self.messages.append(question)
                 self.answer()
+        elif name == "image" and rest:
+            check_image(rest.strip())
+            self.images.append(Path(rest.strip()))
         elif name == "save" and rest:
             Path(rest.strip()).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
         elif name in ("undo", "retry"):
@@ -82,7 +89,7 @@ class Chat:
         engine = self.model.engine
         try:
             prompt, stops = self.model.asked(self.messages, self.template)
-            request = engine.submit(prompt, self.sampling.stopping_at(stops))
+            request = engine.submit(prompt.tokens, self.sampling.stopping_at(stops), None, prompt.images)
         except UserError:
             del self.messages[-1]
             raise

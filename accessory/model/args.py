@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from accessory.config import Bounds, Count, NonNegative, Positive, Text, from_mapping, read_mapping
 from accessory.errors import UserError
 from accessory.model.codecs import get_codec
+from accessory.model.visual import VisualArgs
 from accessory.settings import QuantiseSection
 
 FewThousand = Annotated[int, Bounds(least=1, below=10_000)]
@@ -30,7 +31,7 @@ class ModelArgs:
     ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
     ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss. A model with ``labels``
     says which of them a document has, rather than its next token: their order is that of its logits. ``quantise``: how
-    some of its matrices are held (``model/codecs.py``).
+    some of its matrices are held (``model/codecs.py``). ``visual``: how it sees; None: it reads text alone.
     """
 
     dim: Count
@@ -50,6 +51,7 @@ class ModelArgs:
     load_balancing_weight: NonNegative = 0.1
     labels: tuple[Text, ...] = ()
     quantise: QuantiseSection | None = None
+    visual: VisualArgs | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -96,6 +98,9 @@ class ModelArgs:
             del values["labels"]
         if not self.quantise:
             del values["quantise"]
+        del values["visual"]
+        if self.visual:
+            values["visual"] = self.visual.to_dict()
         return values
 
     def active_parameters(self) -> int:

@@ -1,6 +1,6 @@
 """The decoder: embedding, blocks of attention and MoE, norm, output."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from accessory.model.adapter import Adaptable, TokenAdapters, dropout_draws
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import CacheView, LayerCache, PagedCache
+from accessory.model.connector import Connector
 from accessory.model.documents import Documents
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
@@ -23,6 +24,7 @@ from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.recompute import run_block
 from accessory.model.rope import rotations
+from accessory.model.visual import Images, no_images
 from accessory.parallel.mesh import Axis, Mesh
 from accessory.settings import Recompute
 
@@ -37,6 +39,7 @@ class Inputs:
         cache: what their tokens of before left there; these are added to it.
         dropout_keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
         members: [documents] which of several adapters each has (see ``LogicalModel.member``); None: none has one.
+        images: what a visual model sees among them, encoded; None: nothing.
     """
 
     tokens: Tensor
@@ -44,6 +47,7 @@ class Inputs:
     cache: CacheView | None = None
     dropout_keys: Tensor | None = None
     members: Tensor | None = None
+    images: Images | None = None
 
 
 class Block(nn.Module):
@@ -73,7 +77,10 @@ class Decoder(nn.Module):
     Attributes:
         logical: its tensors and adapters. cuts: what of each tensor a model-parallel rank has.
         holdings: what this rank has of each; ``build_model`` finds out, once the model is sharded.
+        vision: makes features of pixels, where the model sees; no part of the module, for nothing of it trains.
     """
+
+    vision: Callable[[Images], Images] | None = None
 
     def __init__(
         self, logical: LogicalModel, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: Recompute = "none"
@@ -90,6 +97,7 @@ class Decoder(nn.Module):
             self.score = ColumnParallelLinear(args.dim, len(args.labels), Axis())  # so small that each rank has it whole
         else:
             self.output = ColumnParallelLinear(args.dim, args.vocab_size, mp)
+        self.connector = Connector(args.visual, args.dim) if args.visual else None
         for name, adapter in logical.adapters.items():
             owner, matrix = name.rsplit(".", 1)
             layer = self.get_submodule(owner)
@@ -129,14 +137,18 @@ class Decoder(nn.Module):
         documents, cache = inputs.documents, inputs.cache
         adapters = self._token_adapters(inputs)
         x = self.tok_embeddings(inputs.tokens, adapters)
-        args = self.args
+        args, images = self.args, inputs.images
+        if self.connector is not None and args.visual:
+            # without an image it runs on nothing: else a rank that has none would miss the others' collectives
+            images = images or no_images(args.visual, x)
+            x = self.connector(x, images)
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
         routings = []
         for index, layer in enumerate(self.layers):
             arguments = (x, rotation, documents, cache.layer(index) if cache else None, adapters)
             x, routing = run_block(layer, arguments, self.recompute)
             routings.append(routing)
-        stats = router_stats(routings, documents)
+        stats = router_stats(routings, documents, images.rows if images else None)
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:

@@ -24,6 +24,7 @@ from accessory.errors import UserError
 from accessory.model.adapter import Adapter, adapter_cut_dims, adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.codecs import Codec, get_codec, is_part
+from accessory.model.connector import Connector
 from accessory.model.moe.layouts import Layout
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ Adapters = Mapping[str, Adapter]
 """The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
 EMBEDDING = "tok_embeddings.weight"
 SCORE = "score.weight"
+CONNECTOR = "connector."
+"""What the names of a visual model's connector begin with."""
 """Of a classifier, in the place of the output layer: never adapted, for it is new and small."""
 
 
@@ -145,7 +148,11 @@ class LogicalModel:
     @cached_property
     def matrices(self) -> dict[str, Shape]:
         """Those that can have an adapter, however they are held."""
-        return {name: shape for name, shape in self.dense.items() if len(shape) > 1 and name != SCORE}
+        return {
+            name: shape
+            for name, shape in self.dense.items()
+            if len(shape) > 1 and name != SCORE and not name.startswith(CONNECTOR)
+        }
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -219,7 +226,12 @@ def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
         }
         if args.moe.score_bias:
             shapes[f"{layer}.feed_forward.gate.score_bias"] = (e,)
-    return shapes | {"norm.weight": (d,)} | ({SCORE: (len(args.labels), d)} if args.labels else {"output.weight": (v, d)})
+    shapes |= {"norm.weight": (d,)} | ({SCORE: (len(args.labels), d)} if args.labels else {"output.weight": (v, d)})
+    if args.visual:
+        with torch.device("meta"):
+            connector = Connector(args.visual, d)
+        shapes |= {CONNECTOR + name: tuple(parameter.shape) for name, parameter in connector.named_parameters()}
+    return shapes
 
 
 _CUT_DIMS = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "output": 0}

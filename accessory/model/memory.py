@@ -49,13 +49,14 @@ def check_memory(
     trains: Collection[str] = (),
     frozen_dtype: torch.dtype | None = None,
     sharing: int = 1,
+    beside: int = 0,
 ) -> None:
     """Raise UserError if what this rank must hold of a model all the time cannot be there; activations are not counted.
 
     Args:
         logical, layout: the model, and how it is cut. mesh: the ranks that hold it together.
         dtype: of what trains; frozen_dtype: of the rest, None: the same.
-        sharing: how many ranks share the device's memory.
+        sharing: how many ranks share the device's memory. beside: numbers that each holds besides, frozen: of encoders.
     """
     counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
     nbytes = dict(counts)
@@ -64,6 +65,8 @@ def check_memory(
         each = dtype.itemsize * (2 + MOMENTS) if kind == "train" else held_dtype(name, frozen_dtype or dtype).itemsize
         counts[kind] += logical.sizes[name] * share / mesh.dp_shard.size
         nbytes[kind] += prod(logical.shapes[name]) * each * share / mesh.dp_shard.size
+    counts["frozen"] += beside
+    nbytes["frozen"] += beside * (frozen_dtype or dtype).itemsize
     needed = sum(nbytes.values())
     there = memory_of(device) / sharing
     if needed <= there:
@@ -122,12 +125,14 @@ def footprint(
     tokens: int,
     accumulation: int,
     device_type: str,
+    beside: int = 0,
 ) -> Footprint:
     """What a rank needs to train.
 
     Args:
         compute: dtype of forward and backward. trains: names of the tensors that train.
-        tokens: of a micro-batch at most. accumulation: micro-batches of a step.
+        tokens: of a micro-batch at most. accumulation: micro-batches of a step. beside: numbers of encoders, which are whole
+            on every rank.
     """
     narrow, wide, args = compute.itemsize, at_least(compute).itemsize, logical.args
     shares = shares_of_rank(logical, layout, mesh.mp.size)
@@ -155,7 +160,7 @@ def footprint(
     vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
     head = min(tokens, CHUNK[device_type]) * vocabulary * (narrow + wide)
     return Footprint(
-        weights=masters + frozen / mesh.dp_shard.size,
+        weights=masters + frozen / mesh.dp_shard.size + beside * narrow,
         gradients=gradients,
         moments=MOMENTS * masters,
         gathered=gathered,

@@ -1,16 +1,17 @@
 """The data of a run: its samples, and the rows of each epoch."""
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from accessory.console import say
+from accessory.data.image_reader import ImageReader
 from accessory.data.loader import sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.order import Order
 from accessory.data.packing import Rows
 from accessory.data.tokenizer import Tokenizer
+from accessory.model.args import ModelArgs
 from accessory.parallel.launch import Launch, first_on_each_node
 from accessory.parallel.watchdog import progressed
 from accessory.settings import DataSection
@@ -24,6 +25,7 @@ class RunData:
         training, validation: the samples. lengths: tokens of each training sample.
         template: the model's own from now on: that of most samples which are conversations.
         rows: of each epoch. bad_records: every record that is bad or dropped, with the reason.
+        image_reader: reads their images; None: the model reads text alone.
     """
 
     def __init__(
@@ -31,16 +33,18 @@ class RunData:
         section: DataSection,
         tokenizer: Tokenizer,
         max_seq_len: int,
-        labels: Sequence[str],
+        model: ModelArgs,
         epochs: int,
         seed: int,
         launch: Launch,
     ):
         progressed("reading the data")
         self.packing, self.max_seq_len = section.packing, max_seq_len
-        arguments = (section.mix, tokenizer, max_seq_len, seed, section.validation, section.bad_records, labels)
+        reads = section.validation, section.bad_records, model.labels, model.visual
+        arguments = (section.mix, tokenizer, max_seq_len, seed, *reads)
         data = first_on_each_node(lambda: load_mix(*arguments), launch)
         self.training, self.validation = data.training, data.validation
+        self.image_reader = ImageReader(model.visual.size, section.bad_records == "skip") if model.visual else None
         self.lengths = sample_lengths(self.training)
         self.rows = [self.make_rows(data.epoch(epoch), self.lengths) for epoch in range(epochs)]
         self._keys = [store.key for source in data.sources for store in source.stores]
@@ -49,6 +53,11 @@ class RunData:
             f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
             f"{data.count('truncated')} truncated to {max_seq_len} tokens, {data.count('dropped')} dropped (no target left)"
         )
+        if model.visual:
+            said = f", {unseen} dropped since an image does not fit" if (unseen := data.count("unseen")) else ""
+            say(f"images: {data.count('images')} of {model.visual.words} words each{said}")
+            if not data.count("images"):
+                say("warning: the model sees, and no record has an image: its connector is not trained")
         found = data.templates().most_common()
         chats = [name for name, _ in found if name != "plain"]
         self.template = chats[0] if chats else "plain"

@@ -3,25 +3,31 @@
 import argparse
 import itertools
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from accessory.checkpoint.description import Description, own_config
-from accessory.config import read_mapping
+from accessory.config import from_mapping, read_mapping
 from accessory.data.mix import Dataset, Tokenised, split_mix, tokenise_mix
 from accessory.data.packing import Rows
+from accessory.data.placement import PLACE
 from accessory.data.store import Report, Sample
 from accessory.data.tokenizer import TOKENIZERS, Tokenizer
 from accessory.errors import UserError
 from accessory.files import check_writable
 from accessory.model.args import ModelArgs
+from accessory.model.visual import VisualArgs
 from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
 from accessory.train.picture import picture
+from accessory.visual.images import ImageError, open_image, shortened
 
 DEFAULT_MAX_SEQ_LEN = 4096
 """Of a mix without a run."""
@@ -32,10 +38,16 @@ def check(arguments: argparse.Namespace) -> None:
     """Validate every record of a mix and print a table; exit code 1 if one is bad, or nothing is left to train on."""
     check_writable(arguments.png)
     run = run_of(arguments.mix)
-    mix, tokenizer, max_seq_len, labels = _what(arguments, run)
-    sources = tokenise_mix(mix, tokenizer, max_seq_len, labels)
+    read = _what(arguments, run)
+    mix, _, max_seq_len, _, visual = read
+    sources = tokenise_mix(*read)
     print(f"samples of at most {max_seq_len:,} tokens\n")
     print(_table(sources))
+    if visual:
+        images, unseen = (
+            sum(getattr(s.report, what) for one in sources for s in one.stores) for what in ("images", "unseen")
+        )
+        print(f"\n{images:,} images of {visual.words} words each; {unseen:,} samples dropped in which one does not fit")
     if any(len(source) for source in sources):
         _draw(sources, arguments.png)
         print(f"\nlengths: {arguments.png}")
@@ -47,8 +59,30 @@ def check(arguments: argparse.Namespace) -> None:
         data = split_mix(mix, sources, max_seq_len, seed, validation)
         if run:
             print(_plan(run, data, max_seq_len, arguments))
-    if bad:
-        sys.exit(f"{bad} bad records")
+    damaged = _damaged(sources) if arguments.images else []
+    _list(iter(damaged), len(damaged), arguments.n)
+    if bad or damaged:
+        sys.exit(f"{bad} bad records" + f", {len(damaged)} in which an image is damaged" * bool(damaged))
+
+
+def _damaged(sources: list[Tokenised]) -> list[str]:
+    """The samples of which an image cannot be decoded to its end: file, line and reason."""
+    found = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for store in (store for source in sources for store in source.stores):
+            samples = ((number, store.images(number)) for number in range(len(store)))
+            for number, reason in threads.map(lambda sample: (sample[0], _problem(sample[1])), samples):
+                found += [f"{store.where(number)}: {reason}"] if reason else []
+    return found
+
+
+def _problem(images: Sequence[str]) -> str:
+    try:
+        for name in images:
+            open_image(name)
+    except ImageError as error:
+        return str(error)
+    return ""
 
 
 def _list(lines: Iterator[str], count: int, most: int) -> None:
@@ -60,26 +94,34 @@ def _list(lines: Iterator[str], count: int, most: int) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the first samples of each source, what is trained in colour (or between brackets where there is none)."""
-    mix, tokenizer, max_seq_len, labels = _what(arguments, run_of(arguments.mix))
-    for source in tokenise_mix(mix, tokenizer, max_seq_len, labels):
+    read = _what(arguments, run_of(arguments.mix))
+    for source in tokenise_mix(*read):
         samples = ((store, number) for store in source.stores for number in range(len(store)))
         for _, (store, number) in zip(range(arguments.n), samples, strict=False):
             sample = store[number]
-            learnt = f"{int(sample.trained.sum())} of them trained" if sample.label is None else labels[sample.label]
+            learnt = f"{int(sample.trained.sum())} of them trained" if sample.label is None else read.labels[sample.label]
             print(f"== {store.where(number)}: {len(sample.tokens)} tokens, {learnt}")
-            print(coloured(sample, tokenizer, sys.stdout.isatty()) + "\n")
+            print(coloured(sample, read.tokenizer, sys.stdout.isatty()) + "\n")
 
 
 def coloured(sample: Sample, tokenizer: Tokenizer, colours: bool) -> str:
-    """A sample's text, with what is trained marked."""
+    """A sample's text, with what is trained marked, and an image by its name."""
     on, off = ("\033[32m", "\033[0m") if colours else ("[[", "]]")
     ids, before, parts = [int(token) for token in sample.tokens], "", []
-    borders = [0, *(np.flatnonzero(np.diff(sample.trained)) + 1), len(ids)]
-    for start, stop in itertools.pairwise(borders):
-        text = tokenizer.decode(ids[:stop])
-        piece, before = text[len(before) :], text
-        piece += "</s>" if ids[stop - 1] == tokenizer.eos_id else ""
-        parts.append(f"{on}{piece}{off}" if sample.trained[start] else piece)
+    names = iter(sample.images)
+    words = ids.count(PLACE) // max(1, len(sample.images))  # of one image, behind which another may begin at once
+    kinds = [(token == PLACE, bool(trained)) for token, trained in zip(ids, sample.trained, strict=True)]
+    start = 0
+    for (is_image, trained), run in itertools.groupby(kinds):
+        stop = start + len(list(run))
+        if is_image:
+            parts += [f"<image {shortened(next(names))}>" for _ in range((stop - start) // words)]
+        else:
+            text = tokenizer.decode([token for token in ids[:stop] if token != PLACE])
+            piece, before = text[len(before) :], text
+            piece += "</s>" if ids[stop - 1] == tokenizer.eos_id else ""
+            parts.append(f"{on}{piece}{off}" if trained else piece)
+        start = stop
     return "".join(parts)
 
 
@@ -88,27 +130,35 @@ def run_of(path: Path) -> RunConfig | None:
     return None if "META" in read_mapping(path) else RunConfig.load(path, [])
 
 
-def _what(arguments: argparse.Namespace, run: RunConfig | None) -> tuple[Path, Tokenizer, int, tuple[str, ...]]:
-    """Mix, tokenizer, longest sample and labels: the run's, unless the command says otherwise."""
-    tokenizer, max_seq_len = arguments.tokenizer, arguments.max_seq_len
+class Read(NamedTuple):
+    """What a mix is tokenised with (see ``tokenise_mix``)."""
+
+    mix: Path
+    tokenizer: Tokenizer
+    max_seq_len: int
+    labels: tuple[str, ...]
+    visual: VisualArgs | None
+
+
+def _what(arguments: argparse.Namespace, run: RunConfig | None) -> Read:
+    """Mix, tokenizer, longest sample, labels and sight: the run's, unless the command says otherwise."""
+    tokenizer, max_seq_len, config = arguments.tokenizer, arguments.max_seq_len, arguments.config
     if run is not None:
         tokenizer = tokenizer or run.model.tokenizer
         if tokenizer is None:
             tokenizer = next((f for f in map(_checkpoint(run).joinpath, TOKENIZERS) if f.is_file()), None)
-        max_seq_len = _max_seq_len(run) if max_seq_len is None else max_seq_len
+        config = config or run.model.config or own_config(_checkpoint(run))
+        max_seq_len = max_seq_len or run.data.max_seq_len
     if tokenizer is None:
         raise UserError(f"{arguments.mix}: give --tokenizer, so that lengths are known")
     mix = Path(run.data.mix) if run is not None else arguments.mix
     labels = run.model.labels if run is not None else ()
-    return mix, Tokenizer(tokenizer), DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len, labels
-
-
-def _max_seq_len(run: RunConfig) -> int:
-    """The run's own, else its model's, as the trainer takes it."""
-    if run.data.max_seq_len is not None:
-        return run.data.max_seq_len
-    described = Description.read(run.model.config or own_config(_checkpoint(run)))
-    return int(described.values.get("max_seq_len", ModelArgs.max_seq_len))
+    described = Description.read(config) if config else None
+    if max_seq_len is None and described:
+        max_seq_len = int(described.values.get("max_seq_len", ModelArgs.max_seq_len))
+    visual = described.values.get("visual") if described else None
+    sees = from_mapping(VisualArgs, visual, str(config), "visual.") if described and visual else None
+    return Read(mix, Tokenizer(tokenizer), DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len, labels, sees)
 
 
 def _checkpoint(run: RunConfig) -> Path:

@@ -46,11 +46,11 @@ def dry_run(config: RunConfig, launch: Launch, world: int | None, memory_gib: fl
     with claimed(out) if is_main() else nullcontext():
         state = find_state(out / "states", config.resume, dry=True)
         train = config.train
-        data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
+        data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         if state:
             check_state(state, start.args, start.in_state, data.digest, start.base)
         done = Position(state.notes.steps, state.notes.rows) if state else Position()
-        batches = BatchPlan(train.batch_size, train.accumulation, 0, mesh.dp.size)
+        batches = BatchPlan(train.batch_size, train.accumulation, 0, mesh.dp.size, images=data.image_reader)
         plan = Plan(tuple(map(len, data.rows)), batches.global_batch, train.max_steps, done)
         if not is_main():
             return

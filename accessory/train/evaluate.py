@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from accessory.console import say
+from accessory.data.image_reader import ImageReader
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
@@ -95,14 +96,17 @@ def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch)
     section = run.data if run else DataSection(str(path), validation=0.0)
     seed, labels = run.train.seed if run else 0, model.llma.args.labels
     max_seq_len = section.max_seq_len or model.max_seq_len
-    arguments = (section.mix, model.tokenizer, max_seq_len, seed, section.validation, section.bad_records, labels)
+    visual = model.llma.args.visual
+    reads = section.validation, section.bad_records, labels, visual
+    arguments = (section.mix, model.tokenizer, max_seq_len, seed, *reads)
     data = first_on_each_node(lambda: load_mix(*arguments), launch)
     samples = data.validation or data.training
     lengths = sample_lengths(samples)
     say(f"{path}: {len(samples)} {'held-out ' if data.validation else ''}samples, {lengths.sum():,} tokens")
     rows = Rows.packed(lengths.argsort(kind="stable"), lengths, max(MOST_TOKENS, int(lengths.max())))
     objective: Objective = Classification() if labels else TokenAccuracy()
-    loss, metrics = mean_loss(model.llma, objective, samples, rows, BatchPlan(1, 1, 0, 1))
+    plan = BatchPlan(1, 1, 0, 1, images=ImageReader(visual.size, section.bad_records == "skip") if visual else None)
+    loss, metrics = mean_loss(model.llma, objective, samples, rows, plan)
     return {str(path): {f"{name},none": value for name, value in ({"loss": loss} | metrics).items()}}
 
 

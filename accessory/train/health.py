@@ -4,8 +4,8 @@ docs/metrics.md says what every figure means.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,25 @@ class RouterHealth:
     Attributes:
         counts: [L, E] int64: rows routed to each expert.
         entropy: [L] entropy of the router's probabilities in nats, mean over tokens.
+        parts: of a model that sees, the same of the tokens of its images alone, and of those of text.
     """
 
     counts: Tensor
     entropy: Tensor
+    parts: Mapping[str, "RouterHealth"] = field(default_factory=dict)
+
+    @classmethod
+    def of_sums(cls, counts: Tensor, entropy: Tensor, tokens: int, of_images: Tensor) -> "RouterHealth":
+        """Of sums over ``tokens``; ``of_images`` [L, E + 1]: what of counts and entropy is images', or [L, 0]."""
+        parts = {}
+        if of_images.numel():
+            seen, entropy_seen = of_images[:, :-1].round().long(), of_images[:, -1]
+            images = round(tokens * int(seen[0].sum()) / max(1, int(counts[0].sum())))
+            parts = {
+                "image": cls(seen, entropy_seen / max(1, images)),
+                "text": cls(counts - seen, (entropy - entropy_seen) / max(1, tokens - images)),
+            }
+        return cls(counts, entropy / max(1, tokens), parts)
 
     @property
     def load(self) -> Tensor:
@@ -63,14 +78,19 @@ class RouterHealth:
             "layer_entropy": self.entropy.tolist(),
             "layer_entropy_share": share.tolist(),
             "loads": self.counts.tolist(),
+            **{f"{part}_{name}": value for part, health in self.parts.items() for name, value in health.metrics().items()},
         }
 
     def line(self) -> str:
         """For the console."""
+        lines = [self._line("router"), *(health._line(f"of {part} tokens") for part, health in self.parts.items())]
+        return "\n            ".join(lines)
+
+    def _line(self, of: str) -> str:
         load, share = self.load, self.entropy_share
         (low_layer, low), (high_layer, high) = (divmod(int(at), load.shape[1]) for at in (load.argmin(), load.argmax()))
         return (
-            f"router: expert load {load.min():.2f} (layer {low_layer} expert {low}) to {load.max():.2f} "
+            f"{of}: expert load {load.min():.2f} (layer {low_layer} expert {low}) to {load.max():.2f} "
             f"(layer {high_layer} expert {high})  starved {int((load < STARVED).sum())}  "
             f"entropy {share.mean():.1%} of log E (least {share.min():.1%}, layer {int(share.argmin())})"
         )

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from accessory.checkpoint.encoders import FILE, write_encoders
 from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
 from accessory.checkpoint.training import Training
 from accessory.console import in_time, is_main, progress, say
+from accessory.data.image_reader import one_ahead
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
@@ -54,10 +56,16 @@ class Trainer:
             for unfinished in (self.out / "states").glob(".step*"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
         self.state = find_state(self.out / "states", config.resume)
-        self.data = RunData(config.data, start.tokenizer, start.width, start.args.labels, train.epochs, train.seed, launch)
+        self.data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
+        if start.args.visual and FILE not in start.companions:
+            start.companions[FILE] = self.out / FILE  # which every save of the run shares
+            if is_main() and self.built.vision:
+                write_encoders(self.out / FILE, self.built.vision, get_dtype(config.parallel.precision))
         dp = mesh.dp
-        self.batches = BatchPlan(train.batch_size, train.accumulation, dp.rank, dp.size, pads=train.reference_loss)
+        self.batches = BatchPlan(
+            train.batch_size, train.accumulation, dp.rank, dp.size, train.reference_loss, self.data.image_reader
+        )
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.saver = Saver()
@@ -140,11 +148,15 @@ class Trainer:
 
     def _steps(self) -> Iterator[tuple[Step, list[Batch]]]:
         """Yield every optimiser step, with this rank's micro-batches."""
-        for step in self.plan.steps():
-            progressed(f"reading the batch of step {step.after.steps}")
-            micro_batches = self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch)
+        steps: Iterator[tuple[Step, list[Batch]]] = (
+            (step, self.batches.step(self.data.training, self.data.rows[step.epoch], step.start, step.epoch))
+            for step in self.plan.steps()
+        )
+        progressed("reading the batch of the first step")
+        for step, micro_batches in one_ahead(steps) if self.batches.images else steps:
             progressed(f"step {step.after.steps} of epoch {step.epoch}")
-            yield step, [batch.to(self.device) for batch in micro_batches]
+            yield step, [batch.on(self.built.model) for batch in micro_batches]
+            progressed(f"reading the batch of step {step.after.steps + 1}")
 
     def _train(self, step: Step, micro_batches: list[Batch], rate: float) -> StepResult:
         built = self.built

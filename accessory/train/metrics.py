@@ -60,8 +60,9 @@ class Window:
             "seconds": now - self.started,
         }
         metrics = self.objective.metrics(loss, measures.view_as(last.measures))
+        of_images = dp.all_reduce(torch.stack([s.of_images.double() for s in steps]).sum(0)).cpu()
         self.steps, self.started = [], now
-        return values, metrics, RouterHealth(counts.cpu(), entropy / max(1, tokens))
+        return values, metrics, RouterHealth.of_sums(counts.cpu(), entropy, tokens, of_images)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

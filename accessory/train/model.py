@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property
+from math import prod
 
 import torch
 
@@ -20,6 +21,7 @@ from accessory.model.logical import Overlaid, Shape, Source, check_divides, is_b
 from accessory.model.memory import Footprint, check_memory, footprint
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
+from accessory.model.visual import VisualArgs
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
 from accessory.parallel.mesh import Mesh
@@ -31,6 +33,7 @@ from accessory.train.state import check_state, load_moments
 from accessory.tuning.spec import check_goes_on, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
+from accessory.visual.vision import RandomEncoders, Vision, make_vision, vision_shapes
 
 
 class Start:
@@ -50,6 +53,7 @@ class Start:
             self.args = self.checkpoint.args
             self.layout = get_layout(section.layout) if section.layout else self.checkpoint.layout
             tokenizer = section.tokenizer or self.checkpoint.tokenizer
+            self.checkpoint.check_encoders()
             if tokenizer is None:
                 raise UserError(f"{section.checkpoint}: no tokenizer.model or tokenizer.json in it; set model.tokenizer")
             companions = {} if section.tokenizer else self.checkpoint.companions
@@ -58,7 +62,7 @@ class Start:
             self.layout, tokenizer, companions = get_layout(section.layout), section.tokenizer, {}
             # as the reference does where config.json does not say it
             self.args = Description.read(section.config).args({"vocab_size": Tokenizer(tokenizer).n_words})
-        self.args = _as_trained(self.args, config)
+        self.args = _as_trained(self.args, config, self.checkpoint.visual if self.checkpoint else self.args.visual)
         self.tokenizer = Tokenizer(tokenizer)
         self.companions = companions | self.tokenizer.files
         check_companions(self.companions)
@@ -77,7 +81,7 @@ class Start:
             check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
         if mesh.world.size == launch.world:  # else a dry run plans for other machines
-            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing)
+            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing, self.encoders)
         self.width = config.data.max_seq_len or self.args.max_seq_len
         if self.width > self.args.max_seq_len:
             say(
@@ -97,7 +101,13 @@ class Start:
             config.train.batch_size * self.width,
             config.train.accumulation,
             device.type,
+            self.encoders,
         )
+
+    @cached_property
+    def encoders(self) -> int:
+        """Numbers of what the model sees with."""
+        return sum(map(prod, vision_shapes(self.args.visual).values())) if self.args.visual else 0
 
     @cached_property
     def in_state(self) -> dict[str, Shape]:
@@ -123,14 +133,14 @@ def described(config: RunConfig, start: Start, mesh: Mesh) -> str:
     )
 
 
-def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
+def _as_trained(args: ModelArgs, config: RunConfig, visual: VisualArgs | None) -> ModelArgs:
     """The model's description as the run trains and saves it."""
     if args.labels and args.labels != config.model.labels:
         raise UserError(
             f"the model that the run starts from classifies into {', '.join(args.labels)}: name them in this order, "
             "model.labels: [...]"
         )
-    args = dataclasses.replace(args, labels=config.model.labels)
+    args = dataclasses.replace(args, labels=config.model.labels, visual=visual)
     if config.train.balance_weight is not None:
         args = dataclasses.replace(args, load_balancing_weight=config.train.balance_weight)
     if config.train.balance == "bias":
@@ -142,9 +152,11 @@ class RunModel:
     """The model that trains, with its optimiser.
 
     Attributes:
-        model: the decoder, sharded over data-parallel ranks.
+        model: the decoder, sharded over data-parallel ranks. vision: what it sees with.
         trained_share: the share of the parameters that trains.
     """
+
+    vision: Vision | None = None
 
     def __init__(
         self, config: RunConfig, start: Start, state: TrainingState | None, data_digest: str, mesh: Mesh, launch: Launch
@@ -173,6 +185,11 @@ class RunModel:
             refuse_damaged=config.model.strict,
             shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
         )
+        if checkpoint:
+            self.vision = checkpoint.vision(mesh.mp, compute, launch.device)
+        elif args.visual:
+            self.vision = make_vision(args.visual, RandomEncoders(args.visual, seed), mesh.mp, compute, launch.device)
+        self.model.vision = self.vision
         self.model.register_forward_pre_hook(lambda *_: progressed())
         self.optimizer = make_optimizer(self.model, config.optim)
         if state:

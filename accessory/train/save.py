@@ -6,6 +6,7 @@ Every rank of those that have the same writes its own range of each tensor's byt
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,17 +19,19 @@ from torch.distributed.tensor import DTensor
 from accessory.checkpoint.accessory import file_name, rank_notes
 from accessory.checkpoint.adapter import TENSORS, digest, lay_out_adapter, write_manifest
 from accessory.checkpoint.convert import Target, planned_files, write_description
+from accessory.checkpoint.encoders import FILE as ENCODERS_FILE
 from accessory.checkpoint.publish import copy_companions
 from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Tile, within
 from accessory.data.tokenizer import Tokenizer
 from accessory.model.decoder import Decoder
-from accessory.model.logical import held_dtype, region_shape
+from accessory.model.logical import held_dtype, region_shape, whole_region
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.mesh import Axis
 from accessory.parallel.watchdog import progressed
 from accessory.settings import SavedFormat
 from accessory.train.saver import Save, to_host, wait_for_copies, write_now
+from accessory.visual.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,12 @@ def save_model(
     """
     mp, logical = model.mesh.mp, model.logical
     target, hf = Target.of_run(format, model.layout, mp.size), format == "hf"
-    files = planned_files(logical, target, {name: held_dtype(name, dtype) for name in logical.shapes})
+    sight = model.vision if target.holds_encoders and isinstance(model.vision, Vision) else None
+    if sight:
+        companions = {name: path for name, path in companions.items() if name != ENCODERS_FILE}
+    encoders = dict(sight.tensors()) if sight else {}
+    dtypes = {name: held_dtype(name, dtype) for name in logical.shapes} | dict.fromkeys(encoders, dtype)
+    files = planned_files(logical, target, dtypes)
     # what this rank writes into, and who else does: all ranks, or those that have the same part of the model
     own = files if hf else {file: files[file] for file in [file_name(mp.rank, mp.size, target.suffix)]}
     writers = model.mesh.world if hf else model.mesh.dp
@@ -88,8 +96,10 @@ def save_model(
         tiles[tile.name].append(tile)
     pieces: dict[str, list[Piece]] = {file: [] for file in own}
     file_of = {key: file for file, planned in own.items() for key in planned}
-    for name, part in gathered_whole(model, dtype=dtype) if hf else gathered(model, dtype=dtype):
-        region = logical.whole(name) if hf else model.cuts[name].region(mp.rank, mp.size)
+    own_parts = gathered_whole(model, dtype=dtype) if hf else gathered(model, dtype=dtype)
+    for name, part in chain(own_parts, encoders.items()):
+        is_whole = hf or name in encoders
+        region = whole_region(part.shape) if is_whole else model.cuts[name].region(mp.rank, mp.size)
         for tile in tiles[name]:
             stored = part.new_empty(tile.stored_shape())
             tile.encoding.write(part[within(tile.region, region)], stored)

@@ -24,6 +24,7 @@ class StepResult:
     z: Tensor  # this rank's share of the z-loss
     counts: Tensor  # [L, E] rows this rank routed to each expert
     entropy: Tensor  # [L] sum over this rank's tokens of the entropy of the router's probabilities, in nats
+    of_images: Tensor  # [L, E + 1] of both what is of images' tokens (see ``RouterStats``)
     measures: Tensor  # [...] what the objective tells beside its loss, summed
     targets: Tensor  # what the loss is a mean over, in the whole global batch
     tokens: Tensor  # real tokens of the whole global batch
@@ -64,9 +65,11 @@ def train_step(
         loss_sum, measures, router = objective.loss(model, batch, dropout=True)
         share, z = balance_share(router), z_loss(router, tokens)
         (loss_sum / targets.clamp(min=1) + balance_weight * share + z_weight * z).backward()
-        sums = (loss_sum, share, z, router.counts.sum(1), router.entropy.sum(1), measures)
+        sums = (loss_sum, share, z, router.counts.sum(1), router.entropy.sum(1), router.of_images, measures)
         parts.append([x.detach() for x in sums])
-    loss_sum, balance, z, counts, entropy, measures = (torch.stack(some).sum(0) for some in zip(*parts, strict=True))
+    loss_sum, balance, z, counts, entropy, of_images, measures = (
+        torch.stack(some).sum(0) for some in zip(*parts, strict=True)
+    )
 
     # 4. Clip by the norm of the whole model's gradient. One host sync a step, so that no bad step is ever taken.
     norm = global_grad_norm(model, {name: held.is_owner for name, held in model.holdings.items()}, model.mesh.world)
@@ -79,4 +82,4 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     router_losses.shift_biases(model, counts)
-    return StepResult(loss_sum, balance, z, counts, entropy, measures, targets, tokens, norm)
+    return StepResult(loss_sum, balance, z, counts, entropy, of_images, measures, targets, tokens, norm)

@@ -47,7 +47,7 @@ class Validation:
             )
             chosen = probe_documents(first, lengths, config.log.probe_tokens)
             parts = [batch for (batch,) in self.batches.epoch(samples, data.make_rows(chosen, lengths))]
-            self.probe = RoutingProbe(chosen, lengths, parts, self.device)
+            self.probe = RoutingProbe(chosen, lengths, [batch.on(model) for batch in parts], self.device)
             if resumed_from and not self.probe.load(resumed_from / PROBE_FILE):
                 say(f"{PROBE_FILE} is missing or of other tokens: routing will be compared with that of the next validation")
             elif resumed_from and is_main() and resumed_from != self.probe_file.parent:
@@ -85,17 +85,16 @@ def mean_loss(
     model: Decoder, objective: Objective, samples: Sequence[Sample], rows: Rows, plan: BatchPlan
 ) -> tuple[float, dict[str, float]]:
     """The objective's mean loss over the targets of ``samples``, and its metrics; one micro-batch a step (a collective)."""
-    device = model.norm.weight.device
     targets, loss_sums, measures = 0, [], []
     for (batch,) in progress(
         plan.epoch(samples, rows), total=plan.steps(len(rows)), desc="validation", unit="batch", leave=False
     ):
-        batch = batch.to(device)
+        batch = batch.on(model)
         found = objective.loss(model, batch)
         targets += objective.targets(batch)
         loss_sums.append(found.loss_sum.double())
         measures.append(found.measures.double())
-    own = torch.stack([torch.stack(loss_sums).sum(), torch.tensor(targets, device=device)])
+    own = torch.stack([torch.stack(loss_sums).sum(), loss_sums[0].new_tensor(targets)])
     sums = model.mesh.dp.all_reduce(torch.cat([own, torch.stack(measures).sum(0).flatten()])).cpu()
     loss = sums[0].item() / max(1.0, sums[1].item())
     return loss, objective.metrics(loss, sums[2:].view_as(measures[0]))

@@ -20,8 +20,9 @@ PRESETS = {
     "attention": r"\.attention\.",
     "router": r"\.gate\.",
     "experts": r"\.experts\.",
-    "norms": r"norm\.weight$",
+    "norms": r"^(?!connector\.).*norm\.weight$",
     "output": r"^(output|score)\.",
+    "connector": r"^connector\.",
 }
 BIASED = ("attention", "experts")
 

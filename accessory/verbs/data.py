@@ -42,9 +42,11 @@ def data_verbs(verbs: Verbs) -> None:
     for verb, most, what in ((check, 10, "bad and dropped records to list"), (show, 3, "samples of each source")):
         verb.add_argument("mix", type=a_path, help="YAML data mix, or a run's YAML file")
         verb.add_argument("--tokenizer", type=a_path, help="default: the run's")
+        verb.add_argument("--config", type=a_path, help="config.json of the model, if it sees images; default: the run's")
         verb.add_argument("--max-seq-len", type=a_count, help="tokens; default: the run's, or 4096")
         verb.add_argument("-n", type=checked(WholeNumber), default=most, help=f"{what}; default: %(default)s")
     check.add_argument("--png", type=a_path, default=Path("lengths.png"), help="picture; default: %(default)s")
+    check.add_argument("--images", action="store_true", help="decode every image, and list those that are damaged")
     check.add_argument("--world", type=a_count, default=1, help="processes of the run, for its steps; default: %(default)s")
     check.add_argument("--tokens-per-s", type=checked(Positive), help="for the run's duration; default: as its last run's")
 

@@ -43,11 +43,13 @@ def _generate(verbs: Verbs) -> None:
         'accessory generate runs/quickstart/merged "What does json.dumps do?"',
         'accessory generate BASE --adapter ADAPTER "Why?" --temperature 0.7 --top-p 0.9',
         "accessory generate BASE @questions.jsonl --out answers.jsonl --mp 4",
+        'accessory generate SPHINX "What is on the table?" --image a.jpg',
     )
     model_arguments(verb)
     about = "a text; or @FILE: lines of text, or .jsonl with a prompt or messages each"
     verb.add_argument("texts", nargs="+", type=checked(Text), metavar="PROMPT", help=about)
     verb.add_argument("--out", type=a_path, help="write the answers there, a line of JSON each, in place of printing them")
+    verb.add_argument("--image", type=a_path, action="append", default=[], help="shown with every prompt; can be repeated")
     verb.add_argument("--raw", action="store_true", help="continue the text as it is, without a template")
     sampling_arguments(verb, temperature=0.0)
     form = verb.add_mutually_exclusive_group()
@@ -92,6 +94,14 @@ def _serve(verbs: Verbs) -> None:
     )
     verb.add_argument("--host", type=checked(Text), default="127.0.0.1", help="default: %(default)s, this machine alone")
     verb.add_argument("--port", type=checked(Port), default=8000, help="0: one that is free; default: %(default)s")
+    verb.add_argument(
+        "--allow-image-host",
+        type=checked(Text),
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch images from there; default: they must come with the request, as data: URIs",
+    )
     verb.add_argument("--cache-tokens", type=a_count, help="of all that runs at a time; default: what the GPU has room for")
     verb.add_argument("--max-waiting", type=a_count, default=256, help="requests; others get 429; default: %(default)s")
     verb.add_argument("--timeout", type=checked(Positive), default=600, help="seconds of an answer; default: %(default)s")

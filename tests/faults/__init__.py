@@ -14,6 +14,7 @@ from faults import (
     experts,
     formats,
     generation,
+    images,
     kernels,
     loss,
     optimiser,
@@ -25,6 +26,7 @@ from faults import (
     serving,
     side_by_side,
     state,
+    vision,
 )
 from faults.fault import Fault
 
@@ -50,6 +52,8 @@ _MODULES = (
     evaluation,
     precision,
     quantised,
+    vision,
+    images,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]

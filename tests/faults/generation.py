@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "a text is scored by the logits behind each token",
         META,
-        "scored = logits[start - 1 : -1]",
-        "scored = logits[start:]",
+        "logits[start - 1 : -1])",
+        "logits[start:])",
         "'tests/test_generate.py::test_evaluate_examples' -k scores",
     ),
 )

@@ -149,8 +149,8 @@ FAULTS = (
     Fault(
         "the loss that is told is the last micro-batch's",
         STEP,
-        "    loss_sum, balance, z, counts, entropy, measures = (torch.stack(some)",
-        "    _, balance, z, counts, entropy, measures = (torch.stack(some)",
+        "    loss_sum, balance, z, counts, entropy, of_images, measures = (",
+        "    _, balance, z, counts, entropy, of_images, measures = (",
         "certify --only world=1 accum=3 tuning=full",
     ),
     Fault(

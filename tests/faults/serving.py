@@ -93,7 +93,7 @@ FAULTS = (
         "return None",
         f"{TEST}an_adapter_is_asked_for_by_its_name",
     ),
-    Fault("a body has no end", SERVER, "if len(body) > MOST_BYTES:", "if False:", REFUSED),
+    Fault("a body has no end", SERVER, "if len(body) > most_bytes:", "if False:", REFUSED),
     Fault("whatever a model is called, it is answered for", SERVER, "if model not in self.names:", "if False:", REFUSED),
     Fault("a text is read as JSON", SERVER, '!= "application/json":', '== "x":', f"{TEST}a_page_in_a_browser_cannot_ask"),
     Fault("what ends takes more", SERVICE, "            if self.is_closing:\n                raise Closing\n", "", ENDS),

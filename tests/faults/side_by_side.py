@@ -97,7 +97,7 @@ FAULTS = (
     ),
     Fault(
         "a page is known by its tokens, whatever the adapter",
-        ENGINE,
+        "accessory/infer/request.py",
         "return repr(self.adapter).encode()",
         'return b""',
         SEVERAL,

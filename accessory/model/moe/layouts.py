@@ -85,8 +85,13 @@ EXPERT, SPARSE = ExpertLayout(), SparseLayout()
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (EXPERT, SPARSE)}
 
 
-ALIASES = {"mixtral_peft": "mixtral"}
-"""What the reference calls a model with adapters: here adapters are a matter of the run, in either layout."""
+ALIASES = {
+    "mixtral_peft": "mixtral",
+    "mixtral_sparse_ens": "mixtral_sparse",
+    "mixtral_sparse_ens5": "mixtral_sparse",
+}
+"""What the reference calls a model with adapters, or that sees: here adapters are a matter of the run, and encoders one of
+the model, in either layout."""
 
 
 def get_layout(name: str) -> Layout:

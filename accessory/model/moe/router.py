@@ -29,6 +29,7 @@ class RouterStats(NamedTuple):
     """
 
     sums: Tensor  # [L, n + 1, 2 E + 2], at least fp32; first comes the token of no document, never used
+    of_images: Tensor  # [L, E + 1] of the tokens that are an image's the rows of each expert, and entropy; [L, 0]: it reads
 
     @property
     def counts(self) -> Tensor:
@@ -113,8 +114,8 @@ class _WideLinear(torch.autograd.Function):
         return dx, dw
 
 
-def router_stats(layers: Sequence[Routing], documents: Documents) -> RouterStats:
-    """Sum the routings of L layers over the tokens of each document."""
+def router_stats(layers: Sequence[Routing], documents: Documents, image_rows: Tensor | None = None) -> RouterStats:
+    """Sum the routings of L layers over the tokens of each document, and over those that are images'."""
     logits, probs, experts = (
         torch.stack([getattr(routing, name) for routing in layers]) for name in ("logits", "probs", "experts")
     )
@@ -123,4 +124,8 @@ def router_stats(layers: Sequence[Routing], documents: Documents) -> RouterStats
     entropy = torch.special.entr(probs.detach()).sum(-1, keepdim=True)
     values = torch.cat([chosen, probs, z, entropy], 2)
     sums = values.new_zeros(len(layers), documents.count + 1, values.shape[2])
-    return RouterStats(sums.index_add(1, documents.document_of, values))
+    of_images = sums.new_zeros(len(layers), 0)
+    if image_rows is not None:
+        told = torch.cat([chosen, entropy], 2)
+        of_images = told.index_select(1, image_rows).sum(1)
+    return RouterStats(sums.index_add(1, documents.document_of, values), of_images)

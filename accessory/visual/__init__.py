@@ -1,0 +1,1 @@
+"""From pictures to what a decoder sees of them: images -> views -> encoders -> features."""

@@ -1,0 +1,136 @@
+"""A run on images, as a user types it: what it saves can be used and trained further, with the encoders it began with."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from jobs import command
+from models import make_tokenizer
+from pictures import noise
+from seeing import seeing
+from transformers import LlavaForConditionalGeneration
+
+from accessory.checkpoint.open import Checkpoint
+from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.logical import whole_region
+from accessory.visual.vision import vision_shapes
+
+MODEL = ModelArgs(
+    dim=32,
+    hidden_dim=24,
+    head_dim=8,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=300,
+    max_seq_len=512,
+    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
+)
+ARGS = seeing("clip", MODEL)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Records with and without images, a tokenizer, a model and a run file."""
+    home = tmp_path_factory.mktemp("seeing")
+    make_tokenizer(home / "tokenizer.model", 300)
+    records = []
+    for number in range(12):
+        talk = [{"from": "human", "value": f"what is made of {number}"}, {"from": "gpt", "value": "a list of tokens"}]
+        record = {"conversations": talk}
+        if number % 3:
+            noise(30, 40, seed=number).save(home / f"{number}.png")
+            record["image"] = f"{number}.png"
+        records.append(record)
+    (home / "data.json").write_text(json.dumps(records))
+    (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
+    (home / "model.json").write_text(json.dumps(ARGS.to_dict()))
+    (home / "run.yaml").write_text(
+        f"""
+model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.2}}
+parallel: {{precision: fp32}}
+optim: {{lr: 1e-2}}
+train: {{max_steps: 3, batch_size: 2}}
+save: {{state_every: null}}
+log: {{every: 1}}
+out: {home}/first
+"""
+    )
+    return home
+
+
+def run(home, *overrides, ranks=2):
+    codes, out, err = command("finetune", home / "run.yaml", *overrides, ranks=ranks)
+    assert codes == [0] * ranks, err
+    return out
+
+
+def encoders(checkpoint):
+    shapes = vision_shapes(checkpoint.args.visual)
+    return {name: checkpoint.encoders.read(name, whole_region(shape)) for name, shape in shapes.items()}
+
+
+def whole(checkpoint):
+    return {name: checkpoint.read(name, checkpoint.logical.whole(name)) for name in checkpoint.logical.shapes}
+
+
+def test_a_run_saves_what_it_sees_with_and_goes_on_in_the_other_layout(home):
+    run(home)
+    (saved,) = (path for path in (home / "first").iterdir() if path.name.startswith("epoch"))
+    first = Checkpoint(saved)
+    assert first.args == ARGS
+    # stage 1: the connector alone, over model-parallel ranks
+    overrides = ["model.layout=mixtral_sparse", "parallel.model_parallel=2", "tuning.train=[connector]"]
+    out = run(home, f"model.checkpoint={saved}", *overrides, f"out={home}/second", "save.only_trainable=true")
+    assert "connector" in out
+    (second,) = (path for path in (home / "second").iterdir() if path.name.startswith("epoch"))
+    both, before, after = Checkpoint([saved, second]), whole(first), None
+    after = whole(both)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("connector.")}
+    for ours, theirs in zip(encoders(first).values(), encoders(both).values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert (saved / "visual.safetensors").samefile(home / "first/visual.safetensors"), "the same bytes on the disk"
+
+
+def test_a_text_model_learns_to_see_with_encoders_of_their_own_directory(home):
+    text = home / "text.json"
+    text.write_text(json.dumps(MODEL.to_dict()))
+    (home / "words.json").write_text(json.dumps([{"instruction": "a list", "output": "of words"}] * 4))
+    (home / "words.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "words.json")}]}))
+    run(home, f"model.config={text}", f"data.mix={home}/words.yaml", f"out={home}/base", ranks=1)
+    (base,) = (path for path in (home / "base").iterdir() if path.name.startswith("epoch"))
+    alone = home / "encoders"
+    alone.mkdir()
+    (saved,) = (path for path in (home / "first").iterdir() if path.name.startswith("epoch"))
+    (alone / "visual.safetensors").write_bytes((saved / "visual.safetensors").read_bytes())
+    (alone / "visual.json").write_text(json.dumps(ARGS.visual.to_dict()))
+    run(home, f"model.checkpoint=[{base}, {alone}]", "tuning.train=[connector]", f"out={home}/third")
+    (third,) = (path for path in (home / "third").iterdir() if path.name.startswith("epoch"))
+    checkpoint = Checkpoint(third)
+    assert checkpoint.args.visual == ARGS.visual
+    ours, theirs = whole(checkpoint), whole(Checkpoint(base))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert set(ours) - set(theirs) == {name for name in ours if name.startswith("connector.")}
+
+
+def test_a_run_on_a_llava_saves_what_transformers_loads(home):
+    """And in LLaMA2-Accessory's .pth files, as in Hugging Face's, the encoders are among the model's own tensors."""
+    described = home / "llava.json"
+    described.write_text(json.dumps(seeing("llava", MODEL, image_token=299).to_dict()))
+    seen = {}
+    for format in ("hf", "pth"):
+        ranks = ["parallel.model_parallel=2", f"save.format={format}", f"out={home}/{format}"]
+        run(home, f"model.config={described}", *ranks)
+        (saved,) = (path for path in (home / format).iterdir() if path.name.startswith("epoch"))
+        assert not (saved / "visual.safetensors").exists()
+        seen[format] = Checkpoint(saved)
+    for ours, theirs in zip(*(encoders(one).values() for one in seen.values()), strict=True):
+        assert torch.equal(ours, theirs)
+    directory = seen["hf"].directories[0].directory
+    model, told = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+    assert not any(told.values()), told
+    tower = model.model.vision_tower.state_dict()
+    assert torch.equal(tower["embeddings.class_embedding"], encoders(seen["hf"])["clip.visual.class_embedding"])
