@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("data.py", ["--memory", "2000"], "1000 steps"),
         ("quantise_accuracy.py", ["--help"], "--draws"),
         ("quantised.py", ["--help"], "--rounds"),
+        ("full_size.py", ["--help"], "--layers"),
         ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),
     ],
 )

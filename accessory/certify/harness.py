@@ -20,7 +20,7 @@ from accessory.model.logical import LogicalModel, Region, Shape, Source
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK, Axis, Mesh
-from accessory.settings import BalanceMode, DataParallel, OptimSection
+from accessory.settings import BalanceMode, DataParallel, OptimSection, Recompute
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken, Objective
 from accessory.train.optim import make_optimizer
@@ -52,7 +52,7 @@ def build(
     dtype: torch.dtype = torch.float64,
     compute: torch.dtype | None = None,
     device: torch.device = CPU,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     kernel: str = "auto",
     trains: Set[str] | None = None,
 ) -> Decoder:
