@@ -94,10 +94,11 @@ class Target:
         return gptq.description(self.format, args) if self.format in gptq.WRITTEN else {}
 
 
-def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
+def convert(checkpoint: Checkpoint, destination: Path, target: Target, parts: Source | None = None) -> None:
     """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
 
     In memory there is one stored tensor at a time (at most three times its size; more while an adapter is folded in).
+    ``parts``: where those of quantised matrices come from, read in the order of layers; None: the checkpoint.
 
     Raises:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
@@ -121,13 +122,13 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     dtypes |= dict.fromkeys(logical.parts, torch.uint8)
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
-    everything: Source = source
+    everything: Source = Overlaid(source, parts, logical.parts) if parts else source
     if logical.args.visual:
         checkpoint.check_encoders()
         assert checkpoint.encoders
         shapes = vision_shapes(logical.args.visual)
         dtypes |= {name: target.dtype or checkpoint.encoders.dtype(name) for name in shapes}
-        everything = Overlaid(source, checkpoint.encoders, shapes)
+        everything = Overlaid(everything, checkpoint.encoders, shapes)
     files = planned_files(logical, target, dtypes)
     if logical.args.visual and not target.holds_encoders:
         files |= planned_tensors((replace(t, file=ENCODERS_FILE) for t in as_they_are(logical.args.visual)), dtypes)
