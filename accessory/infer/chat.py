@@ -56,6 +56,7 @@ def load(
         dtype=get_dtype(arguments.precision),
         device=launch.device,
         quant=arguments.quantise,
+        offload=arguments.offload,
         adapters=adapters,
     )
 

@@ -20,11 +20,16 @@ from accessory.infer.plan import StepPlan
 from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
 from accessory.infer.text import TextStream, Vocabulary
+from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
+from accessory.model.memory import saved_bytes
 
 BEAT_S = 60.0
+GPU_PAGE = 256
+"""Tokens of a page of the cache: the smallest that the GPU's kernel takes."""
+CHUNK_TOKENS = 512
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -82,6 +87,19 @@ class Progress(NamedTuple):
     choice: TokenChoice | None
 
 
+def in_pages(tokens: int) -> int:
+    """So many tokens, as whole pages of any device hold them."""
+    return -(-tokens // GPU_PAGE) * GPU_PAGE
+
+
+def bytes_of_answers(args: ModelArgs, model_parallel: int, dtype: torch.dtype, max_seq_len: int) -> float:
+    """What a rank needs beside weights to answer one request: keys and values, and what a step has at a time."""
+    kv_heads = max(1, args.n_kv_heads // model_parallel)
+    token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize
+    step = 2 * CHUNK_TOKENS * saved_bytes(args, model_parallel, dtype)  # of a block at work, and what it makes of that
+    return (in_pages(max_seq_len) + GPU_PAGE) * token + step
+
+
 class Engine:
     """Runs requests together, over a cache of pages that they share.
 
@@ -97,7 +115,7 @@ class Engine:
         max_seq_len: int,
         cache_tokens: int | None = None,
         most_running: int = 256,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = CHUNK_TOKENS,
     ):
         """
         Args:
@@ -108,7 +126,7 @@ class Engine:
         self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
         self.most_running, self.chunk_tokens = most_running, chunk_tokens
         self._device = model.norm.weight.device
-        self._page = 256 if self._device.type == "cuda" else 16  # the smallest that the GPU's kernel takes
+        self._page = GPU_PAGE if self._device.type == "cuda" else 16
         longest = -(-max_seq_len // self._page)
         if cache_tokens is not None:
             pages = cache_tokens // self._page

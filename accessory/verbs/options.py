@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
 from accessory.errors import needs
-from accessory.settings import QuantiseSection
+from accessory.settings import OffloadSection, QuantiseSection
 
 Verbs = Any  # what argparse's add_subparsers returns
 Run = Callable[[argparse.Namespace], None]
@@ -89,6 +89,12 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
         type=checked(Text, QuantiseSection.read),
         metavar="NAME",
         help="hold experts and attention as nf4, int4 or int8; or experts=nf4,attention=int8; default: as the checkpoint is",
+    )
+    verb.add_argument(
+        "--offload",
+        type=checked(Text, OffloadSection.read),
+        metavar="experts=N",
+        help="have only N experts of each layer on the device; or device_memory=14GB: as many as fit (docs/offloading.md)",
     )
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 
