@@ -77,8 +77,10 @@ class OffloadSection:
     @classmethod
     def read(cls, given: "str | Mapping[str, Any] | OffloadSection | None") -> "OffloadSection | None":
         """What a person writes: "experts=4,policy=frequency", or {"device_memory": "14GB"}; nothing: None."""
-        if not given or isinstance(given, OffloadSection):
-            return given or None
+        if not given:
+            return None
+        if isinstance(given, OffloadSection):
+            return given
         return from_mapping(cls, apply_overrides({}, given.split(",")) if isinstance(given, str) else given, "offload")
 
 

@@ -19,6 +19,7 @@ from accessory.files import check_file, check_writable, replacing
 from accessory.infer.engine import Running
 from accessory.infer.grammar import Grammar
 from accessory.infer.meta import MetaModel
+from accessory.infer.offload import tell_offload
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
@@ -106,6 +107,7 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
     else:
         for prompt, request in zip(prompts, requests, strict=True):
             say(f"> {_text(prompt)}\n{request.text.strip()}\n")
+    tell_offload(model.llma)
 
 
 def _grammar(model: MetaModel, arguments: argparse.Namespace) -> Grammar | None:

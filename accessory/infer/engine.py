@@ -20,11 +20,9 @@ from accessory.infer.plan import StepPlan
 from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
 from accessory.infer.text import TextStream, Vocabulary
-from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.memory import saved_bytes
 
 BEAT_S = 60.0
 GPU_PAGE = 256
@@ -85,19 +83,6 @@ class Progress(NamedTuple):
     request: Running
     text: str
     choice: TokenChoice | None
-
-
-def in_pages(tokens: int) -> int:
-    """So many tokens, as whole pages of any device hold them."""
-    return -(-tokens // GPU_PAGE) * GPU_PAGE
-
-
-def bytes_of_answers(args: ModelArgs, model_parallel: int, dtype: torch.dtype, max_seq_len: int) -> float:
-    """What a rank needs beside weights to answer one request: keys and values, and what a step has at a time."""
-    kv_heads = max(1, args.n_kv_heads // model_parallel)
-    token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize
-    step = 2 * CHUNK_TOKENS * saved_bytes(args, model_parallel, dtype)  # of a block at work, and what it makes of that
-    return (in_pages(max_seq_len) + GPU_PAGE) * token + step
 
 
 class Engine:

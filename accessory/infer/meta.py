@@ -16,21 +16,20 @@ from torch import Tensor
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
-from accessory.console import say
 from accessory.data.records import read_question
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
-from accessory.infer.engine import Engine, bytes_of_answers, in_pages
+from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
+from accessory.infer.offload import in_pages, plan_answers
 from accessory.infer.sampling import Sampling
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.memory import check_memory, share_of_a_rank
+from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
-from accessory.model.moe.offload.plan import plan_offload
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
 from accessory.settings import OffloadSection, QuantiseSection
@@ -50,15 +49,15 @@ class MetaModel:
         tokenizer: Tokenizer,
         max_seq_len: int,
         trained_templates: Mapping[str | None, str | None] = MappingProxyType({}),
-        within_budget: bool = False,
+        cache_tokens: int | None = None,
     ):
         """
         Args:
             trained_templates: names of those that the base (None) and each adapter were trained with.
-            within_budget: the memory that there is was reckoned with one sequence: the cache is to have no more.
+            cache_tokens: of the engine (see ``Engine``), unless another number is asked for.
         """
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
-        self._trained_templates, self._within_budget = trained_templates, within_budget
+        self._trained_templates, self._cache_tokens = trained_templates, cache_tokens
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -103,8 +102,7 @@ class MetaModel:
             device: None: this process's GPU if there is one, else the CPU.
             quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4" or "int8"
                 for both, or {"experts": "nf4", "attention": "int8"}.
-            offload: where experts are that are not on the device: "experts=4", or {"device_memory": "14GB"}, and the like of
-                ``model.offload``; None: all are on it.
+            offload: which experts are on the device: "experts=4", or {"device_memory": "14GB"} (docs/offloading.md).
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
             adapters: directories of any format of adapters, by names under which each request can choose one of them.
 
@@ -134,20 +132,16 @@ class MetaModel:
                 checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
             )
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
-        plan, section = None, OffloadSection.read(offload)
-        if section:
-            share = share_of_a_rank(source.logical, layout, mesh.mp.size, dtype, without_experts=True)
-            others = share + bytes_of_answers(checkpoint.args, mesh.mp.size, dtype, max_seq_len)
-            plan = plan_offload(section, source.logical, layout, mesh.mp.size, dtype, others)
-            say(f"offload: {plan}")
-        slot_bytes = plan.slot_bytes if plan else None
-        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=slot_bytes)
+        section = OffloadSection.read(offload)
+        plan = plan_answers(section, source.logical, layout, mesh.mp.size, dtype, max_seq_len) if section else None
+        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan and plan.slot_bytes)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
         llma.pack()
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
-        return cls(llma, tokenizer, max_seq_len, templates, within_budget=bool(section and section.device_memory))
+        cache_tokens = in_pages(max_seq_len) if section and section.device_memory else None
+        return cls(llma, tokenizer, max_seq_len, templates, cache_tokens)
 
     def chat(
         self,
@@ -285,9 +279,8 @@ class MetaModel:
     def make_engine(self, cache_tokens: int | None = None) -> Engine:
         """``cache_tokens``: see ``Engine``."""
         self._refuse_classifier()
-        if cache_tokens is None and self._within_budget:
-            cache_tokens = in_pages(self.max_seq_len)
-        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=cache_tokens)
+        tokens = cache_tokens or self._cache_tokens
+        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=tokens)
 
     def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
         """``states`` as the first rank has them."""

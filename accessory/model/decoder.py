@@ -20,9 +20,9 @@ from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
+from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
-from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.packed import can_pack
 from accessory.model.rope import rotations
 from accessory.parallel.mesh import Axis, Mesh

@@ -20,14 +20,13 @@ from accessory.model.codecs import PARTS, Codec
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
-from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
+from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights, hold_quantised
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
-
 
 MATRICES = ("w1", "w3", "w2")  # in the order that an expert multiplies by them
 

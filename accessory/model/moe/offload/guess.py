@@ -15,8 +15,8 @@ class Guess:
     """
 
     def __init__(self, block: Any, following: Any):
-        """Both are ``Block``s of a decoder whose experts are offloaded."""
-        self._next, self._x = following, None
+        """Both are blocks of a decoder whose experts are offloaded."""
+        self._next, self._x = following, torch.empty(0)
         self._local: range = following.feed_forward.dispatcher.local_experts
         block.ffn_norm.register_forward_pre_hook(self._see)
         experts: OffloadedExperts = block.feed_forward.experts.offloaded
@@ -27,8 +27,7 @@ class Guess:
 
     @torch.no_grad()
     def bring(self) -> None:
-        x, self._x = self._x, None
-        routing = self._next.feed_forward.gate(self._next.ffn_norm(x))
+        routing = self._next.feed_forward.gate(self._next.ffn_norm(self._x))
         chosen = set(routing.experts.flatten().tolist())
         experts: OffloadedExperts = self._next.feed_forward.experts.offloaded
         experts.bring(experts.slots.guess(expert - self._local.start for expert in chosen if expert in self._local))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,11 +88,10 @@ def plan_offload(
     )
     least = min(args.moe.num_experts_per_tok, of)
     if section.experts is not None:
-        slots, where = section.experts, "offload.experts"
-        if not args.moe.num_experts_per_tok <= slots <= args.moe.num_experts:
+        slots, top_k, most = section.experts, args.moe.num_experts_per_tok, args.moe.num_experts
+        if not top_k <= slots <= most:
             raise UserError(
-                f"{where} {slots}: a token takes {args.moe.num_experts_per_tok} of a layer's {args.moe.num_experts} experts; "
-                "name a number from the one to the other"
+                f"offload.experts {slots}: a token takes {top_k} of a layer's {most}; name a number from {top_k} to {most}"
             )
     else:
         assert section.device_memory  # the section has checked
@@ -117,7 +116,7 @@ def offload_experts(model: "Decoder", plan: OffloadPlan, device: torch.device, g
 
     ``guesses``: only where each layer can be asked at any time, unlike parameters that are gathered for their layer.
     """
-    lane, blocks = Lane(device), list(model.layers)
+    lane, blocks = Lane(device), list[Any](model.layers)
     for block in blocks:
         experts = block.feed_forward.experts
         record = experts.record()

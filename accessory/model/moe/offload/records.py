@@ -59,7 +59,7 @@ class HostStore:
 class DiskStore:
     """In a file without a name, which goes with this process however that ends; free memory is the system's cache of it.
 
-    It is filled as a part of memory, but read by calls: those say what went wrong where a touched page would end the process.
+    It is filled as a part of memory, but read by calls: those say what is wrong, where touching a page would end the process.
     """
 
     def __init__(self, directory: Path, experts: int, nbytes: int, device: torch.device):
@@ -82,7 +82,7 @@ class DiskStore:
         self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def read(self, expert: int, slot: Tensor) -> None:
-        done, view = 0, memoryview(self._staging.numpy())
+        done, view = 0, self._staging.numpy().data
         while done < self._nbytes:
             try:
                 count = os.preadv(self._file, [view[done:]], expert * self._nbytes + done)
