@@ -68,6 +68,16 @@ class QuantisedCell(Cell):
 
 
 @dataclass(frozen=True)
+class OffloadedCell(QuantisedCell):
+    """The same with experts that lie elsewhere than on the device, but for ``slots`` of each layer."""
+
+    slots: int
+
+    def settings(self) -> dict[str, str]:
+        return {"experts here": str(self.slots)} | super().settings()
+
+
+@dataclass(frozen=True)
 class KernelCell(Cell):
     """The same with experts computed by a kernel that "auto" does not pick here."""
 
@@ -187,6 +197,13 @@ def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCel
         if cell.world > 1
         for way in (ways if cell.model_parallel > 1 else ways[:1])
     ]
+
+
+def offloaded_cells(args: ModelArgs, worlds: Sequence[int]) -> list[OffloadedCell]:
+    """On the meshes of the largest world, with no more experts on the device than a token takes, and one more by turns."""
+    cells = quantised_cells(args, worlds[-1:])[::2]
+    least = args.moe.num_experts_per_tok
+    return [OffloadedCell(**vars(cell), slots=least + number % 2) for number, cell in enumerate(cells)]
 
 
 def _by_turns(worlds: Sequence[int]) -> list[Cell]:

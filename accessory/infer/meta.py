@@ -134,7 +134,7 @@ class MetaModel:
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
         section = OffloadSection.read(offload)
         plan = plan_answers(section, source.logical, layout, mesh.mp.size, dtype, max_seq_len) if section else None
-        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan and plan.slot_bytes)
+        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan.slot_bytes if plan else None)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )

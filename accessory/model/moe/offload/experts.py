@@ -23,7 +23,8 @@ class OffloadedExperts:
     """A layer's experts.
 
     Attributes:
-        slots: which of them are on the device. record: what is in a slot. moved_bytes, waited_s: since the model was made.
+        slots: which of them are on the device. record: what is in a slot. on_device: the slots, [count, nbytes].
+        moved_bytes, waited_s: since the model was made.
         guess_next: brings what the next layer is likely to use; called when this one's own experts are on their way.
     """
 
@@ -33,7 +34,7 @@ class OffloadedExperts:
         self.waited_s = 0.0
         self.guess_next: Callable[[], None] | None = None
         self._lane, self._loads = lane, dict[int, Load]()  # by slot
-        self._on_device = torch.empty(slots.count, record.nbytes, dtype=torch.uint8, device=device)
+        self.on_device = torch.empty(slots.count, record.nbytes, dtype=torch.uint8, device=device)
 
     @property
     def moved_bytes(self) -> int:
@@ -46,7 +47,7 @@ class OffloadedExperts:
     def bring(self, places: Sequence[Place]) -> None:
         """Begin to."""
         for expert, slot in places:
-            self._loads[slot] = self._lane.bring(self.store, expert, self._on_device[slot])
+            self._loads[slot] = self._lane.bring(self.store, expert, self.on_device[slot])
 
     def tensor(self, name: str, expert: int) -> Tensor:
         """One of the tensors of an expert that is held, on the device; waits for it."""
@@ -57,7 +58,7 @@ class OffloadedExperts:
             except BaseException:
                 self.slots.lose(expert)
                 raise
-        return self.record.view(self._on_device[slot], name)
+        return self.record.view(self.on_device[slot], name)
 
     def each(self, groups: Sequence[list[int]]) -> Iterator[list[int]]:
         """Each group while its experts are held; the next ones come meanwhile."""

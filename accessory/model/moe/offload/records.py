@@ -59,7 +59,7 @@ class HostStore:
 class DiskStore:
     """In a file without a name, which goes with this process however that ends; free memory is the system's cache of it.
 
-    It is filled as a part of memory, but read by calls: those say what is wrong, where touching a page would end the process.
+    It is filled as a part of memory, but read by calls: these say what is wrong, where a page would end the process.
     """
 
     def __init__(self, directory: Path, experts: int, nbytes: int, device: torch.device):
