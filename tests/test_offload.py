@@ -10,7 +10,7 @@ from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import command
-from models import OPTIM, TINY, Tensors, answer_ids, evaluate, samples, weights
+from models import OPTIM, TINY, Tensors, answer_ids, check_close, evaluate, samples, weights
 from ranks import run_ranks
 from slips import make_home
 
@@ -28,9 +28,13 @@ from accessory.model.moe.layouts import EXPERT, LAYOUTS, get_layout
 from accessory.model.moe.offload import lane, records
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import plan_offload
-from accessory.model.moe.offload.slots import Slots, groups_of
+from accessory.model.moe.offload.slots import Slots, groups_of, in_turn
 from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import OffloadSection, QuantiseSection
+from accessory.train.balance import RouterLosses
+from accessory.train.objective import NextToken
+from accessory.train.optim import make_optimizer
+from accessory.train.step import train_step
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9], list(range(20))]
@@ -61,11 +65,11 @@ def model_of(section, *, args=TINY, layout="mixtral", dtype=torch.float32, mesh=
 @given(
     st.integers(2, 6),
     st.sampled_from(["lru", "frequency"]),
-    st.lists(st.tuples(st.sets(st.integers(0, 7), min_size=1), st.sets(st.integers(0, 7), max_size=3)), max_size=30),
+    st.lists(st.tuples(st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7), max_size=3), st.booleans()), max_size=30),
 )
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 def test_slots_never_serve_a_stale_expert_nor_give_up_one_in_use(count, policy, batches):
-    """A device that does what it is told holds, in the slot of each expert that is held, that expert."""
+    """On a device that does what it is told, in the slot of each expert that is used there is that expert."""
     slots, device, moved = Slots(count, policy), {}, 0
 
     def bring(places):
@@ -73,28 +77,21 @@ def test_slots_never_serve_a_stale_expert_nor_give_up_one_in_use(count, policy, 
         moved += len(places)
         for expert, slot in places:
             assert 0 <= slot < count
-            assert device.get(slot) not in held, "an expert in use was given up"
             device[slot] = expert
 
-    for used, guess in batches:
-        held = set()
+    for used, guess, fails in batches:
         slots.judge(used)
         groups = groups_of(sorted(used), slots)
-        assert sorted(expert for group in groups for expert in group) == sorted(used)
-        for group in groups:
-            bring(slots.hold(group))
-            held |= set(group)
-            following = groups[groups.index(group) + 1] if group is not groups[-1] else []
-            if len(group) + len(following) <= count:
-                bring(slots.hold(following))
-                held |= set(following)
-            assert {expert: device[slots.slot_of[expert]] for expert in held} == {expert: expert for expert in held}
-            assert len(slots.slot_of) <= count and len(set(slots.slot_of.values())) == len(slots.slot_of)
-            slots.release(held)
-            held = set()
+        assert sorted(expert for some in groups for expert in some) == sorted(used)
+        for group in in_turn(slots, groups, bring, lambda: None):
+            assert [device[slots.slot_of[expert]] for expert in group] == group
+            assert len(set(slots.slot_of.values())) == len(slots.slot_of) <= count
+            if fails and group:
+                slots.lose(group[0])
+                break
         bring(slots.guess(guess))
     tally = slots.tally
-    assert tally.moved == moved and tally.hits <= tally.used and tally.right <= tally.guessed
+    assert tally.moved == moved and tally.guessed_hits <= tally.hits <= tally.used and tally.right <= tally.guessed
 
 
 def test_the_least_recent_or_the_least_frequent_makes_room():
@@ -130,8 +127,8 @@ def test_answers_are_those_of_a_model_that_has_all_its_experts(layout, name):
         for layer, rows in zip(model.offloaded, before, strict=True):
             assert torch.equal(layer.store.rows, rows), "something was written back"
             assert layer.on_device.shape == (experts, layer.record.nbytes)
-        (_, second) = model.offloaded
-        assert (second.slots.tally.right > 0) == (prefetch == "speculative")
+        tally = model.offloaded[1].slots.tally
+        assert (tally.foretold > 0) <= (prefetch == "speculative") and (tally.right > 0 or experts < 5)
         assert "layer 1" in told(model.offloaded)
 
 
@@ -212,26 +209,25 @@ def test_training_brings_each_expert_twice_and_stays_within_the_memory(recompute
     adapters = {name: ADAPTER for name in LogicalModel(args).matrices if "experts" in name or ".wq" in name}
     logical = LogicalModel(args, adapters)
     w = weights(args, adapters=adapters)
-    steps = [samples(4, seed, args) for seed in range(2)]
     results, peaks = [], []
     for section in (None, OffloadSection(2)):
         model = harness.build(
             logical, "mixtral", Tensors(w), recompute=recompute, trains=frozenset(logical.added), offload=section
         )
-        for layer in model.offloaded:
-            layer.slots.tally.moved = 0
+        optimizer, losses = make_optimizer(model, OPTIM), RouterLosses("document", 0.01)
         with FakeDevice(10**9) as device:
             device.hold(model)
-            results.append(harness.train(model, steps, OPTIM, accumulation=2, balance="document", z_weight=0.01))
+            for seed in range(2):
+                batches = harness.micro_batches(samples(4, seed, args), 2, 0, 1)
+                train_step(model, optimizer, batches, NextToken(), losses, clip_grad=0.5)
+        results.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
         peaks.append(device.peak)
-    for kind in ("gradients", "weights"):
-        for name, (_, tensor) in results[0][kind].items():
-            torch.testing.assert_close(results[1][kind][name][1], tensor, rtol=1e-11, atol=1e-12)
+    check_close(*reversed(results), 1e-11)
     for layer in model.offloaded:
         assert layer.slots.tally.used <= 2 * 2 * 2 * layer.count  # forward and backward, of two micro-batches, in two steps
         assert layer.slots.tally.moved <= layer.slots.tally.used
     spared = sum(layer.record.nbytes * (layer.count - layer.slots.count) for layer in model.offloaded)
-    assert peaks[1] <= peaks[0] - 0.9 * spared
+    assert peaks[1] <= peaks[0] - 0.95 * spared
 
 
 def test_a_disk_holds_them_and_what_is_wrong_with_it_is_said(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
-from accessory.infer.offload import in_pages, plan_answers
+from accessory.infer.offload import Offload, where_experts_are
 from accessory.infer.sampling import Sampling
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
@@ -32,7 +32,7 @@ from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
-from accessory.settings import OffloadSection, QuantiseSection
+from accessory.settings import QuantiseSection
 
 
 class MetaModel:
@@ -86,7 +86,7 @@ class MetaModel:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
         quant: bool | str | Mapping[str, str | None] | QuantiseSection | None = False,
-        offload: str | Mapping[str, Any] | OffloadSection | None = None,
+        offload: Offload = None,
         strict: bool = True,
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> MetaModel:
@@ -132,15 +132,13 @@ class MetaModel:
                 checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
             )
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
-        section = OffloadSection.read(offload)
-        plan = plan_answers(section, source.logical, layout, mesh.mp.size, dtype, max_seq_len) if section else None
+        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len)
         check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan.slot_bytes if plan else None)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
         llma.pack()
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
-        cache_tokens = in_pages(max_seq_len) if section and section.device_memory else None
         return cls(llma, tokenizer, max_seq_len, templates, cache_tokens)
 
     def chat(

@@ -1,5 +1,8 @@
 """A model that answers with experts offloaded: what fits beside its answers, and what it is told to have done."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from accessory.console import tell
@@ -11,6 +14,8 @@ from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import OffloadPlan, plan_offload
 from accessory.settings import OffloadSection
+
+Offload = str | Mapping[str, Any] | OffloadSection | None
 
 
 def in_pages(tokens: int) -> int:
@@ -32,9 +37,19 @@ def plan_answers(
     of_a_token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize  # its keys and values
     cache = (in_pages(max_seq_len) + GPU_PAGE) * of_a_token
     step = 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype)  # of a block at work, and what it makes of that
-    plan = plan_offload(section, logical, layout, size, dtype, weights + cache + step)
+    return plan_offload(section, logical, layout, size, dtype, weights + cache + step)
+
+
+def where_experts_are(
+    given: Offload, logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int
+) -> tuple[OffloadPlan | None, int | None]:
+    """What is ``given``, as a plan (None: all are on the device), and how many tokens the cache is to have, if that says so."""
+    section = OffloadSection.read(given)
+    if section is None:
+        return None, None
+    plan = plan_answers(section, logical, layout, size, dtype, max_seq_len)
     tell(f"offload: {plan}")
-    return plan
+    return plan, in_pages(max_seq_len) if section.device_memory else None
 
 
 def tell_offload(model: Decoder) -> None:

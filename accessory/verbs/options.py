@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
-from accessory.errors import needs
+from accessory.errors import UserError, needs
 from accessory.settings import OffloadSection, QuantiseSection
 
 Verbs = Any  # what argparse's add_subparsers returns
@@ -28,7 +28,10 @@ def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Cal
             raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from error
         if objection := limits.objection(value):
             raise argparse.ArgumentTypeError(objection)
-        return make(value)
+        try:
+            return make(value)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
 

@@ -12,8 +12,8 @@ from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.offload.lane import Lane, Load
-from accessory.model.moe.offload.records import Record, Store
-from accessory.model.moe.offload.slots import Place, Slots, groups_of
+from accessory.model.moe.offload.records import ExpertStore, Record
+from accessory.model.moe.offload.slots import Place, Slots, groups_of, in_turn
 
 Compute = Callable[[SortedRows], Tensor]
 """The outputs [n, D] of sorted rows, by experts that are held."""
@@ -28,11 +28,11 @@ class OffloadedExperts:
         guess_next: brings what the next layer is likely to use; called when this one's own experts are on their way.
     """
 
-    def __init__(self, record: Record, store: Store, slots: Slots, lane: Lane, device: torch.device):
+    def __init__(self, record: Record, store: ExpertStore, slots: Slots, lane: Lane, device: torch.device):
         self.record, self.store, self.slots = record, store, slots
         self.count = len(store.rows)
         self.waited_s = 0.0
-        self.guess_next: Callable[[], None] | None = None
+        self.guess_next: Callable[[], None] = lambda: None
         self._lane, self._loads = lane, dict[int, Load]()  # by slot
         self.on_device = torch.empty(slots.count, record.nbytes, dtype=torch.uint8, device=device)
 
@@ -61,20 +61,8 @@ class OffloadedExperts:
         return self.record.view(self.on_device[slot], name)
 
     def each(self, groups: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Each group while its experts are held; the next ones come meanwhile."""
-        self.bring(self.slots.hold(groups[0]))
-        try:
-            for group, following in zip(groups, [*groups[1:], []], strict=True):
-                ahead = following if len(group) + len(following) <= self.slots.count else []
-                self.bring(self.slots.hold(ahead))
-                if group is groups[-1] and self.guess_next:
-                    self.guess_next()
-                yield group
-                self.slots.release(group)
-                if not ahead:
-                    self.bring(self.slots.hold(following))
-        finally:  # a use that failed holds nothing
-            self.slots.release(range(self.count))
+        """Each group while its experts are held (see ``in_turn``)."""
+        return in_turn(self.slots, groups, self.bring, self.guess_next)
 
     def run(self, compute: Compute, rows: SortedRows, trained: Callable[[], list[Tensor]]) -> Tensor:
         """What ``compute`` makes of all rows; it gets them group by group.

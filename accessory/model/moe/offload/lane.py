@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accessory.errors import UserError
-from accessory.model.moe.offload.records import Store
+from accessory.model.moe.offload.records import ExpertStore
 from accessory.parallel.watchdog import progressed
 
 PATIENCE_S = 120.0
@@ -21,7 +21,7 @@ PATIENCE_S = 120.0
 class Load:
     """An expert on its way to a slot; who uses the slot has waited for it."""
 
-    def __init__(self, store: Store, expert: int, slot: Tensor, before: Any):
+    def __init__(self, store: ExpertStore, expert: int, slot: Tensor, before: Any):
         """``before``: what the device has still to do with what was in the slot (an event of its stream), or None."""
         self._store, self._expert, self._slot, self._before = store, expert, slot, before
         self._over = threading.Event()
@@ -67,7 +67,7 @@ class Lane:
         threading.Thread(target=_work, args=(self._loads, self._stream), name="offload", daemon=True).start()
         weakref.finalize(self, self._loads.put, None)
 
-    def bring(self, store: Store, expert: int, slot: Tensor) -> Load:
+    def bring(self, store: ExpertStore, expert: int, slot: Tensor) -> Load:
         """Begin to; returns at once."""
         before = torch.cuda.current_stream(slot.device).record_event() if self._stream else None
         load = Load(store, expert, slot, before)

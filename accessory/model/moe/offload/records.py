@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -35,7 +36,7 @@ class Record:
         return rows[..., start : start + prod(shape) * dtype.itemsize].view(dtype).unflatten(-1, shape)
 
 
-class Store(Protocol):
+class ExpertStore(Protocol):
     """Where a layer's experts lie."""
 
     rows: Tensor
@@ -68,11 +69,11 @@ class DiskStore:
             self._file, path = tempfile.mkstemp(prefix=".experts", dir=directory)
         except OSError as error:
             raise UserError(f"offload.disk: {directory}: {error.strerror}; name a directory that can be written") from error
+        weakref.finalize(self, os.close, self._file)
         try:
             os.posix_fallocate(self._file, 0, experts * nbytes)  # a page that is written finds its room, or we say so now
             self.rows = torch.from_file(path, shared=True, size=experts * nbytes, dtype=torch.uint8).view(experts, nbytes)
         except OSError as error:
-            os.close(self._file)
             why = "has no room" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
             raise UserError(
                 f"offload.disk: {directory} {why} for a layer's {in_bytes(experts * nbytes)} of experts: name another disk"
@@ -97,7 +98,3 @@ class DiskStore:
         return UserError(
             f"offload.disk: an expert cannot be read back from {self.directory}: {why}; look at the disk, or leave disk out"
         )
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)

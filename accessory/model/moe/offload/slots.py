@@ -1,6 +1,6 @@
 """Which of a layer's experts are on the device, and which make room for others: decisions, made without a byte moving."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -102,6 +102,9 @@ class Slots:
     def release(self, experts: Iterable[int]) -> None:
         self._held -= set(experts)
 
+    def release_all(self) -> None:
+        self._held.clear()
+
     def lose(self, expert: int) -> None:
         """It was not brought after all."""
         self._free.append(self.slot_of.pop(expert))
@@ -140,3 +143,26 @@ def groups_of(experts: list[int], slots: Slots) -> list[list[int]]:
     each = max(1, slots.count // 2)
     groups = [experts[first : first + each] for first in range(0, len(experts), each)]
     return groups[::-1] if experts[-1] in slots.slot_of and experts[0] not in slots.slot_of else groups
+
+
+def in_turn(
+    slots: Slots, groups: Sequence[list[int]], bring: Callable[[list[Place]], None], at_last: Callable[[], None]
+) -> Iterator[list[int]]:
+    """Each group while its experts are held; the next ones are brought meanwhile, if there are slots for both.
+
+    Args:
+        bring: begins to bring experts. at_last: is called when nothing more of this batch is to be brought.
+    """
+    bring(slots.hold(groups[0]))
+    try:
+        for group, following in zip(groups, [*groups[1:], []], strict=True):
+            ahead = following if len(group) + len(following) <= slots.count else []
+            bring(slots.hold(ahead))
+            if not following:
+                at_last()
+            yield group
+            slots.release(group)
+            if not ahead:
+                bring(slots.hold(following))
+    finally:  # a use that failed holds nothing
+        slots.release_all()
