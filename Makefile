@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup megablocks quickstart test test-slurm browser faults
+.PHONY: setup megablocks quickstart test slurm test-slurm browser faults
 
 setup: .venv/ready
 
@@ -33,9 +33,14 @@ browser: setup
 	$(BIN)/pip install --quiet --editable ".[browser]"
 	$(BIN)/pytest tests/browser.py
 
-# runs under a real Slurm on this machine; needs root, and Debian's packages where there is no Slurm yet
-test-slurm: setup
-	command -v slurmctld munged >/dev/null || apt-get install --yes --quiet --no-install-recommends slurm-wlm munge
+# a Slurm to be started on this machine: Debian's, where there is none yet; needs root
+slurm:
+	test "$$(id -u)" = 0
+	command -v slurmctld && command -v munged || (apt-get --quiet update && \
+		apt-get install --yes --quiet --no-install-recommends slurm-wlm munge)
+
+# runs under it
+test-slurm: setup slurm
 	$(BIN)/pytest tests/slurm.py
 
 # every planted fault of tests/faults, and the check that must catch it: a quarter of an hour on two cores

@@ -41,6 +41,11 @@ def in_bytes(size: float) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
+def in_time(seconds: float) -> str:
+    """A time as a person reads it: 1:02:03."""
+    return tqdm.format_interval(seconds)
+
+
 def complain(text: str) -> None:
     """Print why the program ends, on one line that can be searched for.
 

@@ -27,6 +27,7 @@ LayoutName = Literal["mixtral", "mixtral_sparse", "mixtral_peft"]
 BalanceMode = Literal["document", "global", "microbatch", "hf", "bias"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
 FileFormat = Literal["safetensors", "pth"]
+SavedFormat = Literal["safetensors", "pth", "hf"]
 LONGEST_COLLECTIVE_S = 1800
 """After so long a collective fails, if the watchdog has not ended the job before."""
 
@@ -236,7 +237,9 @@ class SaveSection:
     every_epochs: Count = 1  # the last epoch is always saved
     # only what trains, with the base's fingerprint, rather than a whole model; with LoRA or biases always so
     only_trainable: bool = False
-    format: FileFormat = "safetensors"  # or pth; of a whole model
+    # of a whole model: safetensors or pth, a file for each model-parallel rank in the layout it runs in; hf: Hugging Face's
+    format: SavedFormat = "safetensors"
+    best: bool = False  # keep the model of the lowest validation loss so far in OUT/best as well
     # optimiser steps between training states, to resume from: what trains in at least fp32 and AdamW's two moments, 12
     # bytes a trained parameter in OUT/states. The last step has one too. null: none
     state_every: Count | None = 500
@@ -292,10 +295,10 @@ class RunConfig:
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} lies above train.epochs {self.train.epochs}: the run "
                 "would be over before optim.lr is reached"
             )
-        if self.save.format == "pth" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
+        if self.save.format != "safetensors" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(
-                "save.format=pth is of whole models, and this run saves what trains, as safetensors: leave it out, and "
-                "accessory merge writes a whole model as pth"
+                f"save.format={self.save.format} is of whole models, and this run saves what trains, as safetensors: leave "
+                "it out, and accessory merge or convert writes a whole model in any format"
             )
         if self.model.checkpoint is None and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(

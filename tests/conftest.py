@@ -1,6 +1,7 @@
 """One thread per process: several test processes share the machine, and OpenMP threads that wait would spin against them."""
 
 import os
+import shutil
 from multiprocessing.forkserver import ensure_running
 
 import pytest
@@ -22,3 +23,8 @@ def own_server(own_cache):
     """What is tested asks for processes, too: the server that it would start has imported less, which each then has to."""
     server()
     ensure_running()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not shutil.which("slurmctld"):
+        terminalreporter.write_line("not run: jobs under a real Slurm, which is not here: make test-slurm gets it")

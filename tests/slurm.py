@@ -72,6 +72,11 @@ def state_of(job):
     return run("squeue", "-h", "-o", "%T", "-j", job)[1].strip()
 
 
+def queue_of(job):
+    """Why a job waits."""
+    return "".join(run(*words)[1] for words in (("scontrol", "show", "job", job), ("sinfo", "-R"), ("sinfo", "-Nl")))
+
+
 def wait_until(condition, what, timeout=90):
     deadline = time.monotonic() + timeout
     while not condition():
@@ -96,12 +101,9 @@ def test_a_job_that_is_ended_is_queued_again_and_goes_on(home, undisturbed, tmp_
     wait_until(lambda: state_of(job) == "PENDING", lambda: state_of(job) + log.read_text())
     assert list((out / "states").iterdir())
 
-    def is_over():
-        if state_of(job) == "PENDING":  # it would wait for two minutes
-            run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return "picture:" in log.read_text()
-
-    wait_until(is_over, log.read_text, timeout=240)
+    # it would wait for two minutes
+    wait_until(lambda: run("scontrol", "update", f"JobId={job}", "StartTime=now")[0] == 0, log.read_text)
+    wait_until(lambda: "picture:" in log.read_text(), lambda: log.read_text() + queue_of(job), timeout=240)
     said = log.read_text()
     assert "resumed from" in said and said.count("its files are in") == 2, said
     stopped = "stopped by SIGUSR1 after step" if how == "time" else "stopped by SIGTERM after step"

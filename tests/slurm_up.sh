@@ -48,6 +48,9 @@ export SLURM_CONF=$D/slurm.conf
 scontrol shutdown 2>/dev/null
 sleep 1
 for file in $D/run/*.pid; do kill "\$(cat "\$file")" 2>/dev/null; done
+for steps in \$(pgrep slurmstepd); do # what was still ending
+    [[ \$(readlink /proc/\$steps/cwd) == $D/* ]] && kill -9 \$steps
+done
 true
 C
 slurmctld -c

@@ -16,8 +16,11 @@ from jobs import Job
 from models import TINY, Tensors, build, mesh_for, weights
 from ranks import run_ranks
 from safetensors.torch import load_file
+from test_commands import rows
 from test_resume import assert_same_run, home  # noqa: F401 (home is a fixture)
+from transformers import AutoModelForCausalLM
 
+from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.state import TrainingState, states_in
 from accessory.train import save as saving
 from accessory.train.saver import Saver
@@ -205,3 +208,70 @@ def test_torchrun_starts_the_ranks_anew_and_they_go_on(home, undisturbed, tmp_pa
     file = "epoch2/consolidated.00-of-01.model.safetensors"
     ours, theirs = load_file(out / file), load_file(undisturbed / file)
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+
+
+def test_the_best_model_stays_when_a_run_goes_on(home, tmp_path):
+    """As the same run of wandb."""
+    out = tmp_path / "run"
+    words = ["model.layout=mixtral_sparse", "parallel.model_parallel=2", "save.format=hf", "save.best=true"]
+    words += ["log.validate_every=1", "log.wandb=offline"]
+    codes, said, err = finetune(
+        home, out, *words, "train.epochs=1", "optim.lr=0.05", "save.state_every=1", "save.keep_every=1"
+    )
+    assert codes == [0, 0], err
+    assert re.search(r" [\d:]+ left$", said, re.M), "the time that is left"
+    losses = {row["step"]: row["val_loss"] for row in rows(out) if row["step"] and "val_loss" in row}
+    lowest = min(losses, key=losses.__getitem__)
+    best, state = Checkpoint(out / "best"), TrainingState(out / f"states/step{lowest}")
+    for name in best.logical.shapes:
+        region = best.logical.whole(name)
+        assert torch.equal(best.read(name, region), state.read_kind("weight", name, region)), name
+    kept = best.read(name, region).clone()
+    codes, _, err = finetune(home, out, *words, "train.epochs=2", "resume=auto", "optim.lr=10")
+    assert codes == [0, 0], err
+    later = [row["val_loss"] for row in rows(out) if row["step"] > max(losses) and "val_loss" in row]
+    assert later and min(later) > losses[lowest], "else this shows nothing"
+    assert torch.equal(Checkpoint(out / "best").read(name, region), kept)
+    assert len({path.name.split("-")[-1] for path in out.glob("wandb/offline-run-*")}) == 1
+    assert len(list(out.glob("wandb/offline-run-*"))) == 2
+
+
+def test_hugging_face_files_are_those_of_convert(home, undisturbed, tmp_path):
+    out, converted = tmp_path / "run", tmp_path / "converted"
+    words = ["model.layout=mixtral_sparse", "parallel.model_parallel=2", "save.format=hf"]
+    codes, _, err = finetune(home, out, *words)
+    assert codes == [0, 0], err
+    with Job("convert", undisturbed / "epoch2", converted, "--to", "hf") as job:
+        assert job.codes() == [0], job.err()
+    assert sorted(os.listdir(out / "epoch2")) == sorted(os.listdir(converted))
+    for path in converted.iterdir():
+        if path.suffix == ".json":
+            assert (out / "epoch2" / path.name).read_text() == path.read_text(), path.name
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / "epoch2", converted))
+    assert list(ours) == list(theirs)
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-9, atol=1e-9)
+    model = AutoModelForCausalLM.from_pretrained(out / "epoch2", dtype=torch.float32)
+    assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+
+
+LATE = """
+import torch.distributed as dist
+from accessory.train import save
+write_pieces = save.write_pieces
+def late(path, pieces):
+    if dist.get_rank() == 1:
+        time.sleep({seconds})
+    write_pieces(path, pieces)
+save.write_pieces = late
+"""
+
+
+def test_one_that_is_late_to_write_holds_up_nothing(home, undisturbed, tmp_path):
+    """The steps go on, and the end waits for it; a clock that is set back in the meantime changes nothing."""
+    out, seconds = tmp_path / "run", float(os.environ.get("ACCESSORY_LATE", "3"))
+    clock = "import time\nnow, started = time.time, time.time()\ntime.time = lambda: 2 * started - now()\n"
+    codes, said, err = finetune(home, out, "train.accumulation=2", plant=clock + LATE.format(seconds=seconds))
+    assert codes == [0, 0], err
+    assert_same_run(undisturbed, out)
+    assert re.search(r"^waited \d+ s until \S+/epoch0", said, re.M)

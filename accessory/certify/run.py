@@ -71,11 +71,12 @@ def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict
 
 
 def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
-    """Load a checkpoint written by the format's description; save it, and convert what was saved to Hugging Face.
+    """Load a checkpoint written by the format's description; save it in the layout and as Hugging Face's, and convert the
+    first to the second.
 
     Returns:
-        logits: of the first sequence. saved, hf: the largest difference between a tensor of what was saved, and of what
-        was converted, and the description; wrong: a setting that these say otherwise, or None (all of rank 0).
+        logits: of the first sequence. saved, hf: the largest difference between a tensor of what was saved in the layout,
+        and of what is Hugging Face's, and the description; wrong: a setting that these say otherwise, or None (of rank 0).
     """
     main = dist.get_rank() == 0
     weights = {name: tensor.to(problem.dtype) for name, tensor in problem.weights().items()}
@@ -89,13 +90,16 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
         inputs = Inputs(torch.tensor(tokens, device=device), Documents.of([len(tokens)]).to(device))
         logits = model(inputs, Logits())[0].cpu()
     save_model(model, scratch / "saved", {}, problem.dtype, "safetensors")
+    save_model(model, scratch / "saved_hf", {}, problem.dtype, "hf")
     result: dict[str, Any] = {"logits": logits}
     if main:
-        convert(Checkpoint(scratch / "saved"), scratch / "hf", Target("hf"))
+        convert(Checkpoint(scratch / "saved"), scratch / "converted", Target("hf"))
+        of_hf = scratch / "saved_hf", scratch / "converted"
         saved = formats.tensors(weights, problem.args, cell.layout, cell.model_parallel)
         result["saved"] = formats.difference(scratch / "saved", saved)
-        result["hf"] = formats.difference(scratch / "hf", formats.tensors(weights, problem.args, "hf"))
-        written = ((scratch / "saved", cell.layout), (scratch / "hf", "hf"))
+        expected = formats.tensors(weights, problem.args, "hf")
+        result["hf"] = max(formats.difference(directory, expected) for directory in of_hf)
+        written = ((scratch / "saved", cell.layout), *((directory, "hf") for directory in of_hf))
         wrong = (formats.wrong_setting(directory, problem.args, format) for directory, format in written)
         result["wrong"] = next(filter(None, wrong), None)
     return result

@@ -26,7 +26,7 @@ QUANTITIES = {
     "logits": "of every token of a sequence or batch",
     "tokens": "of the answers of requests that run together, drawn ones too, against each alone: none is another",
     "saved": "every tensor of the checkpoint that the model saves, against the format's description: exactly the same",
-    "hf": "the same of that checkpoint converted to Hugging Face's format",
+    "hf": "the same of Hugging Face's files: the model's own, and that checkpoint converted",
     "router": "logits, probabilities and weights, given its input",
     "choices": "the share of the tokens that go to other experts than in fp64, given the router's input",
     "norms": "the factor that RMSNorm multiplies a token's values by",

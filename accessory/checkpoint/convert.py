@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -26,8 +26,8 @@ from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.logical import EMBEDDING, LogicalModel, Source, check_divides, is_buffer
-from accessory.model.moe.layouts import LAYOUTS
-from accessory.settings import FileFormat
+from accessory.model.moe.layouts import LAYOUTS, Layout
+from accessory.settings import FileFormat, SavedFormat
 
 TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
 HUGGINGFACE = ("hf", *gptq.WRITTEN)
@@ -44,6 +44,11 @@ class Target:
     suffix: FileFormat = "safetensors"
     shard_bytes: float = 5e9  # of a Hugging Face file
 
+    @classmethod
+    def of_run(cls, format: SavedFormat, layout: Layout, size: int) -> "Target":
+        """What a run writes whose model is in a layout."""
+        return cls("hf") if format == "hf" else cls(cast(TargetFormat, layout.name), size, suffix=format)
+
     def check(self, args: ModelArgs) -> None:
         """Raise UserError if a model of this shape cannot be written so."""
         if self.format in LAYOUTS:
@@ -56,6 +61,11 @@ class Target:
             raise UserError(
                 f"the format '{self.format}' has no place for the routers' score biases (train.balance: bias): "
                 "write mixtral or mixtral_sparse"
+            )
+        if self.format in ("hf", "mistral") and args.quantise:
+            raise UserError(
+                f"the format '{self.format}' has no place for quantised matrices: write {' or '.join(gptq.WRITTEN)}, or a "
+                "layout"
             )
         if self.format == "mistral" and args.labels:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
@@ -96,7 +106,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     dtypes |= dict.fromkeys(logical.parts, torch.uint8)
     if target.dtype is None:  # a bias has its matrix' precision
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
-    files = _planned_files(logical, target, dtypes)
+    files = planned_files(logical, target, dtypes)
     layout, origin = LAYOUTS.get(target.format), checkpoint.origin
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     with _written_whole(destination, _nbytes(files)) as temporary:
@@ -104,19 +114,35 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
         _write_files(source, temporary, files, notes)
         if logical.args.quantise and origin:
             write_origin(temporary, origin)
-        if target.format in HUGGINGFACE:
-            special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
-            special = {key: number for key, number in special.items() if number >= 0}
-            dtype = dtypes[EMBEDDING]
-            template, quantisation, nbytes = checkpoint.hf_config(), target.quantisation(logical.args), _nbytes(files)
-            huggingface.write_description(temporary, checkpoint.args, dtype, template, quantisation, special, files, nbytes)
-        elif layout:
-            accessory.write_description(temporary, logical.args, layout, bool(biased))
-        else:
-            mistral.write_description(temporary, logical.args)
+        write_description(temporary, target, logical, files, tokenizer, checkpoint.hf_config())
         checkpoint.training.write(temporary, tokenizer)
     if source.unchanged:
         say(f"warning: nothing changed in {listed(source.unchanged)}: what is added is lost in rounding, or is nothing")
+
+
+def write_description(
+    directory: Path,
+    target: Target,
+    logical: LogicalModel,
+    files: Files,
+    tokenizer: Tokenizer | None,
+    hf_config: Mapping[str, Any],
+) -> None:
+    """What says beside ``files`` what they are; the tokenizer's own files must be there.
+
+    Args:
+        hf_config: config.json of a Hugging Face directory that the model comes from, if it does.
+    """
+    if target.format in HUGGINGFACE:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+        ids = {key: number for key, number in ids.items() if number >= 0}
+        dtype = next(planned.dtype for planned in _tensors(files) if planned.tiles[0].name == EMBEDDING)
+        quantisation = target.quantisation(logical.args)
+        huggingface.write_description(directory, logical.args, dtype, hf_config, quantisation, ids, files, _nbytes(files))
+    elif target.format in LAYOUTS:
+        accessory.write_description(directory, logical.args, LAYOUTS[target.format], bool(logical.adapters))
+    else:
+        mistral.write_description(directory, logical.args)
 
 
 def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
@@ -174,7 +200,8 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
         raise
 
 
-def _planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
+def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
+    """All that is to be written of a model. ``dtypes``: of its logical tensors."""
     if target.format in HUGGINGFACE:
         config = target.quantisation(logical.args)
         tiles = huggingface.quantised_tiles(logical, config) if config else huggingface.model_tiles(logical)
@@ -221,4 +248,8 @@ def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[s
 
 
 def _nbytes(files: Files) -> int:
-    return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in _tensors(files))
+
+
+def _tensors(files: Files) -> Iterator[PlannedTensor]:
+    return (tensor for tensors in files.values() for tensor in tensors.values())

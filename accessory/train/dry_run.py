@@ -121,6 +121,9 @@ def _saves(sizes: SaveSizes, save: SaveSection, plan: Plan, out: Path) -> str:
     left = [step for step in plan.steps()]
     models = sum(step.after == plan.end or (step.ends_epoch and (step.epoch + 1) % save.every_epochs == 0) for step in left)
     needed, text = models * sizes.model, f"saves: {models} x the model, {in_bytes(sizes.model)}"
+    if save.best:
+        needed += 2 * sizes.model  # a new one is whole before the last goes
+        text += ", and the best of them"
     if save.state_every:
         written = {step.after.steps for step in left if step.after == plan.end or step.after.steps % save.state_every == 0}
         forever = sum(steps % save.keep_every == 0 for steps in written) if save.keep_every else 0

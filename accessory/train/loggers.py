@@ -1,6 +1,8 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb if asked. Only rank 0 writes."""
 
 import json
+import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from accessory.errors import UserError
 from accessory.settings import LogSection
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id.txt"
+"""What wandb calls the run: it goes on as the same one."""
 
 
 class Loggers:
@@ -32,7 +36,7 @@ class Loggers:
 
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
         if config.wandb != "off":
-            self._wandb = _start_wandb(directory, config, run_config)
+            self._wandb = _start_wandb(directory, config, run_config, goes_on=done > 0)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write ``values``: numbers, and lists with one for each layer; anything else goes to the JSONL file only."""
@@ -63,13 +67,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not the metrics of a run ({error})") from error
 
 
-def _start_wandb(directory: Path, config: LogSection, run_config: dict[str, Any]) -> Any:
+def lowest_validation(directory: Path, done: int) -> float:
+    """The lowest validation loss that a run had after some of the first ``done`` steps; infinite if there is none."""
+    path = directory / METRICS
+    rows = read_metrics(path) if done and path.is_file() else []
+    return min((row["val_loss"] for row in rows if 0 < row["step"] <= done and "val_loss" in row), default=math.inf)
+
+
+def _start_wandb(directory: Path, config: LogSection, run_config: dict[str, Any], goes_on: bool) -> Any:
     import wandb
 
     assert config.wandb != "off"
-
+    known = directory / WANDB_ID
     try:
+        number = known.read_text().strip() if goes_on and known.is_file() else secrets.token_hex(4)
+        known.write_text(f"{number}\n")
         return wandb.init(
+            id=number,
+            resume="allow",
             dir=str(directory),
             mode=config.wandb,
             project=config.project,

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import yaml
 from accessory.checkpoint.publish import claimed
 from accessory.checkpoint.state import StateNotes
 from accessory.checkpoint.training import Training
-from accessory.console import is_main, progress, say
+from accessory.console import in_time, is_main, progress, say
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
@@ -28,7 +29,7 @@ from accessory.train.balance import RouterLosses, balance_note
 from accessory.train.data import RunData
 from accessory.train.dry_run import dry_run
 from accessory.train.health import Alarms
-from accessory.train.loggers import Loggers
+from accessory.train.loggers import Loggers, lowest_validation
 from accessory.train.metrics import Window, speed
 from accessory.train.model import RunModel, Start
 from accessory.train.nonfinite import NotFinite, blame
@@ -71,6 +72,9 @@ class Trainer:
         self.objective: Objective = MeanOfMeans(objective) if train.reference_loss else objective
         self.router_losses = RouterLosses(train.balance, train.z_loss_weight, train.bias_rate)
         self.validation = Validation(self.built.model, objective, self.data, self.batches, config, self.alarms, resumed_from)
+        if config.save.best and not self.data.validation:
+            raise UserError("save.best needs held-out samples to tell which model is best: set data.validation above 0")
+        self.lowest = lowest_validation(self.out, done.steps)
         self.loggers: Loggers | None = None
         if is_main() and self.plan.end != done:
             resolved = dataclasses.asdict(config)
@@ -109,12 +113,12 @@ class Trainer:
             if last or keeps_state or steps % config.log.every == 0:
                 bar.set_postfix_str(self._log(steps, window, rate))
             with window.paused():
-                if last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0):
-                    self._validate(steps)
+                validates = last or step.ends_epoch or (config.log.validate_every and steps % config.log.validate_every == 0)
+                models = ["best"] if validates and self._validate(steps) and config.save.best else []
                 self.saver.check()
-                saves_model = last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0)
-                name = f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}") if saves_model else None
-                self._save(name, step.after if keeps_state else None)
+                if last or (step.ends_epoch and (step.epoch + 1) % config.save.every_epochs == 0):
+                    models.append(f"epoch{step.epoch}" + ("" if step.ends_epoch else f"-iter{steps}"))
+                self._save(models, step.after if keeps_state else None)
                 if not last and (signal := stop.agreed()):
                     self._stop(signal, step.after, bool(keeps_state))
         self.saver.wait()
@@ -127,7 +131,7 @@ class Trainer:
         text = f" after step {done.steps} of {self.plan.end.steps}; "
         if self.config.save.state_every:
             if not is_saved:
-                self._save(None, done)
+                self._save([], done)
             self.saver.wait()
             text += "resume=auto goes on from there"
         else:
@@ -164,20 +168,29 @@ class Trainer:
                 text = blame(error.finite, micro_batches, self.data.training, path, step.after.steps, self.batches.rank)
             raise UserError(f"step {step.after.steps} of epoch {step.epoch}: {text}") from error
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int) -> bool:
+        """Returns whether no validation of trained weights had so low a loss before; on all ranks alike."""
         values = self.validation(step)
         if self.loggers and values:
             self.loggers.log(step, values)
+        loss = values.get("val_loss", math.inf)
+        improves = [step > 0 and loss < self.lowest]
+        dist.broadcast_object_list(improves)  # its last digits may differ from rank to rank
+        if improves[0]:
+            self.lowest = loss
+        return improves[0]
 
     def _log(self, step: int, window: Window, rate: float) -> str:
         """Tell the steps since the last log. Returns what is most of interest."""
+        share = (self.plan.end.steps - step) / len(window.steps)
         values, metrics, health = window.reduce(self.built.model.mesh.dp)
+        left = in_time(share * values["seconds"])
         built, mean_length = self.built, float(self.data.lengths.mean())
         values |= {"lr": rate, **speed(values, self.start.args, mean_length, built.trained_share, built.peak_flops)}
         say(
             f"step {step:5d}/{self.plan.end.steps}  loss {values['loss']:.4f}{shown(metrics)}  "
             f"balance {values['balance']:.3f}  grad {values['grad_norm']:.2f}  lr {rate:.2e}  "
-            f"{values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.1%}\n            {health.line()}"
+            f"{values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.1%}  {left} left\n            {health.line()}"
         )
         self.alarms.check(step, health)
         values |= self.offload.metrics()
@@ -185,12 +198,12 @@ class Trainer:
             self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
         return f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"
 
-    def _save(self, model: str | None, state: Position | None) -> None:
-        """Begin to save the model under a name, and a training state, or either; the saves before are waited for."""
+    def _save(self, models: list[str], state: Position | None) -> None:
+        """Begin to save the model under some names, and a training state; the saves before are waited for."""
         saves: list[Save] = []
-        if model or state:
+        if models or state:
             self.saver.wait()
-        if model:
+        for model in models:
             progressed(f"saving {self.out / model}")
             self._save_model(self.out / model, saves.append)
         if state:
@@ -208,8 +221,17 @@ class Trainer:
             base = {"fingerprint": checkpoint.fingerprint, "path": below, "quantise": quantise and vars(quantise)}
             save_trainable(self.built.model, directory, companions, base, self._describe, write)
             return
-        dtype = get_dtype(self.config.parallel.precision)
-        save_model(self.built.model, directory, companions, dtype, self.config.save.format, self._describe, write)
+        save_model(
+            self.built.model,
+            directory,
+            companions,
+            get_dtype(self.config.parallel.precision),
+            self.config.save.format,
+            self._describe,
+            write,
+            self.start.tokenizer,
+            checkpoint.hf_config() if checkpoint else {},
+        )
 
     def _describe(self, directory: Path) -> None:
         """Say beside a saved model how it was trained."""

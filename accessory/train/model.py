@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from accessory.checkpoint.accessory import check_suffix
+from accessory.checkpoint.convert import Target
 from accessory.checkpoint.description import Description
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.publish import check_companions
@@ -72,6 +72,8 @@ class Start:
         self.tuning = resolve(config.tuning, self.args, config.train.seed, given)
         logical = self.tuning.logical
         self.only_trainable = bool(logical.adapters) or config.save.only_trainable
+        if not self.only_trainable:
+            Target.of_run(config.save.format, self.layout, mesh.mp.size).check(self.args)
         if self.checkpoint:
             check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
@@ -146,7 +148,6 @@ def _as_trained(args: ModelArgs, config: RunConfig) -> ModelArgs:
         args = dataclasses.replace(args, load_balancing_weight=config.train.balance_weight)
     if config.train.balance == "bias":
         args = dataclasses.replace(args, moe=dataclasses.replace(args.moe, score_bias=True))
-    check_suffix(args, config.save.format)
     return args
 
 

@@ -4,9 +4,10 @@ Every rank of those that have the same writes its own range of each tensor's byt
 """
 
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,17 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from accessory.checkpoint.accessory import file_name, rank_notes, rank_tiles, write_description
+from accessory.checkpoint.accessory import file_name, rank_notes
 from accessory.checkpoint.adapter import TENSORS, digest, lay_out_adapter, write_manifest
+from accessory.checkpoint.convert import Target, planned_files, write_description
 from accessory.checkpoint.publish import copy_companions
 from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Tile, within
+from accessory.data.tokenizer import Tokenizer
 from accessory.model.decoder import Decoder
 from accessory.model.logical import held_dtype, region_shape
 from accessory.parallel.fsdp import show_masters
 from accessory.parallel.mesh import Axis
 from accessory.parallel.watchdog import progressed
-from accessory.settings import FileFormat
+from accessory.settings import SavedFormat
 from accessory.train.saver import Save, to_host, wait_for_copies, write_now
 
 
@@ -57,11 +60,14 @@ def save_model(
     directory: Path,
     companions: dict[str, Path],
     dtype: torch.dtype,
-    suffix: FileFormat,
+    format: SavedFormat,
     describe: Callable[[Path], None] = lambda _: None,
     write: Callable[[Save], None] = write_now,
+    tokenizer: Tokenizer | None = None,
+    hf_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Save one file per model-parallel rank, in the layout the model runs in. Every rank must call this.
+    """Save a whole model: a file for each model-parallel rank in the layout it runs in, or Hugging Face's. Every rank must
+    call this.
 
     Parameters are gathered one by one, so a rank never holds more than its share and one whole parameter.
 
@@ -69,31 +75,43 @@ def save_model(
         companions: files to be copied into the directory, by the names that they get: the tokenizer.
         describe: writes what else belongs into it.
         write: what to do with it: at once, or in the background.
+        tokenizer, hf_config: see ``convert.write_description``.
     """
-    rank, size, dp = model.mesh.mp.rank, model.mesh.mp.size, model.mesh.dp
-    file, pieces = file_name(rank, size, suffix), list[Piece]()
+    mp, logical = model.mesh.mp, model.logical
+    target, hf = Target.of_run(format, model.layout, mp.size), format == "hf"
+    files = planned_files(logical, target, {name: held_dtype(name, dtype) for name in logical.shapes})
+    # what this rank writes into, and who else does: all ranks, or those that have the same part of the model
+    own = files if hf else {file: files[file] for file in [file_name(mp.rank, mp.size, target.suffix)]}
+    writers = model.mesh.world if hf else model.mesh.dp
     tiles: dict[str, list[Tile]] = defaultdict(list)
-    for tile in rank_tiles(model.logical, model.layout, rank, size, file):
+    for tile in (tile for planned in own.values() for tensor in planned.values() for tile in tensor.tiles):
         tiles[tile.name].append(tile)
-    announced = {t.key: (held_dtype(t.name, dtype), t.stored_shape()) for some in tiles.values() for t in some}
-    for name, part in gathered(model, dtype=dtype):
-        region = model.cuts[name].region(rank, size)
+    pieces: dict[str, list[Piece]] = {file: [] for file in own}
+    file_of = {key: file for file, planned in own.items() for key in planned}
+    for name, part in gathered_whole(model, dtype=dtype) if hf else gathered(model, dtype=dtype):
+        region = logical.whole(name) if hf else model.cuts[name].region(mp.rank, mp.size)
         for tile in tiles[name]:
             stored = part.new_empty(tile.stored_shape())
             tile.encoding.write(part[within(tile.region, region)], stored)
-            pieces.append(Piece.own(tile.key, stored, dp))
+            pieces[file_of[tile.key]].append(Piece.own(tile.key, stored, writers))
     wait_for_copies()
 
-    def make_file(folder: Path) -> None:
-        if dp.rank == 0:
-            lay_out(folder / file, announced, rank_notes(rank, size))
+    def make_files(folder: Path) -> None:
+        if writers.rank == 0:
+            for file, planned in own.items():
+                announced = {key: (tensor.dtype, tensor.shape) for key, tensor in planned.items()}
+                lay_out(folder / file, announced, {} if hf else rank_notes(mp.rank, mp.size))
+
+    def write_own(folder: Path) -> None:
+        for file, own_pieces in pieces.items():
+            write_pieces(folder / file, own_pieces)
 
     def finish(folder: Path, _: list[Any]) -> None:
-        write_description(folder, model.args, model.layout)
         copy_companions(companions, folder)
+        write_description(folder, target, logical, files, tokenizer, hf_config)
         describe(folder)
 
-    write(Save(directory, "the model", lambda folder: write_pieces(folder / file, pieces), finish, make_file))
+    write(Save(directory, "the model", write_own, finish, make_files))
 
 
 @torch.no_grad()
@@ -136,10 +154,12 @@ def save_trainable(
     write(Save(directory, what, write_own, finish, make_file))
 
 
-def gathered_whole(model: Decoder, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives)."""
+def gathered_whole(
+    model: Decoder, names: Collection[str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Logical tensors, each gathered over data-parallel and model-parallel ranks (collectives); see ``gathered``."""
     mp = model.mesh.mp
-    for name, part in gathered(model, names):
+    for name, part in gathered(model, names, dtype):
         dim = model.cuts[name].dim_over(mp.size)
         if dim is not None and mp.size > 1:
             parts = [torch.empty_like(part) for _ in range(mp.size)]

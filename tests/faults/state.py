@@ -7,6 +7,8 @@ SAVER, SAVE = "accessory/train/saver.py", "accessory/train/save.py"
 RANGES = "tests/test_saves.py::test_every_rank_writes_its_own_bytes"
 STATES = "accessory/checkpoint/state.py"
 STEPS = "tests/test_run_state.py::test_steps_go_on_as_if_there_had_been_no_state"
+HF = "tests/test_saves.py::test_hugging_face_files_are_those_of_convert"
+BEST = "tests/test_saves.py::test_the_best_model_stays_when_a_run_goes_on"
 KEPT = "tests/test_state.py::test_states_at_multiples_stay"
 FALLS_BACK = "tests/test_state.py::test_a_run_goes_on_from_the_newest_whole_state"
 RESUMED = "'tests/test_resume.py::test_a_killed_run_goes_on_in_another_partition[before0-after0]'"
@@ -52,6 +54,22 @@ FAULTS = (
         "Overlaid(source, state, {name for name in state.names if not is_buffer(name)})",
         "tests/test_balance.py::test_a_run_resumes_with_its_bias",
     ),
+    Fault(
+        "Hugging Face's files hold one rank's slice",
+        SAVE,
+        "gathered_whole(model, dtype=dtype) if hf",
+        "gathered(model, dtype=dtype) if hf",
+        HF,
+    ),
+    Fault("the last model is the best", LOOP, "step > 0 and loss < self.lowest", "step > 0 and loss < math.inf", BEST),
+    Fault(
+        "a run that goes on has forgotten how good its best was",
+        LOOP,
+        "lowest_validation(self.out, done.steps)",
+        "lowest_validation(self.out, 0)",
+        BEST,
+    ),
+    Fault("wandb begins another run", "accessory/train/loggers.py", "goes_on=done > 0", "goes_on=False", BEST),
     Fault(
         "training changes what is being saved",
         SAVER,
