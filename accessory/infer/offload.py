@@ -43,7 +43,7 @@ def plan_answers(
 def where_experts_are(
     given: Offload, logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int
 ) -> tuple[OffloadPlan | None, int | None]:
-    """What is ``given``, as a plan (None: all are on the device), and how many tokens the cache is to have, if that says so."""
+    """What is ``given`` as a plan (None: all are on the device), and how many tokens the cache is to have, if it says so."""
     section = OffloadSection.read(given)
     if section is None:
         return None, None
