@@ -134,14 +134,15 @@ def test_answers_are_those_of_a_model_that_has_all_its_experts(layout, name):
 
 def answers_of_ranks(layout, section):
     model = model_of(section, layout=layout, dtype=torch.float64, mesh=make_mesh(2))
-    return answer_ids(model, PROMPTS, 10, 64), [layer.count for layer in model.offloaded]
+    return answer_ids(model, PROMPTS, 10, 64), [layer.count for layer in model.offloaded], model.offloaded[1].slots.tally
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_offloads_its_own(layout):
     expected = answer_ids(model_of(None, dtype=torch.float64), PROMPTS, 10, 64)
-    for answers, counts in run_ranks(2, answers_of_ranks, layout, OffloadSection(3)):
+    for answers, counts, tally in run_ranks(2, answers_of_ranks, layout, OffloadSection(4)):
         assert answers == expected and counts == [4 if layout == "mixtral" else 8] * 2
+        assert tally.right > 0
 
 
 class Slow(records.HostStore):

@@ -74,7 +74,7 @@ class OffloadedCell(QuantisedCell):
     slots: int
 
     def settings(self) -> dict[str, str]:
-        return {"experts here": str(self.slots)} | super().settings()
+        return {"slots": str(self.slots)} | super().settings()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from faults import (
     generation,
     kernels,
     loss,
+    offload,
     optimiser,
     parallel,
     precision,
@@ -48,6 +49,7 @@ _MODULES = (
     evaluation,
     precision,
     quantised,
+    offload,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]

@@ -79,7 +79,7 @@ class OffloadedExperts:
             return self.forward(compute, rows, groups)
         kept: list[Any] = []
         x_nD, weight_n1 = _Keep.apply(kept, rows.x_nD, rows.weight_n1, *parameters[:1])
-        bare = replace(rows, x_nD=rows.x_nD[:0], weight_n1=rows.weight_n1[:0])  # what keeps no activation
+        bare = replace(rows, x_nD=x_nD.new_empty(0), weight_n1=weight_n1.new_empty(0))  # keeps no activation
         return _GroupByGroup.apply(self, compute, trained, kept, bare, groups, x_nD, weight_n1, *parameters)
 
     def forward(self, compute: Compute, rows: SortedRows, groups: Sequence[list[int]]) -> Tensor:
