@@ -125,7 +125,7 @@ def replays(steps: Sequence[Step]) -> None:
     none = sum(len(used) for step in steps for used, _ in step)
     print(f"{len(steps)} steps of {len(steps[0])} layers with {experts} experts; {none:,} uses, each moved without a cache")
     print(f"{'slots':>5}  {'':26}{'hits':>8}{'by guess':>10}{'guess right':>13}{'moved, of none':>16}")
-    for count in (2, 3, 4, 6):
+    for count in (2, 3, 4, 5, 6):
         for name, (policy, guesses) in WAYS.items():
             tally = replay(steps, count, policy, guesses)
             right = f"{tally.recall:.1%}" if tally.foretold else "-"
