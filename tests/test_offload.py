@@ -1,5 +1,6 @@
 """Experts that lie elsewhere than on the device: the same numbers, within the memory, and never a stale one."""
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import command
 from models import OPTIM, TINY, Tensors, answer_ids, check_close, evaluate, samples, weights
+from prometheus_client import generate_latest
 from ranks import run_ranks
 from slips import make_home
 
@@ -19,6 +21,7 @@ from accessory.certify.serving import Numbers
 from accessory.checkpoint.quantise import Quantising
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
+from accessory.infer.metrics import Metrics
 from accessory.infer.offload import in_pages, plan_answers
 from accessory.infer.sampling import Sampling
 from accessory.model.adapter import Adapter
@@ -272,6 +275,8 @@ def test_the_command_line(tmp_path):
     _, plain, _ = command(*words)
     codes, answer, told_beside = command(*words, "--offload", "experts=2,policy=frequency")
     assert codes == [0] and answer == plain and "2 of 4 experts" in told_beside and "guess right" in told_beside
+    engine = Engine(model_of(OffloadSection(4)), Numbers(TINY.vocab_size), max_seq_len=64)
+    assert 'accessory:offload_moved_total{layer="1"' in generate_latest(Metrics(engine, "tiny").registry).decode()
     for option, sentence in (
         ("experts=1", "a token takes 2"),
         ("device_memory=3kB", "with 2 experts of each layer"),
@@ -283,7 +288,22 @@ def test_the_command_line(tmp_path):
         assert codes != [0] and sentence in refusal and "Traceback" not in refusal, (option, refusal)
 
 
-def test_what_is_refused():
+def test_a_run_logs_what_it_brought(tmp_path):
+    home, logged = make_home(tmp_path), []
+    for out, more in (("resident", []), ("offloaded", ["model.offload.experts=2", f"model.offload.disk={home}"])):
+        words = ["tuning.lora.rank=2", f"model.checkpoint={home}/ckpt", "model.config=null", f"out={home}/{out}", *more]
+        codes, said, error = command("finetune", home / "run.yaml", *words, "data.validation=0")
+        assert codes == [0], error
+        rows = map(json.loads, (home / out / "metrics.jsonl").read_text().splitlines())
+        logged.append(next(row for row in rows if "loss" in row))
+    resident, offloaded = logged
+    assert "2 of 4 experts of each layer on the device" in said
+    assert [offloaded[name] for name in ("loss", "grad_norm")] == pytest.approx([resident[n] for n in ("loss", "grad_norm")])
+    assert offloaded["offload_moved_bytes"] > 0 and len(offloaded["layer_offload_hit_rate"]) == 2
+    assert "offload_hit_rate" not in resident
+
+
+def test_what_is_refused(monkeypatch):
     logical = LogicalModel(TINY)
     for options, sentence in (
         ({"trains": logical.shapes}, "trains, and stays on the device"),
@@ -291,4 +311,6 @@ def test_what_is_refused():
     ):
         with pytest.raises(UserError, match=sentence):
             plan_offload(OffloadSection(2), logical, EXPERT, 1, torch.float32, 0.0, **options)
-    assert in_pages(1) == in_pages(256) == 256
+    monkeypatch.setattr("accessory.model.moe.offload.plan.memory_of", lambda _: 1000)
+    with pytest.raises(UserError, match="do not fit into the"):
+        model_of(OffloadSection(2))

@@ -13,6 +13,7 @@ from accessory.config import read_bytes
 from accessory.console import in_bytes
 from accessory.errors import UserError
 from accessory.model.logical import LogicalModel, held_dtype, region_shape
+from accessory.model.memory import memory_of
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.offload.guess import Guess
@@ -105,8 +106,7 @@ def plan_offload(
                 f"offload.device_memory {section.device_memory}: with {least} experts of each layer, as many as a token "
                 f"takes, {in_bytes(needed)} are needed; name that or more, lower max_seq_len, or quantise the model"
             )
-    slots = min(slots, of)
-    total = args.n_layers * each
+    slots, total = min(slots, of), args.n_layers * each
     disk = Path(section.disk) if section.disk else None
     return OffloadPlan(slots, of, slots * total, of * total, section.policy, section.prefetch == "speculative", disk)
 
@@ -115,7 +115,15 @@ def offload_experts(model: "Decoder", plan: OffloadPlan, device: torch.device, g
     """Give a model on the meta device, whose tensors have their dtypes, its experts elsewhere; they are yet to be filled.
 
     ``guesses``: only where each layer can be asked at any time, unlike parameters that are gathered for their layer.
+
+    Raises:
+        UserError: the machine has no room for them.
     """
+    if not plan.disk and plan.host_bytes > (there := memory_of(torch.device("cpu"))):
+        raise UserError(
+            f"offload: {in_bytes(plan.host_bytes)} of experts do not fit into the {in_bytes(there)} of this machine's memory: "
+            "quantise the model, or name a directory on a disk (offload.disk)"
+        )
     lane, blocks = Lane(device), list[Any](model.layers)
     for block in blocks:
         experts = block.feed_forward.experts
