@@ -27,13 +27,14 @@ from accessory.infer.sampling import Sampling
 from accessory.model.adapter import Adapter
 from accessory.model.build import build_model
 from accessory.model.logical import LogicalModel
+from accessory.model.memory import footprint
 from accessory.model.moe.layouts import EXPERT, LAYOUTS, get_layout
 from accessory.model.moe.offload import lane, records
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import plan_offload
 from accessory.model.moe.offload.slots import Slots, groups_of, in_turn
 from accessory.parallel.mesh import ONE_RANK, make_mesh
-from accessory.settings import OffloadSection, QuantiseSection
+from accessory.settings import OffloadSection, ParallelSection, QuantiseSection
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
@@ -232,6 +233,14 @@ def test_training_brings_each_expert_twice_and_stays_within_the_memory(recompute
         assert layer.slots.tally.moved <= layer.slots.tally.used
     spared = sum(layer.record.nbytes * (layer.count - layer.slots.count) for layer in model.offloaded)
     assert peaks[1] <= peaks[0] - 0.95 * spared
+    tokens = 2 * 14  # of a micro-batch at most
+    reckoned = footprint(
+        *(logical, EXPERT, ONE_RANK, ParallelSection(recompute=recompute), torch.float64, logical.added, tokens),
+        accumulation=2,
+        device_type="cpu",
+        slot_bytes=sum(layer.on_device.nbytes for layer in model.offloaded),
+    )
+    assert peaks[1] <= reckoned.total  # with which a memory for training is compared
 
 
 def test_a_disk_holds_them_and_what_is_wrong_with_it_is_said(tmp_path, monkeypatch):
@@ -312,5 +321,5 @@ def test_what_is_refused(monkeypatch):
         with pytest.raises(UserError, match=sentence):
             plan_offload(OffloadSection(2), logical, EXPERT, 1, torch.float32, 0.0, **options)
     monkeypatch.setattr("accessory.model.moe.offload.plan.memory_of", lambda _: 1000)
-    with pytest.raises(UserError, match="do not fit into the"):
+    with pytest.raises(UserError, match="do not fit into this"):
         model_of(OffloadSection(2))

@@ -121,7 +121,7 @@ def offload_experts(model: "Decoder", plan: OffloadPlan, device: torch.device, g
     """
     if not plan.disk and plan.host_bytes > (there := memory_of(torch.device("cpu"))):
         raise UserError(
-            f"offload: {in_bytes(plan.host_bytes)} of experts do not fit into the {in_bytes(there)} of this machine's memory: "
+            f"offload: {in_bytes(plan.host_bytes)} of experts do not fit into this machine's {in_bytes(there)} of memory: "
             "quantise the model, or name a directory on a disk (offload.disk)"
         )
     lane, blocks = Lane(device), list[Any](model.layers)
