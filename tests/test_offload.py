@@ -67,7 +67,7 @@ def model_of(section, *, args=TINY, layout="mixtral", dtype=torch.float32, mesh=
 
 
 @given(
-    st.integers(2, 6),
+    st.integers(1, 6),
     st.sampled_from(["lru", "frequency"]),
     st.lists(st.tuples(st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7), max_size=3), st.booleans()), max_size=30),
 )

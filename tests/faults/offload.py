@@ -9,7 +9,7 @@ TESTS = "tests/test_offload.py::test_"
 PROPERTY = f"{TESTS}slots_never_serve_a_stale_expert_nor_give_up_one_in_use"
 ROOM = f"{TESTS}the_least_recent_or_the_least_frequent_makes_room"
 DISK = f"{TESTS}a_disk_holds_them_and_what_is_wrong_with_it_is_said"
-CERTIFY = "certify --only slots=3 layout=mixtral_sparse world=2"
+CERTIFY = "certify --quick --only slots=3 layout=mixtral_sparse"
 
 FAULTS = (
     Fault(

@@ -17,6 +17,9 @@ from accessory.parallel.watchdog import progressed
 PATIENCE_S = 120.0
 """How long an expert may take to come; a disk that hangs is told then."""
 
+GRACE_S = 10.0
+"""How long what is under way may take when nobody needs it any more."""
+
 
 class Load:
     """An expert on its way to a slot; who uses the slot has waited for it."""
@@ -64,8 +67,9 @@ class Lane:
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._loads: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._loads, self._stream), name="offload", daemon=True).start()
-        weakref.finalize(self, self._loads.put, None)
+        thread = threading.Thread(target=_work, args=(self._loads, self._stream), name="offload", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._loads, thread)
 
     def bring(self, store: ExpertStore, expert: int, slot: Tensor) -> Load:
         """Begin to; returns at once."""
@@ -73,6 +77,13 @@ class Lane:
         load = Load(store, expert, slot, before)
         self._loads.put(load)
         return load
+
+
+def _end(loads: "queue.SimpleQueue[Load | None]", thread: threading.Thread) -> None:
+    """A thread that is still at work where Python ends would take the process with it; one that hangs is not waited for."""
+    loads.put(None)
+    if thread is not threading.current_thread():
+        thread.join(GRACE_S)
 
 
 def _work(loads: "queue.SimpleQueue[Load | None]", stream: Any) -> None:
