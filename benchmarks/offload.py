@@ -5,8 +5,7 @@
 
 ``--record`` lets a model answer questions, alone and several at a time, and notes of each step and layer which experts were
 used, and which ones the guess named. A replay makes the decisions that the program makes (``accessory/model/moe/offload/
-slots.py``), and moves nothing. Seconds are computed, from bytes and what data sheets and others say of machines: no GPU was
-asked.
+slots.py``), and moves nothing. Seconds are computed, from bytes and speeds: no GPU was asked.
 """
 
 import argparse
@@ -43,7 +42,7 @@ Step = list[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Card:
-    """``memory`` bytes; ``link``: bytes a second from the host that others measure; ``read``: of its own memory, as sold."""
+    """``memory``: as a setting; ``link``: bytes a second from the host, assumed; ``read``: from its own memory, as sold."""
 
     memory: str
     link: float
