@@ -298,18 +298,16 @@ def test_the_command_line(tmp_path):
 
 
 def test_a_run_logs_what_it_brought(tmp_path):
-    home, logged = make_home(tmp_path), []
-    for out, more in (("resident", []), ("offloaded", ["model.offload.experts=2", f"model.offload.disk={home}"])):
-        words = ["tuning.lora.rank=2", f"model.checkpoint={home}/ckpt", "model.config=null", f"out={home}/{out}", *more]
-        codes, said, error = command("finetune", home / "run.yaml", *words, "data.validation=0")
-        assert codes == [0], error
-        rows = map(json.loads, (home / out / "metrics.jsonl").read_text().splitlines())
-        logged.append(next(row for row in rows if "loss" in row))
-    resident, offloaded = logged
-    assert "2 of 4 experts of each layer on the device" in said
-    assert [offloaded[name] for name in ("loss", "grad_norm")] == pytest.approx([resident[n] for n in ("loss", "grad_norm")])
-    assert offloaded["offload_moved_bytes"] > 0 and len(offloaded["layer_offload_hit_rate"]) == 2
-    assert "offload_hit_rate" not in resident
+    home = make_home(tmp_path)
+    words = ["tuning.lora.rank=2", f"model.checkpoint={home}/ckpt", "model.config=null", "data.validation=0"]
+    codes, said, error = command(
+        "finetune", home / "run.yaml", *words, "model.offload.experts=2", f"model.offload.disk={home}"
+    )
+    assert codes == [0] and "2 of 4 experts of each layer on the device" in said, error
+    rows = map(json.loads, (home / "run/metrics.jsonl").read_text().splitlines())
+    logged = next(row for row in rows if "loss" in row)
+    assert logged["offload_moved_bytes"] > 0 and 0 <= logged["offload_hit_rate"] < 1
+    assert len(logged["layer_offload_hit_rate"]) == 2
 
 
 def test_what_is_refused(monkeypatch):

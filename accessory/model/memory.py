@@ -164,6 +164,8 @@ def footprint(
         gathered = at_a_time + (narrow + wide) * trained_block
         if parallel.data_parallel != "fsdp" and accumulation > 1:
             gradients += wide * sum(trained.values())
+    # of offloaded experts backward has a group's gradients beside their sum
+    summed = 2 * narrow * trained_block if slot_bytes is not None else 0
     saved = tokens * saved_bytes(args, mesh.mp.size, compute)
     kept = args.n_layers * (tokens * args.dim * narrow if parallel.recompute else saved)
     vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
@@ -173,7 +175,7 @@ def footprint(
         gradients=gradients,
         moments=MOMENTS * masters,
         gathered=gathered,
-        activations=kept + 2 * saved + head,  # what a block computes in backward is about as much again
+        activations=kept + 2 * saved + head + summed,  # what a block computes in backward is about as much again
     )
 
 
