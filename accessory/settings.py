@@ -26,6 +26,7 @@ from accessory.errors import UserError
 LayoutName = Literal["mixtral", "mixtral_sparse", "mixtral_peft"]
 BalanceMode = Literal["document", "global", "microbatch", "hf", "bias"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
+Recompute = Literal["none", "norms_and_experts", "block"]
 FileFormat = Literal["safetensors", "pth"]
 SavedFormat = Literal["safetensors", "pth", "hf"]
 LONGEST_COLLECTIVE_S = 1800
@@ -126,12 +127,18 @@ class DataSection:
 @dataclass(frozen=True)
 class ParallelSection:
     model_parallel: Count = 1  # ranks that hold one copy of the model
-    data_parallel: DataParallel = "fsdp"  # over the other ranks: fsdp | sdp (keep gathered) | ddp (replicate)
+    # over the other ranks:
+    #   fsdp  each block's parameters are gathered for its forward and its backward, its gradients reduced in each micro-step
+    #   sdp   gathered and reduced once a step, and whole in between: with accumulation less to send, and more memory
+    #   ddp   every rank has all of them
+    data_parallel: DataParallel = "fsdp"
     # fsdp and sdp: so many neighbouring data-parallel ranks share out one copy of what a rank has, and others have copies
     # (HSDP: a node's GPUs, say, so that parameters are gathered inside the node); null: all of them, one copy
     shard_size: Count | None = None
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of forward and backward; masters are at least fp32
-    recompute: bool = True  # drop activations inside blocks, compute them again in backward
+    # what backward makes again rather than keeps: none | norms_and_experts (what costs no product of matrices; a block of
+    # Mixtral 8x7B then keeps 153 kB of each token, over 8 model-parallel ranks 34) | block (all but its input, 8 kB)
+    recompute: Recompute = "block"
     # seconds without a forward, a tensor read or written, or a record tokenised on any rank, after which the job ends;
     # at the start, seconds until all ranks must have come
     stall_timeout_s: Positive = 600

@@ -12,8 +12,9 @@ import transformers
 
 
 def start_one_process() -> None:
-    """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """A process group of one rank, of the device's own backend."""
+    own = {"backend": "nccl", "device_id": torch.device("cuda", 0)} if torch.cuda.is_available() else {"backend": "gloo"}
+    dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def pick_device() -> torch.device:

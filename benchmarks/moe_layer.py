@@ -24,7 +24,7 @@ from accessory.model.moe import MoE
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.parallel.mesh import Axis
 
-SHAPE = replace(SMALL, dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
+SMALL_SHAPE = replace(SMALL, dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8, num_experts_per_tok=2))
 
 
 class Dense(nn.Module):
@@ -41,16 +41,16 @@ class Dense(nn.Module):
 
 
 class Ours(nn.Module):
-    def __init__(self, layout: str, kernel: str):
+    def __init__(self, shape: ModelArgs, layout: str, kernel: str):
         super().__init__()
-        self.moe = MoE(SHAPE, LAYOUTS[layout], Axis(), kernel)
+        self.moe = MoE(shape, LAYOUTS[layout], Axis(), kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x[0])[0].unsqueeze(0)
 
 
-def theirs(implementation: str) -> nn.Module:
-    config = MixtralConfig(hidden_size=SHAPE.dim, intermediate_size=SHAPE.hidden_dim, num_local_experts=8)
+def theirs(shape: ModelArgs, implementation: str) -> nn.Module:
+    config = MixtralConfig(hidden_size=shape.dim, intermediate_size=shape.hidden_dim, num_local_experts=8)
     config._experts_implementation = implementation
     return MixtralSparseMoeBlock(config)
 
@@ -60,19 +60,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 4096, 8192])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 4], help="tokens of a forward alone")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--full-size", action="store_true", help="Mixtral 8x7B's widths, in bf16, by every kernel of a GPU")
     arguments = parser.parse_args()
     start_one_process()
     device = pick_device()
     print(environment())
-    for dtype in (torch.float32, torch.bfloat16):
-        models = {f"{layout} / {kernel}": Ours(layout, kernel) for layout in LAYOUTS for kernel in ("grouped", "looped")}
-        models |= {f"transformers / {name}": theirs(name) for name in ("grouped_mm", "batched_mm", "eager")}
-        models["dense (the limit)"] = Dense(SHAPE)
+    shape, dtypes, layouts = SMALL_SHAPE, [torch.float32, torch.bfloat16], list(LAYOUTS)
+    kernels, peers = ["grouped", "looped"], ["grouped_mm", "batched_mm", "eager"]
+    if arguments.full_size:
+        shape, dtypes, layouts = replace(shape, dim=4096, hidden_dim=14336), [torch.bfloat16], ["mixtral"]
+        kernels, peers = ["grouped", "triton", "looped", "megablocks"], ["grouped_mm", "eager"]
+    for dtype in dtypes:
+        models = {f"{layout} / {kernel}": Ours(shape, layout, kernel) for layout in layouts for kernel in kernels}
+        models |= {f"transformers / {name}": theirs(shape, name) for name in peers}
+        models["dense (the limit)"] = Dense(shape)
         for model in models.values():
             model.to(device, dtype)
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.02)
-        router = torch.randn(8, SHAPE.dim, device=device).mul_(0.5)
+        router = torch.randn(8, shape.dim, device=device).mul_(0.5)
         for model in models.values():
             for name, parameter in model.named_parameters():
                 if "gate.weight" in name:
@@ -83,7 +89,7 @@ def main() -> None:
         print(f"{'tokens':28s}" + "".join(f"{head:>18s}" for head in heads))
         rows: dict[str, str] = {name: f"{name:28s}" for name in models}
         for tokens, trains in sizes:
-            x = torch.randn(1, tokens, SHAPE.dim, device=device, dtype=dtype, requires_grad=True)
+            x = torch.randn(1, tokens, shape.dim, device=device, dtype=dtype, requires_grad=True)
             upstream = torch.randn_like(x)
 
             def body(model: nn.Module, x: Tensor = x, upstream: Tensor = upstream, trains: bool = trains) -> None:

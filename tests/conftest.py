@@ -9,7 +9,7 @@ import torch
 from ranks import server
 
 torch.set_num_threads(1)
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports it; processes that tests start inherit this
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it; processes that tests start inherit this
 
 
 @pytest.fixture(scope="session", autouse=True)

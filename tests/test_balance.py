@@ -251,9 +251,9 @@ def oracle(mode, accumulation, dp, width=None, args=TINY, rate=0.001):
 
 
 PARTITIONS = {  # world: (layout, model parallel, data parallel mode, accumulation, packed into rows of, recompute)
-    1: [("mixtral", 1, "fsdp", 1, None, False), ("mixtral_sparse", 1, "fsdp", 2, 28, True)],
-    2: [("mixtral", 1, "sdp", 2, None, True), ("mixtral_sparse", 2, "fsdp", 1, None, False)],
-    4: [("mixtral", 2, "fsdp", 2, None, True)],
+    1: [("mixtral", 1, "fsdp", 1, None, "none"), ("mixtral_sparse", 1, "fsdp", 2, 28, "block")],
+    2: [("mixtral", 1, "sdp", 2, None, "norms_and_experts"), ("mixtral_sparse", 2, "fsdp", 1, None, "none")],
+    4: [("mixtral", 2, "fsdp", 2, None, "block")],
 }
 
 

@@ -29,12 +29,12 @@ from accessory.train.objective import MeanOfMeans, NextToken
 
 CPU = torch.device("cpu")
 
-FULL = Cell(2, 2, "fsdp", "mixtral_sparse", 2, False, True, True, "full", "global")
+FULL = Cell(2, 2, "fsdp", "mixtral_sparse", 2, False, True, "block", "full", "global")
 EXPERTS = replace(FULL, layout="mixtral")
-LORA = replace(FULL, accumulation=1, recompute=False, tuning="lora")
-SPREAD = replace(FULL, model_parallel=1, layout="mixtral", recompute=False)
-RECOMPUTED = replace(SPREAD, data_parallel="ddp", recompute=True, balance="document")
-KEPT = replace(RECOMPUTED, recompute=False)
+LORA = replace(FULL, accumulation=1, recompute="none", tuning="lora")
+SPREAD = replace(FULL, model_parallel=1, layout="mixtral", recompute="none")
+RECOMPUTED = replace(SPREAD, data_parallel="ddp", recompute="block", balance="document")
+KEPT = replace(RECOMPUTED, recompute="none")
 SPARSE_FILES = FileCell("mixtral_sparse", 2, 2, 1, "mixtral_sparse")
 HF_FILES = FileCell("hf", 1, 2, 2, "mixtral")
 CELLS = (FULL, EXPERTS, LORA, SPREAD, RECOMPUTED, KEPT, SPARSE_FILES, HF_FILES)

@@ -176,7 +176,7 @@ def corpus(home, count=96):
 RUN = """
 model: {{config: {home}/model.json, tokenizer: {home}/tokenizer.model, layout: mixtral, labels: [bad, good, fine]}}
 data: {{mix: {home}/mix.yaml, max_seq_len: 64}}
-parallel: {{precision: fp64, recompute: false}}
+parallel: {{precision: fp64, recompute: none}}
 optim: {{lr: 2e-2, warmup_epochs: 0.1}}
 train: {{epochs: 3, batch_size: 4, accumulation: 2}}
 log: {{tensorboard: false, every: 4}}

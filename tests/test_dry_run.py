@@ -20,7 +20,9 @@ from accessory.model.documents import Documents
 from accessory.model.logical import LogicalModel
 from accessory.model.memory import saved_bytes
 from accessory.model.moe.layouts import EXPERT
+from accessory.model.recompute import run_block
 from accessory.model.rope import rotations
+from accessory.train.trace import Trace
 
 SMALL_DISK = "import shutil\nshutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**9, 10**9, 400_000)\n"
 CHECKPOINT = "model.checkpoint={home}/ckpt model.config=null model.tokenizer=null"
@@ -117,7 +119,8 @@ def test_a_plan_for_other_machines_needs_none_of_them(home, tmp_path):
 
 @pytest.mark.parametrize("shape", [{}, {"hidden_dim": 640}, {"dim": 256, "head_dim": 64}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_block_keeps_for_backward(shape, dtype):
+@pytest.mark.parametrize("recompute", ["none", "norms_and_experts"])
+def test_what_a_block_keeps_for_backward(shape, dtype, recompute):
     """Counted as autograd keeps it, of the kernel that GPUs take."""
     small = {"dim": 64, "hidden_dim": 160, "head_dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
     args = ModelArgs(**(small | shape), moe=MoEArgs(4, num_experts_per_tok=2))
@@ -125,19 +128,11 @@ def test_what_a_block_keeps_for_backward(shape, dtype):
     model = build_model(
         logical, EXPERT, RandomWeights(logical, 0), dtype=dtype, device=torch.device("cpu"), kernel="grouped"
     )
-    tokens, kept = 256, {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
+    tokens = 256
     documents = Documents.of([tokens])
     rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, dtype)
     x = torch.randn(tokens, args.dim).to(dtype).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.layers[0](x, rotation, documents, None, ONE_ADAPTER)
-    found = sum(size for size, _ in kept.values()) / tokens
-    assert saved_bytes(args, 1, dtype) == pytest.approx(found, rel=0.12)
+    with Trace() as trace:
+        given, _ = run_block(model.layers[0], (x, rotation, documents, None, ONE_ADAPTER), recompute)
+    found = (trace.live - given.nbytes + x.nbytes) / tokens
+    assert saved_bytes(args, 1, dtype, recompute) == pytest.approx(found, rel=0.16)  # attention on a CPU copies its output

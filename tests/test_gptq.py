@@ -1,8 +1,9 @@
-"""Directories of GPTQ and AWQ, by a plain reading of their formats: they load into both layouts as what they stand for, and
-what is written is what it stands for."""
+"""Directories of GPTQ, AWQ and compressed-tensors, by a plain reading of their formats: they load into both layouts as what
+they stand for, and what is written is what it stands for."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import TINY, build, evaluate, weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_expert_weights import assert_close
+from test_quantise import digest
 
 from accessory.certify import reference
 from accessory.certify.formats import huggingface_tensors, settings
@@ -23,6 +25,8 @@ from accessory.settings import QuantiseSection
 
 ARGS = replace(TINY, hidden_dim=48)
 GROUP = 8
+WRITERS = [("gptq", "hub"), ("gptq_v2", "gptqmodel"), ("awq", "hub"), ("compressed", "gptqmodel")]
+WRITERS.append(("compressed symmetric", "hub"))
 GPTQMODEL = {
     "block_sparse_moe.gate": "mlp.gate",
     "block_sparse_moe": "mlp",
@@ -41,12 +45,20 @@ def word(values, order=range(8)):
 def packed(w, version):
     """A matrix [out, in] rounded as GPTQ's files hold it: (what is stored, the numbers that it stands for)."""
     blocks = w.float().unflatten(1, (-1, GROUP))
-    scale = (blocks.abs().amax(2) / 7).half()
+    scale = (blocks.abs().amax(2) / 7).to(torch.bfloat16 if "compressed" in version else torch.float16)
     zero = torch.full(scale.shape, 8)
-    zero[::3] = 7  # as asymmetric files have them
+    if version != "compressed symmetric":
+        zero[::3] = 7
     codes = ((blocks / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).long()
     numbers = ((codes - zero[..., None]) * scale.float()[..., None]).flatten(1)
     codes, words = codes.flatten(1), range(len(w) // 8)
+    if "compressed" in version:
+        of_codes = [[word(row[k : k + 8]) for k in range(0, len(row), 8)] for row in codes]
+        parts = {"weight_packed": torch.tensor(of_codes, dtype=torch.int32), "weight_scale": scale}
+        if "symmetric" not in version:
+            of_zeros = [[word(zero[8 * n : 8 * n + 8, block]) for block in range(scale.shape[1])] for n in words]
+            parts["weight_zero_point"] = torch.tensor(of_zeros, dtype=torch.int32)
+        return parts | {"weight_shape": torch.tensor(w.shape)}, numbers
     order = (0, 2, 4, 6, 1, 3, 5, 7) if version == "awq" else range(8)
     if version == "awq":
         qweight = [[word(codes[8 * n : 8 * n + 8, k], order) for n in words] for k in range(w.shape[1])]
@@ -76,6 +88,10 @@ def write(directory, version, names):
     quantisation = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": version}
     if version == "awq":
         quantisation = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+    if "compressed" in version:
+        weights_are = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights_are, "input_activations": None}}
+        quantisation = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     config = settings(ARGS, "hf")["config.json"] | {"quantization_config": quantisation}
     (directory / "config.json").write_text(json.dumps(config))
     return numbers
@@ -88,7 +104,7 @@ def logits_of(home, layout, size):
     return [evaluate(model, range(20)) for model in models]
 
 
-@pytest.mark.parametrize(("version", "names"), [("gptq", "hub"), ("gptq_v2", "gptqmodel"), ("awq", "hub")])
+@pytest.mark.parametrize(("version", "names"), WRITERS)
 def test_a_directory_of_gptq(version, names, tmp_path):
     numbers = write(tmp_path / "gptq", version, names)
     save_file(numbers, tmp_path / "model.safetensors")
@@ -123,6 +139,29 @@ def test_what_gptq_cannot_be(tmp_path):
     save_file(tensors, tmp_path / "gptq/model.safetensors")
     with pytest.raises(UserError, match=r"experts\.2\.w2\.g_idx orders inputs"):
         Checkpoint(tmp_path / "gptq")
+
+
+def test_what_compressed_tensors_cannot_be(tmp_path):
+    write(tmp_path / "gptq", "compressed", "hub")
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    for key, value, told in (
+        ("format", "float-quantized", "'pack-quantized' is read"),
+        ("config_groups", {"group_0": {"weights": {"num_bits": 8, "type": "int", "strategy": "group"}}}, "of 4 bits"),
+    ):
+        changed = config | {"quantization_config": config["quantization_config"] | {key: value}}
+        (tmp_path / "gptq/config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=told):
+            Checkpoint(tmp_path / "gptq")
+    (tmp_path / "gptq/config.json").write_text(json.dumps(config))
+    whole, key = load_file(tmp_path / "gptq/model.safetensors"), "model.layers.1.block_sparse_moe.experts.2.w2"
+    for more, told in (
+        ({f"{key}.weight_g_idx": torch.zeros(48, dtype=torch.int32)}, r"weight_g_idx orders inputs"),
+        ({f"{key}.weight_scale": whole[f"{key}.weight_scale"] * 1e-9}, r"weight_scale holds scales that fp16"),
+    ):
+        save_file(whole | more, tmp_path / "gptq/model.safetensors")
+        with pytest.raises(UserError, match=told):
+            source = Checkpoint(tmp_path / "gptq")
+            source.read("layers.1.feed_forward.experts.w2", source.logical.whole("layers.1.feed_forward.experts.w2_codes"))
 
 
 def of_words(words, order=range(8)):
@@ -206,3 +245,29 @@ def test_what_cannot_be_written_so():
         args = replace(ARGS, hidden_dim=44 if "44" in told else 48, quantise=quantise)
         with pytest.raises(UserError, match=told):
             Target("gptq").check(args)
+
+
+MADE = Path(__file__).parent / "gptqmodel"
+"""What GPTQModel 7.7.0 made of a small Mixtral with random weights, on 32 samples of random tokens: QuantizeConfig(bits=4,
+group_size=16, desc_act=False), quantize, save. expected.json is what it says of its own directory, loaded in fp16
+(backend GPTQ_TORCH): digests of dequantize_weight() of each matrix [out, in], and the logits that follow tokens 5 to 24."""
+
+
+def logits_of_made(layout, size):
+    source = Checkpoint(MADE)
+    return evaluate(build(source.args, layout, source, mesh=make_mesh(size), dtype=torch.float64), range(5, 25))
+
+
+def test_a_directory_that_gptqmodel_made(tmp_path):
+    expected = json.loads((MADE / "expected.json").read_text())
+    convert(Checkpoint(MADE), tmp_path / "numbers", Target("hf", dtype=torch.float16))
+    numbers = {}
+    for key, tensor in all_tensors(tmp_path / "numbers").items():
+        stem = key.removesuffix(".weight")
+        for hub, theirs in GPTQMODEL.items():
+            stem = stem.replace(hub, theirs)
+        numbers[stem] = digest(tensor)
+    assert len(expected["weights"]) == 32 and expected["weights"].items() <= numbers.items()
+    for layout in LAYOUTS:
+        for logits in run_ranks(2, logits_of_made, layout, 2):
+            assert_close(logits[-1], torch.tensor(expected["logits"], dtype=torch.float64), 2e-3)

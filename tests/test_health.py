@@ -65,7 +65,7 @@ def rows_of(some, packed):
 def run_partition(layout, mp, mode, packed):
     """A window's figures over STEPS without learning, and the probe's change from the base to ``moved``."""
     mesh = mesh_for(mp, mode)
-    model = build(TINY, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute=packed)
+    model = build(TINY, layout, Tensors(weights()), mesh=mesh, mode=mode, recompute="block" if packed else "none")
     optimizer = make_optimizer(model, dataclasses.replace(OPTIM, lr=0.0))
     window = Window(NextToken())
     for batch in STEPS:

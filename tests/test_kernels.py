@@ -70,20 +70,20 @@ def small_cache(monkeypatch):
     monkeypatch.setattr(kernel_rows, "CACHE_BYTES", 200 * HIDDEN * 8)
 
 
-def run(kernel, rows, dtype, widths, frozen=(), upstream=lambda gradient: gradient):
+def run(kernel, rows, dtype, widths, frozen=(), upstream=lambda gradient: gradient, device="cpu"):
     """Output and gradients of one kernel; ``upstream``: how the gradient comes back to it."""
     generator = torch.Generator().manual_seed(0)
     experts, n, (dim, hidden) = len(rows), sum(rows), widths
     shapes = {"x": (n, dim), "w1": (experts, hidden, dim), "w2": (experts, dim, hidden), "w3": (experts, hidden, dim)}
     inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     inputs["weight"] = torch.rand(n, 1, generator=generator, dtype=torch.float64)
-    gradient = torch.randn(n, dim, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(dtype)
+    gradient = torch.randn(n, dim, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(device, dtype)
     # values that every dtype holds exactly, so that only the kernels' own arithmetic differs
-    inputs = {name: t.to(torch.bfloat16).to(dtype).requires_grad_(name not in frozen) for name, t in inputs.items()}
+    inputs = {name: t.to(torch.bfloat16).to(device, dtype).requires_grad_(name not in frozen) for name, t in inputs.items()}
     matrices = (PlainWeights(inputs[name]) for name in ("w1", "w2", "w3"))
-    out = KERNELS[kernel].swiglu(inputs["x"], *matrices, inputs["weight"], torch.tensor(rows).cumsum(0).int())
+    out = KERNELS[kernel].swiglu(inputs["x"], *matrices, inputs["weight"], torch.tensor(rows, device=device).cumsum(0).int())
     out.backward(upstream(gradient))
-    return {"y": out.detach()} | {name: t.grad for name, t in inputs.items() if name not in frozen}
+    return {"y": out.detach().cpu()} | {name: t.grad.cpu() for name, t in inputs.items() if name not in frozen}
 
 
 def assert_close(ours, expected, tolerance, what=""):

@@ -42,7 +42,7 @@ def check(ours, expected, dtype):
 def test_products(rows, dtype):
     """Tiles that end within an expert, odd widths, and rows that are taken from anywhere, and put anywhere."""
     n, wide, out = sum(rows), 37, 67
-    ends, rows = torch.tensor(rows).cumsum(0).int(), rows_of_experts(torch.tensor(rows).cumsum(0))
+    ends, rows = torch.tensor(rows).cumsum(0).int(), rows_of_experts(torch.tensor(rows).cumsum(0), sum(rows))
     w, y, tokens = (
         numbers(len(rows), out, wide, dtype=dtype),
         numbers(n, out, dtype=dtype),

@@ -48,6 +48,7 @@ PARTITIONS = {  # world size: (model parallel, data parallel mode)
     4: [(4, "fsdp"), (2, "fsdp")],
     8: [(4, "fsdp")],
 }
+RECOMPUTE = {"mixtral": "norms_and_experts", "mixtral_sparse": "block"}
 ALL_TARGETS = ("attention", "experts", "router", "embeddings", "output")
 EVERYTHING = TuningSection(lora=LoraSection(rank=3, alpha=2.0, targets=ALL_TARGETS), bias=True, train=("norms",))
 
@@ -79,7 +80,7 @@ def test_adapters_equal_one_process(world, one_process):
     assert min(norms) > OPTIM.clip_grad, "clipping must be on"
     adapters = tuning(EVERYTHING)["adapters"]
     start = weights(adapters=adapters)
-    partitions = [(layout, mp, mode, layout == "mixtral") for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
+    partitions = [(layout, mp, mode, RECOMPUTE[layout]) for mp, mode in PARTITIONS[world] for layout in LAYOUTS]
     ranks = run_ranks(world, run_all, partitions, EVERYTHING, timeout=240)
     for index, partition in enumerate(partitions):
         parts = [rank[index] for rank in ranks]
@@ -117,15 +118,19 @@ def test_dropout_does_not_depend_on_the_partition():
     section = TuningSection(lora=LoraSection(rank=3, dropout=0.4, targets=ALL_TARGETS))
     adapters = tuning(section)["adapters"]
     ((one, other),) = run_ranks(
-        1, run_dropout, [("mixtral", 1, "fsdp", 1, False), ("mixtral_sparse", 1, "fsdp", 3, True)], section
+        1, run_dropout, [("mixtral", 1, "fsdp", 1, "none"), ("mixtral_sparse", 1, "fsdp", 3, "block")], section
     )
     whole = assemble([one["weights"]], adapters=adapters)
     ((without,),) = run_ranks(
-        1, run_dropout, [("mixtral", 1, "fsdp", 1, False)], TuningSection(lora=LoraSection(rank=3, targets=ALL_TARGETS))
+        1, run_dropout, [("mixtral", 1, "fsdp", 1, "none")], TuningSection(lora=LoraSection(rank=3, targets=ALL_TARGETS))
     )
     assert without["steps"][0]["loss"] != pytest.approx(one["steps"][0]["loss"], rel=1e-6), "nothing was dropped"
     torch.testing.assert_close(without["logits"], one["logits"], rtol=0, atol=0)  # never outside of training
-    partitions = [("mixtral", 2, "fsdp", 2, True), ("mixtral_sparse", 2, "fsdp", 1, False), ("mixtral", 1, "fsdp", 2, False)]
+    partitions = [
+        ("mixtral", 2, "fsdp", 2, "block"),
+        ("mixtral_sparse", 2, "fsdp", 1, "none"),
+        ("mixtral", 1, "fsdp", 2, "norms_and_experts"),
+    ]
     ranks = run_ranks(2, run_dropout, partitions, section)
     results = [[other]] + [[rank[index] for rank in ranks] for index in range(len(partitions))]
     for parts in results:
@@ -235,7 +240,7 @@ def run_parts(partitions, sections):
 
 
 def test_parts_of_the_model_train_as_in_one_process():
-    partitions = [("mixtral", 2, "fsdp", True), ("mixtral_sparse", 1, "fsdp", False)]
+    partitions = [("mixtral", 2, "fsdp", "block"), ("mixtral_sparse", 1, "fsdp", "none")]
     ranks = run_ranks(2, run_parts, partitions, [section for section, _ in PARTS.values()], timeout=240)
     for number, (section, trains) in enumerate(PARTS.values()):
         names = {name for name in weights() if trains(name)}

@@ -21,7 +21,7 @@ from accessory.model.moe.layouts import get_layout
 from accessory.model.moe.offload.plan import plan_offload
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK, Axis, Mesh
-from accessory.settings import BalanceMode, DataParallel, OffloadSection, OptimSection
+from accessory.settings import BalanceMode, DataParallel, OffloadSection, OptimSection, Recompute
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken, Objective
 from accessory.train.optim import make_optimizer
@@ -53,7 +53,7 @@ def build(
     dtype: torch.dtype = torch.float64,
     compute: torch.dtype | None = None,
     device: torch.device = CPU,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     kernel: str = "auto",
     trains: Set[str] | None = None,
     offload: OffloadSection | None = None,

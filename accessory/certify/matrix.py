@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,9 +16,10 @@ from accessory.model.logical import check_divides
 from accessory.model.moe.kernels import KERNELS, pick_kernel
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.model.triton_here import is_interpreted
-from accessory.settings import ParallelSection, QuantiseSection
+from accessory.settings import ParallelSection, QuantiseSection, Recompute
 
 Mode = Literal["fsdp", "sdp", "ddp", "hsdp"]
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 BALANCES: tuple[Literal["global", "document"], ...] = ("global", "document")
 
 
@@ -33,7 +34,7 @@ class Cell:
     accumulation: int
     packing: bool
     masks: bool
-    recompute: bool
+    recompute: Recompute
     tuning: str  # of problem.TUNINGS
     balance: Literal["global", "document"]
 
@@ -43,7 +44,7 @@ class Cell:
             **partition(self),
             "packing": _tick(self.packing),
             "masks": _tick(self.masks),
-            "recompute": _tick(self.recompute),
+            "recompute": self.recompute,
             "tuning": self.tuning,
             "balance over": self.balance,
         }
@@ -153,7 +154,7 @@ def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
         for size in model_parallel_sizes(world)
         for mode in modes(world // size)
         for layout in LAYOUTS
-        for accumulation, packing, masks, recompute in itertools.product((3, 1), flags, flags, flags)
+        for accumulation, packing, masks, recompute in itertools.product((3, 1), flags, flags, RECOMPUTES)
         for tuning in TUNINGS
         for balance in BALANCES
     ]
@@ -222,7 +223,7 @@ def _by_turns(worlds: Sequence[int]) -> list[Cell]:
                 accumulation=3,
                 packing=bool(packing),
                 masks=False,
-                recompute=not odd,
+                recompute=RECOMPUTES[number % len(RECOMPUTES)],
                 tuning=tuning,
                 balance=BALANCES[odd],
             )
@@ -232,9 +233,8 @@ def _by_turns(worlds: Sequence[int]) -> list[Cell]:
 
 def kernel_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[KernelCell]:
     """Each of ``kernels`` trained in full in one process, and by adapters in slices of every expert."""
-    flags: dict[str, bool] = {"packing": False, "masks": False, "recompute": False}
     return [
-        KernelCell(world, world, "fsdp", layout, 1, **flags, tuning=tuning, balance="document", kernel=kernel)
+        KernelCell(world, world, "fsdp", layout, 1, False, False, "none", tuning, "document", kernel)
         for kernel in kernels
         for world, layout, tuning in ((worlds[0], "mixtral", "full"), (worlds[-1], "mixtral_sparse", "lora"))
     ]

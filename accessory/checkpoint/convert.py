@@ -25,7 +25,7 @@ from accessory.dtypes import all_finite, at_least
 from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
-from accessory.model.logical import EMBEDDING, LogicalModel, Source, check_divides, is_buffer
+from accessory.model.logical import EMBEDDING, LogicalModel, Overlaid, Source, check_divides, is_buffer
 from accessory.model.moe.layouts import LAYOUTS, Layout
 from accessory.settings import FileFormat, SavedFormat
 
@@ -79,10 +79,11 @@ class Target:
         return gptq.description(self.format, args) if self.format in gptq.WRITTEN else {}
 
 
-def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
+def convert(checkpoint: Checkpoint, destination: Path, target: Target, parts: Source | None = None) -> None:
     """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
 
     In memory there is one stored tensor at a time (at most three times its size; more while an adapter is folded in).
+    ``parts``: where those of quantised matrices come from, read in the order of layers; None: the checkpoint.
 
     Raises:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
@@ -111,7 +112,7 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target) -> None:
     notes = {file: accessory.rank_notes(rank, target.size) for rank, file in enumerate(files)} if layout else {}
     with _written_whole(destination, _nbytes(files)) as temporary:
         copy_companions(checkpoint.companions, temporary)
-        _write_files(source, temporary, files, notes)
+        _write_files(Overlaid(source, parts, logical.parts) if parts else source, temporary, files, notes)
         if logical.args.quantise and origin:
             write_origin(temporary, origin)
         write_description(temporary, target, logical, files, tokenizer, checkpoint.hf_config())

@@ -50,7 +50,8 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
     gemm = str(config.get("version", "gemm")).lower() == "gemm" and config.get("zero_point", True)
     if bits != 4 or not (method == "gptq" or (method == "awq" and gemm)):
         raise UserError(
-            f"{where}: quantization_config: {method!r} in {bits!r} bits; of such GPTQ and AWQ (gemm) in 4 are read"
+            f"{where}: quantization_config: {method!r} in {bits!r} bits; GPTQ, AWQ (gemm) and compressed-tensors in 4 "
+            "are read"
         )
     if config.get("desc_act"):
         raise UserError(
@@ -62,7 +63,7 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
     return dict.fromkeys(("experts", "attention"), f"int4-{group}")
 
 
-def as_bytes(tensors: Mapping[str, Stored], group: int, where: str) -> dict[str, Stored]:
+def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Stored]:
     """A file's tensors, those of quantised matrices as bytes.
 
     Raises:
@@ -75,7 +76,7 @@ def as_bytes(tensors: Mapping[str, Stored], group: int, where: str) -> dict[str,
             result[key] = stored
         elif suffix == "g_idx":
             blocks = stored.map()
-            if not torch.equal(blocks, torch.arange(len(blocks), dtype=blocks.dtype) // group):
+            if not torch.equal(blocks, torch.arange(len(blocks), dtype=blocks.dtype) // config["group_size"]):
                 raise UserError(f"{where}: {key} orders inputs as desc_act does: no rank's slice would have whole blocks")
         else:
             *rows, columns = stored.shape

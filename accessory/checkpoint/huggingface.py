@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint import gptq
+from accessory.checkpoint import compressed, gptq
 from accessory.checkpoint.encoding import AS_IS, Encoding
 from accessory.checkpoint.storage import Stored, index_file
 from accessory.checkpoint.tiles import Directory, Tile
@@ -71,11 +71,12 @@ class HuggingFaceDirectory(Directory):
         self.directory = directory
         tensors = {key: stored for key, stored in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
         self.fused = any(".mlp." in key for key in tensors)
-        self.gptq: dict[str, Any] | None = None
-        if any(key.endswith(".qweight") for key in tensors):
-            self.gptq = read_mapping(directory / "config.json").get("quantization_config") or {}
-            gptq.held_as(self.gptq, str(directory / "config.json"))  # refuses what cannot be read
-            tensors = gptq.as_bytes(tensors, self.gptq["group_size"], str(directory))
+        self.packing: dict[str, Any] | None = None  # the quantization_config
+        if any(key.endswith((".qweight", f".{compressed.PACKED}")) for key in tensors):
+            self.packing = read_mapping(directory / "config.json").get("quantization_config") or {}
+            held_as(self.packing, str(directory / "config.json"))  # refuses what cannot be read
+            as_bytes = compressed.as_bytes if _is_compressed(self.packing) else gptq.as_bytes
+            tensors = as_bytes(tensors, self.packing, str(directory))
         self.stored = {"": tensors}
 
     @classmethod
@@ -103,10 +104,10 @@ class HuggingFaceDirectory(Directory):
         return cls(directory, tensors)
 
     def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
-        if self.gptq is None or not logical.codecs:
+        if self.packing is None or not logical.codecs:
             yield from model_tiles(logical, self.fused)
             return
-        yield from quantised_tiles(logical, self.gptq, self.fused)
+        yield from quantised_tiles(logical, self.packing, self.fused)
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:
@@ -146,7 +147,30 @@ def quantised_tiles(logical: LogicalModel, config: Mapping[str, Any], fused: boo
     whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), fused)
     yield from (tile for tile in whole if tile.name not in logical.codecs)
     keys = {name: matrix_keys(name, logical.args, fused) for name in logical.codecs}
-    yield from gptq.part_tiles(logical, keys, config)
+    if not _is_compressed(config):
+        yield from gptq.part_tiles(logical, keys, config)
+        return
+    for name, (matrix, part) in logical.parts.items():
+        region = logical.whole(name)
+        for number, key in enumerate(keys[matrix]):
+            if len(region) == 3:
+                place = (slice(number, number + 1), *region[1:])
+                yield Tile(name, place, "", f"{key}.{part}", Encoding("e f d -> f d"))
+            else:
+                yield Tile(name, region, "", f"{key}.{part}", row_order(matrix, logical.args))
+
+
+def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """How matrices are held, as ``quantise`` says it, by a ``quantization_config``.
+
+    Raises:
+        UserError: it is of a kind that is not read.
+    """
+    return (compressed if _is_compressed(config) else gptq).held_as(config, where)
+
+
+def _is_compressed(config: Mapping[str, Any]) -> bool:
+    return config.get("quant_method") == compressed.METHOD
 
 
 def matrix_keys(name: str, args: ModelArgs, fused: bool) -> list[str]:
@@ -209,7 +233,7 @@ def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
     if CLASSIFIER in (config.get("architectures") or ()):
         values["labels"] = _labels(config, where)
     if config.get("quantization_config"):
-        values["quantise"] = gptq.held_as(config["quantization_config"], where)
+        values["quantise"] = held_as(config["quantization_config"], where)
     return values | {"head_dim": config.get("head_dim")}
 
 

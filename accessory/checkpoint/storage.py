@@ -25,7 +25,7 @@ from accessory.errors import UserError
 from accessory.files import check_file
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS_DTYPES |= {"U8": torch.uint8, "I32": torch.int32}  # of quantised matrices
+SAFETENSORS_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised matrices
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SYNC_BYTES = 2**30  # written between two waits for the disk: one wait for all of it would look like a stall
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from accessory.checkpoint.calibrate import Calibrated, calibration_batches
 from accessory.checkpoint.convert import Target, convert, export_peft
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.quantise import in_words
@@ -59,8 +60,26 @@ def run_quantise(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.sources, arguments.config, not arguments.force, quantise)
     if any(adapter.rank for adapter in checkpoint.logical.adapters.values()):
         raise UserError(f"{arguments.sources[-1]}: an adapter goes into numbers: merge it first (accessory merge)")
-    convert(checkpoint, arguments.destination, Target(arguments.to, arguments.mp))
+    target = Target(arguments.to, arguments.mp)
+    target.check(checkpoint.args)
+    convert(checkpoint, arguments.destination, target, _calibrated(checkpoint, arguments) if arguments.calibrate else None)
     print(f"wrote {arguments.destination}")
+
+
+def _calibrated(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Calibrated:
+    """The parts of the quantised ``checkpoint``, made of its original with a mix in view."""
+    original = Checkpoint(arguments.sources, arguments.config, not arguments.force)
+    if original.args.quantise:
+        raise UserError(f"{arguments.sources[0]}: is {in_words(original.args.quantise)} already: calibrate its original")
+    if original.logical.adapters:
+        raise UserError(f"{arguments.sources[0]}: has biases beside its matrices, which --calibrate leaves out of account")
+    if arguments.mp > 1:
+        raise UserError(
+            "--calibrate goes through the layers once, and writes one part: leave --mp away (what is written loads at any "
+            "size, and accessory convert cuts it into files)"
+        )
+    batches = calibration_batches(original, arguments.calibrate, arguments.tokens, arguments.seed)
+    return Calibrated(original, checkpoint.logical, batches)
 
 
 def run_merge(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def plan_answers(
     kv_heads = max(1, args.n_kv_heads // size)
     of_a_token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize  # its keys and values
     cache = (in_pages(max_seq_len) + GPU_PAGE) * of_a_token
-    step = 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype)  # of a block at work, and what it makes of that
+    step = 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype, "none")  # of a block at work, and what it makes of that
     return plan_offload(section, logical, layout, size, dtype, weights + cache + step)
 
 

@@ -18,7 +18,11 @@ from accessory.model.documents import Documents
 from accessory.model.linear import ColumnParallelLinear, RowParallelLinear
 from accessory.model.rope import rotate
 from accessory.parallel.mesh import Axis
+from accessory.parallel.planned import is_planned
 from accessory.parallel.regions import copy_to_model_parallel_region
+
+VARLEN_TAKES = inspect.signature(varlen_attn).parameters
+"""By torch's version."""
 
 
 class Attention(nn.Module):
@@ -63,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
 
     No mask over documents is ever built.
     """
-    if varlen_runs(q.device, q.dtype):
+    if is_planned() or varlen_runs(q.device, q.dtype):
         return varlen_attention(q, k, v, documents, window)
     # documents of one length that are neighbours run together; splitting, unlike slicing, has a cheap backward
     runs = [(length, len(list(same))) for length, same in groupby(documents.lengths)]
@@ -85,7 +89,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
         reason = f"has no {dtype}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"does not run on {torch.cuda.get_device_name(device)}"
-    elif paged and "block_table" not in inspect.signature(varlen_attn).parameters:
+    elif paged and "block_table" not in VARLEN_TAKES:
         reason = "reads no pages before torch 2.13"
     if reason:
         say(f"attention runs document by document: torch's variable-length kernel {reason}")
@@ -95,7 +99,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """One kernel over all documents: ``q`` [T, H, head_dim] over ``k``, ``v`` [T, H_kv, head_dim]."""
     shared_heads: dict[str, Any] = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+    if "enable_gqa" not in VARLEN_TAKES:  # torch 2.11
         shared_heads = {}
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     span = (-1 if window is None else window - 1, 0)  # keys seen before a token, and behind it; -1: all
@@ -133,6 +137,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     queries each see at most 2 x ``window`` keys under one small mask, so that cost grows with S x window.
     """
     length = q.shape[2]
+    if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
+        # flash attention has no fp32, and the memory-efficient one no shared heads: else all scores would be in memory
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
     out = []
@@ -141,6 +148,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
         distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
         mask = (distance >= 0) & (distance < window)
         keys, values = k[:, :, first:stop], v[:, :, first:stop]
-        block = F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask, enable_gqa=True)
+        block = F.scaled_dot_product_attention(
+            q[:, :, start:stop], keys, values, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1]
+        )
         out.append(block)
     return torch.cat(out, 2)

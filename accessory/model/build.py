@@ -19,6 +19,7 @@ from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.plan import OffloadPlan, offload_experts
 from accessory.parallel.mesh import ONE_RANK, Mesh
 from accessory.parallel.watchdog import progressed
+from accessory.settings import Recompute
 
 
 def build_model(
@@ -30,7 +31,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     kernel: str = "auto",
-    recompute: bool = False,
+    recompute: Recompute = "none",
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
@@ -79,7 +80,7 @@ def model_without_weights(
     mesh: Mesh,
     dtype: torch.dtype,
     kernel: str = "auto",
-    recompute: bool = False,
+    recompute: Recompute = "none",
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
 ) -> Decoder:
@@ -104,7 +105,8 @@ def fill(model: Decoder, source: Source) -> list[str]:
     for name, parameter in model.named_tensors():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for rows, box in model.holdings[name].boxes:
-            local[rows] = source.read(name, box).reshape(local[rows].shape).to(local)
+            # moved as it is stored: where it lies then is also the faster place to convert it
+            local[rows] = source.read(name, box).reshape(local[rows].shape).to(local.device)
             progressed()
         if not all_finite(local):
             damaged.append(name)

@@ -105,29 +105,45 @@ class Codec:
 
     def _encode(self, rows: Tensor) -> Parts:
         blocks = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
+        scale, zero = self.grid(blocks)
+        return self.parts(self.nearest(blocks, scale, zero).flatten(-2), scale, zero)
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale of each block [..., group], as it is kept, and the code of its zero: [..., 1] each, in fp32.
+
+        Raises:
+            ValueError: a value is NaN, or the block too wide for its scale.
+        """
         least, most = blocks.aminmax(dim=-1, keepdim=True)
         low, high = least.clamp(max=0), most.clamp(min=0)
-        if self.kind == "int4":
-            spread = (high - low) / 15
-        else:
-            spread = torch.maximum(-low, high) / (127 if self.kind == "int8" else 1)
+        spread = high - low if self.kind == "int4" else torch.maximum(-low, high)
+        spread = spread / {"nf4": 1, "int4": 15, "int8": 127}[self.kind]
         bits = spread.to(self.scale_dtype)
         bits = bits.where(bits != 0, 1.0)  # of zeros, which stay zeros
         if not bits.isfinite().all():
             raise ValueError("NaN, infinite or too large values")
-        scale, parts = bits.float(), {}
+        scale = bits.float()
+        return scale, (-low / scale).round().clamp(0, 15) if self.kind == "int4" else torch.full_like(scale, 128)
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The codes of what comes nearest to ``values``, uint8: a byte each."""
         if self.kind == "nf4":
-            codes = torch.bucketize(blocks / scale, _middles(blocks.device))
-        elif self.kind == "int8":
-            codes = (blocks / scale).round().clamp(-127, 127) + 128
-        else:
-            zeros = (-low / scale).round().clamp(0, 15)
-            codes = ((blocks / scale).round() + zeros).clamp(0, 15)
-            parts["zeros"] = zeros.to(torch.uint8).squeeze(-1)
-        codes = codes.flatten(-2).to(torch.uint8)
+            return torch.bucketize(values / scale, _middles(values.device)).to(torch.uint8)
+        least, most = (0, 15) if self.kind == "int4" else (1, 255)
+        return ((values / scale).round() + zero).clamp(least, most).to(torch.uint8)
+
+    def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """What codes, a byte each, stand for, in fp32."""
+        if self.kind == "nf4":
+            return _table(codes.device)[codes.int()] * scale
+        return (codes - zero) * scale
+
+    def parts(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Parts:
+        """Of rows [n, in] of codes, a byte each, and the grids [n, blocks, 1] that they are of."""
         if self.per_byte == 2:
             codes = codes[:, ::2] | codes[:, 1::2] << 4
-        return {"codes": codes, "scales": bits.squeeze(-1).view(torch.uint8)} | parts
+        parts = {"codes": codes, "scales": scale.to(self.scale_dtype).squeeze(-1).view(torch.uint8)}
+        return parts | ({"zeros": zero.to(torch.uint8).squeeze(-1)} if self.kind == "int4" else {})
 
     def _values(self, codes: Tensor) -> Tensor:
         """What each code stands for before scale and zero, in fp32: of [n, bytes] as many as they hold."""
@@ -167,6 +183,13 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 @functools.cache
 def _middles(device: torch.device) -> Tensor:
     """Between neighbours of NF4 [15]."""
+    table = _table(device)
     with torch.inference_mode(False):
-        table = torch.tensor(NF4, device=device)
         return (table[1:] + table[:-1]) / 2
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """NF4 [16]."""
+    with torch.inference_mode(False):
+        return torch.tensor(NF4, device=device)

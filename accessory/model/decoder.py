@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from accessory.model.adapter import Adaptable, TokenAdapters, dropout_draws
 from accessory.model.args import ModelArgs
@@ -24,8 +22,10 @@ from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
+from accessory.model.recompute import run_block
 from accessory.model.rope import rotations
 from accessory.parallel.mesh import Axis, Mesh
+from accessory.settings import Recompute
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,16 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A Mixtral-class language model or classifier, cut over the model-parallel ranks of ``mesh`` as ``layout`` says.
 
-    ``recompute`` drops the activations inside each block and computes them again in backward.
+    ``recompute``: what of each block is made again in backward.
 
     Attributes:
         logical: its tensors and adapters. cuts: what of each tensor a model-parallel rank has.
         holdings: what this rank has of each; ``build_model`` finds out, once the model is sharded.
     """
 
-    def __init__(self, logical: LogicalModel, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: bool = False):
+    def __init__(
+        self, logical: LogicalModel, layout: Layout, mesh: Mesh, kernel: str = "auto", recompute: Recompute = "none"
+    ):
         super().__init__()
         args, mp = logical.args, mesh.mp
         self.logical, self.args, self.layout, self.mesh, self.recompute = logical, args, layout, mesh, recompute
@@ -146,10 +148,7 @@ class Decoder(nn.Module):
         routings = []
         for index, layer in enumerate(self.layers):
             arguments = (x, rotation, documents, cache.layer(index) if cache else None, adapters)
-            if self.recompute and torch.is_grad_enabled():
-                x, routing = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, routing = layer(*arguments)
+            x, routing = run_block(layer, arguments, self.recompute)
             routings.append(routing)
         stats = router_stats(routings, documents)
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats

@@ -16,7 +16,7 @@ from accessory.model.logical import SCORE, LogicalModel, held_dtype
 from accessory.model.moe.layouts import Layout
 from accessory.parallel.cross_entropy import CHUNK
 from accessory.parallel.mesh import Mesh
-from accessory.settings import ParallelSection
+from accessory.settings import ParallelSection, Recompute
 
 MOMENTS = 2
 """AdamW's, of each parameter that trains, beside its gradient."""
@@ -157,6 +157,9 @@ def footprint(
         sum(n for name, n in some.items() if name.startswith("layers.0.")) for some in (computed, trained)
     )
     gathered, gradients = 0.0, masters
+    if mesh.dp_shard.size == 1:  # frozen ones are used as they lie
+        computed = {name: n for name, n in computed.items() if name in trains}
+        block = sum(n for name, n in computed.items() if name.startswith("layers.0."))
     if mesh.dp.size > 1 or narrow < wide:  # FSDP's: a block is gathered while the one before is computed
         everything = sum(computed.values())
         root = everything - args.n_layers * block
@@ -166,8 +169,8 @@ def footprint(
             gradients += wide * sum(trained.values())
     # of offloaded experts backward has a group's gradients beside their sum
     summed = 2 * narrow * trained_block if slot_bytes is not None else 0
-    saved = tokens * saved_bytes(args, mesh.mp.size, compute)
-    kept = args.n_layers * (tokens * args.dim * narrow if parallel.recompute else saved)
+    saved = tokens * saved_bytes(args, mesh.mp.size, compute, "none")
+    kept = args.n_layers * tokens * saved_bytes(args, mesh.mp.size, compute, parallel.recompute)
     vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
     head = min(tokens, CHUNK[device_type]) * vocabulary * (narrow + wide)
     return Footprint(
@@ -179,10 +182,14 @@ def footprint(
     )
 
 
-def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype) -> float:
+def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype, recompute: Recompute) -> float:
     """Bytes that one block keeps of a token for backward, if all of it trains and experts share the tokens evenly."""
+    if recompute == "block":
+        return compute.itemsize * args.dim
     queries, keys = args.n_heads * args.head_dim / model_parallel, max(1, args.n_kv_heads / model_parallel) * args.head_dim
-    around = 5 * args.dim  # what goes into either norm and comes out of it, and what attention gives
-    attention = 2 * queries + 2 * keys
-    experts = args.moe.num_experts_per_tok * (args.dim + 2 * args.hidden_dim / model_parallel)
-    return compute.itemsize * (around + attention + experts)
+    top_k = args.moe.num_experts_per_tok
+    # what goes into either norm; q, k, v and what attention gives; gate and up
+    kept = 2 * args.dim + 2 * queries + 2 * keys + top_k * 2 * args.hidden_dim / model_parallel
+    if recompute == "none":  # what the norms give, and the experts' rows of it
+        kept += 2 * args.dim + top_k * args.dim
+    return compute.itemsize * kept

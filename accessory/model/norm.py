@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
-from accessory.model.triton_here import fuses
+from accessory.model.recompute import made_again
+from accessory.model.triton_here import fused
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +19,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Normalise.apply(x, self.weight, self.eps)
+        y = _Normalise.apply(x, self.weight, self.eps)
+        return made_again(y, lambda x: rms_norm(x, self.weight, self.eps)[0], x)
 
 
 class _Normalise(torch.autograd.Function):
@@ -38,10 +40,8 @@ class _Normalise(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Of ``x`` [..., D]: the result, and 1 / rms of each row [..., 1]."""
-    if fuses(x):
-        from accessory.model import triton_norm
-
-        return triton_norm.rms_norm(x, weight, eps)
+    if passes := fused(x):
+        return passes.rms_norm(x, weight, eps)
     wide = at_least_fp32(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * weight, scale
@@ -51,10 +51,8 @@ def rms_norm_backward(
     x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, with_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of ``x`` and, if wanted, of ``weight``."""
-    if fuses(x):
-        from accessory.model import triton_norm
-
-        return triton_norm.rms_norm_backward(x, weight, scale, dy, with_weight)
+    if passes := fused(x):
+        return passes.rms_norm_backward(x, weight, scale, dy, with_weight)
     normed, dy = x * scale, dy.to(scale.dtype)
     d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if with_weight else None
     d_normed = dy * weight

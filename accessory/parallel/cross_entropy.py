@@ -10,6 +10,7 @@ from torch.distributed import ReduceOp
 
 from accessory.dtypes import at_least, at_least_fp32
 from accessory.parallel.mesh import Axis
+from accessory.parallel.planned import device_type
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Rows of logits alive at a time: on CPU few enough to stay in cache, on GPU enough to fill it."""
@@ -142,7 +143,7 @@ class _Chunk:
 def _chunks(targets: Tensor, mp: Axis, tensors: Sequence[Tensor]) -> Iterator[_Chunk]:
     """All rows, whose logits are the summed products of ``tensors``: x, W, x, W, ..."""
     (hidden, *more), (weight, *more_weights) = tensors[::2], tensors[1::2]
-    wide, size, start = at_least(hidden.dtype), CHUNK[hidden.device.type], mp.rank * len(weight)
+    wide, size, start = at_least(hidden.dtype), CHUNK[device_type(hidden)], mp.rank * len(weight)
     # one buffer for all chunks, and one in the model's dtype if that is narrower; everything happens in place
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=wide)
     narrow = buffer if hidden.dtype == wide else torch.empty_like(buffer, dtype=hidden.dtype)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,28 +22,44 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
 
     Args:
         mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" and "ddp"
-            keep them gathered in between. ("ddp" is a matter of the mesh: shards over one rank.)
+            keep them gathered until the step's last backward. ("ddp" is a matter of the mesh: shards over one rank.)
         compute: dtype of parameters and activations in forward and backward; modules that say ``needs_fp32`` get theirs in
             at least fp32. Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or
-            at least fp32. Frozen parameters are sharded too.
+            at least fp32. Frozen parameters are sharded too, if there are ranks to share them out among; FSDP would copy
+            those of a rank that has them whole, in every forward and backward, to where they are.
     """
     if mesh.dp.size == 1 and all(p.dtype == compute or not p.is_floating_point() for p in model.parameters()):
         return
+    as_they_are = _ready_to_use(model, compute) if mesh.dp_shard.size == 1 else set()
     devices = _device_mesh(mesh, device_type)
     model.data_parallel = mode  # type: ignore[assignment]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=at_least(compute), cast_forward_inputs=False)
     wide = [module for module in model.modules() if getattr(module, "needs_fp32", False)]
-    fully_shard(  # small, so gathered together and once
-        wide, mesh=devices, mp_policy=replace(policy, param_dtype=at_least(compute)), reshard_after_forward=False
-    )
+    shard = partial(fully_shard, mesh=devices, ignored_params=as_they_are)
+    # small, so gathered together and once
+    shard(wide, mp_policy=replace(policy, param_dtype=at_least(compute)), reshard_after_forward=False)
     blocks = [module for child in model.children() if isinstance(child, nn.ModuleList) for module in child]
     for block in blocks:
-        fully_shard(block, mesh=devices, mp_policy=policy, reshard_after_forward=mode == "fsdp")
-    fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
+        shard(block, mp_policy=policy, reshard_after_forward=mode == "fsdp")
+    shard(model, mp_policy=policy, reshard_after_forward=False)
+    for block, after in pairwise(blocks):  # gathered before the host waits, as in a block of whole experts it does
+        assert isinstance(block, FSDPModule) and isinstance(after, FSDPModule)
+        block.set_modules_to_forward_prefetch([after])
     for module in model.modules():  # gradients are summed: a loss is already divided by what there is on all ranks
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _ready_to_use(model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
+    """The frozen parameters that are held as they are computed with."""
+    found = set()
+    for module in model.modules():
+        used_in = at_least(compute) if getattr(module, "needs_fp32", False) else compute
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and (parameter.dtype == used_in or not parameter.is_floating_point()):
+                found.add(parameter)
+    return found
 
 
 def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
@@ -60,11 +78,13 @@ def _group_of_one() -> dist.ProcessGroup:
 def sync_gradients(model: nn.Module, last: bool) -> None:
     """Say whether the next backward, the ``last`` of a step or not, reduces gradients, or only adds them up.
 
-    "fsdp" reduces them over the shards each time, for it never holds whole gradients, and over the copies in the last; the
-    others hold them, and communicate once a step.
+    "fsdp" reduces them over the shards each time, for it never holds whole gradients, and over the copies in the last. The
+    others hold them and the gathered parameters, and communicate once a step.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or model.data_parallel == "fsdp")
+        holds_whole = model.data_parallel != "fsdp"
+        model.set_requires_gradient_sync(last or not holds_whole)
+        model.set_reshard_after_backward(last or not holds_whole)
         model.set_requires_all_reduce(last)
 
 

@@ -155,12 +155,16 @@ def join(launch: Launch, store: dist.Store) -> None:
     if "OMP_NUM_THREADS" not in os.environ or device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // launch.local_world))
-    backend = "gloo" if device.type == "cpu" else "nccl"
+    backend, own = "gloo", None
     if device.type == "cuda":
+        # blocks of every size come and go with the routing: what is left between them is used as one
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
+        backend, own = "nccl", device  # connected now, not in the middle of the first step
     wait = timedelta(seconds=LONGEST_COLLECTIVE_S)
     store.set_timeout(wait)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait, device_id=own)
 
 
 FAILURES = "accessory/failures"
@@ -239,7 +243,7 @@ def _out_of_memory(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
             f"out of memory while {doing()}{memory_note()}: lower train.batch_size or data.max_seq_len, set "
-            "parallel.recompute=true, or raise parallel.model_parallel or the number of processes"
+            "parallel.recompute=block, or raise parallel.model_parallel or the number of processes"
         )
     return None
 

@@ -96,7 +96,7 @@ def _memory(needed: Footprint, there: float | None) -> str:
     if there is not None and needed.total > there:
         raise UserError(
             f"a rank has {there / 2**30:,.2f} GiB of memory and would need {needed}: cut it over more ranks, "
-            "lower train.batch_size or data.max_seq_len, set parallel.recompute=true, or train less of it (tuning.lora)"
+            "lower train.batch_size or data.max_seq_len, set parallel.recompute=block, or train less of it (tuning.lora)"
         )
     return f"memory of a rank: {needed}" + (f"; it has {there / 2**30:,.2f} GiB" if there else "")
 

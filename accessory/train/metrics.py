@@ -9,12 +9,10 @@ import torch.distributed as dist
 
 from accessory.model.args import ModelArgs
 from accessory.parallel.mesh import Axis
+from accessory.train.cards import card_of
 from accessory.train.health import RouterHealth
 from accessory.train.objective import Objective
 from accessory.train.step import StepResult
-
-# dense bf16 peak of a card, TFLOP/s, from NVIDIA's data sheets (without sparsity)
-GPU_PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
 
 
 class Window:
@@ -68,11 +66,8 @@ class Window:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The most FLOP/s this rank could do, and where that number is from: a data sheet, or a matrix product timed here."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for card, peak in GPU_PEAK.items():
-            if card in name:
-                return peak, f"{card} data sheet"
+    if device.type == "cuda" and dtype == torch.bfloat16 and (found := card_of(torch.cuda.get_device_name(device))):
+        return found[1].flops, f"{found[0]} data sheet"
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     seconds = float("inf")

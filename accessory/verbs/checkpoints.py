@@ -2,7 +2,7 @@
 
 import argparse
 
-from accessory.config import NonNegative, Positive, Text
+from accessory.config import NonNegative, Positive, Text, WholeNumber
 from accessory.verbs.options import (
     Verbs,
     a_count,
@@ -100,11 +100,16 @@ def _quantise(verbs: Verbs) -> None:
         "rows; nf4-32 are blocks of 32. It loads into either layout at any size that leaves blocks whole, as it is. "
         "Routers, norms, embeddings and output stay whole. docs/quantisation.md says more.",
         "accessory quantise BASE DST --experts nf4 --attention nf4",
+        "accessory quantise BASE DST --experts int4 --attention int4 --calibrate MIX.yaml --to gptq",
     )
     verb.add_argument("sources", nargs="+", type=a_path, metavar="DIR", help="directory, or several: a base, then changes")
     verb.add_argument("destination", type=a_path, help="directory to write")
     verb.add_argument("--experts", type=checked(Text), metavar="NAME", help="how experts are held; default: whole")
     verb.add_argument("--attention", type=checked(Text), metavar="NAME", help="how attention is; default: whole")
+    about = "round with the samples of a data mix in view (GPTQ), so that products with them change least"
+    verb.add_argument("--calibrate", type=a_path, metavar="MIX", help=f"{about}; default: to the nearest")
+    verb.add_argument("--tokens", type=a_count, default=2**17, help="of the mix; default: %(default)s")
+    verb.add_argument("--seed", type=checked(WholeNumber), default=0, help="of their choice; default: %(default)s")
     layouts = ["mixtral", "mixtral_sparse"]
     verb.add_argument("--to", choices=[*layouts, *PACKED], default="mixtral", help="format; default: %(default)s")
     verb.add_argument("--mp", type=a_count, default=1, metavar="N", help="model-parallel parts; default: %(default)s")

@@ -47,6 +47,32 @@ def training_verbs(verbs: Verbs) -> None:
         verb.add_argument("--world", type=a_count, help="of a dry run: plan for so many processes; default: those started")
         about = "of a dry run: memory of each process's GPU; default: this machine's, unless --world is another"
         verb.add_argument("--memory", type=checked(Positive), metavar="GIB", help=about)
+    _before_a_run(verbs)
+
+
+def _before_a_run(verbs: Verbs) -> None:
+    """What says how it would go, and checks where it is to go."""
+    verb = add_verb(
+        verbs,
+        "plan",
+        function_of("accessory.train.planner", "run_plan"),
+        "how to train a model on which GPUs: what fits, what a step takes, the settings; needs no GPU",
+        "Trace the real training step of a rank, at full size on shapes alone, for every way to cut it over so many GPUs; "
+        "print what fits, the seconds of a step by estimate, and the settings of the best three. Memory and traffic are "
+        "counted, times are estimated from the card's data sheet, or from what --measure finds on this machine.",
+        "accessory plan configs/model/mixtral-8x7b.json --gpus 32 --card a100-80",
+        "accessory plan CKPT_DIR --gpus 1 --card h200 --tuning lora --rows 4",
+    )
+    verb.add_argument("model", type=a_path, help="config.json, or the directory of a checkpoint")
+    verb.add_argument("--gpus", type=a_count, default=1, help="default: %(default)s")
+    verb.add_argument("--card", help="a100-80, h100, h200, b200, rtx-4090, ...")
+    verb.add_argument("--per-node", type=a_count, default=8, help="GPUs of a node; default: %(default)s")
+    verb.add_argument(
+        "--tuning", choices=["full", "lora", "qlora"], default="full", help="what trains; default: %(default)s"
+    )
+    verb.add_argument("--seq-len", type=a_count, default=4096, help="tokens of a row; default: %(default)s")
+    verb.add_argument("--rows", type=a_count, help="rows of a step, over all GPUs; default: 128, or one for each GPU")
+    verb.add_argument("--measure", action="store_true", help="take what this machine's device reaches")
 
     verb = add_verb(
         verbs,

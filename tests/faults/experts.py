@@ -76,7 +76,7 @@ FAULTS = (
         "block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)",
         "block.unpad(torch.bmm(F.silu(g * block.pad(weight)).mul_(u), w2[e].mT), out=y)",
         KERNEL,
-        ((LOOPED, "return y.mul_(weight)", "return y"),),
+        ((LOOPED, "return y if rerun else y.mul_(weight)", "return y"),),
     ),
     Fault(
         "the gradient of w1 and w3 lacks the routing weight",
@@ -146,8 +146,8 @@ FAULTS = (
     Fault(
         "an expert's bias is added whatever the routing weight",
         FILE,
-        "bias_ne=products.bias_ne * weight_n1, ",
-        "",
+        "else products.bias_ne * weight_n1",
+        "else products.bias_ne",
         LORA,
     ),
     Fault(

@@ -83,7 +83,7 @@ FAULTS = (
         EXPERTS,
         "        ctx.experts, ctx.compute, ctx.trained",
         "        ctx.save_for_backward(x_nD)\n        ctx.experts, ctx.compute, ctx.trained",
-        f"{TESTS}training_brings_each_expert_twice_and_stays_within_the_memory[True]",
+        f"{TESTS}training_brings_each_expert_twice_and_stays_within_the_memory[block]",
     ),
     Fault(
         "what a step makes is not reckoned with",

@@ -39,6 +39,27 @@ FAULTS = (
         ),
     ),
     Fault(
+        "sdp gathers the parameters again in each micro-step",
+        FSDP_FILE,
+        "model.set_reshard_after_backward(last or not holds_whole)",
+        "model.set_reshard_after_backward(True)",
+        "tests/test_plan.py::test_promises_at_full_size",
+    ),
+    Fault(
+        "sdp reduces gradients in each micro-step",
+        FSDP_FILE,
+        "model.set_requires_gradient_sync(last or not holds_whole)",
+        "model.set_requires_gradient_sync(True)",
+        "tests/test_plan.py::test_promises_at_full_size",
+    ),
+    Fault(
+        "gathered parameters stay for the next step",
+        FSDP_FILE,
+        "model.set_reshard_after_backward(last or not holds_whole)",
+        "model.set_reshard_after_backward(not holds_whole)",
+        "certify --only world=2 dp=sdp",
+    ),
+    Fault(
         "the partial gradient of attention's input is not summed",
         "accessory/model/attention.py",
         "        x = copy_to_model_parallel_region(x, self.mp)\n",

@@ -13,6 +13,10 @@ FILES, BEHIND = (
     f"{TESTS}files_load_into_any_partition_without_being_quantised_again",
     f"{TESTS}adapters_stand_behind_their_base_however_it_is_held",
 )
+ROUNDING, CALIBRATE = "accessory/model/rounding.py", "accessory/checkpoint/calibrate.py"
+GPTQS_CODES, CALIBRATED = (
+    f"tests/test_calibrate.py::test_{name}" for name in ("codes_are_those_of_the_definition", "the_command")
+)
 FSDP = "certify --only tuning=qlora world=2 dp=fsdp"
 CUT = "certify --only tuning=qlora world=2 mp=2 layout=mixtral_sparse experts=nf4-2"
 ROWS = "certify --only tuning=qlora world=2 mp=2 layout=mixtral_sparse experts=int8"
@@ -45,8 +49,8 @@ FAULTS = (
     Fault(
         "codes are chosen by another scale than the one that is kept",
         CODECS,
-        "scale, parts = bits.float(), {}",
-        "scale, parts = spread.where(spread != 0, 1.0), {}",
+        "scale = bits.float()",
+        "scale = spread.where(spread != 0, 1.0)",
         DEFINITION,
     ),
     Fault(
@@ -134,6 +138,13 @@ FAULTS = (
         f"{TESTS_GPTQ}[gptq_v2-gptqmodel]",
     ),
     Fault(
+        "compressed-tensors' zeros are taken from the highest bits on",
+        "accessory/checkpoint/compressed.py",
+        "return (words.unsqueeze(1) >> places & 15).byte().flatten(0, 1)",
+        "return (words.unsqueeze(1) >> places.flip(0) & 15).byte().flatten(0, 1)",
+        f"{TESTS_GPTQ}[compressed-gptqmodel]",
+    ),
+    Fault(
         "zeros are written as of version 2, and called version 1's",
         GPTQ,
         '"checkpoint_format": "gptq_v2"',
@@ -160,5 +171,61 @@ FAULTS = (
         "if args.quantise and (packed :=",
         "if None and (packed :=",
         f"{TESTS}what_is_quantised_does_not_train",
+    ),
+    Fault(
+        "what an input loses is made up for as if all inputs came alike",
+        ROUNDING,
+        "/ inside[n, n]",
+        "",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "what a block loses is not made up for by those behind it",
+        ROUNDING,
+        "left[stop:] -= ",
+        "left[stop:] + ",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block's grid is that of its values before they make up for others",
+        ROUNDING,
+        "_best_grid(codec, left[start : start + group].T.contiguous(), weight)",
+        "_best_grid(codec, matrix[:, start : start + group], weight)",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block's grid is chosen as if all its inputs counted alike",
+        ROUNDING,
+        "(errors**2 * weight)",
+        "(errors**2)",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "every expert is rounded for the rows of all",
+        CALIBRATE,
+        "yield from rows.x_nD.split(_counts(rows))",
+        "yield from [rows.x_nD] * len(rows.ends_e)",
+        CALIBRATED,
+    ),
+    Fault(
+        "w2 is rounded for rows without their routing weights",
+        CALIBRATE,
+        "F.linear(x, w3[e]), weight)",
+        "F.linear(x, w3[e]), weight.new_ones(weight.shape))",
+        CALIBRATED,
+    ),
+    Fault(
+        "a matrix is rounded for rows that come through whole ones before it",
+        CALIBRATE,
+        "            matrix.copy_(codec.decode(parts, matrix.dtype))\n",
+        "",
+        CALIBRATED,
+    ),
+    Fault(
+        "an expert that few rows come to is rounded for them",
+        CALIBRATE,
+        "if count < LEAST_ROWS else encode_for_rows",
+        "if not count else encode_for_rows",
+        CALIBRATED,
     ),
 )

@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "the bias of w2 counts whole for each expert",
         EXPERTS,
-        "weight_n1, bias_share=weight_n1)",
-        "weight_n1)",
+        "weighted_ne, bias_share=weight_n1)",
+        "weighted_ne)",
         SEVERAL,
     ),
     Fault(

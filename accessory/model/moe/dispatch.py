@@ -9,7 +9,9 @@ from torch import Tensor
 
 from accessory.model.adapter import TokenAdapters
 from accessory.model.moe.router import Routing
+from accessory.model.recompute import decided, made_again
 from accessory.parallel.mesh import Axis
+from accessory.parallel.planned import borders_on_host
 from accessory.parallel.regions import copy_to_model_parallel_region, reduce_from_model_parallel_region
 
 
@@ -48,7 +50,7 @@ class Replicated:
         self.local_experts, self.num_experts, self.mp = local_experts, num_experts, mp
 
     def dispatch(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
-        plan = make_plan(routing.experts, self.local_experts, self.num_experts)
+        plan = decided(lambda: make_plan(routing.experts, self.local_experts, self.num_experts))
         x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD, self.mp), plan)
         weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype), self.mp)
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
@@ -78,7 +80,8 @@ def make_plan(experts_TK: Tensor, local: range, num_experts: int) -> DispatchPla
     ends = (expert_N.unsqueeze(1) == torch.arange(num_experts, device=order.device)).sum(0).cumsum(0)
     if len(local) < num_experts:
         # the number of local rows depends on the routing, so its shape must come to the host
-        start, stop = F.pad(ends, (1, 0))[[local.start, local.stop]].tolist()
+        borders = [0, *borders_on_host(ends, len(order))]
+        start, stop = borders[local.start], borders[local.stop]
         order, place, ends = order[start:stop], place - start, ends[local.start : local.stop] - start
         place = torch.where((place >= 0) & (place < stop - start), place, stop - start)
     return DispatchPlan(order // top_k, order, place.view_as(experts_TK), ends.int())
@@ -122,7 +125,7 @@ def _sum_choices(y_nD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def rows_of_tokens(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Copy each token's activation to its local rows: [T, D] -> [n, D]."""
-    return _RowsOfTokens.apply(x_TD, plan)
+    return made_again(_RowsOfTokens.apply(x_TD, plan), lambda x_TD: x_TD.index_select(0, plan.token_n), x_TD)
 
 
 def tokens_of_rows(y_nD: Tensor, plan: DispatchPlan) -> Tensor:

@@ -19,12 +19,13 @@ from accessory.model.adapter import (
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
-from accessory.model.moe.kernels.swiglu import weighted_swiglu
+from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights, hold_quantised
+from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 
@@ -100,22 +101,27 @@ class GroupedExperts(nn.Module):
         kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
-        products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD))
-        h_nF = weighted_swiglu(self._project("w1", x_nD, products), self._project("w3", x_nD, products), weight_n1)
-        return self._project("w2", h_nF, replace(products, bias_ne=products.bias_ne * weight_n1, bias_share=weight_n1))
+        has_bias = any(adapter.bias for adapter in self.adapters.values())
+        products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD) if has_bias else None)
+        gate_nF, up_nF = (self._project(matrix, x_nD, products) for matrix in ("w1", "w3"))
+        h_nF = made_again(weighted_swiglu(gate_nF, up_nF, weight_n1), swiglu, gate_nF, up_nF, weight_n1)
+        weighted_ne = None if products.bias_ne is None else products.bias_ne * weight_n1
+        return self._project("w2", h_nF, replace(products, bias_ne=weighted_ne, bias_share=weight_n1))
 
     def _project(self, matrix: str, x: Tensor, rows: "_Products") -> Tensor:
         """``W x + scaling * B A x + bias`` of each row's expert."""
-        y = rows.matmul(x, self.expert_weights(matrix, x.dtype), rows.ends_e)
-        adapter = self.adapters.get(matrix, Adapter())
+        adapter, added = self.adapters.get(matrix, Adapter()), None
         if rows.adapters.reach(adapter):
             first_column = self.mp.rank * x.shape[1] if self.cut_dims[matrix] == 2 else 0
-            x = dropped(x, adapter, rows.adapters.dropout_draw, first_column)
-            low_nR = rows.matmul(x, self.expert_weights(name_of_a(matrix, adapter), x.dtype), rows.ends_e)
+            kept = dropped(x, adapter, rows.adapters.dropout_draw, first_column)
+            low_nR = rows.matmul(kept, self.expert_weights(name_of_a(matrix, adapter), x.dtype), rows.ends_e)
             share = rows.bias_share / self.mp.size if f"{matrix}_lora_b" in self.whole else rows.bias_share
             low_nR = scaled(low_nR, adapter, rows.adapters, share)
-            y += rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b", x.dtype), rows.ends_e)
-        if adapter.bias:
+            added = rows.matmul(low_nR, self.expert_weights(f"{matrix}_lora_b", x.dtype), rows.ends_e)
+        y = rows.matmul(x, self.expert_weights(matrix, x.dtype), rows.ends_e)  # last: a block that runs again ends before it
+        if added is not None:
+            y += added
+        if rows.bias_ne is not None and adapter.bias:
             bias = self._stack(f"{matrix}_bias")
             if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
                 bias = bias / self.mp.size
@@ -148,7 +154,7 @@ class _Products:
     matmul: ExpertMatmul
     ends_e: Tensor
     adapters: TokenAdapters  # of each row's token
-    bias_ne: Tensor  # how much of each expert's bias a row gets
+    bias_ne: Tensor | None  # how much of each expert's bias a row gets; None: there are none
     bias_share: Tensor | float = 1.0  # the same of its own expert's alone, a number or [n, 1]
 
 

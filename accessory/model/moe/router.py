@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, TokenAdapters, dropped, scaled
 from accessory.model.documents import Documents
+from accessory.model.recompute import decided
 
 
 class Routing(NamedTuple):
@@ -85,7 +86,7 @@ class Router(Adaptable):
             logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))
         probs = logits.softmax(-1)
         scores = probs if self.score_bias is None else probs + self.score_bias
-        experts = scores.topk(self.top_k, dim=-1).indices
+        experts = decided(lambda: scores.detach().topk(self.top_k, dim=-1).indices)
         weights = probs.gather(-1, experts)
         return Routing(logits, probs, weights / weights.sum(-1, keepdim=True), experts)
 

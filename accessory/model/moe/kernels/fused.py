@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accessory.model.moe.weights import ExpertWeights
+from accessory.model.recompute import is_rerun
 
 
 class SwiGLUBackward(Protocol):
@@ -76,6 +77,8 @@ class _FusedSwiGLU(torch.autograd.Function):
         gate, up = (operations.times(x, w[:], row_ends) for w in (w1, w3))
         needs_x = w1.trained is not None or w3.trained is not None
         ctx.save_for_backward(x if needs_x else None, weight, row_ends, gate, up, *trained)
+        if is_rerun():
+            return torch.empty_like(x)
         return operations.times(operations.swiglu(gate, up, weight), w2[:], row_ends)
 
     @staticmethod
@@ -98,13 +101,13 @@ class _FusedMatmul(torch.autograd.Function):
     def forward(
         ctx: Any, operations: Operations, x: Tensor, row_ends: Tensor, w: ExpertWeights, trained: Tensor | None
     ) -> Tensor:
-        ctx.operations, ctx.w = operations, w
-        ctx.save_for_backward(None if trained is None else x, row_ends, trained if ctx.needs_input_grad[1] else None)
+        ctx.operations, ctx.w, ctx.row_ends = operations, w, row_ends
+        ctx.save_for_backward(None if trained is None else x, trained if ctx.needs_input_grad[1] else None)
         return operations.times(x, w[:], row_ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, row_ends, _ = ctx.saved_tensors
-        dy = dy.contiguous()
+        x, _ = ctx.saved_tensors
+        dy, row_ends = dy.contiguous(), ctx.row_ends
         dx = ctx.operations.times_transposed(dy, ctx.w[:], row_ends) if ctx.needs_input_grad[1] else None
         return None, dx, None, None, None if x is None else ctx.operations.outer(dy, x, row_ends)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accessory.model.moe.kernels.rows import rows_in_cache, rows_of_experts
 from accessory.model.moe.weights import ExpertWeights
+from accessory.model.recompute import is_rerun
 
 MEMORY_BOUND_ROWS = 64
 """Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
@@ -60,12 +61,12 @@ class _Block:
         return padded[self.padded_rows].view(len(self.row_counts), max(self.row_counts), padded.shape[1])
 
 
-def _blocks(row_ends: Tensor, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
-    """All experts with rows, in blocks of as many as ``matrices`` are to be asked for at once, and of up to ``max_rows``
-    padded rows, where those of one expert are not more already."""
+def _blocks(row_ends: Tensor, total: int, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
+    """All experts with some of the ``total`` rows, in blocks of as many as ``matrices`` are to be asked for at once, and of
+    up to ``max_rows`` padded rows, where those of one expert are not more already."""
     at_once = min(w.at_once for w in matrices)
     blocks: list[_Block] = []
-    for expert, rows in enumerate(rows_of_experts(row_ends)):
+    for expert, rows in enumerate(rows_of_experts(row_ends, total)):
         if rows.start == rows.stop:
             continue
         is_neighbour = blocks and blocks[-1].experts.stop == expert and len(blocks[-1].row_counts) < at_once
@@ -123,8 +124,9 @@ class _LoopedSwiGLU(torch.autograd.Function):
         """``trained``: of each of the ``matrices``, for autograd to see."""
         w1, w2, w3 = ctx.matrices = matrices
         hidden_dim = w1.shape[1]
-        ctx.blocks = _blocks(row_ends, rows_in_cache(x, hidden_dim), w1, w2, w3)
-        _prefetch(ctx.blocks, w1, w3, w2)
+        ctx.blocks = _blocks(row_ends, len(x), rows_in_cache(x, hidden_dim), w1, w2, w3)
+        rerun = is_rerun()
+        _prefetch(ctx.blocks, w1, w3, *(() if rerun else (w2,)))
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
         gate, up = x.new_empty(padded, hidden_dim), x.new_empty(padded, hidden_dim)
         y = torch.empty_like(x)
@@ -132,11 +134,12 @@ class _LoopedSwiGLU(torch.autograd.Function):
             x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), block.experts
             torch.bmm(x_b, w1[e].mT, out=g)
             torch.bmm(x_b, w3[e].mT, out=u)
-            block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
+            if not rerun:
+                block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
         needs_x = w1.trained is not None or w3.trained is not None
         # what trains is kept only for autograd to see that nobody changes it before backward
         ctx.save_for_backward(x if needs_x else None, weight, gate, up, *trained)
-        return y.mul_(weight)
+        return y if rerun else y.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,7 +171,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_ends: Tensor, w: ExpertWeights, trained: Tensor | None) -> Tensor:
-        ctx.w, ctx.blocks = w, _blocks(row_ends, rows_in_cache(x, max(w.shape[1:])), w)
+        ctx.w, ctx.blocks = w, _blocks(row_ends, len(x), rows_in_cache(x, max(w.shape[1:])), w)
         _prefetch(ctx.blocks, w)
         y = x.new_empty(len(x), w.shape[1])
         for block in ctx.blocks:

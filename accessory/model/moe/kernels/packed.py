@@ -13,7 +13,7 @@ def packed_swiglu(
     x: Tensor, w1: ExpertWeights, w2: ExpertWeights, w3: ExpertWeights, weight: Tensor, row_ends: Tensor
 ) -> Tensor:
     y = torch.empty_like(x)
-    for expert, rows in enumerate(rows_of_experts(row_ends)):
+    for expert, rows in enumerate(rows_of_experts(row_ends, len(x))):
         if rows.start < rows.stop:
             gate, up = (product(x[rows], _matrix(w, expert)) for w in (w1, w3))
             torch.mul(product(F.silu(gate, inplace=True).mul_(up), _matrix(w2, expert)), weight[rows], out=y[rows])
@@ -22,7 +22,7 @@ def packed_swiglu(
 
 def packed_matmul(x: Tensor, w: ExpertWeights, row_ends: Tensor) -> Tensor:
     y = x.new_empty(len(x), w.shape[1])
-    for expert, rows in enumerate(rows_of_experts(row_ends)):
+    for expert, rows in enumerate(rows_of_experts(row_ends, len(x))):
         if rows.start < rows.stop:
             y[rows] = product(x[rows], _matrix(w, expert))
     return y

@@ -4,13 +4,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from accessory.parallel.planned import borders_on_host
+
 CACHE_BYTES = 2**22
 """Size of one intermediate value [rows, F] that still stays in cache through several passes over it."""
 
 
-def rows_of_experts(row_ends: Tensor) -> list[slice]:
-    """The rows of each expert; waits for ``row_ends`` on the host."""
-    return [slice(start, stop) for start, stop in pairwise([0, *row_ends.tolist()])]
+def rows_of_experts(row_ends: Tensor, rows: int) -> list[slice]:
+    """The rows of each expert, of so many; waits for ``row_ends`` on the host."""
+    return [slice(start, stop) for start, stop in pairwise([0, *borders_on_host(row_ends, rows)])]
 
 
 def rows_in_cache(x: Tensor, width: int) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.model.moe.kernels.rows import rows_in_cache
-from accessory.model.triton_here import fuses
+from accessory.model.triton_here import fused
 
 
 def weighted_swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -31,10 +31,8 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """``gate``, ``up`` [n, F] and ``weight`` [n, 1] -> [n, F]."""
-    if fuses(gate):
-        from accessory.model.moe.kernels import triton_swiglu
-
-        return triton_swiglu.swiglu(gate, up, weight)
+    if passes := fused(gate):
+        return passes.swiglu(gate, up, weight)
     h = torch.empty_like(gate)
     for rows in _in_cache(gate):
         torch.mul(F.silu(gate[rows]), up[rows], out=h[rows]).mul_(weight[rows])
@@ -45,10 +43,8 @@ def swiglu_backward(
     gate: Tensor, up: Tensor, weight: Tensor, dh: Tensor, with_h: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of ``gate``, ``up`` and ``weight`` from that of the result, and the result again if wanted."""
-    if fuses(gate):
-        from accessory.model.moe.kernels import triton_swiglu
-
-        return triton_swiglu.swiglu_backward(gate, up, weight, dh, with_h)
+    if passes := fused(gate):
+        return passes.swiglu_backward(gate, up, weight, dh, with_h)
     d_gate, d_up, d_weight = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(weight)
     for rows in _in_cache(gate):
         ds = dh[rows] * F.silu(gate[rows])

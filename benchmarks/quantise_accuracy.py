@@ -1,0 +1,241 @@
+"""What quantising costs: rounding to the nearest next to rounding with a mix in view, routers kept and quantised.
+
+    make quickstart     # or any trained model, and a mix that marks what is held out
+    python benchmarks/quantise_accuracy.py runs/quickstart/model/epoch5 runs/quickstart/data/first.yaml
+    python benchmarks/quantise_accuracy.py MIXTRAL-8x7B MIX.yaml --precision bf16 --layers 0 15 31
+
+Experts and attention are quantised. On what the mix holds out: KL of the whole model's next-token distribution to the
+quantised one's, in nats, and its perplexity, both over the tokens that are trained; the share of tokens, over all layers,
+that other experts are chosen for; and how far the outputs of each matrix, each expert's by itself, are from its own,
+relative to them (the rows are those of the whole model). The mix in view are samples of its training part, drawn anew
+for each of several seeds. The verdicts at the end are those of docs/quantisation.md.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import environment, pick_device
+from torch import Tensor
+
+from accessory.checkpoint.calibrate import LEAST_ROWS, STAGES, Calibrated, calibration_batches
+from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.quantise import Dequantised, Quantising
+from accessory.data.loader import Batch, BatchPlan
+from accessory.data.mix import load_mix
+from accessory.data.packing import Rows
+from accessory.data.tokenizer import Tokenizer
+from accessory.dtypes import get_dtype
+from accessory.model.build import build_model
+from accessory.model.codecs import get_codec
+from accessory.model.decoder import Decoder
+from accessory.model.head import Logits
+from accessory.model.logical import LogicalModel, Overlaid, Region, Source, whole_region
+from accessory.model.moe.layouts import EXPERT
+from accessory.settings import QuantiseSection
+
+Grams = dict[str, list[tuple[Tensor, int]]]
+"""Of each matrix, and of each expert's: x.T @ x of the rows x that come to it, and how many they are."""
+
+
+class Held:
+    """Tensors in memory, as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+
+    def read(self, name: str, region: Region) -> Tensor:
+        return self.tensors[name][region]
+
+
+class RoundedRouters:
+    """A source whose routers are rounded to the nearest, as ``codec`` rounds."""
+
+    def __init__(self, source: Source, codec: str):
+        self.source, self.codec = source, get_codec(codec)
+
+    def read(self, name: str, region: Region) -> Tensor:
+        value = self.source.read(name, region)
+        return self.codec.decode(self.codec.encode(value), torch.float32) if name.endswith("gate.weight") else value
+
+
+@dataclass
+class Told:
+    """What a model says of held-out tokens: [n, V] log-probabilities, and each layer's experts [L, T, K]."""
+
+    log_probs: Tensor
+    targets: Tensor
+    experts: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        return self.log_probs.gather(1, self.targets[:, None]).mean().neg().exp().item()
+
+    def kl(self, other: "Told") -> float:
+        return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(1).mean().item()
+
+    def rerouted(self, other: "Told") -> float:
+        return (self.experts != other.experts).any(-1).float().mean().item()
+
+
+def held_out(checkpoint: Checkpoint, mix: Path, tokens: int) -> list[Batch]:
+    data = load_mix(mix, Tokenizer(checkpoint.tokenizer), 2048, seed=0)
+    lengths = data.validation.lengths
+    order = np.random.default_rng(0).permutation(len(lengths))
+    order = order[: int(lengths[order].cumsum().searchsorted(tokens)) + 1]
+    rows = Rows.packed(order, lengths, max(4096, int(lengths.max())))
+    return [batch for (batch,) in BatchPlan(1, 1, 0, 1).epoch(data.validation, rows)]
+
+
+@torch.no_grad()
+def ask(model: Decoder, batches: list[Batch]) -> Told:
+    experts: list[list[Tensor]] = [[] for _ in model.layers]
+    log_probs, targets = [], []
+    hooks = [
+        layer.feed_forward.gate.register_forward_hook(
+            lambda _, __, routing, seen=seen: seen.append(routing.experts.sort(-1).values.cpu())
+        )
+        for layer, seen in zip(model.layers, experts, strict=True)
+    ]
+    for batch in batches:
+        batch = batch.to(model.norm.weight.device)
+        log_probs.append(model(batch.inputs(), Logits(batch.targets.rows))[0].log_softmax(-1).cpu())
+        targets.append(batch.targets.ids.cpu())
+    for hook in hooks:
+        hook.remove()
+    return Told(torch.cat(log_probs), torch.cat(targets), torch.stack([torch.cat(seen) for seen in experts]))
+
+
+@torch.no_grad()
+def grams_of(model: Decoder, batches: list[Batch], layers: list[int]) -> Grams:
+    grams: Grams = {}
+    hooks = []
+    for n in layers:
+        for layer, rows_of, names in STAGES:
+
+            def note(module, arguments, rows_of=rows_of, names=names, n=n):
+                for e, x in enumerate(rows_of(module, arguments[0])):
+                    x = x.float()
+                    for name in names:
+                        of_matrix = grams.setdefault(f"layers.{n}.{name}", [])
+                        gram, count = of_matrix[e] if e < len(of_matrix) else (0, 0)
+                        of_matrix[e : e + 1] = [(gram + x.T @ x, count + len(x))]
+
+            hooks.append(model.layers[n].get_submodule(layer).register_forward_pre_hook(note))
+    ask(model, batches)
+    for hook in hooks:
+        hook.remove()
+    return grams
+
+
+def errors(original: Source, numbers: Source, grams: Grams, logical: LogicalModel) -> Iterator[tuple[str, float]]:
+    """Of each matrix, each expert's, in order: how far its products are off, relative to them."""
+    for name, of_experts in grams.items():
+        region = whole_region(logical.dense[name])
+        w, rounded = (source.read(name, region).float().to(of_experts[0][0].device) for source in (original, numbers))
+        matrices, lost = (stack.reshape(len(of_experts), -1, w.shape[-1]) for stack in (w, rounded - w))
+        for matrix, off, (gram, _) in zip(matrices, lost, of_experts, strict=True):
+            squares = [(m @ gram * m).sum() for m in (off, matrix)]
+            yield name, float((squares[0] / squares[1].clamp(min=1e-30)).clamp(min=0).sqrt())
+
+
+class Study:
+    """One model, and what is held out for it."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.device = arguments, pick_device()
+        self.original = Checkpoint(arguments.model)
+        self.args = self.original.args
+        self.batches = held_out(self.original, arguments.mix, arguments.tokens)
+        base = self.build(self.original)
+        self.base = ask(base, self.batches)
+        layers = arguments.layers or list(range(self.args.n_layers))
+        self.grams = grams_of(base, self.batches, layers)
+        self.rows = [count for of_experts in self.grams.values() for _, count in of_experts]
+
+    def build(self, source: Source) -> Decoder:
+        logical = LogicalModel(replace(self.args, quantise=None))
+        dtype = get_dtype(self.arguments.precision)
+        return build_model(logical, EXPERT, source, dtype=dtype, device=self.device, trains=frozenset())
+
+    def quantised(self, codec: str, draw: int | None) -> Source:
+        """The numbers that the matrices stand for: rounded to the nearest, or with a draw of the mix in view."""
+        logical = LogicalModel(replace(self.args, quantise=QuantiseSection(codec, codec)))
+        if draw is None:
+            return Dequantised(Quantising(self.original, logical), logical)
+        batches = calibration_batches(self.original, self.arguments.mix, self.arguments.tokens, draw)
+        made = Calibrated(self.original, logical, batches)
+        parts = Held({name: made.read(name, logical.whole(name)) for name in logical.parts})
+        return Dequantised(Overlaid(self.original, parts, logical.parts), logical)
+
+    def measure(self, numbers: Source) -> tuple[float, float, float]:
+        """KL, perplexity, share of the tokens that meet other experts."""
+        told = ask(self.build(numbers), self.batches)
+        return self.base.kl(told), told.perplexity, self.base.rerouted(told)
+
+
+def spread(values: list[float], form: str) -> str:
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if len(values) == 1 else f"{low} .. {high}"
+
+
+def compare(study: Study, codec: str, draws: int) -> dict[str, bool]:
+    """Print a table of one codec; what the protocol asks of it."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    off: dict[str, list[list[float]]] = {"nearest": [], "calibrated": []}
+    kinds: list[str] = []
+    for how, seeds in (("nearest", [None]), ("calibrated", list(range(draws)))):
+        for seed in seeds:
+            numbers = study.quantised(codec, seed)
+            found.setdefault(f"{how}, routers kept", []).append(study.measure(numbers))
+            found.setdefault(f"{how}, routers quantised", []).append(study.measure(RoundedRouters(numbers, codec)))
+            measured = list(errors(study.original, numbers, study.grams, LogicalModel(study.args)))
+            kinds = [name.removesuffix(".weight").rpartition(".")[2] for name, _ in measured]
+            off[how].append([error for _, error in measured])
+    print(f"\n{codec:30s}{'KL, nats':>20s}{'perplexity':>20s}{'other experts, %':>20s}")
+    for name, values in found.items():
+        kl, perplexity, rerouted = (list(column) for column in zip(*values, strict=True))
+        cells = spread(kl, ".5f"), spread(perplexity, ".3f"), spread([100 * share for share in rerouted], ".1f")
+        print(f"{name:30s}" + "".join(f"{cell:>20s}" for cell in cells))
+    print(f"\n{'output error, %':12s}{'matrices':>10s}{'nearest':>10s}{'calibrated':>12s}{'largest ratio of one':>22s}")
+    (nearest,) = off["nearest"]
+    ratios = [max(run[n] for run in off["calibrated"]) / nearest[n] for n in range(len(nearest))]
+    for kind in dict.fromkeys(kinds):
+        those = [n for n, other in enumerate(kinds) if other == kind]
+        mean = [100 * sum(run[n] for run in runs for n in those) / len(those) / len(runs) for runs in off.values()]
+        print(f"{kind:15s}{len(those):10d}{mean[0]:10.2f}{mean[1]:12.2f}{max(ratios[n] for n in those):22.2f}")
+    kl = {name: [value[0] for value in values] for name, values in found.items()}
+    kept, rounded = kl["calibrated, routers kept"], kl["calibrated, routers quantised"]
+    enough = [ratio for ratio, rows in zip(ratios, study.rows, strict=True) if rows >= LEAST_ROWS]
+    return {
+        f"output error at most 0.6 of the nearest's, each of {len(enough)} matrices, every draw": max(enough) <= 0.6,
+        f"KL below the nearest's in {draws} of {draws} draws": max(kept) < kl["nearest, routers kept"][0],
+        f"KL with routers kept below routers quantised in {draws} of {draws} draws": all(map(float.__lt__, kept, rounded)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a trained model, in any format")
+    parser.add_argument("mix", type=Path, help="a mix that marks what is held out")
+    parser.add_argument("--codecs", nargs="+", default=["int4", "nf4"])
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64 * 256, help="to calibrate with, and held out")
+    parser.add_argument("--layers", type=int, nargs="+", help="whose matrices' outputs are compared; default: all")
+    parser.add_argument("--precision", default="fp32", choices=["bf16", "fp32"])
+    arguments = parser.parse_args()
+    print(environment())
+    study = Study(arguments)
+    tokens = sum(batch.real_tokens for batch in study.batches)
+    print(f"whole: perplexity {study.base.perplexity:.3f} over {len(study.base.targets):,} of {tokens:,} held-out tokens")
+    print(f"rows of an expert: {min(study.rows)} at least")
+    for codec in arguments.codecs:
+        for asked, met in compare(study, codec, arguments.draws).items():
+            print(f"{'yes' if met else 'NO ':4s}{codec}: {asked}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
