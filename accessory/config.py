@@ -67,6 +67,17 @@ Seed = Annotated[int, Bounds(least=0, below=2**63)]  # as torch's generators tak
 Text = Annotated[str, Filled()]
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def read_bytes(text: str, where: str) -> float:
+    """How many bytes "14GB", "12.5 GiB" or "300MB" are. Raises UserError: none, or no size at all."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?|)B", text.strip().upper())
+    if not match or not float(match[1]):
+        raise UserError(f"{where}: expected a size such as 14GB, found '{text}'")
+    return float(match[1]) * _UNITS[match[2]]
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"``, or the list of known names when nothing is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

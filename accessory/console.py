@@ -24,6 +24,12 @@ def say(text: str = "") -> None:
         sys.stdout.flush()
 
 
+def tell(text: str) -> None:
+    """Print a line on rank 0, beside what a program prints that may be read by another."""
+    if is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
 def listed(texts: Sequence[str], most: int | None = 4, separator: str = ", ") -> str:
     """The first ``most`` of some texts (None: all), and how many more there are."""
     more = len(texts) - len(texts[:most])

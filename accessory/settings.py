@@ -18,6 +18,7 @@ from accessory.config import (
     WholeNumber,
     apply_overrides,
     from_mapping,
+    read_bytes,
     read_mapping,
 )
 from accessory.errors import UserError
@@ -58,6 +59,34 @@ class QuantiseSection:
 
 
 @dataclass(frozen=True)
+class OffloadSection:
+    """Experts that stay as they are lie in host memory, or on a disk, and come to the device when tokens need them."""
+
+    experts: Count | None = None  # of each layer on a rank's device, at least as many as a token takes; or:
+    device_memory: Text | None = None  # what a rank may take of its device, such as 14GB: as many experts as fit
+    # which expert makes room for another: the one that was used longest ago, or least often
+    policy: Literal["lru", "frequency"] = "lru"
+    # speculative: while a layer runs, bring what the next one's router would choose; of no matter in training
+    prefetch: Literal["speculative", "none"] = "speculative"
+    disk: Text | None = None  # directory on whose disk they lie; null: host memory
+
+    def __post_init__(self) -> None:
+        if (self.experts is None) == (self.device_memory is None):
+            raise UserError("offload: say either experts, how many of each layer are on the device, or device_memory")
+        if self.device_memory is not None:
+            read_bytes(self.device_memory, "offload.device_memory")
+
+    @classmethod
+    def read(cls, given: "str | Mapping[str, Any] | OffloadSection | None") -> "OffloadSection | None":
+        """What a person writes: "experts=4,policy=frequency", or {"device_memory": "14GB"}; nothing: None."""
+        if not given:
+            return None
+        if isinstance(given, OffloadSection):
+            return given
+        return from_mapping(cls, apply_overrides({}, given.split(",")) if isinstance(given, str) else given, "offload")
+
+
+@dataclass(frozen=True)
 class ModelSection:
     # null: the checkpoint's own; expert or sparse (mixtral_peft is the expert layout)
     layout: LayoutName | None = None
@@ -71,6 +100,8 @@ class ModelSection:
     strict: bool = True
     # hold what stays as it is in 8 or 4 bits, as it is read: {experts: nf4, attention: int8}; null: as the checkpoint has it
     quantise: QuantiseSection | None = None
+    # experts that do not train lie elsewhere than on the device: {experts: 4} (docs/offloading.md); null: all are on it
+    offload: OffloadSection | None = None
     kernel: str = "auto"  # how experts are computed: a name of the table in model/moe/kernels; auto: by device
 
     def __post_init__(self) -> None:
@@ -259,6 +290,8 @@ class RunConfig:
             )
         if self.model.quantise and self.model.checkpoint is None:
             raise UserError("model.quantise is of a model that is there: name model.checkpoint, or take it out")
+        if self.model.offload and not (self.tuning.lora or self.tuning.bias or self.tuning.train):
+            raise UserError("model.offload is of experts that do not train: train adapters (tuning.lora), or take it out")
         if self.train.balance == "bias" and (self.tuning.lora or self.tuning.bias or self.save.only_trainable):
             raise UserError(
                 "train.balance=bias changes the routers themselves, and what is saved beside a base has no place for it: "

@@ -338,7 +338,7 @@ REFUSED = {
     "tuning.train": "names",
     "tuning.freeze": "names",
 }
-SAME_NUMBERS = ["model.layout", "model.strict", "model.kernel", "out", "log", "save", "resume"]
+SAME_NUMBERS = ["model.layout", "model.strict", "model.kernel", "model.offload", "out", "log", "save", "resume"]
 SAME_NUMBERS += [
     f"parallel.{name}" for name in ("model_parallel", "data_parallel", "shard_size", "recompute", "stall_timeout_s")
 ]

@@ -19,9 +19,10 @@ from accessory.model.build import build_model
 from accessory.model.decoder import Decoder
 from accessory.model.logical import LogicalModel, Region, Shape, Source
 from accessory.model.moe.layouts import get_layout
+from accessory.model.moe.offload.plan import plan_offload
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK, Axis, Mesh
-from accessory.settings import BalanceMode, DataParallel, OptimSection, Recompute
+from accessory.settings import BalanceMode, DataParallel, OffloadSection, OptimSection, Recompute
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken, Objective
 from accessory.train.optim import make_optimizer
@@ -56,8 +57,12 @@ def build(
     recompute: Recompute = "none",
     kernel: str = "auto",
     trains: Set[str] | None = None,
+    offload: OffloadSection | None = None,
 ) -> Decoder:
     """A decoder as a run has it: masters in ``dtype``, sharded over data-parallel ranks, computing in ``compute``."""
+    plan = None
+    if offload:
+        plan = plan_offload(offload, logical, get_layout(layout), mesh.mp.size, compute or dtype, 0.0, kernel, trains or ())
     return build_model(
         logical,
         get_layout(layout),
@@ -69,6 +74,7 @@ def build(
         kernel=kernel,
         frozen_dtype=compute,
         trains=trains,
+        offload=plan,
         shard=lambda model: wrap(model, mesh, mode, compute or dtype, device.type),
     )
 

@@ -70,6 +70,16 @@ class QuantisedCell(Cell):
 
 
 @dataclass(frozen=True)
+class OffloadedCell(QuantisedCell):
+    """The same with experts that lie elsewhere than on the device, but for ``slots`` of each layer."""
+
+    slots: int
+
+    def settings(self) -> dict[str, str]:
+        return {"slots": str(self.slots)} | super().settings()
+
+
+@dataclass(frozen=True)
 class KernelCell(Cell):
     """The same with experts computed by a kernel that "auto" does not pick here."""
 
@@ -207,6 +217,13 @@ def seeing_cells(worlds: Sequence[int]) -> list[SeeingCell]:
     """Both layouts on every mesh, each with another preset, one trained in full and one by adapters and the connector."""
     presets: dict[str, PresetName] = {"mixtral": "ens5", "mixtral_sparse": "clip"}
     return [SeeingCell(**vars(cell), preset=presets[cell.layout]) for cell in _by_turns(worlds)]
+
+
+def offloaded_cells(args: ModelArgs, worlds: Sequence[int]) -> list[OffloadedCell]:
+    """On the meshes of the largest world, with no more experts on the device than a token takes, and one more by turns."""
+    cells = quantised_cells(args, worlds[-1:])[::2]
+    least = args.moe.num_experts_per_tok
+    return [OffloadedCell(**vars(cell), slots=least + number % 2) for number, cell in enumerate(cells)]
 
 
 def _by_turns(worlds: Sequence[int]) -> list[Cell]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.certify import formats
 from accessory.certify.harness import build_problem, train
-from accessory.certify.matrix import CacheCell, Cell, FileCell, KernelCell, mode_settings, posed_by
+from accessory.certify.matrix import CacheCell, Cell, FileCell, KernelCell, OffloadedCell, mode_settings, posed_by
 from accessory.certify.problem import BATCHES, OPTIM, PACKED_WIDTH, Z_WEIGHT, Problem
 from accessory.certify.serving import ServingCell, run_serving
 from accessory.checkpoint.convert import Target, convert
@@ -19,6 +19,7 @@ from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 from accessory.parallel.mesh import make_mesh
+from accessory.settings import OffloadSection
 from accessory.train.objective import Classification
 from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan
@@ -53,6 +54,7 @@ def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict
         mode=parallel.data_parallel,
         recompute=cell.recompute,
         kernel=cell.kernel if isinstance(cell, KernelCell) else "auto",
+        offload=OffloadSection(experts=cell.slots) if isinstance(cell, OffloadedCell) else None,
     )
     plan = Plan(BATCHES, max(BATCHES))
     return train(

@@ -19,6 +19,7 @@ from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
 from accessory.infer.grammar import Grammar
 from accessory.infer.meta import MetaModel
+from accessory.infer.offload import tell_offload
 from accessory.infer.prompts import encode_prompts
 from accessory.infer.request import Running
 from accessory.infer.sampling import Sampling
@@ -59,6 +60,7 @@ def load(
         dtype=get_dtype(arguments.precision),
         device=launch.device,
         quant=arguments.quantise,
+        offload=arguments.offload,
         adapters=adapters,
     )
 
@@ -111,6 +113,7 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
     else:
         for prompt, request in zip(prompts, requests, strict=True):
             say(f"> {_text(prompt)}\n{request.text.strip()}\n")
+    tell_offload(model.llma)
 
 
 def _showing(prompt: Prompt, images: Sequence[Picture]) -> Prompt:

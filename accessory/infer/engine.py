@@ -25,6 +25,9 @@ from accessory.model.documents import Documents
 from accessory.model.head import Logits
 
 BEAT_S = 60.0
+GPU_PAGE = 256
+"""Tokens of a page of the cache: the smallest that the GPU's kernel takes."""
+CHUNK_TOKENS = 512
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
 
 
@@ -43,7 +46,7 @@ class Engine:
         max_seq_len: int,
         cache_tokens: int | None = None,
         most_running: int = 256,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = CHUNK_TOKENS,
     ):
         """
         Args:
@@ -54,7 +57,7 @@ class Engine:
         self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
         self.most_running, self.chunk_tokens = most_running, chunk_tokens
         self._device = model.norm.weight.device
-        self._page = 256 if self._device.type == "cuda" else 16  # the smallest that the GPU's kernel takes
+        self._page = GPU_PAGE if self._device.type == "cuda" else 16
         longest = -(-max_seq_len // self._page)
         if cache_tokens is not None:
             pages = cache_tokens // self._page

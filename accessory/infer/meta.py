@@ -22,6 +22,7 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
+from accessory.infer.offload import Offload, where_experts_are
 from accessory.infer.prompts import Prompt, Shown, encode_prompts, read_image
 from accessory.infer.sampling import Sampling
 from accessory.infer.scoring import score_example, scored_from
@@ -51,10 +52,15 @@ class MetaModel:
         tokenizer: Tokenizer,
         max_seq_len: int,
         trained_templates: Mapping[str | None, str | None] = MappingProxyType({}),
+        cache_tokens: int | None = None,
     ):
-        """``trained_templates``: names of those that the base (None) and each adapter were trained with."""
+        """
+        Args:
+            trained_templates: names of those that the base (None) and each adapter were trained with.
+            cache_tokens: of the engine (see ``Engine``), unless another number is asked for.
+        """
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
-        self._trained_templates = trained_templates
+        self._trained_templates, self._cache_tokens = trained_templates, cache_tokens
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -83,6 +89,7 @@ class MetaModel:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
         quant: bool | str | Mapping[str, str | None] | QuantiseSection | None = False,
+        offload: Offload = None,
         strict: bool = True,
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> MetaModel:
@@ -99,6 +106,7 @@ class MetaModel:
             device: None: this process's GPU if there is one, else the CPU.
             quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4" or "int8"
                 for both, or {"experts": "nf4", "attention": "int8"}.
+            offload: which experts are on the device: "experts=4", or {"device_memory": "14GB"} (docs/offloading.md).
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
             adapters: directories of any format of adapters, by names under which each request can choose one of them.
 
@@ -127,13 +135,17 @@ class MetaModel:
             source = SideBySide(
                 checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
             )
-        check_memory(source.logical, layout, mesh, where, dtype)
-        llma = build_model(source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset())
+        max_seq_len = max_seq_len or checkpoint.args.max_seq_len
+        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len)
+        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan.slot_bytes if plan else None)
+        llma = build_model(
+            source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
+        )
         llma.pack()
         if checkpoint.args.visual and with_visual is not False:
             llma.vision = checkpoint.vision(mesh.mp, dtype, where)
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
-        return cls(llma, tokenizer, max_seq_len or checkpoint.args.max_seq_len, templates)
+        return cls(llma, tokenizer, max_seq_len, templates, cache_tokens)
 
     def chat(
         self,
@@ -280,7 +292,8 @@ class MetaModel:
     def make_engine(self, cache_tokens: int | None = None) -> Engine:
         """``cache_tokens``: see ``Engine``."""
         self._refuse_classifier()
-        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=cache_tokens)
+        tokens = cache_tokens or self._cache_tokens
+        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=tokens)
 
     def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
         """``states`` as the first rank has them."""

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from accessory.infer.engine import Engine
 from accessory.infer.request import Running
+from accessory.model.moe.offload.experts import OffloadedExperts
 
 disable_created_metrics()  # a second line for each would say when it began
 
@@ -94,6 +95,26 @@ class Metrics:
             for expert, count in enumerate(experts):
                 load.add_metric([self._model, str(layer), str(expert)], count)
         yield load
+        if layers := engine.model.offloaded:
+            yield from self._offload(layers)
+
+    def _offload(self, layers: list[OffloadedExperts]) -> Iterator[Metric]:
+        """Of this rank."""
+        figures = {
+            "used": "experts that a batch used",
+            "hits": "those of them that were on the device, or on their way",
+            "guessed_hits": "those of the hits that a guess had brought",
+            "foretold": "experts that were used where a guess had been made",
+            "right": "those of them that it had named",
+            "moved": "experts that were brought to the device",
+        }
+        for name, about in figures.items():
+            family = CounterMetricFamily(f"accessory:offload_{name}", about, labels=["model_name", "layer"])
+            for number, layer in enumerate(layers):
+                family.add_metric([self._model, str(number)], getattr(layer.slots.tally, name))
+            yield family
+        yield self._sum("accessory:offload_bytes", "bytes that were moved for it", sum(each.moved_bytes for each in layers))
+        yield self._sum("accessory:offload_waited_seconds", "spent waiting", sum(each.waited_s for each in layers))
 
     def _gauge(self, name: str, about: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, about, labels=["model_name"])

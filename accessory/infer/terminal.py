@@ -9,6 +9,7 @@ from typing import Any
 from accessory.errors import UserError, sentence, stop_on_signals
 from accessory.infer.chat import check_template, load, sampling_of, showing
 from accessory.infer.meta import MetaModel
+from accessory.infer.offload import tell_offload
 from accessory.infer.sampling import Sampling
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.settings import ParallelSection
@@ -60,6 +61,7 @@ class Chat:
                     self.answer()
             except (UserError, OSError) as error:  # of this line; the chat goes on
                 print(sentence(error) or error, flush=True)
+        tell_offload(self.model.llma)
 
     def command(self, name: str = "", rest: str = "") -> None:
         """What a line that begins with / asks for."""

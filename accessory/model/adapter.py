@@ -62,7 +62,7 @@ class TokenAdapters:
     dropout_draw: Tensor | None = None
     member: Tensor | None = None
 
-    def of(self, tokens: Tensor) -> "TokenAdapters":
+    def of(self, tokens: Tensor | slice) -> "TokenAdapters":
         """Of these tokens, by their numbers."""
         return TokenAdapters(*(None if x is None else x[tokens] for x in (self.dropout_draw, self.member)))
 

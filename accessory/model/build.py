@@ -16,6 +16,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
 from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
 from accessory.model.moe.layouts import Layout
+from accessory.model.moe.offload.plan import OffloadPlan, offload_experts
 from accessory.parallel.mesh import ONE_RANK, Mesh
 from accessory.parallel.watchdog import progressed
 from accessory.settings import Recompute
@@ -34,6 +35,7 @@ def build_model(
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
     shard: Callable[[Decoder], None] | None = None,
+    offload: OffloadPlan | None = None,
     refuse_damaged: bool = False,
 ) -> Decoder:
     """Build a decoder cut over ``mesh`` and fill it from ``source``.
@@ -47,6 +49,7 @@ def build_model(
         trains: names of the parameters that train; None: all.
         frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
         shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
+        offload: where the experts are, if not on ``device``.
         refuse_damaged: values that are no numbers are refused; else they are only told.
 
     Raises:
@@ -54,6 +57,8 @@ def build_model(
     """
     check_divides(logical.args, layout, mesh.mp.size)
     model = model_without_weights(logical, layout, mesh, dtype, kernel, recompute, trains, frozen_dtype)
+    if offload is not None:
+        offload_experts(model, offload, device, guesses=shard is None)
     if shard is not None:
         shard(model)
     model.holdings = {name: holding_of(tensor, model.cuts[name], mesh) for name, tensor in model.named_tensors()}

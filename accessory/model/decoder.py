@@ -19,6 +19,7 @@ from accessory.model.logical import LogicalModel
 from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
+from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.router import RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
@@ -110,9 +111,22 @@ class Decoder(nn.Module):
             layer.quantise(matrix, codec)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and buffers: the model's logical tensors, as this rank holds them."""
+        """Parameters, buffers and what is offloaded: the model's logical tensors, as this rank holds them."""
         yield from self.named_parameters()
         yield from self.named_buffers()
+        yield from self.offloaded_tensors()
+
+    def offloaded_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of experts that lie elsewhere than on the device, where they lie."""
+        for name, layer in self.layers.named_modules():
+            if isinstance(layer, GroupedExperts) and layer.offloaded:
+                yield from ((f"layers.{name}.{part}", tensor) for part, tensor in layer.offloaded.tensors().items())
+
+    @property
+    def offloaded(self) -> list[OffloadedExperts]:
+        """Of each layer; empty: all experts are on the device."""
+        found = (module.offloaded for module in self.modules() if isinstance(module, GroupedExperts))
+        return [experts for experts in found if experts]
 
     def pack(self) -> None:
         """For one that is only used, on a CPU: lay its matrices out for fast products, if there are such in its dtype.

@@ -135,6 +135,11 @@ class LogicalModel:
         return {name: shape for held in self._held.values() for name, shape in held.items()}
 
     @cached_property
+    def of_experts(self) -> list[str]:
+        """Those of them that are the experts' matrices, or parts of them."""
+        return [name for name in self.base if ".experts." in name]
+
+    @cached_property
     def _held(self) -> dict[str, dict[str, Shape]]:
         """Of each of its own tensors what is held: itself, or its parts."""
 

@@ -34,9 +34,11 @@ def memory_of(device: torch.device) -> int:
     return there
 
 
-def share_of_a_rank(logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype) -> float:
+def share_of_a_rank(
+    logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype, without_experts: bool = False
+) -> float:
     """Bytes of one rank's part of a model that is only used."""
-    shares = shares_of_rank(logical, layout, model_parallel).items()
+    shares = shares_of_rank(logical, layout, model_parallel, without_experts).items()
     return sum(prod(logical.shapes[name]) * held_dtype(name, dtype).itemsize * share for name, share in shares)
 
 
@@ -50,6 +52,7 @@ def check_memory(
     frozen_dtype: torch.dtype | None = None,
     sharing: int = 1,
     beside: int = 0,
+    slot_bytes: int | None = None,
 ) -> None:
     """Raise UserError if what this rank must hold of a model all the time cannot be there; activations are not counted.
 
@@ -57,17 +60,18 @@ def check_memory(
         logical, layout: the model, and how it is cut. mesh: the ranks that hold it together.
         dtype: of what trains; frozen_dtype: of the rest, None: the same.
         sharing: how many ranks share the device's memory. beside: numbers that each holds besides, frozen: of encoders.
+        slot_bytes: for experts on the device, if they are offloaded; else None.
     """
     counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
     nbytes = dict(counts)
-    for name, share in shares_of_rank(logical, layout, mesh.mp.size).items():
+    for name, share in shares_of_rank(logical, layout, mesh.mp.size, slot_bytes is not None).items():
         kind = "train" if name in trains else "quantised" if name in logical.parts else "frozen"
         each = dtype.itemsize * (2 + MOMENTS) if kind == "train" else held_dtype(name, frozen_dtype or dtype).itemsize
         counts[kind] += logical.sizes[name] * share / mesh.dp_shard.size
         nbytes[kind] += prod(logical.shapes[name]) * each * share / mesh.dp_shard.size
     counts["frozen"] += beside
     nbytes["frozen"] += beside * (frozen_dtype or dtype).itemsize
-    needed = sum(nbytes.values())
+    needed = sum(nbytes.values()) + (slot_bytes or 0)
     there = memory_of(device) / sharing
     if needed <= there:
         return
@@ -77,6 +81,8 @@ def check_memory(
         for kind, words in kinds.items()
         if counts[kind]
     )
+    if slot_bytes:
+        each_kind += f" and {slot_bytes / 2**30:,.1f} GiB of experts on the device"
     where = "the GPU" if device.type == "cuda" else "this machine"
     among = f" for {sharing} ranks" if sharing > 1 else ""
     raise UserError(
@@ -86,10 +92,19 @@ def check_memory(
     )
 
 
-def shares_of_rank(logical: LogicalModel, layout: Layout, model_parallel: int) -> dict[str, float]:
-    """How much of each tensor a model-parallel rank has, before data-parallel ranks share it out."""
-    cuts = logical.cuts(layout)
-    return {name: 1.0 if cuts[name].dim_over(model_parallel) is None else 1 / model_parallel for name in logical.shapes}
+def shares_of_rank(
+    logical: LogicalModel, layout: Layout, model_parallel: int, without_experts: bool = False
+) -> dict[str, float]:
+    """How much of each tensor a model-parallel rank has, before data-parallel ranks share it out.
+
+    ``without_experts``: their matrices are offloaded, and left out.
+    """
+    cuts, left_out = logical.cuts(layout), logical.of_experts if without_experts else ()
+    return {
+        name: 1.0 if cuts[name].dim_over(model_parallel) is None else 1 / model_parallel
+        for name in logical.shapes
+        if name not in left_out
+    }
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,7 @@ def footprint(
     accumulation: int,
     device_type: str,
     beside: int = 0,
+    slot_bytes: int | None = None,
 ) -> Footprint:
     """What a rank needs to train.
 
@@ -133,9 +149,10 @@ def footprint(
         compute: dtype of forward and backward. trains: names of the tensors that train.
         tokens: of a micro-batch at most. accumulation: micro-batches of a step. beside: numbers of encoders, which are whole
             on every rank.
+        slot_bytes: for experts on the device, if they are offloaded; else None.
     """
     narrow, wide, args = compute.itemsize, at_least(compute).itemsize, logical.args
-    shares = shares_of_rank(logical, layout, mesh.mp.size)
+    shares = shares_of_rank(logical, layout, mesh.mp.size, slot_bytes is not None)
     own = {name: prod(logical.shapes[name]) * share for name, share in shares.items()}
     computed = {name: n * held_dtype(name, compute).itemsize for name, n in own.items()}
     trained = {name: n for name, n in own.items() if name in trains}
@@ -155,16 +172,18 @@ def footprint(
         gathered = at_a_time + (narrow + wide) * trained_block
         if parallel.data_parallel != "fsdp" and accumulation > 1:
             gradients += wide * sum(trained.values())
+    # of offloaded experts backward has a group's gradients beside their sum
+    summed = 2 * narrow * trained_block if slot_bytes is not None else 0
     saved = tokens * saved_bytes(args, mesh.mp.size, compute, "none")
     kept = args.n_layers * tokens * saved_bytes(args, mesh.mp.size, compute, parallel.recompute)
     vocabulary = own.get("output.weight", own.get(SCORE, 0.0)) / args.dim
     head = min(tokens, CHUNK[device_type]) * vocabulary * (narrow + wide)
     return Footprint(
-        weights=masters + frozen / mesh.dp_shard.size + beside * narrow,
+        weights=masters + frozen / mesh.dp_shard.size + beside * narrow + (slot_bytes or 0),
         gradients=gradients,
         moments=MOMENTS * masters,
         gathered=gathered,
-        activations=kept + 2 * saved + head,  # what a block computes in backward is about as much again
+        activations=kept + 2 * saved + head + summed,  # what a block computes in backward is about as much again
     )
 
 

@@ -22,6 +22,7 @@ from accessory.data.image_reader import one_ahead
 from accessory.data.loader import Batch, BatchPlan
 from accessory.dtypes import get_dtype
 from accessory.errors import Stopped, UserError
+from accessory.model.moe.offload.meter import OffloadMeter
 from accessory.parallel.launch import Launch, run_job
 from accessory.parallel.mesh import Mesh, make_mesh
 from accessory.parallel.watchdog import end_stalls_after, note_memory, progressed
@@ -69,6 +70,7 @@ class Trainer:
         self.settings = number_settings(config, start.args, self.batches.world)
         done = Position(self.state.notes.steps, self.state.notes.rows) if self.state else Position()
         self.saver = Saver()
+        self.offload = OffloadMeter(self.built.model.offloaded)
         self.plan = Plan(tuple(map(len, self.data.rows)), self.batches.global_batch, train.max_steps, done)
         # from random weights all of the routing is to change
         self.alarms = Alarms(log.alarms if start.checkpoint else dataclasses.replace(log.alarms, routing_change=None))
@@ -203,6 +205,7 @@ class Trainer:
             f"{values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.1%}  {left} left\n            {health.line()}"
         )
         self.alarms.check(step, health)
+        values |= self.offload.metrics()
         if self.loggers:
             self.loggers.log(step, values | metrics | health.metrics() | self.alarms.metrics())
         return f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s"

@@ -21,6 +21,7 @@ from accessory.model.logical import Overlaid, Shape, Source, check_divides, is_b
 from accessory.model.memory import Footprint, check_memory, footprint
 from accessory.model.moe.kernels import pick_kernel
 from accessory.model.moe.layouts import get_layout
+from accessory.model.moe.offload.plan import OffloadPlan, plan_offload
 from accessory.model.visual import VisualArgs
 from accessory.parallel.fsdp import wrap
 from accessory.parallel.launch import Launch
@@ -80,9 +81,18 @@ class Start:
         if self.checkpoint:
             check_goes_on(given, self.checkpoint.changed, self.tuning, self.only_trainable)
         trains, wide = self.tuning.trains, at_least(compute)
-        if mesh.world.size == launch.world:  # else a dry run plans for other machines
-            check_memory(logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing, self.encoders)
         self.width = config.data.max_seq_len or self.args.max_seq_len
+        self.offload: OffloadPlan | None = None
+        if section.offload:
+            others = self._footprint(config, mesh, launch.device, 0).total
+            self.offload = plan_offload(
+                section.offload, logical, self.layout, mesh.mp.size, compute, others, section.kernel, trains
+            )
+        slot_bytes = self.offload.slot_bytes if self.offload else None
+        if mesh.world.size == launch.world:  # else a dry run plans for other machines
+            check_memory(
+                logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing, self.encoders, slot_bytes
+            )
         if self.width > self.args.max_seq_len:
             say(
                 f"warning: data.max_seq_len {self.width} lies above the model's max_seq_len {self.args.max_seq_len}: it has "
@@ -91,6 +101,9 @@ class Start:
 
     def footprint(self, config: RunConfig, mesh: Mesh, device: torch.device) -> Footprint:
         """What memory a rank needs."""
+        return self._footprint(config, mesh, device, self.offload.slot_bytes if self.offload else None)
+
+    def _footprint(self, config: RunConfig, mesh: Mesh, device: torch.device, slot_bytes: int | None) -> Footprint:
         return footprint(
             self.tuning.logical,
             self.layout,
@@ -102,6 +115,7 @@ class Start:
             config.train.accumulation,
             device.type,
             self.encoders,
+            slot_bytes,
         )
 
     @cached_property
@@ -126,10 +140,11 @@ def described(config: RunConfig, start: Start, mesh: Mesh) -> str:
     """The model and how it is cut, in a line."""
     total, parallel = sum(start.tuning.logical.sizes.values()), config.parallel
     copies = f", {mesh.dp_replicate.size} copies" if parallel.shard_size and mesh.dp_replicate.size > 1 else ""
+    offload = f"\noffload: {start.offload}" if start.offload else ""
     return (
         f"model: {total / 1e6:,.1f} M parameters, {start.args.active_parameters() / 1e6:,.1f} M active per token; layout "
         f"{start.layout.name}, model parallel {mesh.mp.size} x data parallel {mesh.dp.size} "
-        f"({parallel.data_parallel}{copies}), {parallel.precision}"
+        f"({parallel.data_parallel}{copies}), {parallel.precision}{offload}"
     )
 
 
@@ -182,6 +197,7 @@ class RunModel:
             recompute=parallel.recompute,
             trains=tuning.trains,
             frozen_dtype=compute,
+            offload=start.offload,
             refuse_damaged=config.model.strict,
             shard=lambda model: wrap(model, mesh, parallel.data_parallel, compute, launch.device.type),
         )

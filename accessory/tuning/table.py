@@ -11,7 +11,7 @@ def tuning_table(model: Decoder) -> str:
     sizes = model.logical.sizes
     total = sum(sizes.values())
     groups: dict[tuple[str, torch.dtype], int] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.offloaded_tensors()):
         key = (_group(name) if parameter.requires_grad else "frozen", parameter.dtype)
         groups[key] = groups.get(key, 0) + sizes[name]
     frozen = {key: groups.pop(key) for key in list(groups) if key[0] == "frozen"}

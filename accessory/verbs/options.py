@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
-from accessory.errors import needs
-from accessory.settings import QuantiseSection
+from accessory.errors import UserError, needs
+from accessory.settings import OffloadSection, QuantiseSection
 
 Verbs = Any  # what argparse's add_subparsers returns
 Run = Callable[[argparse.Namespace], None]
@@ -28,7 +28,10 @@ def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Cal
             raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from error
         if objection := limits.objection(value):
             raise argparse.ArgumentTypeError(objection)
-        return make(value)
+        try:
+            return make(value)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
 
@@ -89,6 +92,12 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
         type=checked(Text, QuantiseSection.read),
         metavar="NAME",
         help="hold experts and attention as nf4, int4 or int8; or experts=nf4,attention=int8; default: as the checkpoint is",
+    )
+    verb.add_argument(
+        "--offload",
+        type=checked(Text, OffloadSection.read),
+        metavar="experts=N",
+        help="have only N experts of each layer on the device; or device_memory=14GB: as many as fit (docs/offloading.md)",
     )
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 

@@ -17,6 +17,7 @@ from faults import (
     images,
     kernels,
     loss,
+    offload,
     optimiser,
     parallel,
     precision,
@@ -54,6 +55,7 @@ _MODULES = (
     quantised,
     vision,
     images,
+    offload,
 )
 ROOMS: dict[str, tuple[Fault, ...]] = {module.__name__.rpartition(".")[2]: module.FAULTS for module in _MODULES}
 EVERY = [fault for faults in ROOMS.values() for fault in faults]

@@ -16,16 +16,20 @@ from accessory.model.adapter import (
     name_of_a,
     scaled,
 )
-from accessory.model.codecs import Codec
+from accessory.model.codecs import PARTS, Codec
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
+from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
+from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights, hold_quantised
 from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
+
+MATRICES = ("w1", "w3", "w2")  # in the order that an expert multiplies by them
 
 
 class GroupedExperts(nn.Module):
@@ -46,6 +50,7 @@ class GroupedExperts(nn.Module):
         self.whole: set[str] = set()  # adapter tensors that are whole on every rank
         self.codecs: dict[str, Codec] = {}  # of matrices that are held quantised
         self.packed: dict[str, PackedWeights] = {}
+        self.offloaded: OffloadedExperts | None = None
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_local * dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
@@ -61,18 +66,38 @@ class GroupedExperts(nn.Module):
         self.codecs[matrix] = codec
         hold_quantised(self, matrix, codec)
 
+    def record(self) -> Record:
+        """How the weights of one expert, as they are held, lie in its bytes."""
+        names = (name for matrix in MATRICES for name in (matrix, *(adapter_name(matrix, part) for part in PARTS)))
+        held = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return Record({name: (tuple(self._apart(t).shape[1:]), t.dtype) for name, t in held.items()})
+
+    def offload(self, offloaded: OffloadedExperts) -> None:
+        """Have the weights come from there; the layer's own are gone."""
+        self.offloaded = offloaded
+        for name in offloaded.record.tensors:
+            delattr(self, name)
+
     def pack(self) -> None:
-        """Pack the weights, matrix by matrix; the plain ones are gone, and quantised ones stay."""
-        for matrix in {"w1", "w2", "w3"} - self.codecs.keys():
+        """Pack the weights, matrix by matrix; the plain ones are gone, and quantised and offloaded ones stay."""
+        for matrix in MATRICES if self.offloaded is None else ():
+            if matrix in self.codecs:
+                continue
             self.packed[matrix] = PackedWeights([packed(of_expert) for of_expert in self._stack(matrix)])
             delattr(self, matrix)
 
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
+        if self.offloaded is None:
+            return self._outputs(rows)
+        return self.offloaded.run(self._outputs, rows, lambda: [p for p in self.parameters() if p.requires_grad])
+
+    def _outputs(self, rows: SortedRows) -> Tensor:
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
         w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
-        # of quantised weights only a kernel that asks for some experts at a time makes few
-        name = "looped" if self.codecs and self.kernel == "auto" else self.kernel
+        # of quantised weights only a kernel that asks for some experts at a time makes few, and of offloaded ones no other
+        # gets any
+        name = "looped" if (self.codecs or self.offloaded) and self.kernel == "auto" else self.kernel
         kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
@@ -105,6 +130,8 @@ class GroupedExperts(nn.Module):
 
     def expert_weights(self, matrix: str, dtype: torch.dtype) -> ExpertWeights:
         """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
+        if self.offloaded and matrix in MATRICES:
+            return OffloadedWeights(self.offloaded, matrix, self.codecs.get(matrix), dtype)
         if matrix in self.codecs:
             return QuantisedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
         return self.packed.get(matrix) or PlainWeights(self._stack(matrix))
@@ -114,7 +141,10 @@ class GroupedExperts(nn.Module):
         parameter = getattr(self, name)
         if name in self.whole:
             parameter = copy_to_model_parallel_region(parameter, self.mp)
-        return parameter.unflatten(0, (self.num_local, -1))
+        return self._apart(parameter)
+
+    def _apart(self, stacked: Tensor) -> Tensor:
+        return stacked.unflatten(0, (self.num_local, -1))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""What it would cost to have few of a model's experts on the device: a routing that was recorded, replayed in every way.
+
+    python benchmarks/offload.py                                        # the recorded one that is here
+    python benchmarks/offload.py --record runs/quickstart/model/epoch5 --ask runs/quickstart/data/first_held_out.jsonl
+
+``--record`` lets a model answer questions, alone and several at a time, and notes of each step and layer which experts were
+used, and which ones the guess named. A replay makes the decisions that the program makes (``accessory/model/moe/offload/
+slots.py``), and moves nothing. Seconds are computed, from bytes and speeds: no GPU was asked.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from common import environment, start_one_process
+
+from accessory.errors import UserError
+from accessory.infer.meta import MetaModel
+from accessory.infer.offload import plan_answers
+from accessory.infer.sampling import Sampling
+from accessory.model.args import ModelArgs
+from accessory.model.logical import LogicalModel
+from accessory.model.moe.layouts import EXPERT
+from accessory.model.moe.offload.slots import Policy, Slots, Tally, groups_of, in_turn
+from accessory.settings import OffloadSection, QuantiseSection
+
+HERE = Path(__file__).parent
+TRACE = HERE / "results/offload_trace.json"
+MIXTRAL = HERE.parent / "configs/model/mixtral-8x7b.json"
+WAYS: dict[str, tuple[Policy, bool]] = {
+    "lru": ("lru", False),
+    "frequency": ("frequency", False),
+    "lru, guessed ahead": ("lru", True),
+    "frequency, guessed ahead": ("frequency", True),
+}
+Step = list[tuple[list[int], list[int]]]
+"""Of each layer the experts that were used, and those that had been guessed; none for the first."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """``memory``: as a setting; ``link``: bytes a second from the host, assumed; ``read``: from its own memory, as sold."""
+
+    memory: str
+    link: float
+    read: float
+
+
+CARDS = {
+    "T4": Card("15GB", 12e9, 320e9),
+    "RTX 4090": Card("24GB", 25e9, 1008e9),
+    "H100 PCIe": Card("80GB", 50e9, 2000e9),
+}
+
+
+def record(directory: Path, questions: Sequence[str]) -> list[Step]:
+    """What a model's layers use while it answers: ``questions`` one by one, then four at a time."""
+    experts = json.loads((directory / "config.json").read_text()).get("moe", {}).get("num_experts", 8)
+    model = MetaModel.from_pretrained(directory, dtype=torch.float32, max_seq_len=256, offload=f"experts={experts}")
+    layers, steps = model.llma.offloaded, list[Step]()
+    for number, layer in enumerate(layers):
+        _listen(layer.slots, number, len(layers), steps)
+    groups = [[question] for question in questions] + [list(questions[n : n + 4]) for n in range(0, len(questions), 4)]
+    for group in groups:
+        for question in group:
+            ids, stops = model.asked(question)
+            model.engine.submit(ids, Sampling(max_tokens=40, stop=stops))
+        for _ in model.engine.run():
+            pass
+    return steps
+
+
+def _listen(slots: Slots, number: int, layers: int, steps: list[Step]) -> None:
+    """Note what a layer's slots are told."""
+    judge, guess = slots.judge, slots.guess
+
+    def judged(used: list[int]) -> None:
+        if number == 0:
+            steps.append([([], []) for _ in range(layers)])
+        steps[-1][number] = (sorted(used), steps[-1][number][1])
+        judge(used)
+
+    def guessed(experts: object) -> object:
+        named = sorted(experts)  # type: ignore[call-overload]
+        steps[-1][number] = ([], named)
+        return guess(named)
+
+    slots.judge, slots.guess = judged, guessed  # type: ignore[method-assign, assignment]
+
+
+def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> Tally:
+    """What would have happened with ``count`` slots for each layer."""
+    layers = [Slots(count, policy) for _ in steps[0]]
+    for step in steps:
+        for number, (used, _) in enumerate(step):
+
+            def guess(following: int = number + 1, step: Step = step) -> None:
+                if guesses and following < len(layers):
+                    layers[following].guess(step[following][1])
+
+            layers[number].judge(used)
+            for _ in in_turn(layers[number], groups_of(used, layers[number]), lambda _: None, guess):
+                pass
+    return sum((slots.tally for slots in layers), Tally())
+
+
+def seconds_of_token(card: Card, args: ModelArgs, tally: Tally, bits: float) -> float:
+    """Computed, of one request: what must be waited for, and the longer of the step's own reading and what guesses bring."""
+    parameters = 3 * args.dim * args.hidden_dim
+    each = parameters * bits / 8
+    misses, guessed = tally.used - tally.hits, tally.moved - (tally.used - tally.hits)
+    a_token = args.n_layers * args.moe.num_experts_per_tok / tally.used  # uses of a token, of those that were replayed
+    made = 0 if bits == 16 else 2 * parameters * 2  # the numbers are written, and read
+    attention = 2 * args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
+    step = args.n_layers * (args.moe.num_experts_per_tok * (each + made) + attention) / card.read
+    return misses * a_token * each / card.link + max(step, guessed * a_token * each / card.link)
+
+
+def replays(steps: Sequence[Step]) -> None:
+    experts = 1 + max(expert for step in steps for used, _ in step for expert in used)
+    none = sum(len(used) for step in steps for used, _ in step)
+    print(f"{len(steps)} steps of {len(steps[0])} layers with {experts} experts; {none:,} uses, each moved without a cache")
+    print(f"{'slots':>5}  {'':26}{'hits':>8}{'by guess':>10}{'guess right':>13}{'moved, of none':>16}")
+    for count in (2, 3, 4, 5, 6):
+        for name, (policy, guesses) in WAYS.items():
+            tally = replay(steps, count, policy, guesses)
+            right = f"{tally.recall:.1%}" if tally.foretold else "-"
+            by_guess = f"{tally.guessed_hits / tally.used:.1%}"
+            print(f"{count:5}  {name:26}{tally.hit_rate:8.1%}{by_guess:>10}{right:>13}{tally.moved / none:16.1%}")
+
+
+def estimates(steps: Sequence[Step]) -> None:
+    """Of Mixtral 8x7B, as if it chose experts as what was recorded does."""
+    base = ModelArgs.load(MIXTRAL)
+    print("\ncomputed, not measured: Mixtral 8x7B, a sequence of 4096 tokens, seconds of a token of one request")
+    print(f"{'card':12}{'held':>6}{'slots':>7}" + "".join(f"{name:>26}" for name in ("no cache", *WAYS)))
+    for name, card in CARDS.items():
+        for held, bits in (("nf4", 4.25), ("int8", 8.0), ("bf16", 16.0)):
+            way = None if bits == 16 else QuantiseSection(held, held)
+            args = replace(base, quantise=way)
+            section = OffloadSection(device_memory=card.memory)
+            try:
+                count = plan_answers(section, LogicalModel(args), EXPERT, 1, torch.bfloat16, 4096).slots
+            except UserError:
+                print(f"{name:12}{held:>6}{'-':>7}")
+                continue
+            if count == args.moe.num_experts:
+                print(f"{name:12}{held:>6}{count:>7}  all experts are on the device")
+                continue
+            none = replay(steps, args.moe.num_experts, "lru", False)
+            cells = [replace(none, hits=0, moved=none.used), *(replay(steps, count, *how) for how in WAYS.values())]
+            print(
+                f"{name:12}{held:>6}{count:>7}"
+                + "".join(f"{seconds_of_token(card, args, tally, bits):>26.3f}" for tally in cells)
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=TRACE)
+    parser.add_argument("--record", type=Path, metavar="DIR", help="a model: write its trace")
+    parser.add_argument("--ask", type=Path, metavar="FILE", help="questions: lines of JSON, as the quickstart's")
+    arguments = parser.parse_args()
+    print(environment())
+    if arguments.record:
+        start_one_process()
+        lines = [json.loads(line) for line in arguments.ask.read_text().splitlines()]
+        steps = record(arguments.record, [str(line["instruction"]) for line in lines][:24])
+        arguments.trace.write_text(json.dumps(steps, separators=(",", ":")) + "\n")
+    steps = json.loads(arguments.trace.read_text())
+    replays(steps)
+    estimates(steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Experts that lie elsewhere: which are on the device, whether they have come, and what a group's gradients are added to."""
+
+from faults.fault import Fault
+
+SLOTS, EXPERTS, RECORDS, GUESS, PLAN = (
+    f"accessory/model/moe/offload/{name}.py" for name in ("slots", "experts", "records", "guess", "plan")
+)
+TESTS = "tests/test_offload.py::test_"
+PROPERTY = f"{TESTS}slots_never_serve_a_stale_expert_nor_give_up_one_in_use"
+ROOM = f"{TESTS}the_least_recent_or_the_least_frequent_makes_room"
+DISK = f"{TESTS}a_disk_holds_them_and_what_is_wrong_with_it_is_said"
+CERTIFY = "certify --quick --only slots=3 layout=mixtral_sparse"
+
+FAULTS = (
+    Fault(
+        "an expert is used before it has come",
+        EXPERTS,
+        "self.waited_s += load.wait()",
+        "self.waited_s += 0.0",
+        f"{TESTS}no_expert_is_used_before_it_has_come",
+    ),
+    Fault("an expert in use makes room", SLOTS, "kept = self._held | set(experts)", "kept = set(experts)", PROPERTY),
+    Fault(
+        "the next group is brought where there are no slots for both",
+        SLOTS,
+        "if len(group) + len(following) <= slots.count else []",
+        "if slots.count else []",
+        PROPERTY,
+    ),
+    Fault("the expert that was used last makes room", SLOTS, "return order[0]", "return order[-1]", ROOM),
+    Fault("how often an expert is used is not counted", SLOTS, "self._uses.get(expert, 0) + 1", "1", ROOM),
+    Fault(
+        "what a guess brought stays as if it had been used",
+        SLOTS,
+        "for expert in (*early, *(e for e in self.slot_of if e not in early))",
+        "for expert in (*(e for e in self.slot_of if e not in early), *early)",
+        ROOM,
+    ),
+    Fault(
+        "an expert that failed to come is taken for one that is there",
+        EXPERTS,
+        "                self.slots.lose(expert)\n                raise",
+        "                raise",
+        DISK,
+    ),
+    Fault(
+        "what a disk gives too little of is taken for an expert",
+        RECORDS,
+        'raise self._failed(f"it ends {self._nbytes - done} bytes too early")',
+        "break",
+        DISK,
+    ),
+    Fault(
+        "another expert's bytes are read from the disk",
+        RECORDS,
+        "expert * self._nbytes + done",
+        "max(0, expert - 1) * self._nbytes + done",
+        DISK,
+    ),
+    Fault(
+        "a rank's guess counts experts from the first rank's",
+        GUESS,
+        "expert - self._local.start for",
+        "expert for",
+        f"{TESTS}each_rank_offloads_its_own[mixtral]",
+    ),
+    Fault(
+        "of an adapter only the last group's gradient is left",
+        EXPERTS,
+        "gradient if total is None else total + gradient",
+        "gradient",
+        CERTIFY,
+    ),
+    Fault(
+        "a group's rows begin where all rows do",
+        EXPERTS,
+        "(rows.ends_e - where.start).clamp(",
+        "rows.ends_e.clamp(",
+        f"{TESTS}answers_are_those_of_a_model_that_has_all_its_experts[mixtral-fp32]",
+    ),
+    Fault(
+        "experts come once more where a block is recomputed",
+        EXPERTS,
+        "        ctx.experts, ctx.compute, ctx.trained",
+        "        ctx.save_for_backward(x_nD)\n        ctx.experts, ctx.compute, ctx.trained",
+        f"{TESTS}training_brings_each_expert_twice_and_stays_within_the_memory[block]",
+    ),
+    Fault(
+        "what a step makes is not reckoned with",
+        "accessory/infer/offload.py",
+        "weights + cache + step)",
+        "weights + cache)",
+        f"{TESTS}an_answer_stays_within_the_memory",
+    ),
+    Fault(
+        "experts that train are offloaded",
+        PLAN,
+        "if trained := sorted(",
+        "if False and (trained := sorted(",
+        f"{TESTS}what_is_refused",
+        more=((PLAN, "& set(trains)):", "& set(trains))):"),),
+    ),
+)
