@@ -337,13 +337,11 @@ class MetaModel:
             raise UserError(
                 "this model predicts tokens and knows no labels: use generate, or train a classifier (model.labels)"
             )
-        ids = self._encode(examples, bos=True, eos=False)
-        for number, example in enumerate(ids):
-            if not 0 < len(example) <= self.max_seq_len:
-                raise UserError(
-                    f"example {number} has {len(example)} tokens; from 1 to max_seq_len {self.max_seq_len} are read"
-                )
-        inputs = self._inputs([Prompt(example) for example in ids])
+        prompts = self._prompts(examples, None, bos=True, eos=False)
+        for number, prompt in enumerate(prompts):
+            if not 0 < (length := len(prompt.tokens)) <= self.max_seq_len:
+                raise UserError(f"example {number} has {length} tokens; from 1 to max_seq_len {self.max_seq_len} are read")
+        inputs = self._inputs(prompts)
         logits, _ = self.llma(inputs, Logits(inputs.documents.ends))
         found = (zip(labels, shares, strict=True) for shares in logits.softmax(1).tolist())
         return [dict(sorted(pairs, key=lambda pair: -pair[1])) for pairs in found]
@@ -399,6 +397,3 @@ class MetaModel:
 
     def _prompts(self, examples: Sequence[Any], images: Shown, bos: bool, eos: bool) -> list[Prompt]:
         return encode_prompts(self.tokenizer, examples, images, self.llma.args.visual, bos, eos)
-
-    def _encode(self, examples: Sequence[Any], bos: bool, eos: bool) -> list[list[int]]:
-        return [prompt.tokens for prompt in self._prompts(examples, None, bos, eos)]
