@@ -40,7 +40,7 @@ def entropies(probs: torch.Tensor, number: torch.Tensor, documents: int) -> torc
     return probs.new_zeros(documents + 1).index_add(0, number, torch.special.entr(probs).sum(-1))
 
 
-def without_entropy(layers: Sequence[Routing], documents: Documents) -> RouterStats:
+def without_entropy(layers: Sequence[Routing], documents: Documents, image_rows: None) -> RouterStats:
     """``router_stats`` less what it does for them."""
     with mock.patch("torch.special.entr", lambda probs: probs[..., :0]):
         return router_stats(layers, documents)

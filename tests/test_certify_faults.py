@@ -93,8 +93,8 @@ def documents_pooled(patch):
     """All tokens are counted as the first document's."""
     stats = decoder.router_stats
 
-    def faulty(layers, documents):
-        return stats(layers, replace(documents, document_of=documents.document_of.clamp(max=1)))
+    def faulty(layers, documents, image_rows):
+        return stats(layers, replace(documents, document_of=documents.document_of.clamp(max=1)), image_rows)
 
     patch.setattr(decoder, "router_stats", faulty)
 
@@ -118,7 +118,7 @@ def layers_pooled(patch):
     global_balance = balance.global_balance
 
     def faulty(stats, counts, top_k):
-        pooled = type(stats)(stats.sums.mean(0, keepdim=True))
+        pooled = stats._replace(sums=stats.sums.mean(0, keepdim=True))
         return global_balance(pooled, counts.double().mean(0, keepdim=True), top_k)
 
     patch.setattr(balance, "global_balance", faulty)

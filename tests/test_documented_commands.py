@@ -64,7 +64,7 @@ SMALL = {  # what is added to a verb, so that it takes seconds
     "finetune": ["train.max_steps=1", "train.batch_size=1", "train.epochs=1", "data.max_seq_len=192", "log.probe_tokens=64"],
     "generate": ["--max-gen-len", "2"],
     "serve": ["--port", "0"],
-    "plan": ["--rows", "2"],
+    "plan": ["--rows=2"],
     "certify": ["--quick", "--only", "world=1", "layout=mixtral", "tuning=full"],
 }
 SMALL["finetune"] += ["log.tensorboard=false", "data.validation=0", "parallel.model_parallel=2"]

@@ -247,7 +247,7 @@ def test_what_cannot_be_written_so():
             Target("gptq").check(args)
 
 
-MADE = Path(__file__).parent / "gptqmodel"
+MADE = Path(__file__).parent / "made_by_gptqmodel"
 """What GPTQModel 7.7.0 made of a small Mixtral with random weights, on 32 samples of random tokens: QuantizeConfig(bits=4,
 group_size=16, desc_act=False), quantize, save. expected.json is what it says of its own directory, loaded in fp16
 (backend GPTQ_TORCH): digests of dequantize_weight() of each matrix [out, in], and the logits that follow tokens 5 to 24."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from jobs import command
 from models import TINY
 from ranks import run_ranks
@@ -63,6 +64,13 @@ def really(runs):
             follow_step(trace, model, optimizer, [run.batch()])
             found.append(follow_step(trace, model, optimizer, [run.batch()] * run.accumulation))
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group():
+    """What other tests have left in this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", RUNS)

@@ -16,6 +16,7 @@ from accessory.settings import RunConfig
 
 # A number of a run file: what it can be, in the words of the sentence, and a value that it cannot be.
 LIMITS = {
+    "model.offload.experts": ("at least 1", 0),
     "data.max_seq_len": ("at least 1", 0),
     "data.validation": ("at least 0 and below 1", 1),
     "parallel.model_parallel": ("at least 1", 0),
