@@ -122,6 +122,7 @@ def test_promises_at_full_size(full_size):
     # forward 3, backward 6 and, where blocks run again, their two up projections alone
     assert full_size["sdp"][Figure("ran", "aten._grouped_mm")] == 2 * layers * 9
     assert full_size["fsdp"][Figure("ran", "aten._grouped_mm")] == 2 * layers * 11
+    assert full_size["fsdp"][Figure("ran", "aten.topk")] == 2 * layers, "experts are chosen once"
 
 
 def test_flops_are_those_of_the_model(full_size):
