@@ -162,10 +162,10 @@ def gathered(model, optimizer) -> Begun:
 
 def run(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     """All ranks of one side."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+    with socket.socket() as held, tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 can listen there, and nobody else is given it
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         command = [sys.executable, __file__, "--measure", side, folder, "--rounds", str(arguments.rounds)]
         command += ["--layers", str(arguments.layers)]
         job = {"WORLD_SIZE": arguments.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
