@@ -138,6 +138,7 @@ def save_trainable(
     Args:
         base: the fingerprint of the model that it belongs to, and its path. The others are those of ``save_model``.
     """
+    show_masters(model)
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     world, pieces, own_digests = Axis(dist.get_rank(), dist.get_world_size()), list[Piece](), dict[str, str]()
     for number, (name, tensor) in enumerate(gathered_whole(model, trained.keys())):

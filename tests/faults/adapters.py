@@ -116,4 +116,11 @@ FAULTS = (
         "return _scramble(0 * keys + _scramble(positions))",
         SHARE,
     ),
+    Fault(
+        "what was trained is saved as it was computed with",
+        "accessory/train/save.py",
+        "    show_masters(model)\n    trained",
+        "    trained",
+        "tests/test_adapters.py::test_parts_of_the_base_alone",
+    ),
 )
