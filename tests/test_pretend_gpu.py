@@ -1,0 +1,139 @@
+"""The commands on GPUs that are not there: nothing stays behind on the CPU, and the numbers are the CPU's."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pretend_gpu
+import pytest
+import yaml
+from jobs import command
+from models import make_tokenizer
+from pictures import noise
+from seeing import seeing
+
+from accessory.model.args import ModelArgs, MoEArgs
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPUs that are not there need a C++ compiler")
+
+MODEL = ModelArgs(
+    dim=32,
+    hidden_dim=32,
+    head_dim=8,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=300,
+    max_seq_len=512,
+    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
+)
+LORA = "tuning={lora: {rank: 4, dropout: 0.1, targets: [attention, experts, router, embeddings, output]}, bias: true}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Records with and without images, run files, and a model that was trained on the CPU."""
+    home = tmp_path_factory.mktemp("pretend")
+    make_tokenizer(home / "tokenizer.model", 300)
+    records = []
+    for number in range(8):
+        talk = [{"from": "human", "value": f"what is made of {number}"}, {"from": "gpt", "value": "a list of tokens"}]
+        records.append({"conversations": talk})
+        if number % 2:
+            noise(30, 40, seed=number).save(home / f"{number}.png")
+            records[-1]["image"] = f"{number}.png"
+    (home / "data.json").write_text(json.dumps(records))
+    (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
+    (home / "texts.json").write_text(json.dumps(records[::2]))
+    (home / "texts.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "texts.json")}]}))
+    (home / "model.json").write_text(json.dumps(seeing("clip", MODEL).to_dict()))
+    (home / "run.yaml").write_text(
+        f"""
+model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.25}}
+parallel: {{precision: fp64}}
+optim: {{lr: 1e-2}}
+train: {{max_steps: 2, batch_size: 2}}
+save: {{state_every: 1}}
+log: {{every: 1, tensorboard: false}}
+out: {home}/cpu
+"""
+    )
+    codes, _, err = command("finetune", home / "run.yaml")
+    assert codes == [0], err
+    return home
+
+
+def saved(run):
+    (model,) = run.glob("epoch*")
+    return model
+
+
+def commands(home):
+    """(ranks, words) of each by name, in order: later ones use what earlier ones leave."""
+    run, base = home / "run.yaml", saved(home / "cpu")
+    on_two = ["parallel.model_parallel=2", "model.layout=mixtral_sparse", "parallel.recompute=block"]
+    held = ["model.quantise={experts: nf4-8, attention: int8}", "model.offload.experts=2"]
+    bf16, start = "parallel.precision=bf16", f"model.checkpoint={base}"
+    return {
+        "train": (1, ["finetune", run, f"out={home}/train"]),
+        "train on two": (2, ["finetune", run, *on_two, bf16, start, f"out={home}/two"]),
+        "go on": (1, ["finetune", run, bf16, start, "train.max_steps=3", f"out={home}/two", "resume=auto"]),
+        "adapter": (1, ["finetune", run, LORA, bf16, start, f"out={home}/adapter", "parallel.recompute=norms_and_experts"]),
+        "adapter over what is held elsewhere": (1, ["finetune", run, LORA, *held, bf16, start, f"out={home}/held"]),
+        "answers": (1, answers(home, base)),
+        "answers of two": (2, ["generate", base, "the list of", "of tokens", "--max-gen-len", "8", "--mp", "2"]),
+        "answers, offloaded": (1, [*answers(home, base)[:-2], "--quantise", "nf4-8", "--offload", "experts=2"]),
+        "scores": (1, ["evaluate", base, "--data", home / "mix.yaml", "--precision", "fp32"]),
+        "quantise": (1, ["quantise", base, home / "int4", "--experts", "int4-8", "--calibrate", home / "texts.yaml"]),
+    }
+
+
+def answers(home, base):
+    return ["generate", base, "what is made", "--image", home / "1.png", "--max-gen-len", "8", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def ran(home):
+    """(exit codes, output) of each command, by name."""
+    jobs = []
+    for number, (ranks, words) in enumerate(commands(home).values()):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        files = [str(home / f"{number}.{rank}.out") for rank in range(ranks)]
+        job = {"words": [*map(str, words)], "ranks": ranks, "port": port, "files": files}
+        jobs.append(job | {"codes": str(home / f"{number}.codes")})
+    (home / "jobs.json").write_text(json.dumps(jobs))
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "pretend_gpu", str(pretend_gpu.build(home)), str(home / "jobs.json")]
+    subprocess.run(words, env=environment, cwd=home, timeout=400, check=True)
+    outcomes = [
+        (json.loads(Path(job["codes"]).read_text()), "".join(Path(file).read_text() for file in job["files"]))
+        for job in jobs
+    ]
+    return dict(zip(commands(home), outcomes, strict=True))
+
+
+def test_every_command_runs(ran):
+    failed = {name: out for name, (codes, out) in ran.items() if any(codes)}
+    assert not failed, "\n".join(f"{name}: {out[-3000:]}" for name, out in failed.items())
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [value for line in lines for name, value in sorted(line.items()) if name in ("loss", "val_loss", "grad_norm")]
+
+
+def test_the_numbers_are_the_cpus(home, ran):
+    assert losses(home / "train") == pytest.approx(losses(home / "cpu"), rel=1e-9)
+    base = saved(home / "cpu")
+    for name, words in {"answers": answers(home, base), "scores": commands(home)["scores"][1]}.items():
+        codes, out, err = command(*words)
+        assert codes == [0], err
+        assert out.strip() and out.strip() in ran[name][1], f"{name}: {out} {ran[name][1]}"
