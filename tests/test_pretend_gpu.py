@@ -88,13 +88,13 @@ def commands(home):
         "answers": (1, answers(home, base)),
         "answers of two": (2, ["generate", base, "the list of", "of tokens", "--max-gen-len", "8", "--mp", "2"]),
         "answers, offloaded": (1, [*answers(home, base)[:-2], "--quantise", "nf4-8", "--offload", "experts=2"]),
-        "scores": (1, ["evaluate", base, "--data", home / "mix.yaml", "--precision", "fp32"]),
+        "scores": (1, ["evaluate", base, "--data", home / "mix.yaml", "--precision", "fp64"]),
         "quantise": (1, ["quantise", base, home / "int4", "--experts", "int4-8", "--calibrate", home / "texts.yaml"]),
     }
 
 
 def answers(home, base):
-    return ["generate", base, "what is made", "--image", home / "1.png", "--max-gen-len", "8", "--precision", "fp32"]
+    return ["generate", base, "what is made", "--image", home / "1.png", "--max-gen-len", "8", "--precision", "fp64"]
 
 
 @pytest.fixture(scope="module")
@@ -136,4 +136,4 @@ def test_the_numbers_are_the_cpus(home, ran):
     for name, words in {"answers": answers(home, base), "scores": commands(home)["scores"][1]}.items():
         codes, out, err = command(*words)
         assert codes == [0], err
-        assert out.strip() and out.strip() in ran[name][1], f"{name}: {out} {ran[name][1]}"
+        assert out.strip() and {*out.splitlines()} <= {*ran[name][1].splitlines()}, f"{name}: {out} {ran[name][1]}"
