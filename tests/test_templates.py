@@ -177,6 +177,20 @@ GOLDEN = {  # name: (template, record, text, what is trained)
         f"<bos>{VICUNA} USER: Why? ASSISTANT: Because.<eos>USER: Really? ASSISTANT: Yes.<eos>",
         [" Because.<eos>", " Yes.<eos>"],
     ),
+    "shortqa": (
+        "shortqa",
+        {"instruction": "Which {word}?", "output": "Blue."},
+        "<bos>Below is an instruction that describes a task. Write a response that appropriately completes the request "
+        "using a single word or phrase.\n\n### Instruction:\nWhich {word}?\n\n### Response:Blue.<eos>",
+        ["Blue.<eos>"],
+    ),
+    "qg": (
+        "qg",
+        {"instruction": "Blue.", "output": "Which word?"},
+        "<bos>Generate a question whose answer is:\nBlue.\n\nQuestion:\nWhich word?<eos>",
+        ["Which word?<eos>"],
+    ),
+    "bare": ("bare", TWO, "<bos>Why?Because.<eos>\n\nReally?Yes.<eos>", ["Because.<eos>", "Yes.<eos>"]),
     "plain": ("plain", {"text": " A text. "}, "<bos> A text. <eos>", [" A text. <eos>"]),
 }
 

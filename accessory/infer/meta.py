@@ -36,6 +36,7 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
 from accessory.settings import QuantiseSection
+from accessory.visual.vision import count_of_encoders
 
 
 class MetaModel:
@@ -136,13 +137,15 @@ class MetaModel:
                 checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
             )
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
-        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len)
-        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan.slot_bytes if plan else None)
+        sees = checkpoint.args.visual if with_visual is not False else None
+        beside = count_of_encoders(sees)
+        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside)
+        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=plan and plan.slot_bytes)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
         llma.pack()
-        if checkpoint.args.visual and with_visual is not False:
+        if sees:
             llma.vision = checkpoint.vision(mesh.mp, dtype, where)
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
         return cls(llma, tokenizer, max_seq_len, templates, cache_tokens)
@@ -190,7 +193,7 @@ class MetaModel:
         if chosen.documents:  # a model of texts goes on with one
             return Prompt(self.tokenizer.encode(str(conversation), bos=True, eos=False)), ()
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        visual = self.llma.args.visual
+        visual = self.llma.sight
         question, images = images_set_apart(read_question(messages, tools), visual)
         assert isinstance(question, Conversation)
         tokens, _ = encode_placed(self.tokenizer, chosen.prompt(question), len(images), visual)
@@ -396,4 +399,4 @@ class MetaModel:
             raise UserError(f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: let it classify")
 
     def _prompts(self, examples: Sequence[Any], images: Shown, bos: bool, eos: bool) -> list[Prompt]:
-        return encode_prompts(self.tokenizer, examples, images, self.llma.args.visual, bos, eos)
+        return encode_prompts(self.tokenizer, examples, images, self.llma.sight, bos, eos)

@@ -132,6 +132,11 @@ def vision_shapes(args: VisualArgs) -> dict[str, Shape]:
     return {vision.names[name]: tuple(parameter.shape) for name, parameter in vision.encoders.named_parameters()}
 
 
+def count_of_encoders(args: VisualArgs | None) -> int:
+    """Numbers of what a model sees with; each rank has them all."""
+    return sum(map(math.prod, vision_shapes(args).values())) if args else 0
+
+
 @torch.no_grad()
 def make_vision(args: VisualArgs, source: Source, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision:
     """A model's encoders, filled from ``source``."""
