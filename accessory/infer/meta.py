@@ -133,14 +133,14 @@ class MetaModel:
         mesh = mesh_of(mp_group)
         source: Checkpoint | SideBySide = checkpoint
         if named:
-            source = SideBySide(
-                checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
-            )
+            members = {name: (one.logical.adapters, one) for name, one in named.items()}
+            source = SideBySide(checkpoint.args, checkpoint, members)
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
         sees = checkpoint.args.visual if with_visual is not False else None
         beside = count_of_encoders(sees)
         plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside)
-        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=plan and plan.slot_bytes)
+        slot_bytes = plan.slot_bytes if plan else None
+        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=slot_bytes)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
@@ -368,9 +368,7 @@ class MetaModel:
             UserError: an example does not begin with its context, or has nothing to score.
         """
         prompts = self._prompts(examples, images, bos, eos)
-        begun = None
-        if contexts is not None:
-            begun = [context.tokens for context in self._prompts(contexts, images, bos, False)]
+        begun = None if contexts is None else [one.tokens for one in self._prompts(contexts, images, bos, False)]
         starts = scored_from([prompt.tokens for prompt in prompts], begun)
         logits_of = self.compute_logits(
             [prompt.tokens for prompt in prompts], [prompt.images for prompt in prompts], adapter=adapter

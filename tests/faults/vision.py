@@ -74,6 +74,20 @@ FAULTS = (
         ORDER,
     ),
     Fault(
+        "all ranks put the features of their images together, whichever model they hold",
+        VISION,
+        "dist.all_gather(parts, padded, group=self.mp.group)",
+        "dist.all_gather(parts, padded)",
+        "certify --only sees=llava world=4",
+    ),
+    Fault(
+        "SigLIP's head is taken for a part of the encoder",
+        "accessory/checkpoint/huggingface.py",
+        'if not name.startswith("head."):',
+        "if True:",
+        f"{LLAVA}::test_what_comes_back_is_what_they_saved[siglip]",
+    ),
+    Fault(
         "the mean of all cells comes last",
         "accessory/visual/convnext.py",
         "torch.cat([cells.mean(1, keepdim=True), cells], 1)",
