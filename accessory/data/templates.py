@@ -173,9 +173,8 @@ PROMPTS = {
         "\n\n### Response:",
     ),
     "qg": ("Generate a question whose answer is:\n", "\n\nQuestion:\n"),
-    "bare": ("", ""),
 }
-"""What the reference project's other prompt types write before a question and behind it; ``bare`` is its "None"."""
+"""What the reference project's other prompt types write before a question and behind it."""
 
 
 def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
