@@ -137,6 +137,8 @@ def test_siglip_is_that_of_transformers_without_its_head():
     """Of images in whose rows and columns patches leave a rest; colours are normalised as it has learnt them."""
     args = visual("llava_siglip")
     model = tower(transformers.SiglipVisionModel, args.encoder("siglip"))
+    for parameter in model.embeddings.parameters():
+        parameter.data *= 1e-3  # so that the eps of the first norm shows
     vision = make_vision(args, Theirs(model, args), Axis(), torch.float32, CPU)
     ours, pixels = vision.encoders["siglip"], torch.arange(3 * 30 * 30).view(1, 3, 30, 30) % 251
     x = (pixels / 255 - 0.5) / 0.5

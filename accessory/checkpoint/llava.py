@@ -34,19 +34,19 @@ class _Tower:
     strategy: str
 
 
-_ROUGHLY = {"size": 224, "dim": 768, "hidden_dim": 3072, "layers": 12, "heads": 12}
+_BASE = {"size": 224, "dim": 768, "hidden_dim": 3072, "layers": 12, "heads": 12}
 _TOWERS: dict[EncoderKind, _Tower] = {
     "clip": _Tower(
         "clip_vision_model",
         "llava",
-        _ROUGHLY | {"patch": 32, "activation": "quick_gelu"},
+        _BASE | {"patch": 32, "activation": "quick_gelu"},
         {"layer_norm_eps": 1e-5},
         "default",  # all but the class token
     ),
     "siglip": _Tower(
         "siglip_vision_model",
         "llava_siglip",
-        _ROUGHLY | {"patch": 16},
+        _BASE | {"patch": 16},
         {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
         "full",
     ),
@@ -67,8 +67,8 @@ def visual_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: vision_config.model_type is {named!r}, this program does {' and '.join(kinds)}")
     kind = kinds[named]
     tower = _TOWERS[kind]
-    asked = [("model_type", config.get("model_type"), "llava")]
-    asked += [(key, config.get(key, value), value) for key, value in _FIXED.items()]
+    expected = {"model_type": "llava", **_FIXED}
+    asked = [(key, config.get(key, value), value) for key, value in expected.items()]
     strategy = config.get("vision_feature_select_strategy", "default")
     asked.append(("vision_feature_select_strategy", strategy, tower.strategy))
     asked += [(f"vision_config.{key}", vision.get(key, value), value) for key, value in tower.fixed.items()]
