@@ -191,6 +191,9 @@ def test_the_tokens_of_images_and_of_text_ring_for_themselves(capsys):
     alarms = Alarms(AlarmSection(load_max=None))
     fair = health([200, 200, 200, 200])
     apart = {"image": health([400, 398, 2, 0], entropy=[0.01]), "text": health([0, 0, 400, 400])}
+    nothing = health([0, 0, 0, 0], entropy=[0.0])
+    alarms.check(0, dataclasses.replace(fair, parts={"image": nothing, "text": fair}))
+    assert not capsys.readouterr().out
     alarms.check(1, dataclasses.replace(fair, parts=apart))
     lines = capsys.readouterr().out.splitlines()
     assert [line[: line.index(")") + 1] for line in lines] == [
@@ -204,7 +207,6 @@ def test_the_tokens_of_images_and_of_text_ring_for_themselves(capsys):
         ("entropy_share", "image"),
         ("load_min", "text"),
     ]
-    nothing = health([0, 0, 0, 0], entropy=[0.0])
     alarms.check(2, dataclasses.replace(fair, parts={"image": nothing, "text": fair}))
     assert [event["tokens"] for event in alarms.metrics()["alarms"]] == ["image", "image"]
     assert capsys.readouterr().out.splitlines() == [
