@@ -202,11 +202,8 @@ def test_the_tokens_of_images_and_of_text_ring_for_themselves(capsys):
         "ALARM at step 1: load_min of text tokens below 0.01 in layer 0 experts 0, 1 (0.00)",
     ]
     ringing = alarms.metrics()["alarms"]
-    assert [(event["alarm"], event["tokens"]) for event in ringing] == [
-        ("load_min", "image"),
-        ("entropy_share", "image"),
-        ("load_min", "text"),
-    ]
+    of = {"load_min": ["text", "image"], "entropy_share": ["image"]}
+    assert all([event["tokens"] for event in ringing if event["alarm"] == name] == parts for name, parts in of.items())
     alarms.check(2, dataclasses.replace(fair, parts={"image": nothing, "text": fair}))
     assert [event["tokens"] for event in alarms.metrics()["alarms"]] == ["image", "image"]
     assert capsys.readouterr().out.splitlines() == [
