@@ -11,14 +11,16 @@ import transformers
 from ranks import run_ranks
 from seeing import ENCODERS, seeing, visual
 
+from accessory.checkpoint.encoders import in_transformers as tower_tiles
 from accessory.model.connector import Connector
+from accessory.model.logical import region_shape, whole_region
 from accessory.model.visual import Images, VisualArgs
 from accessory.parallel.mesh import Axis, make_mesh
 from accessory.visual.views import CLIP_MEAN, CLIP_STD
 from accessory.visual.vision import Vision, make_vision, vision_shapes
 
 CPU = torch.device("cpu")
-ENCODERS_BUT_CLIP = [sizes for kind, sizes in ENCODERS.items() if kind != "clip"]
+ENCODERS_BUT_CLIP = [sizes for sizes in visual("ens").encoders if sizes.kind != "clip"]
 PREFIXES = {
     "clip": "clip.visual.",
     "dinov2": "dinov2_vitg14.",
@@ -46,8 +48,8 @@ class Weights:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def encoder(args, kind):
-    return make_vision(args, Weights(args), Axis(), torch.float32, CPU).encoders[kind]
+def encoder(args, kind, source=None):
+    return make_vision(args, source or Weights(args), Axis(), torch.float32, CPU).encoders[kind]
 
 
 def squares(size):
@@ -71,31 +73,37 @@ def in_transformers(model, found, names, stacked=()):
     return model.eval()
 
 
-def clip_in_transformers(found, sizes):
-    config = transformers.CLIPVisionConfig(
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.hidden_dim,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        image_size=sizes.size,
-        patch_size=sizes.patch,
-        hidden_act=sizes.activation,
-    )
-    names = {
-        "class_embedding": "embeddings.class_embedding",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "conv1": "embeddings.patch_embedding",
-        "ln_pre": "pre_layrnorm",
-        "ln_post": "post_layernorm",
-        "transformer.resblocks": "encoder.layers",
-        ".attn.": ".self_attn.",
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "c_fc": "fc1",
-        "c_proj": "fc2",
-    }
-    stacked = [("in_proj_", ["q_proj", "k_proj", "v_proj"])]
-    return in_transformers(transformers.CLIPVisionModel(config), found, names, stacked)
+class Theirs:
+    """The weights of a vision tower of transformers, as its checkpoints are read."""
+
+    def __init__(self, model, args, **others):
+        state = {**model.state_dict(), **others}
+        assert set(state) - {tile.key for tile in tower_tiles(args)} <= {name for name in state if name.startswith("head.")}
+        self.tensors = {name: torch.full(shape, torch.nan) for name, shape in vision_shapes(args).items()}
+        for tile in tower_tiles(args):
+            self.tensors[tile.name][tile.region] = tile.read(state[tile.key], whole_region(region_shape(tile.region)))
+
+    def read(self, name, region):
+        return self.tensors[name][region]
+
+
+def tower(model_class, sizes, **options):
+    """A vision tower of transformers with random weights."""
+    model = model_class(
+        model_class.config_class(
+            hidden_size=sizes.dim,
+            intermediate_size=sizes.hidden_dim,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            image_size=sizes.size,
+            patch_size=sizes.patch,
+            **options,
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.3, generator=generator)
+    return model
 
 
 def check(ours, theirs, bound=1e-6):
@@ -106,28 +114,47 @@ def check(ours, theirs, bound=1e-6):
 @torch.no_grad()
 @pytest.mark.parametrize("exact", [None, "reference"])
 def test_clip_is_that_of_transformers_with_the_last_norm(exact):
-    args = visual("clip", exact=exact)
-    found, x = Weights(args).of("clip"), squares(28)
-    assert args.encoder("clip").activation == ("gelu" if exact else "quick_gelu")
-    plain = {name: tensor for name, tensor in found.items() if name != "proj"}
-    theirs = clip_in_transformers(plain, args.encoder("clip"))(x, output_hidden_states=True)
-    last = F.layer_norm(theirs.last_hidden_state, (16,), found["ln_post.weight"], found["ln_post.bias"])
-    ours = encoder(args, "clip")
+    args, x = visual("clip", exact=exact), squares(28)
+    sizes = args.encoder("clip")
+    assert sizes.activation == ("gelu" if exact else "quick_gelu")
+    model, proj = tower(transformers.CLIPVisionModel, sizes, hidden_act=sizes.activation), Weights(args).of("clip")["proj"]
+    last = model.post_layernorm(model(x).last_hidden_state)
+    ours = encoder(args, "clip", Theirs(model, args, proj=proj))
     check(ours(x), last)
-    check(ours.projected(ours(x)), last @ found["proj"])
+    check(ours.projected(ours(x)), last @ proj)
 
 
 @torch.no_grad()
 def test_llava_takes_what_goes_into_the_last_block():
     args, x = visual("llava"), squares(28)
-    theirs = clip_in_transformers(Weights(args).of("clip"), args.encoder("clip"))
-    check(encoder(args, "clip")(x), theirs(x, output_hidden_states=True).hidden_states[-2])
+    model = tower(transformers.CLIPVisionModel, args.encoder("clip"), hidden_act="quick_gelu")
+    theirs = model(x, output_hidden_states=True).hidden_states[-2]
+    check(encoder(args, "clip", Theirs(model, args))(x), theirs)
+
+
+@torch.no_grad()
+def test_siglip_is_that_of_transformers_without_its_head():
+    """Of images in whose rows and columns patches leave a rest; colours are normalised as it has learnt them."""
+    args = visual("llava_siglip")
+    model = tower(transformers.SiglipVisionModel, args.encoder("siglip"))
+    for parameter in model.embeddings.parameters():
+        parameter.data *= 1e-3  # so that the eps of the first norm shows
+    vision = make_vision(args, Theirs(model, args), Axis(), torch.float32, CPU)
+    ours, pixels = vision.encoders["siglip"], torch.arange(3 * 30 * 30).view(1, 3, 30, 30) % 251
+    x = (pixels / 255 - 0.5) / 0.5
+    theirs = model(x, output_hidden_states=True)
+    assert theirs.hidden_states[-2].shape == (1, args.words, 16) and args.words == 4
+    (features,) = vision(Images(torch.zeros(0, dtype=torch.int64), pixels.to(torch.uint8))).features
+    check(features[:, 0], theirs.hidden_states[-2], 2e-6)  # normalised for CLIP, and then for it
+    check(ours(x), theirs.hidden_states[-2])
+    ours.before_last = False
+    check(ours(x), theirs.last_hidden_state)
 
 
 @torch.no_grad()
 def test_dinov2_is_that_of_transformers_at_its_own_size():
     sizes = replace(ENCODERS["dinov2"], positions=2)
-    args = VisualArgs("ens", (sizes, *(one for kind, one in ENCODERS.items() if kind != "dinov2")))
+    args = VisualArgs("ens", (sizes, *(one for one in visual("ens").encoders if one.kind != "dinov2")))
     config = transformers.Dinov2Config(
         hidden_size=20,
         num_hidden_layers=2,

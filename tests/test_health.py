@@ -186,6 +186,31 @@ def test_alarms_ring_once_and_end_once(capsys):
     assert "alarm over at step 4: load_max no longer above 3 in layer 0" in seen[4][0]
 
 
+def test_the_tokens_of_images_and_of_text_ring_for_themselves(capsys):
+    """Though all tokens together are shared out well; a step without an image says nothing of them."""
+    alarms = Alarms(AlarmSection(load_max=None))
+    fair = health([200, 200, 200, 200])
+    apart = {"image": health([400, 398, 2, 0], entropy=[0.01]), "text": health([0, 0, 400, 400])}
+    nothing = health([0, 0, 0, 0], entropy=[0.0])
+    alarms.check(0, dataclasses.replace(fair, parts={"image": nothing, "text": fair}))
+    assert not capsys.readouterr().out
+    alarms.check(1, dataclasses.replace(fair, parts=apart))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: line.index(")") + 1] for line in lines] == [
+        "ALARM at step 1: load_min of image tokens below 0.01 in layer 0 expert 3 (0.00)",
+        "ALARM at step 1: entropy_share of image tokens below 0.1 in layer 0 (0.01)",
+        "ALARM at step 1: load_min of text tokens below 0.01 in layer 0 experts 0, 1 (0.00)",
+    ]
+    ringing = alarms.metrics()["alarms"]
+    of = {"load_min": ["text", "image"], "entropy_share": ["image"]}
+    assert all([event["tokens"] for event in ringing if event["alarm"] == name] == parts for name, parts in of.items())
+    alarms.check(2, dataclasses.replace(fair, parts={"image": nothing, "text": fair}))
+    assert [event["tokens"] for event in alarms.metrics()["alarms"]] == ["image", "image"]
+    assert capsys.readouterr().out.splitlines() == [
+        "alarm over at step 2: load_min of text tokens no longer below 0.01 in layer 0"
+    ]
+
+
 def test_each_alarm_has_its_threshold(capsys):
     collapsed, few = health([800, 0, 0, 0], entropy=[0.01]), health([80, 0, 0, 0])
     change = torch.tensor([0.31, 0.29, 0.5, 0.6, 0.7, 0.8])

@@ -165,6 +165,46 @@ def test_equal_texts_of_other_images_are_no_duplicates(folder, tokenizer):
     assert tokenise_mix(mix, tokenizer, 200, visual=CLIP)[0].stores[0].key != store.key
 
 
+def test_an_epoch_takes_one_of_an_images_captions_and_the_next_another(folder, tokenizer):
+    """Through as many epochs as there are, each once; as the seed says; a text beside them comes every time."""
+    ways = [1 + number % 3 for number in range(10)]
+    captions = [{"image": f"{n}.png", "caption": [f"list {way}" for way in range(ways[n])]} for n in range(10)]
+    entries = {"path": "a.jsonl", "root": "pictures"}, {"path": "b.jsonl"}
+    mix = write_mix(folder, *entries, a_jsonl=lines(*captions), b_jsonl=lines(asked(), {"text": "tokens " * 300}))
+
+    def epochs(seed=0, **entry):
+        write_mix(folder, entries[0] | entry, entries[1])
+        data = load_mix(mix, tokenizer, 200, seed, visual=CLIP)
+        assert len(data.training) - sum(ways) > 2, "the parts of a long text are samples of one record, too"
+        for epoch in range(6):
+            taken = np.asarray(data.epoch(epoch)[:])
+            assert sorted(taken[taken >= sum(ways)]) == [*range(sum(ways), len(data.training))]
+            yield taken[taken < sum(ways)].tolist()
+
+    begins = np.cumsum([0, *ways])
+    owner = np.searchsorted(begins, np.arange(sum(ways)), side="right") - 1
+
+    def by_image(rounds):
+        told = [[] for _ in ways]
+        for taken in rounds:
+            for number in taken:
+                told[owner[number]].append(number - begins[owner[number]])
+        return told
+
+    once = list(epochs())
+    assert all(sorted(owner[taken]) == [*range(10)] for taken in once)
+    assert all(
+        sorted(told[:count]) == [*range(count)] and told[count:] == told[: len(told) - count]
+        for told, count in zip(by_image(once), ways, strict=True)
+    )
+    assert list(epochs()) == once and by_image(epochs(seed=1)) != by_image(once)
+    assert len({told[0] for told in by_image(once)}) == 3, "not all begin with their first"
+    for entry, times in (({"epochs": 2}, 12), ({"epochs": 0.5}, 3), ({"ratio": 1.0}, 6)):
+        for told, count in zip(by_image(epochs(**entry)), ways, strict=True):
+            often = [told.count(way) for way in range(count)]
+            assert sum(often) == times and max(often) - min(often) <= 1
+
+
 BAD = {  # name: (record, the sentence)
     "not there": (asked("lost.png"), "image HOME/pictures/lost.png: no such file; expected an image"),
     "a folder": (asked("."), "image HOME/pictures: a directory; expected an image"),

@@ -15,6 +15,7 @@ from accessory.checkpoint.description import load_args
 from accessory.model.logical import LogicalModel
 from accessory.model.memory import footprint
 from accessory.model.moe.layouts import EXPERT, SPARSE
+from accessory.model.visual import VisualArgs
 from accessory.parallel.mesh import plan_mesh
 from accessory.settings import LoraSection, OptimSection, ParallelSection, TuningSection
 from accessory.train.cards import CARDS, card_of
@@ -169,6 +170,10 @@ def test_seconds_are_those_worked_by_hand():
     assert inside.sent(8e9) == 14e9 and gathered.sent(8e9) == 6e9
     needs = Choice(run, Figures({Figure("state"): 1e10, Figure("peak"): 3e10}), seconds).memory
     assert needs == {"state": 1e10, "step": 2e10, "overhead": 4e9}
+    seeing = dataclasses.replace(run, args=dataclasses.replace(MIXTRAL, visual=VisualArgs("ens")))
+    needs = Choice(seeing, Figures({Figure("state"): 1e10, Figure("peak"): 3e10}), seconds).memory
+    # BLIP-2's, of CLIP what sees, ConvNeXt, and DINOv2 without its mask token
+    assert needs["state"] == 1e10 + 2 * (1_091_114_496 + 303_966_208 + 843_398_016 + 1_136_479_232)
 
 
 def test_cards_are_known_by_their_own_names():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import gradio_client
 import openai
@@ -20,6 +21,7 @@ from test_demo import Demo
 from test_server import serving
 
 from accessory.checkpoint.encoders import write_encoders
+from accessory.errors import UserError
 from accessory.model.meta import MetaModel
 from accessory.parallel.mesh import Axis
 from accessory.train.save import save_model
@@ -87,6 +89,31 @@ def test_the_commands_show_images(home, answers, tmp_path):
     assert codes == [0] and out.rstrip().endswith(f"\n{answers[0]}"), err
     codes, _, err = command("generate", home / "model", QUESTION, "--image", home / "model", *options)
     assert codes == [1] and f"error: image {home}/model: a directory; expected an image" in err
+    codes, out, err = command("generate", home / "model", QUESTION, "--text-only", *options)
+    assert codes == [0] and out.rstrip().endswith(f"\n{answers[3]}"), err
+    codes, _, err = command("generate", home / "model", QUESTION, "--text-only", "--image", home / "0.png", *options)
+    assert codes == [1] and f"error: it has an image ({home}/0.png), and this model reads text only" in err
+
+
+def load_where_there_is_memory_for_texts(home):
+    """What is said of images, where the encoders are too much; and with which of them left out the model is loaded."""
+    weights, encoders = (
+        sum(p.stat().st_size for p in home.glob(files)) for files in ("model/c*.safetensors", "v*.safetensors")
+    )
+    with mock.patch("accessory.model.memory.memory_of", lambda _: weights + encoders // 2):
+        options = {"dtype": torch.float64, "device": "cpu"}
+        with pytest.raises(UserError, match="the model does not fit"):
+            MetaModel.from_pretrained(home / "model", **options)
+        model = MetaModel.from_pretrained(home / "model", **options, with_visual=False)
+    assert model.llma.vision is None
+    for ask in (model.generate, model.compute_logits):
+        with pytest.raises(UserError, match="images are given, and this model reads text only"):
+            ask(["a"], [PICTURES[0]])
+    return [answer.strip() for answer in model.chat([QUESTION], max_gen_len=8)]
+
+
+def test_without_encoders_a_model_takes_less_memory_and_answers_texts(home, answers):
+    assert run_ranks(1, load_where_there_is_memory_for_texts, home) == [answers[3:]]
 
 
 def test_openais_client_sends_an_image(home, answers):

@@ -27,6 +27,7 @@ from accessory.errors import UserError
 
 V1 = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
 CHAT = [name for name in TEMPLATES if name != "plain"]
+WITHOUT_SYSTEM = ("alpaca", "shortqa", "qg")
 
 
 # tokenizers
@@ -177,6 +178,19 @@ GOLDEN = {  # name: (template, record, text, what is trained)
         f"<bos>{VICUNA} USER: Why? ASSISTANT: Because.<eos>USER: Really? ASSISTANT: Yes.<eos>",
         [" Because.<eos>", " Yes.<eos>"],
     ),
+    "shortqa": (
+        "shortqa",
+        {"instruction": "Which {word}?", "output": "Blue."},
+        "<bos>Below is an instruction that describes a task. Write a response that appropriately completes the request "
+        "using a single word or phrase.\n\n### Instruction:\nWhich {word}?\n\n### Response:Blue.<eos>",
+        ["Blue.<eos>"],
+    ),
+    "qg": (
+        "qg",
+        {"instruction": "Blue.", "output": "Which word?"},
+        "<bos>Generate a question whose answer is:\nBlue.\n\nQuestion:\nWhich word?<eos>",
+        ["Which word?<eos>"],
+    ),
     "plain": ("plain", {"text": " A text. "}, "<bos> A text. <eos>", [" A text. <eos>"]),
 }
 
@@ -267,7 +281,7 @@ def test_template_names(kinds):
 def test_trained_tokens_are_the_answers(name, kind, kinds):
     template, tokenizer = TEMPLATES[name], kinds[kind]
 
-    @given(conversations(system=name != "alpaca"))
+    @given(conversations(system=name not in WITHOUT_SYSTEM))
     @settings(max_examples=60, deadline=None)
     def holds(conversation):
         segments = template.render(conversation)
@@ -292,7 +306,9 @@ def test_trained_tokens_are_the_answers(name, kind, kinds):
         # generation is given the beginning of that
         first = next(number for number, is_trained in enumerate(trained) if is_trained)
         prompt = tokenizer.encode_segments(template.prompt(replace(conversation, turns=conversation.turns[:1])))[0]
-        if name == "alpaca" or (name == "chatml" and answers[0][0].isspace()):  # nothing parts the prompt from the answer
+        if name in WITHOUT_SYSTEM or (
+            name == "chatml" and answers[0][0].isspace()
+        ):  # nothing parts the prompt from the answer
             assert tokens[:first] == prompt[:first] and len(prompt) <= first + 1
         else:
             assert tokens[:first] == prompt

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -214,9 +214,19 @@ def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCel
 
 
 def seeing_cells(worlds: Sequence[int]) -> list[SeeingCell]:
-    """Both layouts on every mesh, each with another preset, one trained in full and one by adapters and the connector."""
+    """Both layouts on every mesh, each with another preset, one trained in full and one by adapters and the connector.
+
+    On a mesh of both kinds of ranks images stand among the text as well (LLaVA), with what its other cells are without.
+    """
     presets: dict[str, PresetName] = {"mixtral": "ens5", "mixtral_sparse": "clip"}
-    return [SeeingCell(**vars(cell), preset=presets[cell.layout]) for cell in _by_turns(worlds)]
+    inline: dict[str, PresetName] = {"mixtral": "llava", "mixtral_sparse": "llava_siglip"}
+    cells = [SeeingCell(**vars(cell), preset=presets[cell.layout]) for cell in _by_turns(worlds)]
+    both = (cell for cell in cells if 1 < cell.model_parallel < cell.world)
+    others: list[SeeingCell] = [
+        replace(cell, preset=inline[cell.layout], accumulation=1, packing=not cell.packing, masks=True, recompute="block")
+        for cell in both
+    ]
+    return cells + others
 
 
 def offloaded_cells(args: ModelArgs, worlds: Sequence[int]) -> list[OffloadedCell]:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,9 +28,13 @@ from accessory.errors import UserError
 from accessory.model.head import Logits
 from accessory.model.logical import LogicalModel, region_shape, whole_region
 from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.visual import PresetName
 from accessory.parallel.mesh import Axis, make_mesh
 from accessory.train.objective import Classification, NextToken, Objective
 from accessory.visual.views import normalised
+
+Learns = Literal["tokens", "labels", "to see", "to see by SigLIP"]
+SIGHTS: dict[Learns, PresetName] = {"to see": "llava", "to see by SigLIP": "llava_siglip"}
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,19 @@ class ParityCell:
 
     world: int
     layout: str
-    learns: Literal["tokens", "labels", "to see"] = "tokens"
+    learns: Learns = "tokens"
 
     def settings(self) -> dict[str, str]:
         return {"learns": self.learns, "mp": str(self.world), "layout": self.layout}
 
     def poses(self, problem: Problem) -> Problem:
-        return {"tokens": problem, "labels": problem.of_labels(), "to see": problem.seeing("llava")}[self.learns]
+        if self.learns == "labels":
+            return problem.of_labels()
+        return problem if self.learns == "tokens" else problem.seeing(SIGHTS[self.learns])
 
 
 def parity_cells(worlds: Sequence[int]) -> list[ParityCell]:
-    kinds: tuple[Literal["tokens", "labels", "to see"], ...] = ("tokens", "labels", "to see")
-    return [ParityCell(world, layout, learns) for world in worlds for layout in LAYOUTS for learns in kinds]
+    return [ParityCell(world, layout, learns) for world in worlds for layout in LAYOUTS for learns in get_args(Learns)]
 
 
 def run_parity(problem: Problem, cell: ParityCell, device: torch.device, scratch: Path) -> dict[str, Any]:
@@ -114,7 +119,9 @@ def _run(problem: Problem) -> dict[str, Any]:
         model.config.pad_token_id, model.model.embed_tokens.padding_idx = padding, None
         out = model(input_ids=tokens.masked_fill(~real, padding), attention_mask=real.long(), labels=batch.labels)
     elif problem.args.visual and batch.images and batch.images.pixels is not None:
-        pixels, token = normalised(batch.images.pixels), model.config.image_token_id
+        pixels, token = batch.images.pixels, model.config.image_token_id
+        siglip = model.config.vision_config.model_type == "siglip_vision_model"
+        pixels = pixels.float() / 127.5 - 1 if siglip else normalised(pixels)
         tokens, labels, real = grid(replace(batch, tokens=batch.tokens.index_fill(0, batch.images.rows, token)))
         out = model(input_ids=tokens, pixel_values=pixels, attention_mask=real.long(), labels=labels)
     else:

@@ -17,7 +17,7 @@ from accessory.data.store import Sample
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.build import RandomWeights
 from accessory.model.logical import LogicalModel
-from accessory.model.visual import EncoderArgs, PresetName, VisualArgs
+from accessory.model.visual import PRESETS, EncoderArgs, PresetName, VisualArgs
 from accessory.parallel.mesh import Axis
 from accessory.settings import LoraSection, OptimSection, QuantiseSection, TuningSection
 from accessory.tuning.spec import Tuning, resolve
@@ -67,6 +67,7 @@ ENCODERS = {
     "eva": EncoderArgs("eva", 28, 14, 12, 20, 2, 2),
     "qformer": EncoderArgs("qformer", dim=10, hidden_dim=14, layers=3, heads=2, tokens=3),
     "convnext": EncoderArgs("convnext", 64, 32, 4, depths=(1, 1, 2, 1)),
+    "siglip": EncoderArgs("siglip", 30, 14, 16, 24, 3, 4),
 }
 """What a small model sees with."""
 BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full
@@ -92,7 +93,7 @@ class Problem:
 
     def seeing(self, preset: PresetName) -> "Problem":
         """The same where some sequences show images."""
-        token = self.args.vocab_size - 1 if preset == "llava" else None
+        token = self.args.vocab_size - 1 if PRESETS[preset].llava else None
         visual = VisualArgs(preset, tuple(ENCODERS[kind] for kind in VisualArgs(preset).kinds), image_token=token)
         return replace(self, args=replace(self.args, visual=visual))
 

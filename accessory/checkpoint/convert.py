@@ -29,6 +29,7 @@ from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
 from accessory.model.logical import EMBEDDING, LogicalModel, Overlaid, Source, check_divides, is_buffer
 from accessory.model.moe.layouts import LAYOUTS, Layout
+from accessory.model.visual import PRESETS
 from accessory.settings import FileFormat, SavedFormat
 from accessory.visual.vision import vision_shapes
 
@@ -74,7 +75,7 @@ class Target:
             raise UserError("the format 'mistral' is of language models, and this is a classifier: write hf, or a layout")
         if args.visual and self.format in gptq.WRITTEN:
             raise UserError(f"the format '{self.format}' is of language models, and this one sees: write hf, or a layout")
-        if args.visual and self.format == "hf" and args.visual.preset != "llava":
+        if args.visual and self.format == "hf" and not PRESETS[args.visual.preset].llava:
             raise UserError(
                 f"transformers has no architecture that sees as the preset {args.visual.preset}: write mixtral, or "
                 "mixtral_sparse"

@@ -23,7 +23,7 @@ from accessory.model.visual import VisualArgs
 from accessory.visual.vision import Vision, vision_shapes
 
 FILE, DESCRIPTION = "visual.safetensors", "visual.json"
-_OWN = re.compile(r"(?:llma\.)?((?:clip|openclip_convnext_xxl|dinov2_vitg14|qformer)\..+)")
+_OWN = re.compile(r"(?:llma\.)?((?:clip|openclip_convnext_xxl|dinov2_vitg14|qformer|siglip)\..+)")
 _UNUSED = re.compile(
     r"clip\.(positional_embedding|text_projection|logit_scale|attn_mask|(token_embedding|ln_final|transformer)\..*)"
     r"|dinov2_vitg14\.mask_token|qformer\..*position_ids"
@@ -95,9 +95,9 @@ _IN_TRANSFORMERS = {
 
 
 def in_transformers(visual: VisualArgs) -> Iterator[Tile]:
-    """CLIP under transformers' names, behind ``vision_tower.``; its queries, keys and values are matrices apart there."""
+    """CLIP or SigLIP under transformers' names, behind ``vision_tower.``; queries, keys and values are apart there."""
     for name, shape in vision_shapes(visual).items():
-        key = name.removeprefix("clip.visual.")
+        key = name.removeprefix("clip.visual.").removeprefix("siglip.")
         for ours, theirs in _IN_TRANSFORMERS.items():
             key = key.replace(ours, theirs)
         before, stacked, part = key.partition("in_proj_")

@@ -122,7 +122,9 @@ def _set_apart(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[s
         inner = key.removeprefix("model.")  # as transformers 5 has it in memory
         tower, _, name = inner.partition(".")
         if tower == "vision_tower":
-            encoders[name.removeprefix("vision_model.")] = stored
+            name = name.removeprefix("vision_model.")
+            if not name.startswith("head."):  # SigLIP's, which makes one token of all
+                encoders[name] = stored
         elif tower == "language_model":
             model[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = stored
         else:

@@ -10,7 +10,7 @@ from itertools import product
 from accessory.data.chat_template import chat_template
 from accessory.data.fields import RecordError
 from accessory.data.records import Conversation, Turn
-from accessory.data.templates import ALPACA, ALPACA_CONTEXT, DIALOG_SYSTEM, VICUNA_SYSTEM, Template
+from accessory.data.templates import ALPACA, ALPACA_CONTEXT, DIALOG_SYSTEM, PROMPTS, VICUNA_SYSTEM, Template
 from accessory.data.tokenizer import Tokenizer
 from accessory.errors import UserError
 
@@ -64,6 +64,14 @@ _JINJA = {
         "' ' + turn['content'] + eos_token",
         before=f"{{{{ blank + (system or {VICUNA_SYSTEM!r}) + ' ' }}}}",
     ),
+    **{
+        name: _NO_SYSTEM
+        + _of_two(
+            rf"blank + ('' if loop.first else '\n\n') + {before!r} + turn['content'] + {behind!r}",
+            "turn['content'] + eos_token",
+        )
+        for name, (before, behind) in PROMPTS.items()
+    },
 }
 
 _TURNS = (Turn("user", "Why?"), Turn("assistant", "Because it is."), Turn("user", "And?"), Turn("assistant", "No."))

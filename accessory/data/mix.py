@@ -104,7 +104,15 @@ class Samples(Sequence[Sample]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int32."""
-        everything = np.concatenate([np.zeros(0, np.int32), *(store.lengths() for store in self.stores)])
+        return self._of_mine([np.zeros(0, np.int32), *(store.lengths() for store in self.stores)])
+
+    @cached_property
+    def retold(self) -> np.ndarray:
+        """Of every sample whether it is the one before in other words (see ``Store``)."""
+        return self._of_mine([np.zeros(0, bool), *(store.retold() for store in self.stores)])
+
+    def _of_mine(self, of_stores: list[np.ndarray]) -> np.ndarray:
+        everything = np.concatenate(of_stores)
         return np.delete(everything, self._held_out) if self._training else everything[self._held_out]
 
     def _locate(self, index: int) -> tuple[Store, int]:
@@ -175,18 +183,28 @@ class Dataset:
         return counts
 
     def epoch(self, epoch: int) -> Shuffled:
-        """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size."""
-        total = len(self.training)
-        weights = sum(entry.weight or 0.0 for entry, _ in self.parts)
+        """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size.
+
+        Of an image's several captions each time one, and another the next time.
+        """
+        found = zip(self.parts, self._firsts, strict=True)
+        sizes = [len(own) if firsts is None else len(firsts) - 1 for (_, own), firsts in found]
+        total, weights = sum(sizes), sum(entry.weight or 0.0 for entry, _ in self.parts)
         parts = []
-        for number, (entry, own) in enumerate(self.parts):
+        for number, ((entry, own), size, firsts) in enumerate(zip(self.parts, sizes, self._firsts, strict=True)):
             often = entry.ratio or entry.epochs or 1.0
-            count = max(1, round(total * entry.weight / weights if entry.weight else len(own) * often))
+            count = max(1, round(total * entry.weight / weights if entry.weight else size * often))
             # a ratio is always the same share of the records; else an epoch goes on where the one before ended, so that
             # no record's turn comes again before every other's
-            skip = 0 if entry.ratio else epoch * (count % len(own)) % len(own)
-            parts.append(Part(own.start, len(own), count, f"{self.seed}/part/{number}", skip))
+            skip, before = (0, epoch) if entry.ratio else (epoch * (count % size), epoch * (count // size))
+            parts.append(Part(own.start, size, count, f"{self.seed}/part/{number}", skip, firsts, before))
         return Shuffled(parts, f"{self.seed}/epoch/{epoch}")
+
+    @cached_property
+    def _firsts(self) -> list[np.ndarray | None]:
+        """Of each part ``Part.firsts``."""
+        retold = (self.training.retold[own.start : own.stop] for _, own in self.parts)
+        return [np.append(np.flatnonzero(~mine), len(mine)) if mine.any() else None for mine in retold]
 
 
 def check_columns(source: MixSource, mix: str | Path) -> None:

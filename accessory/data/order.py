@@ -64,20 +64,35 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """What an epoch takes of a source whose samples are numbered from ``start``: all of them as often as they go into
-    ``count``, and for the rest a stretch, from ``skip`` on, of an order that ``seed`` makes."""
+    """What an epoch takes of a source whose samples are numbered from ``start``: all ``size`` of them as often as they go
+    into ``count``, and for the rest a stretch, from ``skip`` on, of an order that ``seed`` makes.
+
+    Attributes:
+        firsts: [size + 1]: some of the samples are one, told in several ways: where the ways of each begin, from ``start``
+            on, and where the last one ends; None: there is one way of each.
+        round: how often all have been taken in the epochs before; another way is taken each time.
+    """
 
     start: int
     size: int
     count: int
     seed: str
     skip: int = 0
+    firsts: np.ndarray | None = None
+    round: int = 0
 
     def numbers(self, places: np.ndarray) -> np.ndarray:
+        rounds, numbers = np.divmod(places, self.size)
         rest = places >= self.count - self.count % self.size
-        numbers = places % self.size
-        numbers[rest] = permute((numbers[rest] + self.skip) % self.size, self.size, self.seed)
-        return self.start + numbers
+        more, stretch = np.divmod(numbers[rest] + self.skip, self.size)
+        numbers[rest] = permute(stretch, self.size, self.seed)
+        if self.firsts is None:
+            return self.start + numbers
+        rounds[rest] += more
+        ways = self.firsts[numbers + 1] - self.firsts[numbers]
+        key = np.frombuffer(hashlib.shake_128(self.seed.encode()).digest(8), "<u8").astype(np.uint64)
+        begun = _mix(numbers.astype(np.uint64) + key).astype(np.int64)
+        return self.start + self.firsts[numbers] + (begun % ways + rounds + self.round) % ways
 
 
 class Shuffled:

@@ -193,6 +193,13 @@ class Store:
         np.not_equal(self._places[1:], self._places[:-1], out=first[1:-1])
         return np.flatnonzero(first)
 
+    def retold(self) -> np.ndarray:
+        """Of every sample whether it is the one before in other words: another caption of the same images, bool."""
+        same = np.zeros(len(self), bool)
+        np.equal(self._places[1:], self._places[:-1], out=same[1:])  # a text beside an image has no parts
+        same[1:] &= self._seen[1:] > self._seen[:-1]
+        return same
+
     def dropped(self) -> Iterator[Dropped]:
         """The records of which nothing is left."""
         yield from itertools.starmap(Dropped, _lines(self._directory / "dropped.jsonl"))

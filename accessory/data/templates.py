@@ -7,6 +7,7 @@ of what it is trained on.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from accessory.config import nearest
@@ -165,6 +166,31 @@ def _alpaca(conversation: Conversation) -> Iterator[Segment]:
             yield Segment(EOS, turn.train, special=True)
 
 
+PROMPTS = {
+    "shortqa": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request using a "
+        "single word or phrase.\n\n### Instruction:\n",
+        "\n\n### Response:",
+    ),
+    "qg": ("Generate a question whose answer is:\n", "\n\nQuestion:\n"),
+}
+"""What the reference project's other prompt types write before a question and behind it."""
+
+
+def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
+    """By one of PROMPTS; what follows an answer begins with a blank line."""
+    if conversation.system:
+        raise RecordError(f"the template '{name}' has no place for a system prompt: name another one in the mix entry")
+    before, behind = PROMPTS[name]
+    yield _begin()
+    for number, turn in enumerate(conversation.turns):
+        if turn.role == "user":
+            yield Segment("\n\n" * (number > 0) + before + turn.question + behind, turn.train)
+        else:
+            yield Segment(turn.text, turn.train)
+            yield Segment(EOS, turn.train, special=True)
+
+
 def _mixtral_instruct(conversation: Conversation) -> Iterator[Segment]:
     """As Mixtral 8x7B Instruct was trained: ``<s> [INST] q [/INST] a</s> [INST] ...``, the system prompt before the first
     question. Questions and answers are encoded apart, as Mistral does it."""
@@ -234,6 +260,7 @@ TEMPLATES = {
         Template("alpaca", _alpaca),
         Template("chatml", _chatml, ("<|im_end|>",), tools="results"),
         Template("vicuna", _vicuna),
+        *(Template(name, partial(_prompted, name)) for name in PROMPTS),
         Template("plain", _plain, documents=True),
     )
 }

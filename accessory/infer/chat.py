@@ -55,6 +55,7 @@ def load(
         arguments.layout,
         arguments.config,
         arguments.tokenizer,
+        with_visual=False if arguments.text_only else None,
         max_seq_len=arguments.max_seq_len,
         mp_group=dist.group.WORLD,
         dtype=get_dtype(arguments.precision),
@@ -97,9 +98,7 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
     for prompt in prompts:
         stops: tuple[str, ...] = ()
         if arguments.raw:
-            (asked,) = encode_prompts(
-                model.tokenizer, [_text(prompt)], [images], model.llma.args.visual, bos=True, eos=False
-            )
+            (asked,) = encode_prompts(model.tokenizer, [_text(prompt)], [images], model.llma.sight, bos=True, eos=False)
         else:
             asked, stops = model.asked(_showing(prompt, images), arguments.template)
         requests.append(model.engine.submit(asked.tokens, sampling.stopping_at(stops), None, asked.images))

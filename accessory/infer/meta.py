@@ -36,6 +36,7 @@ from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
 from accessory.settings import QuantiseSection
+from accessory.visual.vision import count_of_encoders
 
 
 class MetaModel:
@@ -132,17 +133,19 @@ class MetaModel:
         mesh = mesh_of(mp_group)
         source: Checkpoint | SideBySide = checkpoint
         if named:
-            source = SideBySide(
-                checkpoint.args, checkpoint, {name: (one.logical.adapters, one) for name, one in named.items()}
-            )
+            members = {name: (one.logical.adapters, one) for name, one in named.items()}
+            source = SideBySide(checkpoint.args, checkpoint, members)
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
-        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len)
-        check_memory(source.logical, layout, mesh, where, dtype, slot_bytes=plan.slot_bytes if plan else None)
+        sees = checkpoint.args.visual if with_visual is not False else None
+        beside = count_of_encoders(sees)
+        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside)
+        slot_bytes = plan.slot_bytes if plan else None
+        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=slot_bytes)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
         llma.pack()
-        if checkpoint.args.visual and with_visual is not False:
+        if sees:
             llma.vision = checkpoint.vision(mesh.mp, dtype, where)
         templates = dict(zip((None, *named), (one.training.template for one in everything), strict=True))
         return cls(llma, tokenizer, max_seq_len, templates, cache_tokens)
@@ -190,7 +193,7 @@ class MetaModel:
         if chosen.documents:  # a model of texts goes on with one
             return Prompt(self.tokenizer.encode(str(conversation), bos=True, eos=False)), ()
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        visual = self.llma.args.visual
+        visual = self.llma.sight
         question, images = images_set_apart(read_question(messages, tools), visual)
         assert isinstance(question, Conversation)
         tokens, _ = encode_placed(self.tokenizer, chosen.prompt(question), len(images), visual)
@@ -365,9 +368,7 @@ class MetaModel:
             UserError: an example does not begin with its context, or has nothing to score.
         """
         prompts = self._prompts(examples, images, bos, eos)
-        begun = None
-        if contexts is not None:
-            begun = [context.tokens for context in self._prompts(contexts, images, bos, False)]
+        begun = None if contexts is None else [one.tokens for one in self._prompts(contexts, images, bos, False)]
         starts = scored_from([prompt.tokens for prompt in prompts], begun)
         logits_of = self.compute_logits(
             [prompt.tokens for prompt in prompts], [prompt.images for prompt in prompts], adapter=adapter
@@ -396,4 +397,4 @@ class MetaModel:
             raise UserError(f"this model is a classifier ({', '.join(labels)}) and predicts no tokens: let it classify")
 
     def _prompts(self, examples: Sequence[Any], images: Shown, bos: bool, eos: bool) -> list[Prompt]:
-        return encode_prompts(self.tokenizer, examples, images, self.llma.args.visual, bos, eos)
+        return encode_prompts(self.tokenizer, examples, images, self.llma.sight, bos, eos)

@@ -24,9 +24,18 @@ def in_pages(tokens: int) -> int:
 
 
 def plan_answers(
-    section: OffloadSection, logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int
+    section: OffloadSection,
+    logical: LogicalModel,
+    layout: Layout,
+    size: int,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    beside: int = 0,
 ) -> OffloadPlan:
     """Where the experts are of a model that answers, cut into ``size`` parts; in a given memory it answers one at a time.
+
+    Args:
+        beside: numbers of what it sees with, whole on every rank.
 
     Raises:
         UserError: that is too little (see ``plan_offload``).
@@ -37,17 +46,23 @@ def plan_answers(
     of_a_token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize  # its keys and values
     cache = (in_pages(max_seq_len) + GPU_PAGE) * of_a_token
     step = 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype, "none")  # of a block at work, and what it makes of that
-    return plan_offload(section, logical, layout, size, dtype, weights + cache + step)
+    return plan_offload(section, logical, layout, size, dtype, weights + cache + step + beside * dtype.itemsize)
 
 
 def where_experts_are(
-    given: Offload, logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int
+    given: Offload,
+    logical: LogicalModel,
+    layout: Layout,
+    size: int,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    beside: int = 0,
 ) -> tuple[OffloadPlan | None, int | None]:
     """What is ``given`` as a plan (None: all are on the device), and how many tokens the cache is to have, if it says so."""
     section = OffloadSection.read(given)
     if section is None:
         return None, None
-    plan = plan_answers(section, logical, layout, size, dtype, max_seq_len)
+    plan = plan_answers(section, logical, layout, size, dtype, max_seq_len, beside)
     tell(f"offload: {plan}")
     return plan, in_pages(max_seq_len) if section.device_memory else None
 

@@ -18,6 +18,7 @@ from accessory.visual.views import CLIP_MEAN, CLIP_STD, padded_resize
 
 Shown = Sequence[Any] | Tensor | None
 """For each prompt an image, a list of them, or None; or [prompts, 3, size, size], one for each."""
+BLIND = "images are given, and this model reads text only"
 
 
 class Prompt(NamedTuple):
@@ -75,7 +76,7 @@ def _encode(
     tokenizer: Tokenizer, prompt: Any, images: list[Picture | Tensor], visual: VisualArgs | None, bos: bool, eos: bool
 ) -> Prompt:
     if images and visual is None:
-        raise UserError("images are given, and this model reads text only")
+        raise UserError(BLIND)
     if not visual:
         return Prompt(tokenizer.encode(prompt, bos, eos) if isinstance(prompt, str) else list(prompt))
     pixels = tuple(read_image(image, visual) for image in images)
@@ -91,6 +92,8 @@ def _encode(
 
 def check_places(tokens: Sequence[int], images: int, visual: VisualArgs | None) -> None:
     """Raise UserError unless each of so many images has its places among ``tokens``."""
+    if images and not visual:
+        raise UserError(BLIND)
     there, needed = list(tokens).count(PLACE), images * visual.words if visual else 0
     if there != needed:
         raise UserError(f"a prompt with {images} images must have {needed} places for them, found {there}")

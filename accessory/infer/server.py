@@ -135,7 +135,7 @@ class Front:
 
     async def read(self, request: Request, kind: type[T]) -> T:
         """The call in a body."""
-        call = kind.read(await _json(request, MOST_WITH_IMAGES if self.model.llma.args.visual else MOST_BYTES))
+        call = kind.read(await _json(request, MOST_WITH_IMAGES if self.model.llma.sight else MOST_BYTES))
         self.adapter(call.model)
         return call
 
@@ -244,14 +244,14 @@ def _asked(
     """What asks for an answer, and how it is to be."""
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
     tools = call.tools if call.tool_choice == "auto" else ()
-    with DECODING if model.llma.args.visual else nullcontext():
+    with DECODING if model.llma.sight else nullcontext():
         asked, stops = model.asked(allowed_images(messages, hosts), template, adapter=adapter, tools=tools)
     return asked, _sampling(model, call, adapter).stopping_at(stops)
 
 
 def _continued(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[Prompt, Sampling]]:
     sampling = _sampling(model, call, adapter)
-    asked = encode_prompts(model.tokenizer, call.prompts, None, model.llma.args.visual, bos=True, eos=False)
+    asked = encode_prompts(model.tokenizer, call.prompts, None, model.llma.sight, bos=True, eos=False)
     return [(prompt, sampling) for prompt in asked]
 
 

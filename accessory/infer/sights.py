@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from accessory.data.placement import PLACE
-from accessory.errors import UserError
 from accessory.infer.prompts import check_places
 from accessory.model.decoder import Decoder
 from accessory.model.visual import Images
@@ -37,12 +36,10 @@ class SeenImages:
         Raises:
             UserError: there are not as many places as the images need, or the model cannot see.
         """
-        visual = self._model.args.visual
+        visual = self._model.sight
         check_places(prompt, len(images), visual)
         if not images or not visual:
             return list(prompt), {}
-        if self._model.vision is None:
-            raise UserError("this model was loaded without its encoders (with_visual=False): it cannot see images")
         pixels = {image_number(image): image for image in images}
         numbers = itertools.chain.from_iterable([image_number(image)] * visual.words for image in images)
         return [-next(numbers) if token == PLACE else token for token in prompt], pixels

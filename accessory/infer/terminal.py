@@ -77,6 +77,8 @@ class Chat:
                 self.messages.append(question)
                 self.answer()
         elif name == "image" and rest:
+            if not self.model.llma.sight:
+                raise UserError("this model reads text only")
             check_image(rest.strip())
             self.images.append(Path(rest.strip()))
         elif name == "save" and rest:

@@ -24,7 +24,7 @@ class Connector(nn.Module):
             if args.preset == "clip":
                 self.add_module(name, linear)
                 self.add_module(f"{name}_norm", norm)
-            elif args.preset == "llava":
+            elif self.preset.llava:
                 self.add_module(name, TwoLayers(linear, nn.Linear(dim, dim)))
             else:
                 self.add_module(name, nn.Sequential(linear, norm))

@@ -25,7 +25,7 @@ from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.recompute import run_block
 from accessory.model.rope import rotations
-from accessory.model.visual import Images, no_images
+from accessory.model.visual import Images, VisualArgs, no_images
 from accessory.parallel.mesh import Axis, Mesh
 from accessory.settings import Recompute
 
@@ -121,6 +121,11 @@ class Decoder(nn.Module):
         for name, layer in self.layers.named_modules():
             if isinstance(layer, GroupedExperts) and layer.offloaded:
                 yield from ((f"layers.{name}.{part}", tensor) for part, tensor in layer.offloaded.tensors().items())
+
+    @property
+    def sight(self) -> VisualArgs | None:
+        """How it sees; None: it reads text only, or has no encoders."""
+        return self.args.visual if self.vision else None
 
     @property
     def offloaded(self) -> list[OffloadedExperts]:

@@ -7,6 +7,7 @@
     ens       SPHINX-MoE: those 32, and 257 of CLIP, ConvNeXt and DINOv2 side by side, between tags
     ens5      the same of the whole image and of its four quarters
     llava     transformers' LlavaForConditionalGeneration: CLIP's patches, where <image> stands
+    llava_siglip  the same with SigLIP's
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,8 +19,8 @@ from torch import Tensor
 from accessory.config import Bounds, Count, nearest
 from accessory.errors import UserError
 
-EncoderKind = Literal["clip", "dinov2", "eva", "qformer", "convnext"]
-PresetName = Literal["clip", "qformer", "ens", "ens5", "llava"]
+EncoderKind = Literal["clip", "dinov2", "eva", "qformer", "convnext", "siglip"]
+PresetName = Literal["clip", "qformer", "ens", "ens5", "llava", "llava_siglip"]
 Place = Literal["before_bos", "after_bos", "inline"]
 
 
@@ -57,6 +58,7 @@ FULL_SIZE = {
     "eva": EncoderArgs("eva", 224, 14, 1408, 6144, 39, 16),
     "qformer": EncoderArgs("qformer", dim=768, hidden_dim=3072, layers=12, heads=12, tokens=32),
     "convnext": EncoderArgs("convnext", 512, 32, 384, depths=(3, 4, 30, 3)),
+    "siglip": EncoderArgs("siglip", 384, 14, 1152, 4304, 27, 16),  # so400m
 }
 
 
@@ -69,6 +71,7 @@ class Preset:
         names: of the connector's modules, one a group.
         place: where an image stands whose text says it nowhere. tags: it stands between two learnt vectors.
         views: squares of an image that are looked at: the whole, or that and its quarters.
+        llava: it sees as LLaVA does: patches on their way into the encoder's last block, through two layers.
         sizes: where its encoders differ from ``FULL_SIZE``.
     """
 
@@ -77,16 +80,19 @@ class Preset:
     place: Place
     tags: bool = False
     views: int = 1
+    llava: bool = False
     sizes: tuple[EncoderArgs, ...] = ()
 
 
 _ENSEMBLE = Preset((("qformer",), ("clip", "convnext", "dinov2")), ("qformer_proj", "visual_proj"), "after_bos", tags=True)
+_LLAVA = Preset((("clip",),), ("multi_modal_projector",), "inline", llava=True)
 PRESETS: dict[PresetName, Preset] = {
     "clip": Preset((("clip",),), ("clip_proj",), "before_bos"),
     "qformer": Preset((("qformer",),), ("qformer_proj",), "after_bos", tags=True),
     "ens": _ENSEMBLE,
     "ens5": replace(_ENSEMBLE, views=5),
-    "llava": Preset((("clip",),), ("multi_modal_projector",), "inline", sizes=(EncoderArgs("clip", size=336),)),
+    "llava": replace(_LLAVA, sizes=(EncoderArgs("clip", size=336),)),
+    "llava_siglip": replace(_LLAVA, groups=(("siglip",),)),
 }
 
 
@@ -114,7 +120,7 @@ class VisualArgs:
                 raise UserError(f"encoders: the preset {self.preset} has no {given.kind}{nearest(given.kind, kinds)}")
         for kind in kinds:
             encoder = self.encoder(kind)
-            if encoder.size and encoder.patch and encoder.size % encoder.patch:
+            if encoder.size and encoder.patch and encoder.size % encoder.patch and kind != "siglip":  # so400m leaves a rest
                 raise UserError(f"encoders: {kind}: patch {encoder.patch} must divide size {encoder.size}")
             if encoder.dim and encoder.heads and encoder.dim % encoder.heads:
                 raise UserError(f"encoders: {kind}: heads {encoder.heads} must divide dim {encoder.dim}")
@@ -148,7 +154,7 @@ class VisualArgs:
                 full = replace(full, **{name: value for name, value in said.items() if value not in (None, ())})
         if kind == "clip" and full.activation is None:
             full = replace(full, activation="gelu" if self.exact else "quick_gelu")
-        return replace(full, out_dim=None) if self.preset == "llava" else full
+        return replace(full, out_dim=None) if PRESETS[self.preset].llava else full
 
     @property
     def place(self) -> Place:
@@ -183,7 +189,7 @@ class VisualArgs:
             return encoder.tokens
         assert encoder.size and encoder.patch
         patches = (encoder.size // encoder.patch) ** 2
-        return patches if self.preset == "llava" else patches + 1  # one for all of it
+        return patches if PRESETS[self.preset].llava else patches + 1  # one for all of it
 
     def _width(self, kind: EncoderKind) -> int:
         encoder = self.encoder(kind)

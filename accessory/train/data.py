@@ -49,8 +49,9 @@ class RunData:
         self.rows = [self.make_rows(data.epoch(epoch), self.lengths) for epoch in range(epochs)]
         self._keys = [store.key for source in data.sources for store in source.stores]
         self.bad_records = (line for source in data.sources for line in (*source.bad(), *source.dropped()))
+        one_an_epoch = " (of an image's several captions one an epoch)" if self.training.retold.any() else ""
         say(
-            f"data: {len(self.training)} samples to train on, {len(self.validation)} held out; "
+            f"data: {len(self.training)} samples to train on{one_an_epoch}, {len(self.validation)} held out; "
             f"{data.count('truncated')} truncated to {max_seq_len} tokens, {data.count('dropped')} dropped (no target left)"
         )
         if model.visual:

@@ -96,7 +96,7 @@ def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch)
     section = run.data if run else DataSection(str(path), validation=0.0)
     seed, labels = run.train.seed if run else 0, model.llma.args.labels
     max_seq_len = section.max_seq_len or model.max_seq_len
-    visual = model.llma.args.visual
+    visual = model.llma.sight
     reads = section.validation, section.bad_records, labels, visual
     arguments = (section.mix, model.tokenizer, max_seq_len, seed, *reads)
     data = first_on_each_node(lambda: load_mix(*arguments), launch)

@@ -185,19 +185,24 @@ RULES = {  # a metric: when it rings, and what to do
 
 
 class Alarms:
-    """Says when a layer passes a threshold of ``log.alarms``, once, and when it no longer does."""
+    """Says when a layer passes a threshold of ``log.alarms``, once, and when it no longer does.
+
+    Of a model that sees, the tokens of images and those of text are judged apart, too.
+    """
 
     def __init__(self, thresholds: AlarmSection):
         self.thresholds = thresholds
-        self._holding: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in RULES}  # name: layer: what is wrong
+        self._holding: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}  # name, part: layer: what is wrong
 
     def check(self, step: int, health: RouterHealth) -> None:
         """Judge load and entropy; load only where a starved expert's share is a row at least, or chance would ring."""
-        load = health.load
-        if health.counts.sum(1).min() * STARVED >= load.shape[1]:
-            self._judge(step, "load_min", load)
-            self._judge(step, "load_max", load)
-        self._judge(step, "entropy_share", health.entropy_share)
+        for part, judged in {"": health, **health.parts}.items():
+            rows, load = judged.counts.sum(1).min(), judged.load
+            if rows * STARVED >= load.shape[1]:
+                self._judge(step, "load_min", load, part)
+                self._judge(step, "load_max", load, part)
+            if rows:  # a step may have no image
+                self._judge(step, "entropy_share", judged.entropy_share, part)
 
     def check_change(self, step: int, change: Tensor) -> None:
         """Judge how much of each layer's routing has changed, [L]."""
@@ -207,26 +212,28 @@ class Alarms:
         """What holds now."""
         return {"alarms": [event for layers in self._holding.values() for event in layers.values()]}
 
-    def _judge(self, step: int, name: str, values: Tensor) -> None:
-        """``values``: [L], or [L, E] if they are the experts' own."""
+    def _judge(self, step: int, name: str, values: Tensor, part: str = "") -> None:
+        """``values``: [L], or [L, E] if they are the experts' own; of all tokens, or a ``part`` of them."""
         limit = getattr(self.thresholds, name)
         if limit is None:
             return
         word, advice = RULES[name]
         passed = values < limit if word == "below" else values > limit
-        before, now = self._holding[name], {}
+        before, now = self._holding.get((name, part), {}), {}
+        of = {"tokens": part} if part else {}
         for layer, (hit, value) in enumerate(zip(passed, values, strict=True)):
             if hit.any():
                 experts = {"experts": hit.nonzero().flatten().tolist()} if hit.dim() else {}
                 worst = value.min() if word == "below" else value.max()
-                now[layer] = {"alarm": name, "layer": layer, **experts, "value": worst.item()}
-        self._holding[name] = now
+                now[layer] = {"alarm": name, **of, "layer": layer, **experts, "value": worst.item()}
+        self._holding[name, part] = now
+        called = f"{name} of {part} tokens" if part else name
         if new := [event for layer, event in now.items() if layer not in before]:
             places = listed([_place(event) for event in new], separator="; ")
-            say(f"ALARM at step {step}: {name} {word} {limit:g} in {places}: {advice}")
+            say(f"ALARM at step {step}: {called} {word} {limit:g} in {places}: {advice}")
         if over := [f"layer {layer}" for layer in before if layer not in now]:
             places = listed(over, separator="; ")
-            say(f"alarm over at step {step}: {name} no longer {word} {limit:g} in {places}")
+            say(f"alarm over at step {step}: {called} no longer {word} {limit:g} in {places}")
 
 
 def _place(event: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import cached_property
-from math import prod
 
 import torch
 
@@ -34,7 +33,7 @@ from accessory.train.state import check_state, load_moments
 from accessory.tuning.spec import check_goes_on, resolve
 from accessory.tuning.table import tuning_table
 from accessory.tuning.watch import watch_adapters
-from accessory.visual.vision import RandomEncoders, Vision, make_vision, vision_shapes
+from accessory.visual.vision import RandomEncoders, Vision, count_of_encoders, make_vision
 
 
 class Start:
@@ -121,7 +120,7 @@ class Start:
     @cached_property
     def encoders(self) -> int:
         """Numbers of what the model sees with."""
-        return sum(map(prod, vision_shapes(self.args.visual).values())) if self.args.visual else 0
+        return count_of_encoders(self.args.visual)
 
     @cached_property
     def in_state(self) -> dict[str, Shape]:

@@ -27,6 +27,7 @@ from accessory.train.measure import measured_here
 from accessory.train.planned_step import PlannedRun, planned_job
 from accessory.train.trace import PEAK, STATE, Collective, Figure, Figures, total
 from accessory.tuning.spec import resolve
+from accessory.visual.vision import count_of_encoders
 
 TUNINGS = {"full": TuningSection(), "lora": TuningSection(lora=LoraSection()), "qlora": TuningSection(lora=LoraSection())}
 OVERHEAD_BYTES = 3e9
@@ -66,9 +67,10 @@ class Choice:
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes, by kind: of weights, moments and frozen weights; of what comes and goes; of the rest."""
+        """Bytes, by kind: of weights, moments and frozen weights, encoders' too; of what comes and goes; of the rest."""
         state, peak = self.figures[STATE], self.figures[PEAK]
         passing = peak - state
+        state += torch.bfloat16.itemsize * count_of_encoders(self.run.args.visual)
         return {"state": state, "step": passing, "overhead": OVERHEAD_BYTES + FRAGMENTATION * passing}
 
     def fits(self, card: Card) -> bool:

@@ -99,6 +99,7 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
         metavar="experts=N",
         help="have only N experts of each layer on the device; or device_memory=14GB: as many as fit (docs/offloading.md)",
     )
+    verb.add_argument("--text-only", action="store_true", help="load a model that sees without its encoders, for texts")
     verb.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32", "fp64"], help="default: %(default)s")
 
 

@@ -20,7 +20,9 @@ from accessory.visual.views import CLIP_MEAN, CLIP_STD, cut_views, normalised
 from accessory.visual.vit import ViT
 
 CHUNK = 16  # squares that go through the encoders at once
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALISED = {"dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+"""Mean and standard deviation of the colours that an encoder takes, if they are not CLIP's."""
+Colour = tuple[float, float, float]
 Encoder = ViT | ConvNeXt | QFormer
 
 
@@ -83,14 +85,14 @@ class Vision:
             size, encoder = args.encoder("eva" if kind == "qformer" else kind).size, self._encoder(kind)
             assert size
             squares = views(size)
-            if kind == "dinov2":
-                squares = _for_imagenet(squares)
+            if kind in NORMALISED:
+                squares = _normalised_as(squares, *NORMALISED[kind])
             squares = squares.to(dtype)
             if kind == "qformer":
                 squares = self._encoder("eva")(squares)
             found: Tensor = encoder(squares)
-            if args.preset == "llava":
-                return found[:, 1:]
+            if preset.llava:
+                return found if kind == "siglip" else found[:, 1:]
             return encoder.projected(found) if args.preset == "clip" and isinstance(encoder, ViT) else found
 
         groups = (torch.cat([tokens(kind) for kind in group], -1) for group in preset.groups)
@@ -110,16 +112,16 @@ def _encoder(args: VisualArgs, kind: EncoderKind) -> Encoder:
         seen = args.encoder("eva").dim
         assert seen
         return QFormer(sizes, seen)
-    return ViT(sizes, before_last=args.preset == "llava")
+    return ViT(sizes, before_last=PRESETS[args.preset].llava)
 
 
-def _for_imagenet(x: Tensor) -> Tensor:
-    """What is normalised for CLIP, as DINOv2 takes it."""
-    of_clip, of_imagenet = (
+def _normalised_as(x: Tensor, mean: Colour, std: Colour) -> Tensor:
+    """What is normalised for CLIP, by another mean and standard deviation."""
+    of_clip, own = (
         [torch.tensor(some, dtype=x.dtype, device=x.device).view(3, 1, 1) for some in both]
-        for both in ((CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD))
+        for both in ((CLIP_MEAN, CLIP_STD), (mean, std))
     )
-    return (x * of_clip[1] + of_clip[0] - of_imagenet[0]) / of_imagenet[1]
+    return (x * of_clip[1] + of_clip[0] - own[0]) / own[1]
 
 
 @functools.cache
@@ -128,6 +130,11 @@ def vision_shapes(args: VisualArgs) -> dict[str, Shape]:
     with torch.device("meta"):
         vision = Vision(args, Axis())
     return {vision.names[name]: tuple(parameter.shape) for name, parameter in vision.encoders.named_parameters()}
+
+
+def count_of_encoders(args: VisualArgs | None) -> int:
+    """Numbers of what a model sees with; each rank has them all."""
+    return sum(map(math.prod, vision_shapes(args).values())) if args else 0
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""One vision transformer for CLIP, DINOv2 and BLIP-2's EVA: what differs is in ``STYLES``.
+"""One vision transformer for CLIP, DINOv2, BLIP-2's EVA and SigLIP: what differs is in ``STYLES``.
 
 ``LLaMA2-Accessory`` takes each from another library, so that each has other names in its checkpoints; here they are the
-same module's, and ``reference_names`` says what they are called there.
+same module's, and ``reference_name`` says what they are called there. It has no SigLIP, whose names are like transformers'.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,12 @@ def _swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu, "swiglu": _swiglu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "swiglu": _swiglu,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Style:
 
     Attributes:
         eps: of its norms. bordered: its table of class token and positions has leading dimensions of 1.
+        classed: whether a token for all of the image stands before its patches.
         patch_bias, pre_norm, scaled: whether patches have a bias, blocks a norm before the first, branches a LayerScale.
         names: own name -> reference's; of what is in a block, behind ``block``. in_proj: "in_proj_weight", not "qkv.weight".
     """
@@ -43,6 +50,7 @@ class Style:
     block: str
     names: dict[str, str]
     bordered: bool = True
+    classed: bool = True
     patch_bias: bool = True
     pre_norm: bool = False
     scaled: bool = False
@@ -111,6 +119,26 @@ STYLES = {
             "down": "mlp.fc2",
         },
     ),
+    "siglip": Style(
+        1e-6,
+        "siglip.",
+        "encoder.layers.",
+        {
+            "positions": "embeddings.position_embedding.weight",
+            "patches": "embeddings.patch_embedding",
+            "post_norm": "post_layernorm",
+            "norm1": "layer_norm1",
+            "norm2": "layer_norm2",
+            "qkv.weight": "self_attn.in_proj_weight",
+            "qkv.bias": "self_attn.in_proj_bias",
+            "out": "self_attn.out_proj",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+        },
+        bordered=False,
+        classed=False,
+        activation="gelu_tanh",
+    ),
 }
 
 
@@ -141,12 +169,14 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """[n, 3, size, size] -> [n, 1 + patches, dim]: the class token, then patches row by row, through the last norm.
+    """[n, 3, size, size] -> [n, 1 + patches, dim]: the class token, then patches row by row, through the last norm. SigLIP
+    has no such token.
 
     Args:
         before_last: give what goes into the last block instead, and no norm (LLaVA's).
     """
 
+    cls: Tensor | None
     proj: Tensor | None
 
     def __init__(self, args: EncoderArgs, before_last: bool = False):
@@ -156,8 +186,8 @@ class ViT(nn.Module):
         self.style, self.before_last = style, before_last
         one = (1, 1) if style.bordered else ()
         cells = args.positions or args.size // args.patch
-        self.cls = nn.Parameter(torch.empty(*one, dim))
-        self.positions = nn.Parameter(torch.empty(*one[:1], cells**2 + 1, dim))
+        self.register_parameter("cls", nn.Parameter(torch.empty(*one, dim)) if style.classed else None)
+        self.positions = nn.Parameter(torch.empty(*one[:1], cells**2 + style.classed, dim))
         self.patches = nn.Conv2d(3, dim, args.patch, args.patch, bias=style.patch_bias)
         self.pre_norm = nn.LayerNorm(dim, style.eps) if style.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(args, style, dim, args.heads, args.hidden_dim) for _ in range(args.layers))
@@ -167,8 +197,9 @@ class ViT(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         y = self.patches(pixels)
         side, y = y.shape[-1], y.flatten(2).mT
-        y = torch.cat([self.cls.expand(len(y), 1, -1), y], 1) + self._positions(side)
-        y = self.pre_norm(y)
+        if self.cls is not None:
+            y = torch.cat([self.cls.expand(len(y), 1, -1), y], 1)
+        y = self.pre_norm(y + self._positions(side))
         for block in self.blocks[:-1] if self.before_last else self.blocks:
             y = block(y)
         return y if self.before_last else self.post_norm(y)
@@ -180,7 +211,7 @@ class ViT(nn.Module):
     def _positions(self, side: int) -> Tensor:
         """[1 + side x side, dim]: the table, stretched as DINOv2's own code does, by a little too much."""
         table = self.positions.flatten(0, -2)
-        cells = math.isqrt(len(table) - 1)
+        cells = math.isqrt(len(table) - self.style.classed)
         if cells == side:
             return table
         grid = at_least_fp32(table[1:]).T.unflatten(1, (cells, cells)).unsqueeze(0)

@@ -13,15 +13,15 @@ FAULTS = (
     Fault(
         "the seed is ignored",
         MIX,
-        'parts.append(Part(own.start, len(own), count, f"{self.seed}/part/{number}", skip))',
-        'parts.append(Part(own.start, len(own), count, f"0/part/{number}", skip))',
+        'parts.append(Part(own.start, size, count, f"{self.seed}/part/{number}", skip, firsts, before))',
+        'parts.append(Part(own.start, size, count, f"0/part/{number}", skip, firsts, before))',
         RATIO,
     ),
     Fault(
         "an epoch's rest begins where the one before began",
         MIX,
-        "skip = 0 if entry.ratio else epoch * (count % len(own)) % len(own)",
-        "skip = 0",
+        "(0, epoch) if entry.ratio else (epoch * (count % size), epoch * (count // size))",
+        "(0, epoch)",
         "tests/test_data.py::test_epochs_repeat_and_take_other_records_for_the_rest",
     ),
     Fault(

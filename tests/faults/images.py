@@ -10,6 +10,7 @@ SEEN = "tests/test_images.py::test_what_is_seen_of_a_picture"
 REFUSED = "tests/test_images.py::test_what_cannot_be_seen_is_told_in_a_sentence"
 BESIDE = "tests/test_image_data.py::test_an_image_stands_beside_the_beginning_as_in_the_reference"
 INLINE = "tests/test_image_data.py::test_images_stand_where_the_text_says"
+CAPTIONS = "tests/test_image_data.py::test_an_epoch_takes_one_of_an_images_captions_and_the_next_another"
 CUT = "tests/test_image_data.py::test_no_sample_is_cut_in_front_of_an_image"
 BATCH = "tests/test_image_data.py::test_every_rank_has_the_pixels_of_its_samples"
 ANSWERS = "tests/test_seen_answers.py::test_what_is_answered_together_is_what_is_answered_alone"
@@ -60,6 +61,27 @@ FAULTS = (
         "trained += [False] * visual.words",
         "trained += [True] * visual.words",
         INLINE,
+    ),
+    Fault(
+        "every epoch takes the same caption",
+        "accessory/data/order.py",
+        "(begun % ways + rounds + self.round) % ways",
+        "begun % ways",
+        CAPTIONS,
+    ),
+    Fault(
+        "a caption's turn comes with an epoch, not with its image",
+        "accessory/data/order.py",
+        "rounds[rest] += more",
+        "pass",
+        CAPTIONS,
+    ),
+    Fault(
+        "the parts of a long text are taken for ways to say the same",
+        STORE,
+        "same[1:] &= self._seen[1:] > self._seen[:-1]",
+        "pass",
+        CAPTIONS,
     ),
     Fault(
         "a sample is cut through an image",

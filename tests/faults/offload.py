@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         "what a step makes is not reckoned with",
         "accessory/infer/offload.py",
-        "weights + cache + step)",
-        "weights + cache)",
+        "weights + cache + step +",
+        "weights + cache +",
         f"{TESTS}an_answer_stays_within_the_memory",
     ),
     Fault(

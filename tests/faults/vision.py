@@ -8,7 +8,9 @@ ORDER = f"{ENCODERS}::test_tokens_come_in_the_references_order"
 CLIP = f"{ENCODERS}::test_clip_is_that_of_transformers_with_the_last_norm"
 ALONE = f"{ENCODERS}::test_an_image_alone_is_what_it_is_among_others_and_none_is_none"
 LOGITS = f"{LLAVA}::test_logits_loss_and_gradients_are_theirs_in_fp64"
+SIGLIP = f"{ENCODERS}::test_siglip_is_that_of_transformers_without_its_head"
 FORMATS = "tests/test_visual_formats.py"
+RINGING = "tests/test_health.py::test_the_tokens_of_images_and_of_text_ring_for_themselves"
 ONE = "certify --only sees=clip world=1"
 
 FAULTS = (
@@ -44,9 +46,25 @@ FAULTS = (
     Fault(
         "DINOv2 sees what is normalised for CLIP",
         VISION,
-        "squares = _for_imagenet(squares)",
-        "squares = squares",
+        "if kind in NORMALISED:",
+        'if kind in NORMALISED and kind != "dinov2":',
         ORDER,
+    ),
+    Fault(
+        "SigLIP sees what is normalised for CLIP",
+        VISION,
+        '"siglip": ((0.5, 0.5, 0.5), (0.5',
+        '"none": ((0.5, 0.5, 0.5), (0.5',
+        SIGLIP,
+    ),
+    Fault("SigLIP has the exact GELU", VIT, 'approximate="tanh"', 'approximate="none"', SIGLIP),
+    Fault("SigLIP's norms have CLIP's eps", VIT, '1e-6,\n        "siglip."', '1e-5,\n        "siglip."', SIGLIP),
+    Fault(
+        "SigLIP's first patch is left out as if it were a class token",
+        VISION,
+        'found if kind == "siglip" else found[:, 1:]',
+        "found[:, 1:]",
+        f"{LLAVA}::test_logits_loss_and_gradients_are_theirs_in_fp64[siglip-mixtral]",
     ),
     Fault(
         "model-parallel ranks' images change places",
@@ -54,6 +72,20 @@ FAULTS = (
         "return torch.cat(parts)\n",
         "return torch.cat(parts[::-1])\n",
         ORDER,
+    ),
+    Fault(
+        "all ranks put the features of their images together, whichever model they hold",
+        VISION,
+        "dist.all_gather(parts, padded, group=self.mp.group)",
+        "dist.all_gather(parts, padded)",
+        "certify --only sees=llava world=4",
+    ),
+    Fault(
+        "SigLIP's head is taken for a part of the encoder",
+        "accessory/checkpoint/huggingface.py",
+        'if not name.startswith("head."):',
+        "if True:",
+        f"{LLAVA}::test_what_comes_back_is_what_they_saved[siglip]",
     ),
     Fault(
         "the mean of all cells comes last",
@@ -91,7 +123,7 @@ FAULTS = (
         "self.blocks",
         f"{ENCODERS}::test_llava_takes_what_goes_into_the_last_block",
     ),
-    Fault("LLaVA sees the class token", VISION, "return found[:, 1:]", "return found[:, :-1]", LOGITS),
+    Fault("LLaVA sees the class token", VISION, "else found[:, 1:]", "else found[:, :-1]", LOGITS),
     Fault(
         "transformers' queries and keys change places",
         "accessory/checkpoint/encoders.py",
@@ -133,6 +165,27 @@ FAULTS = (
         "cls(counts - seen,",
         "cls(counts,",
         f"{STEP}::test_the_routers_of_images_and_of_text_are_told_apart",
+    ),
+    Fault(
+        "the alarms of images are those of all tokens",
+        "accessory/train/health.py",
+        "judged.counts.sum(1).min(), judged.load",
+        "judged.counts.sum(1).min(), health.load",
+        RINGING,
+    ),
+    Fault(
+        "a step without an image rings for images",
+        "accessory/train/health.py",
+        "            if rows:",
+        "            if True:",
+        RINGING,
+    ),
+    Fault(
+        "encoders take no memory",
+        "accessory/infer/meta.py",
+        "beside = count_of_encoders(sees)",
+        "beside = 0",
+        "tests/test_seen_use.py::test_without_encoders_a_model_takes_less_memory_and_answers_texts",
     ),
     Fault(
         "the routing of images is that of the first tokens",
