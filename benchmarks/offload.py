@@ -24,7 +24,7 @@ from accessory.infer.sampling import Sampling
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
-from accessory.model.moe.offload.slots import Policy, Slots, Tally, groups_of, in_turn
+from accessory.model.moe.offload.slots import Policy, Slots, Tally, in_turn
 from accessory.settings import OffloadSection, QuantiseSection
 
 HERE = Path(__file__).parent
@@ -66,8 +66,8 @@ def record(directory: Path, questions: Sequence[str]) -> list[Step]:
     groups = [[question] for question in questions] + [list(questions[n : n + 4]) for n in range(0, len(questions), 4)]
     for group in groups:
         for question in group:
-            ids, stops = model.asked(question)
-            model.engine.submit(ids, Sampling(max_tokens=40, stop=stops))
+            prompt, stops = model.asked(question)
+            model.engine.submit(prompt.tokens, Sampling(max_tokens=40, stop=stops))
         for _ in model.engine.run():
             pass
     return steps
@@ -102,9 +102,26 @@ def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> 
                     layers[following].guess(step[following][1])
 
             layers[number].judge(used)
-            for _ in in_turn(layers[number], groups_of(used, layers[number]), lambda _: None, guess):
+            for _ in in_turn(layers[number], used, lambda _: None, guess):
                 pass
     return sum((slots.tally for slots in layers), Tally())
+
+
+def least_moved(steps: Sequence[Step], count: int) -> int:
+    """What a choice would move that knew the future: of what is there and what comes, those stay that are used soonest."""
+    moved = 0
+    for batches in zip(*([set(used) for used, _ in step] for step in steps), strict=True):
+        used_next, next_use = list[dict[int, int]](), dict[int, int]()
+        for number, used in reversed(list(enumerate(batches))):
+            used_next.append(dict(next_use))
+            next_use |= dict.fromkeys(used, number)
+        there = set[int]()
+        for used, soon in zip(batches, reversed(used_next), strict=True):
+            moved += len(used - there)
+            # all that a batch uses can be there together, or else come one by one
+            kept = sorted(there | used, key=lambda e: (len(used) <= count and e not in used, soon.get(e, len(steps))))
+            there = set(kept[:count])
+    return moved
 
 
 def seconds_of_token(card: Card, args: ModelArgs, tally: Tally, bits: float) -> float:
@@ -130,6 +147,8 @@ def replays(steps: Sequence[Step]) -> None:
             right = f"{tally.recall:.1%}" if tally.foretold else "-"
             by_guess = f"{tally.guessed_hits / tally.used:.1%}"
             print(f"{count:5}  {name:26}{tally.hit_rate:8.1%}{by_guess:>10}{right:>13}{tally.moved / none:16.1%}")
+        least = least_moved(steps, count)
+        print(f"{count:5}  {'if the future were known':26}{1 - least / none:8.1%}{'':>10}{'':>13}{least / none:16.1%}")
 
 
 def estimates(steps: Sequence[Step]) -> None:

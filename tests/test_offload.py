@@ -32,7 +32,7 @@ from accessory.model.moe.layouts import EXPERT, LAYOUTS, get_layout
 from accessory.model.moe.offload import lane, records
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import plan_offload
-from accessory.model.moe.offload.slots import Slots, groups_of, in_turn
+from accessory.model.moe.offload.slots import Slots, in_turn
 from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import OffloadSection, ParallelSection, QuantiseSection
 from accessory.train.balance import RouterLosses
@@ -85,14 +85,16 @@ def test_slots_never_serve_a_stale_expert_nor_give_up_one_in_use(count, policy, 
 
     for used, guess, fails in batches:
         slots.judge(used)
-        groups = groups_of(sorted(used), slots)
-        assert sorted(expert for some in groups for expert in some) == sorted(used)
-        for group in in_turn(slots, groups, bring, lambda: None):
-            assert [device[slots.slot_of[expert]] for expert in group] == group
+        known, before, seen, told = set(slots.slot_of), moved, [], []
+        for expert in in_turn(slots, used, bring, lambda told=told: told.append(True)):
+            seen.append(expert)
+            assert device.get(slots.slot_of.get(expert)) == expert
             assert len(set(slots.slot_of.values())) == len(slots.slot_of) <= count
-            if fails and group:
-                slots.lose(group[0])
+            if fails:
+                slots.lose(expert)
                 break
+        else:  # each comes once, and none that was there makes room before it is used
+            assert sorted(seen) == sorted(used) and moved - before == len(used - known) and len(told) == 1
         bring(slots.guess(guess))
     tally = slots.tally
     assert tally.moved == moved and tally.guessed_hits <= tally.hits <= tally.used and tally.right <= tally.guessed
@@ -106,12 +108,41 @@ def test_the_least_recent_or_the_least_frequent_makes_room():
             slots.release([expert])
         slots.hold([4])
         assert {1, 2, 3} - slots.slot_of.keys() == {gone}, policy
-    slots = Slots(3)
-    slots.hold([1, 2])
-    slots.release([1, 2])
-    slots.guess([5])
-    slots.hold([6])  # what a guess brought, and nothing has used, goes first
-    assert slots.slot_of.keys() == {1, 2, 6}
+        slots = Slots(3, policy)
+        slots.hold([1, 2])
+        slots.release([1, 2])
+        slots.guess([5])
+        slots.hold([6])  # what a guess brought, and nothing has used, goes first
+        assert slots.slot_of.keys() == {1, 2, 6}
+        use(slots := Slots(2, policy), [2, 2, 2, 1])
+        slots.hold([1])
+        slots.hold([3])  # 1 is in use, however seldom
+        assert slots.slot_of.keys() == {1, 3}
+
+
+def use(slots, experts):
+    """One after the other."""
+    for expert in experts:
+        slots.judge([expert])
+        slots.hold([expert])
+        slots.release([expert])
+
+
+def test_what_was_used_often_long_ago_makes_room():
+    slots = Slots(2, "frequency")
+    use(slots, [*[1] * 40, *[2] * 30, 3])
+    assert slots.slot_of.keys() == {2, 3}
+
+
+def test_guesses_that_are_mostly_wrong_bring_nothing_until_they_are_right():
+    slots = Slots(4)
+    brought = []
+    for named, used in [([1, 2], [3, 4])] * 10 + [([1, 2], [1, 2])] * 20:
+        slots.lose(1) if 1 in slots.slot_of else None
+        brought.append(len(slots.guess(named)) > 0)
+        slots.judge(used)
+    assert brought[0] and not brought[9] and brought[-1]
+    assert slots.tally.right == 40 and slots.tally.guessed == 60  # judged all the same
 
 
 @pytest.mark.parametrize("name", FORMATS)

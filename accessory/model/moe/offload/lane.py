@@ -44,6 +44,11 @@ class Load:
         finally:
             self._over.set()
 
+    @property
+    def failed(self) -> bool:
+        """As far as is known."""
+        return self._error is not None
+
     def wait(self) -> float:
         """Until the expert is there, for this thread and for what its stream does next; the seconds that this took.
 
