@@ -70,6 +70,8 @@ class OffloadSection:
     # in training
     prefetch: Literal["speculative", "none"] = "speculative"
     disk: Text | None = None  # directory on whose disk they lie; null: host memory
+    # a run of the model, whose routers' loads say which experts are on the device first; null: those used first
+    loads: Text | None = None
 
     def __post_init__(self) -> None:
         if (self.experts is None) == (self.device_memory is None):

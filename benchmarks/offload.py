@@ -11,7 +11,7 @@ slots.py``), and moves nothing. Seconds are computed, from bytes and speeds: no 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,15 @@ from common import environment, start_one_process
 
 from accessory.errors import UserError
 from accessory.infer.meta import MetaModel
-from accessory.infer.offload import plan_answers
 from accessory.infer.sampling import Sampling
+from accessory.model.answering import plan_answers
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
 from accessory.model.moe.offload.slots import Policy, Slots, Tally, in_turn
 from accessory.settings import OffloadSection, QuantiseSection
+from accessory.train.answers import seconds_of_token
+from accessory.train.cards import CARDS
 
 HERE = Path(__file__).parent
 TRACE = HERE / "results/offload_trace.json"
@@ -40,20 +42,7 @@ Step = list[tuple[list[int], list[int]]]
 """Of each layer the experts that were used, and those that had been guessed; none for the first."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """``memory``: as a setting; ``link``: bytes a second from the host, assumed; ``read``: from its own memory, as sold."""
-
-    memory: str
-    link: float
-    read: float
-
-
-CARDS = {
-    "T4": Card("15GB", 12e9, 320e9),
-    "RTX 4090": Card("24GB", 25e9, 1008e9),
-    "H100 PCIe": Card("80GB", 50e9, 2000e9),
-}
+MEMORY = {"t4": "15GB", "rtx-4090": "24GB", "h100-pcie": "80GB"}
 
 
 def record(directory: Path, questions: Sequence[str]) -> list[Step]:
@@ -124,18 +113,6 @@ def least_moved(steps: Sequence[Step], count: int) -> int:
     return moved
 
 
-def seconds_of_token(card: Card, args: ModelArgs, tally: Tally, bits: float) -> float:
-    """Computed, of one request: what must be waited for, and the longer of the step's own reading and what guesses bring."""
-    parameters = 3 * args.dim * args.hidden_dim
-    each = parameters * bits / 8
-    misses, guessed = tally.used - tally.hits, tally.moved - (tally.used - tally.hits)
-    a_token = args.n_layers * args.moe.num_experts_per_tok / tally.used  # uses of a token, of those that were replayed
-    made = 0 if bits == 16 else 2 * parameters * 2  # the numbers are written, and read
-    attention = 2 * args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
-    step = args.n_layers * (args.moe.num_experts_per_tok * (each + made) + attention) / card.read
-    return misses * a_token * each / card.link + max(step, guessed * a_token * each / card.link)
-
-
 def replays(steps: Sequence[Step]) -> None:
     experts = 1 + max(expert for step in steps for used, _ in step for expert in used)
     none = sum(len(used) for step in steps for used, _ in step)
@@ -154,27 +131,29 @@ def replays(steps: Sequence[Step]) -> None:
 def estimates(steps: Sequence[Step]) -> None:
     """Of Mixtral 8x7B, as if it chose experts as what was recorded does."""
     base = ModelArgs.load(MIXTRAL)
+    a_token = base.n_layers * base.moe.num_experts_per_tok
     print("\ncomputed, not measured: Mixtral 8x7B, a sequence of 4096 tokens, seconds of a token of one request")
     print(f"{'card':12}{'held':>6}{'slots':>7}" + "".join(f"{name:>26}" for name in ("no cache", *WAYS)))
-    for name, card in CARDS.items():
-        for held, bits in (("nf4", 4.25), ("int8", 8.0), ("bf16", 16.0)):
-            way = None if bits == 16 else QuantiseSection(held, held)
-            args = replace(base, quantise=way)
-            section = OffloadSection(device_memory=card.memory)
+    for name, memory in MEMORY.items():
+        for held in ("nf4", "int8", "bf16"):
+            args = replace(base, quantise=None if held == "bf16" else QuantiseSection(held, held))
+            section = OffloadSection(device_memory=memory)
             try:
-                count = plan_answers(section, LogicalModel(args), EXPERT, 1, torch.bfloat16, 4096).slots
+                plan = plan_answers(section, LogicalModel(args), EXPERT, 1, torch.bfloat16, 4096)
             except UserError:
                 print(f"{name:12}{held:>6}{'-':>7}")
                 continue
-            if count == args.moe.num_experts:
-                print(f"{name:12}{held:>6}{count:>7}  all experts are on the device")
+            if plan.slots == plan.of:
+                print(f"{name:12}{held:>6}{plan.slots:>7}  all experts are on the device")
                 continue
-            none = replay(steps, args.moe.num_experts, "lru", False)
-            cells = [replace(none, hits=0, moved=none.used), *(replay(steps, count, *how) for how in WAYS.values())]
-            print(
-                f"{name:12}{held:>6}{count:>7}"
-                + "".join(f"{seconds_of_token(card, args, tally, bits):>26.3f}" for tally in cells)
-            )
+            expert = plan.host_bytes / (args.n_layers * plan.of)
+            line = f"{name:12}{held:>6}{plan.slots:>7}{seconds_of_token(args, CARDS[name], expert, a_token, 0.0):26.3f}"
+            for how in WAYS.values():
+                tally = replay(steps, plan.slots, *how)
+                misses, share = tally.used - tally.hits, a_token / tally.used
+                told = misses * share, (tally.moved - misses) * share
+                line += f"{seconds_of_token(args, CARDS[name], expert, *told):26.3f}"
+            print(line)
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from accessory.checkpoint.quantise import Quantising
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.metrics import Metrics
-from accessory.infer.offload import in_pages, plan_answers
 from accessory.infer.sampling import Sampling
 from accessory.model.adapter import Adapter
+from accessory.model.answering import fits_of, in_pages, plan_answers
 from accessory.model.build import build_model
 from accessory.model.logical import LogicalModel
 from accessory.model.memory import footprint
@@ -215,6 +215,20 @@ def test_an_answer_stays_within_the_memory():
         assert device.peak > slot_bytes
 
 
+def test_what_is_said_to_fit_does():
+    """What ``inspect --fit`` and ``plan`` print: of each way to hold a model, on a device of what they say it takes."""
+    args, prompt = replace(TINY, dim=64, hidden_dim=512, max_seq_len=700, n_layers=3), [n % 61 for n in range(600)]
+    for way in fits_of(args, EXPERT, 1, 7.3e6, 700):
+        model = model_of(OffloadSection(way.plan.slots), args=replace(args, quantise=way.quantise), dtype=torch.bfloat16)
+        assert way.memory["experts"] == sum(layer.on_device.nbytes for layer in model.offloaded)
+        one_more = way.memory["experts"] / way.plan.slots
+        assert 7.3e6 - one_more < sum(way.memory.values()) <= 7.3e6, way
+        with FakeDevice(sum(way.memory.values())) as device:
+            device.hold(model)
+            answer_within(model, prompt)
+    assert "too little: " in str(next(fits_of(args, EXPERT, 1, 1e6, 700)))
+
+
 def answer_within(model, prompt):
     """In the cache that is reckoned with."""
     engine = Engine(model, Numbers(model.args.vocab_size), max_seq_len=700, cache_tokens=in_pages(700))
@@ -339,6 +353,38 @@ def test_a_run_logs_what_it_brought(tmp_path):
     logged = next(row for row in rows if "loss" in row)
     assert logged["offload_moved_bytes"] > 0 and 0 <= logged["offload_hit_rate"] < 1
     assert len(logged["layer_offload_hit_rate"]) == 2
+
+
+def test_what_a_run_used_most_is_there_first(tmp_path):
+    """Of each layer, on the rank that has it; it changes no answer."""
+    loads = [[(7 * e + layer) % 8 for e in range(8)] for layer in range(TINY.n_layers)]
+    half = [{"step": n, "loads": [[load / 2 for load in layer] for layer in loads]} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*half, {"step": 2, "val_loss": 1.0}])))
+    section = OffloadSection(3, loads=str(tmp_path))
+    for policy in ("lru", "frequency"):
+        model = model_of(replace(section, policy=policy))
+        for layer, of_layer in zip(model.offloaded, loads, strict=True):
+            assert list(layer.slots.slot_of) == sorted(range(8), key=lambda e, of_layer=of_layer: of_layer[e])[-3:]
+        assert answer_ids(model, PROMPTS, 10, 64) == answer_ids(model_of(None), PROMPTS, 10, 64)
+    for there in run_ranks(2, first_of_ranks, section, loads):
+        assert there
+    for text, sentence in (
+        ("", "no loads in it"),
+        ('{"loads": [[1, 2]]}', "not the loads of a model with 2 layers of 8 experts"),
+        ('{"loads": ', "not the loads of"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            model_of(section)
+    with pytest.raises(UserError, match="gone"):
+        model_of(replace(section, loads=str(tmp_path / "gone")))
+
+
+def first_of_ranks(section, loads):
+    model = model_of(section, mesh=make_mesh(2))
+    own = model.layers[0].feed_forward.dispatcher.local_experts
+    most = sorted(range(4), key=lambda e: loads[0][own.start + e])[-3:]
+    return list(model.offloaded[0].slots.slot_of) == most
 
 
 def test_what_is_refused(monkeypatch):

@@ -6,38 +6,15 @@ from typing import Any
 import torch
 
 from accessory.console import tell
-from accessory.infer.engine import CHUNK_TOKENS, GPU_PAGE
+from accessory.model.answering import in_pages, plan_answers
 from accessory.model.decoder import Decoder
 from accessory.model.logical import LogicalModel
-from accessory.model.memory import saved_bytes, share_of_a_rank
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.meter import told
-from accessory.model.moe.offload.plan import OffloadPlan, plan_offload
+from accessory.model.moe.offload.plan import OffloadPlan
 from accessory.settings import OffloadSection
 
 Offload = str | Mapping[str, Any] | OffloadSection | None
-
-
-def in_pages(tokens: int) -> int:
-    """So many tokens, as whole pages of the cache hold them on any device."""
-    return -(-tokens // GPU_PAGE) * GPU_PAGE
-
-
-def plan_answers(
-    section: OffloadSection, logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int
-) -> OffloadPlan:
-    """Where the experts are of a model that answers, cut into ``size`` parts; in a given memory it answers one at a time.
-
-    Raises:
-        UserError: that is too little (see ``plan_offload``).
-    """
-    args = logical.args
-    weights = share_of_a_rank(logical, layout, size, dtype, without_experts=True)
-    kv_heads = max(1, args.n_kv_heads // size)
-    of_a_token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize  # its keys and values
-    cache = (in_pages(max_seq_len) + GPU_PAGE) * of_a_token
-    step = 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype, "none")  # of a block at work, and what it makes of that
-    return plan_offload(section, logical, layout, size, dtype, weights + cache + step)
 
 
 def where_experts_are(

@@ -9,6 +9,8 @@ TESTS = "tests/test_offload.py::test_"
 PROPERTY = f"{TESTS}slots_never_serve_a_stale_expert_nor_give_up_one_in_use"
 ROOM = f"{TESTS}the_least_recent_or_the_least_frequent_makes_room"
 DISK = f"{TESTS}a_disk_holds_them_and_what_is_wrong_with_it_is_said"
+LOADS = f"{TESTS}what_a_run_used_most_is_there_first"
+FITS = f"{TESTS}what_is_said_to_fit_does"
 CERTIFY = "certify --quick --only slots=3 layout=mixtral_sparse"
 
 FAULTS = (
@@ -114,11 +116,39 @@ FAULTS = (
         f"{TESTS}training_brings_each_expert_twice_and_stays_within_the_memory[block]",
     ),
     Fault(
+        "what was used least elsewhere is there first",
+        SLOTS,
+        "self._uses[expert])[-self.count :]",
+        "-self._uses[expert])[-self.count :]",
+        LOADS,
+    ),
+    Fault(
+        "a rank's loads are counted from the first rank's",
+        PLAN,
+        "of_layer[local.start : local.stop]",
+        "of_layer[: len(local)]",
+        LOADS,
+    ),
+    Fault(
         "what a step makes is not reckoned with",
-        "accessory/infer/offload.py",
-        "weights + cache + step)",
-        "weights + cache)",
+        "accessory/model/answering.py",
+        '"step": 2 * CHUNK',
+        '"step": 0 * CHUNK',
         f"{TESTS}an_answer_stays_within_the_memory",
+    ),
+    Fault(
+        "the numbers that are made of quantised matrices are not reckoned with",
+        PLAN,
+        "if logical.codecs else 0",
+        "if not logical else 0",
+        FITS,
+    ),
+    Fault(
+        "the keys and values of an answer are not reckoned with",
+        "accessory/model/answering.py",
+        "(in_pages(max_seq_len) + GPU_PAGE) * of_a_token",
+        "0.0",
+        FITS,
     ),
     Fault(
         "experts that train are offloaded",

@@ -5,6 +5,7 @@
 - lane: what brings rows to the device, beside what is computed
 - experts: a layer's experts as kernels ask for them, in groups that fit on the device
 - guess: what the next layer's router would choose, while this one runs
+- loads: how often each expert was used elsewhere
 - plan: how many experts fit, and a model that has the others elsewhere
 - meter: what happened, for people and logs
 """

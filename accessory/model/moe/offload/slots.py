@@ -1,6 +1,6 @@
 """Which of a layer's experts are on the device, and which make room for others: decisions, made without a byte moving."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -72,6 +72,17 @@ class Slots:
     def has_room(self) -> bool:
         """Whether one more expert can be held."""
         return len(self._held) < self.count
+
+    def place(self, loads: Sequence[float]) -> list[Place]:
+        """Begin with the experts that were used most elsewhere, as if they had been here: what is to be brought.
+
+        ``loads``: how often a token uses each expert, at least 0.
+        """
+        self._uses = {expert: load / (1 - FADES) for expert, load in enumerate(loads)}
+        order = sorted(self._uses, key=lambda expert: self._uses[expert])[-self.count :]
+        places = self._bring(order)
+        self.slot_of = {expert: self.slot_of[expert] for expert in order}
+        return places
 
     def guess(self, experts: Iterable[int]) -> list[Place]:
         """These are likely to be used next: what is to be brought. More than there are slots say nothing.
