@@ -24,6 +24,7 @@ from accessory.model.answering import plan_answers
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
+from accessory.model.moe.offload.loads import read_loads
 from accessory.model.moe.offload.slots import Policy, Slots, Tally, in_turn
 from accessory.settings import OffloadSection, QuantiseSection
 from accessory.train.answers import seconds_of_token
@@ -31,6 +32,8 @@ from accessory.train.cards import CARDS
 
 HERE = Path(__file__).parent
 TRACE = HERE / "results/offload_trace.json"
+LOADS = HERE / "results/offload_loads.jsonl"
+"""Of the run that trained the recorded model, summed."""
 MIXTRAL = HERE.parent / "configs/model/mixtral-8x7b.json"
 WAYS: dict[str, tuple[Policy, bool]] = {
     "lru": ("lru", False),
@@ -80,9 +83,11 @@ def _listen(slots: Slots, number: int, layers: int, steps: list[Step]) -> None:
     slots.judge, slots.guess = judged, guessed  # type: ignore[method-assign, assignment]
 
 
-def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> Tally:
-    """What would have happened with ``count`` slots for each layer."""
+def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool, loads: Sequence[Sequence[float]] = ()) -> Tally:
+    """What would have happened with ``count`` slots for each layer; ``loads``: of each, if they are begun with."""
     layers = [Slots(count, policy) for _ in steps[0]]
+    for slots, of_layer in zip(layers, loads, strict=False):
+        slots.place(of_layer)
     for step in steps:
         for number, (used, _) in enumerate(step):
 
@@ -94,6 +99,17 @@ def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> 
             for _ in in_turn(layers[number], used, lambda _: None, guess):
                 pass
     return sum((slots.tally for slots in layers), Tally())
+
+
+def beginnings(steps: Sequence[Step]) -> None:
+    """What it is worth to begin with the experts that training used most, by default settings."""
+    args = replace(ModelArgs.load(MIXTRAL), n_layers=len(steps[0]))
+    loads = read_loads(LOADS, args)
+    print("\nbegun with the experts that training used most; 4 slots, frequency, guessed ahead")
+    for first in (20, len(steps)):
+        for name, begun_with in (("nothing", ()), ("its loads", loads)):
+            tally = replay(steps[:first], 4, "frequency", True, begun_with)
+            print(f"first {first:3} steps, {name:10}{tally.hit_rate:8.1%} hits, {tally.moved / tally.used:6.1%} moved")
 
 
 def least_moved(steps: Sequence[Step], count: int) -> int:
@@ -170,6 +186,7 @@ def main() -> None:
         arguments.trace.write_text(json.dumps(steps, separators=(",", ":")) + "\n")
     steps = json.loads(arguments.trace.read_text())
     replays(steps)
+    beginnings(steps)
     estimates(steps)
 
 

@@ -387,6 +387,33 @@ def first_of_ranks(section, loads):
     return list(model.offloaded[0].slots.slot_of) == most
 
 
+class FakeCudart:
+    """Of CUDA's runtime what locks memory."""
+
+    def __init__(self, code):
+        self.code, self.locked = code, {}
+
+    def cudaHostRegister(self, start, nbytes, flags):
+        self.locked[start] = nbytes
+        return self.code
+
+    def cudaHostUnregister(self, start):
+        del self.locked[start]
+
+
+def test_what_a_gpu_copies_from_is_locked_to_the_byte_and_let_go(monkeypatch):
+    cudart = FakeCudart(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    store = records.HostStore(3, 1000, torch.device("cuda"))
+    assert cudart.locked == {store.rows.data_ptr(): 3000}
+    del store
+    assert not cudart.locked
+    cudart.code = 2
+    with pytest.raises(UserError, match=r"3.00kB of experts cannot be locked .*\(CUDA error 2\)"):
+        records.HostStore(3, 1000, torch.device("cuda"))
+
+
 def test_what_is_refused(monkeypatch):
     logical = LogicalModel(TINY)
     for options, sentence in (

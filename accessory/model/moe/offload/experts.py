@@ -35,6 +35,7 @@ class OffloadedExperts:
         self.guess_next: Callable[[], None] = lambda: None
         self._lane, self._loads = lane, dict[int, Load]()  # by slot
         self.on_device = torch.empty(slots.count, record.nbytes, dtype=torch.uint8, device=device)
+        lane.fills(self.on_device)
 
     @property
     def moved_bytes(self) -> int:

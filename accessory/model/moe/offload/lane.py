@@ -76,6 +76,11 @@ class Lane:
         thread.start()
         weakref.finalize(self, _end, self._loads, thread)
 
+    def fills(self, slots: Tensor) -> None:
+        """Say that copies go to ``slots``: their memory is not used anew before the last has ended."""
+        if self._stream:
+            slots.record_stream(self._stream)
+
     def bring(self, store: ExpertStore, expert: int, slot: Tensor) -> Load:
         """Begin to; returns at once."""
         before = torch.cuda.current_stream(slot.device).record_event() if self._stream else None
