@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -385,6 +387,39 @@ def first_of_ranks(section, loads):
     own = model.layers[0].feed_forward.dispatcher.local_experts
     most = sorted(range(4), key=lambda e: loads[0][own.start + e])[-3:]
     return list(model.offloaded[0].slots.slot_of) == most
+
+
+class FakeStream:
+    """It notes what it is told; an event is the name of the stream that recorded it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def record_event(self):
+        self.notes.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, event):
+        self.notes.append(f"{self.name} waits for {event}")
+
+
+def test_on_a_gpu_a_copy_waits_for_what_reads_its_slot_and_products_for_the_copy(monkeypatch):
+    notes = []
+    main, beside = FakeStream("main", notes), FakeStream("beside", notes)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: beside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(notes.append(f"in {stream.name}")))
+    store = SimpleNamespace(read=lambda expert, slot: notes.append(f"copies {expert}"))
+    load = lane.Lane(torch.device("cuda")).bring(store, 3, torch.empty(1))
+    load.wait()
+    assert notes == [
+        "main records",
+        "in beside",
+        "beside waits for main",
+        "copies 3",
+        "beside records",
+        "main waits for beside",
+    ]
 
 
 class FakeCudart:

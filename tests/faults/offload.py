@@ -2,8 +2,8 @@
 
 from faults.fault import Fault
 
-SLOTS, EXPERTS, RECORDS, GUESS, PLAN = (
-    f"accessory/model/moe/offload/{name}.py" for name in ("slots", "experts", "records", "guess", "plan")
+SLOTS, EXPERTS, RECORDS, GUESS, PLAN, LANE = (
+    f"accessory/model/moe/offload/{name}.py" for name in ("slots", "experts", "records", "guess", "plan", "lane")
 )
 TESTS = "tests/test_offload.py::test_"
 PROPERTY = f"{TESTS}slots_never_serve_a_stale_expert_nor_give_up_one_in_use"
@@ -11,6 +11,7 @@ ROOM = f"{TESTS}the_least_recent_or_the_least_frequent_makes_room"
 DISK = f"{TESTS}a_disk_holds_them_and_what_is_wrong_with_it_is_said"
 LOADS = f"{TESTS}what_a_run_used_most_is_there_first"
 FITS = f"{TESTS}what_is_said_to_fit_does"
+ORDER = f"{TESTS}on_a_gpu_a_copy_waits_for_what_reads_its_slot_and_products_for_the_copy"
 CERTIFY = "certify --quick --only slots=3 layout=mixtral_sparse"
 
 FAULTS = (
@@ -128,6 +129,27 @@ FAULTS = (
         "of_layer[local.start : local.stop]",
         "of_layer[: len(local)]",
         LOADS,
+    ),
+    Fault(
+        "a copy does not wait for what still reads its slot",
+        LANE,
+        "                    stream.wait_event(self._before)\n",
+        "                    pass\n",
+        ORDER,
+    ),
+    Fault(
+        "a product does not wait on the device for its expert's copy",
+        LANE,
+        ".wait_event(self._copied)",
+        "",
+        ORDER,
+    ),
+    Fault(
+        "what is locked for a GPU is never let go",
+        RECORDS,
+        "    weakref.finalize(owner, unpin)\n",
+        "",
+        f"{TESTS}what_a_gpu_copies_from_is_locked_to_the_byte_and_let_go",
     ),
     Fault(
         "what a step makes is not reckoned with",
