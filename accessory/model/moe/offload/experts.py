@@ -185,4 +185,4 @@ class OffloadedWeights:
         return self.codec.decode(parts, self.dtype)
 
     def prefetch(self, experts: slice) -> None:
-        """Nothing to do: those of a group are on their way."""
+        """Nothing to do: the expert that is computed is on its way."""
