@@ -1,4 +1,4 @@
-"""Experts that lie elsewhere: which are on the device, whether they have come, and what an expert's gradients are added to."""
+"""Experts that lie elsewhere: which are on the device, whether they came, and what an expert's gradients are added to."""
 
 from faults.fault import Fault
 
