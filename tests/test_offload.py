@@ -26,7 +26,7 @@ from accessory.infer.engine import Engine
 from accessory.infer.metrics import Metrics
 from accessory.infer.sampling import Sampling
 from accessory.model.adapter import Adapter
-from accessory.model.answering import fits_of, in_pages, plan_answers
+from accessory.model.answering import GPU_PAGE, fits_of, in_pages, plan_answers
 from accessory.model.build import build_model
 from accessory.model.logical import LogicalModel
 from accessory.model.memory import footprint
@@ -218,11 +218,13 @@ def test_an_answer_stays_within_the_memory():
 
 
 def test_what_is_said_to_fit_does():
-    """What ``inspect --fit`` and ``plan`` print: of each way to hold a model, on a device of what they say it takes."""
+    """What ``inspect --fit`` and ``plan`` print: weights, cache and experts exactly, of a step no less than it takes."""
     args, prompt = replace(TINY, dim=64, hidden_dim=512, max_seq_len=700, n_layers=3), [n % 61 for n in range(600)]
     for way in fits_of(args, EXPERT, 1, 7.3e6, 700):
         model = model_of(OffloadSection(way.plan.slots), args=replace(args, quantise=way.quantise), dtype=torch.bfloat16)
         assert way.memory["experts"] == sum(layer.on_device.nbytes for layer in model.offloaded)
+        assert way.memory["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+        assert way.memory["cache"] == (in_pages(700) + GPU_PAGE) // 16 * model.make_cache(1, 16).page_bytes
         one_more = way.memory["experts"] / way.plan.slots
         assert 7.3e6 - one_more < sum(way.memory.values()) <= 7.3e6, way
         with FakeDevice(sum(way.memory.values())) as device:

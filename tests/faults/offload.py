@@ -159,13 +159,6 @@ FAULTS = (
         f"{TESTS}an_answer_stays_within_the_memory",
     ),
     Fault(
-        "the numbers that are made of quantised matrices are not reckoned with",
-        PLAN,
-        "if logical.codecs else 0",
-        "if not logical else 0",
-        FITS,
-    ),
-    Fault(
         "the keys and values of an answer are not reckoned with",
         "accessory/model/answering.py",
         "(in_pages(max_seq_len) + GPU_PAGE) * of_a_token",
