@@ -64,11 +64,14 @@ class OffloadSection:
 
     experts: Count | None = None  # of each layer on a rank's device, at least as many as a token takes; or:
     device_memory: Text | None = None  # what a rank may take of its device, such as 14GB: as many experts as fit
-    # which expert makes room for another: the one that was used longest ago, or least often
-    policy: Literal["lru", "frequency"] = "lru"
-    # speculative: while a layer runs, bring what the next one's router would choose; of no matter in training
+    # which expert makes room for another: the one that was used least often of late, or longest ago
+    policy: Literal["frequency", "lru"] = "frequency"
+    # speculative: while a layer runs, bring what the next one's router would choose, if that is mostly right; of no matter
+    # in training
     prefetch: Literal["speculative", "none"] = "speculative"
     disk: Text | None = None  # directory on whose disk they lie; null: host memory
+    # a run of the model, whose routers' loads say which experts are on the device first; null: those used first
+    loads: Text | None = None
 
     def __post_init__(self) -> None:
         if (self.experts is None) == (self.device_memory is None):

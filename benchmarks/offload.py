@@ -11,7 +11,7 @@ slots.py``), and moves nothing. Seconds are computed, from bytes and speeds: no 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,16 +19,21 @@ from common import environment, start_one_process
 
 from accessory.errors import UserError
 from accessory.infer.meta import MetaModel
-from accessory.infer.offload import plan_answers
 from accessory.infer.sampling import Sampling
+from accessory.model.answering import plan_answers
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
-from accessory.model.moe.offload.slots import Policy, Slots, Tally, groups_of, in_turn
+from accessory.model.moe.offload.loads import read_loads
+from accessory.model.moe.offload.slots import Policy, Slots, Tally, in_turn
 from accessory.settings import OffloadSection, QuantiseSection
+from accessory.train.answers import seconds_of_token
+from accessory.train.cards import CARDS
 
 HERE = Path(__file__).parent
 TRACE = HERE / "results/offload_trace.json"
+LOADS = HERE / "results/offload_loads.jsonl"
+"""Of the run that trained the recorded model, summed."""
 MIXTRAL = HERE.parent / "configs/model/mixtral-8x7b.json"
 WAYS: dict[str, tuple[Policy, bool]] = {
     "lru": ("lru", False),
@@ -40,20 +45,7 @@ Step = list[tuple[list[int], list[int]]]
 """Of each layer the experts that were used, and those that had been guessed; none for the first."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """``memory``: as a setting; ``link``: bytes a second from the host, assumed; ``read``: from its own memory, as sold."""
-
-    memory: str
-    link: float
-    read: float
-
-
-CARDS = {
-    "T4": Card("15GB", 12e9, 320e9),
-    "RTX 4090": Card("24GB", 25e9, 1008e9),
-    "H100 PCIe": Card("80GB", 50e9, 2000e9),
-}
+MEMORY = {"t4": "15GB", "rtx-4090": "24GB", "h100-pcie": "80GB"}
 
 
 def record(directory: Path, questions: Sequence[str]) -> list[Step]:
@@ -66,8 +58,8 @@ def record(directory: Path, questions: Sequence[str]) -> list[Step]:
     groups = [[question] for question in questions] + [list(questions[n : n + 4]) for n in range(0, len(questions), 4)]
     for group in groups:
         for question in group:
-            ids, stops = model.asked(question)
-            model.engine.submit(ids, Sampling(max_tokens=40, stop=stops))
+            prompt, stops = model.asked(question)
+            model.engine.submit(prompt.tokens, Sampling(max_tokens=40, stop=stops))
         for _ in model.engine.run():
             pass
     return steps
@@ -91,9 +83,11 @@ def _listen(slots: Slots, number: int, layers: int, steps: list[Step]) -> None:
     slots.judge, slots.guess = judged, guessed  # type: ignore[method-assign, assignment]
 
 
-def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> Tally:
-    """What would have happened with ``count`` slots for each layer."""
+def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool, loads: Sequence[Sequence[float]] = ()) -> Tally:
+    """What would have happened with ``count`` slots for each layer; ``loads``: of each, if they are begun with."""
     layers = [Slots(count, policy) for _ in steps[0]]
+    for slots, of_layer in zip(layers, loads, strict=False):
+        slots.place(of_layer)
     for step in steps:
         for number, (used, _) in enumerate(step):
 
@@ -102,21 +96,37 @@ def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool) -> 
                     layers[following].guess(step[following][1])
 
             layers[number].judge(used)
-            for _ in in_turn(layers[number], groups_of(used, layers[number]), lambda _: None, guess):
+            for _ in in_turn(layers[number], used, lambda _: None, guess):
                 pass
     return sum((slots.tally for slots in layers), Tally())
 
 
-def seconds_of_token(card: Card, args: ModelArgs, tally: Tally, bits: float) -> float:
-    """Computed, of one request: what must be waited for, and the longer of the step's own reading and what guesses bring."""
-    parameters = 3 * args.dim * args.hidden_dim
-    each = parameters * bits / 8
-    misses, guessed = tally.used - tally.hits, tally.moved - (tally.used - tally.hits)
-    a_token = args.n_layers * args.moe.num_experts_per_tok / tally.used  # uses of a token, of those that were replayed
-    made = 0 if bits == 16 else 2 * parameters * 2  # the numbers are written, and read
-    attention = 2 * args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
-    step = args.n_layers * (args.moe.num_experts_per_tok * (each + made) + attention) / card.read
-    return misses * a_token * each / card.link + max(step, guessed * a_token * each / card.link)
+def beginnings(steps: Sequence[Step]) -> None:
+    """What it is worth to begin with the experts that training used most, by default settings."""
+    args = replace(ModelArgs.load(MIXTRAL), n_layers=len(steps[0]))
+    loads = read_loads(LOADS, args)
+    print("\nbegun with the experts that training used most; 4 slots, frequency, guessed ahead")
+    for first in (20, len(steps)):
+        for name, begun_with in (("nothing", ()), ("its loads", loads)):
+            tally = replay(steps[:first], 4, "frequency", True, begun_with)
+            print(f"first {first:3} steps, {name:10}{tally.hit_rate:8.1%} hits, {tally.moved / tally.used:6.1%} moved")
+
+
+def least_moved(steps: Sequence[Step], count: int) -> int:
+    """What a choice would move that knew the future: of what is there and what comes, those stay that are used soonest."""
+    moved = 0
+    for batches in zip(*([set(used) for used, _ in step] for step in steps), strict=True):
+        used_next, next_use = list[dict[int, int]](), dict[int, int]()
+        for number, used in reversed(list(enumerate(batches))):
+            used_next.append(dict(next_use))
+            next_use |= dict.fromkeys(used, number)
+        there = set[int]()
+        for used, soon in zip(batches, reversed(used_next), strict=True):
+            moved += len(used - there)
+            # all that a batch uses can be there together, or else come one by one
+            kept = sorted(there | used, key=lambda e: (len(used) <= count and e not in used, soon.get(e, len(steps))))
+            there = set(kept[:count])
+    return moved
 
 
 def replays(steps: Sequence[Step]) -> None:
@@ -130,32 +140,36 @@ def replays(steps: Sequence[Step]) -> None:
             right = f"{tally.recall:.1%}" if tally.foretold else "-"
             by_guess = f"{tally.guessed_hits / tally.used:.1%}"
             print(f"{count:5}  {name:26}{tally.hit_rate:8.1%}{by_guess:>10}{right:>13}{tally.moved / none:16.1%}")
+        least = least_moved(steps, count)
+        print(f"{count:5}  {'if the future were known':26}{1 - least / none:8.1%}{'':>10}{'':>13}{least / none:16.1%}")
 
 
 def estimates(steps: Sequence[Step]) -> None:
     """Of Mixtral 8x7B, as if it chose experts as what was recorded does."""
     base = ModelArgs.load(MIXTRAL)
+    a_token = base.n_layers * base.moe.num_experts_per_tok
     print("\ncomputed, not measured: Mixtral 8x7B, a sequence of 4096 tokens, seconds of a token of one request")
     print(f"{'card':12}{'held':>6}{'slots':>7}" + "".join(f"{name:>26}" for name in ("no cache", *WAYS)))
-    for name, card in CARDS.items():
-        for held, bits in (("nf4", 4.25), ("int8", 8.0), ("bf16", 16.0)):
-            way = None if bits == 16 else QuantiseSection(held, held)
-            args = replace(base, quantise=way)
-            section = OffloadSection(device_memory=card.memory)
+    for name, memory in MEMORY.items():
+        for held in ("nf4", "int8", "bf16"):
+            args = replace(base, quantise=None if held == "bf16" else QuantiseSection(held, held))
+            section = OffloadSection(device_memory=memory)
             try:
-                count = plan_answers(section, LogicalModel(args), EXPERT, 1, torch.bfloat16, 4096).slots
+                plan = plan_answers(section, LogicalModel(args), EXPERT, 1, torch.bfloat16, 4096)
             except UserError:
                 print(f"{name:12}{held:>6}{'-':>7}")
                 continue
-            if count == args.moe.num_experts:
-                print(f"{name:12}{held:>6}{count:>7}  all experts are on the device")
+            if plan.slots == plan.of:
+                print(f"{name:12}{held:>6}{plan.slots:>7}  all experts are on the device")
                 continue
-            none = replay(steps, args.moe.num_experts, "lru", False)
-            cells = [replace(none, hits=0, moved=none.used), *(replay(steps, count, *how) for how in WAYS.values())]
-            print(
-                f"{name:12}{held:>6}{count:>7}"
-                + "".join(f"{seconds_of_token(card, args, tally, bits):>26.3f}" for tally in cells)
-            )
+            expert = plan.host_bytes / (args.n_layers * plan.of)
+            line = f"{name:12}{held:>6}{plan.slots:>7}{seconds_of_token(args, CARDS[name], expert, a_token, 0.0):26.3f}"
+            for how in WAYS.values():
+                tally = replay(steps, plan.slots, *how)
+                misses, share = tally.used - tally.hits, a_token / tally.used
+                told = misses * share, (tally.moved - misses) * share
+                line += f"{seconds_of_token(args, CARDS[name], expert, *told):26.3f}"
+            print(line)
 
 
 def main() -> None:
@@ -172,6 +186,7 @@ def main() -> None:
         arguments.trace.write_text(json.dumps(steps, separators=(",", ":")) + "\n")
     steps = json.loads(arguments.trace.read_text())
     replays(steps)
+    beginnings(steps)
     estimates(steps)
 
 

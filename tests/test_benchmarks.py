@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("train_step.py", ["--help"], "--lora"),
         ("checkpoint_memory.py", ["--help"], "--layers"),
         ("save.py", ["--layers", "1", "--rounds", "1"], "DCP async_save"),
-        ("offload.py", [], "6  lru, guessed ahead           80.4%     11.9%        72.9%           34.5%"),
+        ("offload.py", [], "4  frequency, guessed ahead     65.7%     12.9%        69.1%           48.6%"),
         ("data.py", ["--memory", "2000"], "1000 steps"),
         ("full_size.py", ["--help"], "--layers"),
         ("quantise_accuracy.py", ["--help"], "--draws"),

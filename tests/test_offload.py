@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +24,9 @@ from accessory.checkpoint.quantise import Quantising
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.metrics import Metrics
-from accessory.infer.offload import in_pages, plan_answers
 from accessory.infer.sampling import Sampling
 from accessory.model.adapter import Adapter
+from accessory.model.answering import GPU_PAGE, fits_of, in_pages, plan_answers
 from accessory.model.build import build_model
 from accessory.model.logical import LogicalModel
 from accessory.model.memory import footprint
@@ -32,7 +34,7 @@ from accessory.model.moe.layouts import EXPERT, LAYOUTS, get_layout
 from accessory.model.moe.offload import lane, records
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import plan_offload
-from accessory.model.moe.offload.slots import Slots, groups_of, in_turn
+from accessory.model.moe.offload.slots import Slots, in_turn
 from accessory.parallel.mesh import ONE_RANK, make_mesh
 from accessory.settings import OffloadSection, ParallelSection, QuantiseSection
 from accessory.train.balance import RouterLosses
@@ -85,14 +87,16 @@ def test_slots_never_serve_a_stale_expert_nor_give_up_one_in_use(count, policy, 
 
     for used, guess, fails in batches:
         slots.judge(used)
-        groups = groups_of(sorted(used), slots)
-        assert sorted(expert for some in groups for expert in some) == sorted(used)
-        for group in in_turn(slots, groups, bring, lambda: None):
-            assert [device[slots.slot_of[expert]] for expert in group] == group
+        known, before, seen, told = set(slots.slot_of), moved, [], []
+        for expert in in_turn(slots, used, bring, lambda told=told: told.append(True)):
+            seen.append(expert)
+            assert device.get(slots.slot_of.get(expert)) == expert
             assert len(set(slots.slot_of.values())) == len(slots.slot_of) <= count
-            if fails and group:
-                slots.lose(group[0])
+            if fails:
+                slots.lose(expert)
                 break
+        else:  # each comes once, and none that was there makes room before it is used
+            assert sorted(seen) == sorted(used) and moved - before == len(used - known) and len(told) == 1
         bring(slots.guess(guess))
     tally = slots.tally
     assert tally.moved == moved and tally.guessed_hits <= tally.hits <= tally.used and tally.right <= tally.guessed
@@ -106,12 +110,41 @@ def test_the_least_recent_or_the_least_frequent_makes_room():
             slots.release([expert])
         slots.hold([4])
         assert {1, 2, 3} - slots.slot_of.keys() == {gone}, policy
-    slots = Slots(3)
-    slots.hold([1, 2])
-    slots.release([1, 2])
-    slots.guess([5])
-    slots.hold([6])  # what a guess brought, and nothing has used, goes first
-    assert slots.slot_of.keys() == {1, 2, 6}
+        slots = Slots(3, policy)
+        slots.hold([1, 2])
+        slots.release([1, 2])
+        slots.guess([5])
+        slots.hold([6])  # what a guess brought, and nothing has used, goes first
+        assert slots.slot_of.keys() == {1, 2, 6}
+        use(slots := Slots(2, policy), [2, 2, 2, 1])
+        slots.hold([1])
+        slots.hold([3])  # 1 is in use, however seldom
+        assert slots.slot_of.keys() == {1, 3}
+
+
+def use(slots, experts):
+    """One after the other."""
+    for expert in experts:
+        slots.judge([expert])
+        slots.hold([expert])
+        slots.release([expert])
+
+
+def test_what_was_used_often_long_ago_makes_room():
+    slots = Slots(2, "frequency")
+    use(slots, [*[1] * 40, *[2] * 30, 3])
+    assert slots.slot_of.keys() == {2, 3}
+
+
+def test_guesses_that_are_mostly_wrong_bring_nothing_until_they_are_right():
+    slots = Slots(4)
+    brought = []
+    for named, used in [([1, 2], [3, 4])] * 10 + [([1, 2], [1, 2])] * 20:
+        slots.lose(1) if 1 in slots.slot_of else None
+        brought.append(len(slots.guess(named)) > 0)
+        slots.judge(used)
+    assert brought[0] and not brought[9] and brought[-1]
+    assert slots.tally.right == 40 and slots.tally.guessed == 60  # judged all the same
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -182,6 +215,22 @@ def test_an_answer_stays_within_the_memory():
             answer = answer_within(model, prompt)
         assert answer == answer_within(model_of(None, args=args), prompt)
         assert device.peak > slot_bytes
+
+
+def test_what_is_said_to_fit_does():
+    """What ``inspect --fit`` and ``plan`` print: weights, cache and experts exactly, of a step no less than it takes."""
+    args, prompt = replace(TINY, dim=64, hidden_dim=512, max_seq_len=700, n_layers=3), [n % 61 for n in range(600)]
+    for way in fits_of(args, EXPERT, 1, 7.3e6, 700):
+        model = model_of(OffloadSection(way.plan.slots), args=replace(args, quantise=way.quantise), dtype=torch.bfloat16)
+        assert way.memory["experts"] == sum(layer.on_device.nbytes for layer in model.offloaded)
+        assert way.memory["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+        assert way.memory["cache"] == (in_pages(700) + GPU_PAGE) // 16 * model.make_cache(1, 16).page_bytes
+        one_more = way.memory["experts"] / way.plan.slots
+        assert 7.3e6 - one_more < sum(way.memory.values()) <= 7.3e6, way
+        with FakeDevice(sum(way.memory.values())) as device:
+            device.hold(model)
+            answer_within(model, prompt)
+    assert "too little: " in str(next(fits_of(args, EXPERT, 1, 1e6, 700)))
 
 
 def answer_within(model, prompt):
@@ -308,6 +357,98 @@ def test_a_run_logs_what_it_brought(tmp_path):
     logged = next(row for row in rows if "loss" in row)
     assert logged["offload_moved_bytes"] > 0 and 0 <= logged["offload_hit_rate"] < 1
     assert len(logged["layer_offload_hit_rate"]) == 2
+
+
+def test_what_a_run_used_most_is_there_first(tmp_path):
+    """Of each layer, on the rank that has it; it changes no answer."""
+    loads = [[(7 * e + layer) % 8 for e in range(8)] for layer in range(TINY.n_layers)]
+    half = [{"step": n, "loads": [[load / 2 for load in layer] for layer in loads]} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*half, {"step": 2, "val_loss": 1.0}])))
+    section = OffloadSection(3, loads=str(tmp_path))
+    for policy in ("lru", "frequency"):
+        model = model_of(replace(section, policy=policy))
+        for layer, of_layer in zip(model.offloaded, loads, strict=True):
+            assert list(layer.slots.slot_of) == sorted(range(8), key=lambda e, of_layer=of_layer: of_layer[e])[-3:]
+        assert answer_ids(model, PROMPTS, 10, 64) == answer_ids(model_of(None), PROMPTS, 10, 64)
+    for there in run_ranks(2, first_of_ranks, section, loads):
+        assert there
+    for text, sentence in (
+        ("", "no loads in it"),
+        ('{"loads": [[1, 2]]}', "not the loads of a model with 2 layers of 8 experts"),
+        ('{"loads": ', "not the loads of"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            model_of(section)
+    with pytest.raises(UserError, match="gone"):
+        model_of(replace(section, loads=str(tmp_path / "gone")))
+
+
+def first_of_ranks(section, loads):
+    model = model_of(section, mesh=make_mesh(2))
+    own = model.layers[0].feed_forward.dispatcher.local_experts
+    most = sorted(range(4), key=lambda e: loads[0][own.start + e])[-3:]
+    return list(model.offloaded[0].slots.slot_of) == most
+
+
+class FakeStream:
+    """It notes what it is told; an event is the name of the stream that recorded it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def record_event(self):
+        self.notes.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, event):
+        self.notes.append(f"{self.name} waits for {event}")
+
+
+def test_on_a_gpu_a_copy_waits_for_what_reads_its_slot_and_products_for_the_copy(monkeypatch):
+    notes = []
+    main, beside = FakeStream("main", notes), FakeStream("beside", notes)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: beside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(notes.append(f"in {stream.name}")))
+    store = SimpleNamespace(read=lambda expert, slot: notes.append(f"copies {expert}"))
+    load = lane.Lane(torch.device("cuda")).bring(store, 3, torch.empty(1))
+    load.wait()
+    assert notes == [
+        "main records",
+        "in beside",
+        "beside waits for main",
+        "copies 3",
+        "beside records",
+        "main waits for beside",
+    ]
+
+
+class FakeCudart:
+    """Of CUDA's runtime what locks memory."""
+
+    def __init__(self, code):
+        self.code, self.locked = code, {}
+
+    def cudaHostRegister(self, start, nbytes, flags):
+        self.locked[start] = nbytes
+        return self.code
+
+    def cudaHostUnregister(self, start):
+        del self.locked[start]
+
+
+def test_what_a_gpu_copies_from_is_locked_to_the_byte_and_let_go(monkeypatch):
+    cudart = FakeCudart(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    store = records.HostStore(3, 1000, torch.device("cuda"))
+    assert cudart.locked == {store.rows.data_ptr(): 3000}
+    del store
+    assert not cudart.locked
+    cudart.code = 2
+    with pytest.raises(UserError, match=r"3.00kB of experts cannot be locked .*\(CUDA error 2\)"):
+        records.HostStore(3, 1000, torch.device("cuda"))
 
 
 def test_what_is_refused(monkeypatch):

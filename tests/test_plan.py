@@ -190,6 +190,8 @@ def test_the_command_names_the_best(tmp_path):
     ways, fitting = map(int, re.match(r"(\d+) ways, (\d+) fit into 79 GiB; times are estimates, \+-20 %", out).groups())
     assert ways == fitting == out.count(" yes ") == 3
     assert re.search(r"\n1\. products .* s, attention .*\n   model: .*\n   parallel: \{model_parallel: .*\n   train: ", out)
+    codes, out, err = command(*words, "--card", "t4", "--tuning", "none")
+    assert codes == [0] and "8 of 8: weights" in out and "computed, not measured" in out, err
     codes, out, err = command(*words, "--card", "h1000")
     assert codes == [1] and err == "accessory: error: --card: unknown card 'h1000'; did you mean 'h100'?\n", err
     codes, out, err = command(*words, "--card", "h100", "--gpus", "3")

@@ -20,12 +20,14 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, get_dtype
 from accessory.errors import UserError
 from accessory.files import check_directory
+from accessory.model.answering import USUAL_TOKENS, WAYS, fits_of
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel, allowed_sizes, check_divides
 from accessory.model.memory import share_of_a_rank
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.settings import QuantiseSection
 from accessory.tuning.spec import PRESETS, matches
+from accessory.visual.vision import count_of_encoders
 
 ROOM = 0.85
 """Share of a card that a model and its cache may take; activations and what the driver needs have the rest."""
@@ -185,7 +187,7 @@ def _print_table(checkpoint: Checkpoint) -> None:
 def _print_fit(checkpoint: Checkpoint, card: float) -> None:
     """Which ways to hold the model leave room on cards of so many bytes, and for how many tokens' keys and values."""
     args, layout = checkpoint.args, checkpoint.layout
-    ways = [None, *(QuantiseSection(name, name) for name in ("int8", "nf4"))] if not args.quantise else [args.quantise]
+    ways = (args.quantise,) if args.quantise else WAYS
     sizes = [size for size in (1, 2, 4, 8) if size in allowed_sizes(replace(args, quantise=None), layout)]
     print(
         f"\n  on cards of {card / 1e9:g} GB, in bf16: GB of a rank, and the tokens of keys and values that fit beside them"
@@ -205,6 +207,13 @@ def _print_fit(checkpoint: Checkpoint, card: float) -> None:
             room = int(ROOM * card - share) // token
             cells.append(f"{share / 1e9:.2f} " + (f"{room:,}" if room > 0 else "no"))
         print(f"  {in_words(way):<40}" + "".join(f"{cell:>22}" for cell in cells))
+    tokens, budget = min(USUAL_TOKENS, args.max_seq_len), ROOM * card
+    print(
+        f"\n  with --offload device_memory={budget / 1e9:g}GB on one of them: of each layer's experts those on the card, "
+        f"beside {tokens:,} tokens of keys and values"
+    )
+    for fit in fits_of(args, layout, 1, budget, tokens, count_of_encoders(args.visual)):
+        print(f"  {in_words(fit.quantise):<42}{fit}")
 
 
 def _damaged(checkpoint: Checkpoint, nbytes: int) -> list[str]:

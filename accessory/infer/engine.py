@@ -20,14 +20,12 @@ from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
 from accessory.infer.sights import SeenImages
 from accessory.infer.text import TextStream, Vocabulary
+from accessory.model.answering import CHUNK_TOKENS, GPU_PAGE
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
 
 BEAT_S = 60.0
-GPU_PAGE = 256
-"""Tokens of a page of the cache: the smallest that the GPU's kernel takes."""
-CHUNK_TOKENS = 512
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
 
 

@@ -16,7 +16,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.holdings import holding_of
 from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
 from accessory.model.moe.layouts import Layout
-from accessory.model.moe.offload.plan import OffloadPlan, offload_experts
+from accessory.model.moe.offload.plan import OffloadPlan, offload_experts, place_experts
 from accessory.parallel.mesh import ONE_RANK, Mesh
 from accessory.parallel.watchdog import progressed
 from accessory.settings import Recompute
@@ -71,6 +71,8 @@ def build_model(
         )
     if damaged and mesh.world.rank == 0:
         print(f"accessory: warning: {listed(damaged, None)} hold NaN or infinite values", file=sys.stderr)
+    if offload is not None and offload.loads:
+        place_experts(model, offload.loads)
     return model
 
 

@@ -172,7 +172,7 @@ def footprint(
         gathered = at_a_time + (narrow + wide) * trained_block
         if parallel.data_parallel != "fsdp" and accumulation > 1:
             gradients += wide * sum(trained.values())
-    # of offloaded experts backward has a group's gradients beside their sum
+    # of offloaded experts backward has an expert's gradients beside their sum
     summed = 2 * narrow * trained_block if slot_bytes is not None else 0
     saved = tokens * saved_bytes(args, mesh.mp.size, compute, "none")
     kept = args.n_layers * tokens * saved_bytes(args, mesh.mp.size, compute, parallel.recompute)

@@ -8,7 +8,7 @@ import torch
 
 from accessory.console import say
 from accessory.model.memory import memory_of
-from accessory.train.cards import PCIE, Card, card_of
+from accessory.train.cards import PCIE, PCIE_4, Card, card_of
 
 
 def measured_here(card: Card | None) -> Card:
@@ -22,7 +22,7 @@ def measured_here(card: Card | None) -> Card:
     if card is None and device.type == "cuda" and (found := card_of(torch.cuda.get_device_name(device))):
         card = found[1]
     if card is None:
-        card = Card((), memory_of(device) / 2**30, flops, rate, PCIE, PCIE)
+        card = Card((), memory_of(device) / 2**30, flops, rate, PCIE, PCIE, PCIE_4)
     say(f"measured here: {flops / 1e12:.3g} TFLOP/s in bf16 products of {size}, {rate / 1e9:,.0f} GB/s of memory")
     return dataclasses.replace(card, products=flops / card.flops, elementwise=rate / card.memory_rate)
 

@@ -22,6 +22,7 @@ from accessory.model.moe.kernels.grouped import grouped_runs
 from accessory.model.moe.layouts import SPARSE
 from accessory.parallel.mesh import plan_mesh
 from accessory.settings import LayoutName, LoraSection, ParallelSection, QuantiseSection, Recompute, TuningSection
+from accessory.train.answers import answers_table
 from accessory.train.cards import Card, card_called
 from accessory.train.measure import measured_here
 from accessory.train.planned_step import PlannedRun, planned_job
@@ -178,6 +179,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if card is None:
         raise UserError("name the card (--card a100-80), or let this machine be measured (--measure)")
     world, width = arguments.gpus, min(arguments.seq_len, args.max_seq_len)
+    if arguments.tuning == "none":
+        print("\n".join(answers_table(args, arguments.card or "this machine", card, world, width)))
+        return
     per_node = min(world, arguments.per_node)
     rows = arguments.rows or max(world, 128)
     if rows % world:

@@ -69,7 +69,7 @@ def checkpoint_verbs(verbs: Verbs) -> None:
     )
     verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
     verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
-    about = "also say which ways to hold the model (whole, int8, nf4; over how many) fit on cards of so much memory"
+    about = "also say which ways to hold the model (whole, int8, nf4; over how many; experts offloaded) fit on such cards"
     verb.add_argument("--fit", type=checked(Positive), metavar="GB", help=about)
 
     verb = add_verb(

@@ -62,13 +62,17 @@ def _before_a_run(verbs: Verbs) -> None:
         "counted, times are estimated from the card's data sheet, or from what --measure finds on this machine.",
         "accessory plan configs/model/mixtral-8x7b.json --gpus 32 --card a100-80",
         "accessory plan CKPT_DIR --gpus 1 --card h200 --tuning lora --rows 4",
+        "accessory plan configs/model/mixtral-8x7b.json --card t4 --tuning none",
     )
     verb.add_argument("model", type=a_path, help="config.json, or the directory of a checkpoint")
     verb.add_argument("--gpus", type=a_count, default=1, help="default: %(default)s")
     verb.add_argument("--card", help="a100-80, h100, h200, b200, rtx-4090, ...")
     verb.add_argument("--per-node", type=a_count, default=8, help="GPUs of a node; default: %(default)s")
     verb.add_argument(
-        "--tuning", choices=["full", "lora", "qlora"], default="full", help="what trains; default: %(default)s"
+        "--tuning",
+        choices=["full", "lora", "qlora", "none"],
+        default="full",
+        help="what trains; none: the model answers, with experts offloaded where they do not fit; default: %(default)s",
     )
     verb.add_argument("--seq-len", type=a_count, default=4096, help="tokens of a row; default: %(default)s")
     verb.add_argument("--rows", type=a_count, help="rows of a step, over all GPUs; default: 128, or one for each GPU")

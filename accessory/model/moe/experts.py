@@ -161,7 +161,9 @@ class _Products:
 def one_hot(ends_e: Tensor, like_nD: Tensor) -> Tensor:
     """Which expert each of the sorted rows belongs to, [n, e] of zeros and ones.
 
+    ``ends_e`` may be on the host.
+
     A bias is added as a product with it, so that its gradient is one too: no scattered additions, the same every time.
     """
     row_n = torch.arange(len(like_nD), device=ends_e.device, dtype=ends_e.dtype)
-    return F.one_hot(torch.searchsorted(ends_e, row_n, right=True), len(ends_e)).to(like_nD.dtype)
+    return F.one_hot(torch.searchsorted(ends_e, row_n, right=True), len(ends_e)).to(like_nD)

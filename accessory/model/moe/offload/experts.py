@@ -1,8 +1,7 @@
-"""A layer's experts that lie elsewhere: kernels get those that a batch uses, in groups that fit on the device."""
+"""A layer's experts that lie elsewhere: kernels get those that a batch uses, one by one, while they are on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.moe.dispatch import SortedRows
+from accessory.model.moe.kernels.rows import rows_of_experts
 from accessory.model.moe.offload.lane import Lane, Load
 from accessory.model.moe.offload.records import ExpertStore, Record
-from accessory.model.moe.offload.slots import Place, Slots, groups_of, in_turn
+from accessory.model.moe.offload.slots import Place, Slots, in_turn
 
 Compute = Callable[[SortedRows], Tensor]
 """The outputs [n, D] of sorted rows, by experts that are held."""
@@ -35,6 +35,7 @@ class OffloadedExperts:
         self.guess_next: Callable[[], None] = lambda: None
         self._lane, self._loads = lane, dict[int, Load]()  # by slot
         self.on_device = torch.empty(slots.count, record.nbytes, dtype=torch.uint8, device=device)
+        lane.fills(self.on_device)
 
     @property
     def moved_bytes(self) -> int:
@@ -49,6 +50,13 @@ class OffloadedExperts:
         for expert, slot in places:
             self._loads[slot] = self._lane.bring(self.store, expert, self.on_device[slot])
 
+    def _forget_failed(self) -> None:
+        """What a guess did not get is tried anew where it is needed."""
+        for expert, slot in list(self.slots.slot_of.items()):
+            if slot in self._loads and self._loads[slot].failed:
+                del self._loads[slot]
+                self.slots.lose(expert)
+
     def tensor(self, name: str, expert: int) -> Tensor:
         """One of the tensors of an expert that is held, on the device; waits for it."""
         slot = self.slots.slot_of[expert]
@@ -60,47 +68,43 @@ class OffloadedExperts:
                 raise
         return self.record.view(self.on_device[slot], name)
 
-    def each(self, groups: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Each group while its experts are held (see ``in_turn``)."""
-        return in_turn(self.slots, groups, self.bring, self.guess_next)
+    def each(self, rows: SortedRows) -> Iterator[tuple[slice, SortedRows]]:
+        """Where each expert's rows are that has some, and they alone, while it is held (see ``in_turn``)."""
+        ends_e = rows.ends_e.cpu()  # once, rather than for each expert
+        of_expert = rows_of_experts(ends_e, len(rows.x_nD))
+        used = [expert for expert, where in enumerate(of_expert) if where.start < where.stop]
+        self._forget_failed()
+        self.slots.judge(used)
+        for expert in in_turn(self.slots, used, self.bring, self.guess_next):
+            where = of_expert[expert]
+            own_ends_e = (ends_e - where.start).clamp(0, where.stop - where.start)
+            own = rows.x_nD[where], rows.weight_n1[where], own_ends_e, rows.adapters.of(where), rows.plan
+            yield where, SortedRows(*own)
 
     def run(self, compute: Compute, rows: SortedRows, trained: Callable[[], list[Tensor]]) -> Tensor:
-        """What ``compute`` makes of all rows; it gets them group by group.
+        """What ``compute`` makes of all rows; it gets them expert by expert.
 
         Args:
             trained: what trains of what it computes with, beside the rows and their weights.
         """
-        ends = rows.ends_e.tolist()
-        used = [expert for expert, (first, last) in enumerate(pairwise([0, *ends])) if first < last]
-        self.slots.judge(used)
-        groups = groups_of(used, self.slots)
         parameters = trained()
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (rows.x_nD, rows.weight_n1, *parameters))):
-            return self.forward(compute, rows, groups)
+            return self.forward(compute, rows)
         kept: list[Any] = []
         x_nD, weight_n1 = _Keep.apply(kept, rows.x_nD, rows.weight_n1, *parameters[:1])
         bare = replace(rows, x_nD=x_nD.new_empty(0), weight_n1=weight_n1.new_empty(0))  # keeps no activation
-        return _GroupByGroup.apply(self, compute, trained, kept, bare, groups, x_nD, weight_n1, *parameters)
+        return _OneByOne.apply(self, compute, trained, kept, bare, x_nD, weight_n1, *parameters)
 
-    def forward(self, compute: Compute, rows: SortedRows, groups: Sequence[list[int]]) -> Tensor:
+    def forward(self, compute: Compute, rows: SortedRows) -> Tensor:
         """Without gradients."""
         y_nD = torch.empty_like(rows.x_nD)
-        for group in self.each(groups):
-            where, part = _of_group(rows, group)
-            y_nD[where] = compute(part)
+        for where, own in self.each(rows):
+            y_nD[where] = compute(own)
         return y_nD
 
 
-def _of_group(rows: SortedRows, group: Sequence[int]) -> tuple[slice, SortedRows]:
-    """The rows of neighbouring experts, among all of them and by themselves."""
-    ends = [0, *rows.ends_e.tolist()]
-    where = slice(ends[group[0]], ends[group[-1] + 1]) if group else slice(0, 0)
-    ends_e = (rows.ends_e - where.start).clamp(0, where.stop - where.start)
-    return where, SortedRows(rows.x_nD[where], rows.weight_n1[where], ends_e, rows.adapters.of(where), rows.plan)
-
-
 class _Keep(torch.autograd.Function):
-    """What goes in comes out, and is kept for the backward pass of ``_GroupByGroup``.
+    """What goes in comes out, and is kept for the backward pass of ``_OneByOne``.
 
     That keeps nothing itself. So where a block is recomputed, recomputing ends here, and no expert is brought for it.
     """
@@ -118,8 +122,8 @@ class _Keep(torch.autograd.Function):
         return None, dx, d_weight, *[None] * ctx.trained
 
 
-class _GroupByGroup(torch.autograd.Function):
-    """Backward computes each group once more, with its gradients, so that each expert comes once for it."""
+class _OneByOne(torch.autograd.Function):
+    """Backward computes each expert's rows once more, with their gradients, so that it comes once for that."""
 
     @staticmethod
     def forward(
@@ -129,14 +133,13 @@ class _GroupByGroup(torch.autograd.Function):
         trained: Callable[[], list[Tensor]],
         kept: list[Any],
         bare: SortedRows,
-        groups: Sequence[list[int]],
         x_nD: Tensor,
         weight_n1: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         """``kept``: the context of ``_Keep``. ``bare``: the rows without what it keeps of them."""
-        ctx.experts, ctx.compute, ctx.trained, ctx.kept, ctx.bare, ctx.groups = experts, compute, trained, kept, bare, groups
-        return experts.forward(compute, replace(bare, x_nD=x_nD, weight_n1=weight_n1), groups)
+        ctx.experts, ctx.compute, ctx.trained, ctx.kept, ctx.bare = experts, compute, trained, kept, bare
+        return experts.forward(compute, replace(bare, x_nD=x_nD, weight_n1=weight_n1))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,18 +148,17 @@ class _GroupByGroup(torch.autograd.Function):
         parameters = ctx.trained()
         sums: list[Tensor | None] = [None for _ in parameters]
         dx, d_weight = torch.empty_like(x_nD), torch.empty_like(weight_n1)
-        for group in ctx.experts.each(ctx.groups[::-1]):
-            where, part = _of_group(rows, group)
-            own = [part.x_nD.detach().requires_grad_(), part.weight_n1.detach().requires_grad_()]
+        for where, own in ctx.experts.each(rows):
+            leaves = [own.x_nD.detach().requires_grad_(), own.weight_n1.detach().requires_grad_()]
             with torch.enable_grad():
-                y_nD = ctx.compute(replace(part, x_nD=own[0], weight_n1=own[1]))
-            found = torch.autograd.grad(y_nD, [*own, *parameters], dy[where], allow_unused=True)
+                y_nD = ctx.compute(replace(own, x_nD=leaves[0], weight_n1=leaves[1]))
+            found = torch.autograd.grad(y_nD, [*leaves, *parameters], dy[where], allow_unused=True)
             dx[where], d_weight[where] = found[:2]
             for number, gradient in enumerate(found[2:]):
                 if gradient is not None:
                     total = sums[number]
                     sums[number] = gradient if total is None else total + gradient
-        return *[None] * 6, dx, d_weight, *sums
+        return *[None] * 5, dx, d_weight, *sums
 
 
 class OffloadedWeights:
@@ -183,4 +185,4 @@ class OffloadedWeights:
         return self.codec.decode(parts, self.dtype)
 
     def prefetch(self, experts: slice) -> None:
-        """Nothing to do: those of a group are on their way."""
+        """Nothing to do: the expert that is computed is on its way."""

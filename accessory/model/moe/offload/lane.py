@@ -44,6 +44,11 @@ class Load:
         finally:
             self._over.set()
 
+    @property
+    def failed(self) -> bool:
+        """As far as is known."""
+        return self._error is not None
+
     def wait(self) -> float:
         """Until the expert is there, for this thread and for what its stream does next; the seconds that this took.
 
@@ -70,6 +75,11 @@ class Lane:
         thread = threading.Thread(target=_work, args=(self._loads, self._stream), name="offload", daemon=True)
         thread.start()
         weakref.finalize(self, _end, self._loads, thread)
+
+    def fills(self, slots: Tensor) -> None:
+        """Say that copies go to ``slots``: their memory is not used anew before the last has ended."""
+        if self._stream:
+            slots.record_stream(self._stream)
 
     def bring(self, store: ExpertStore, expert: int, slot: Tensor) -> Load:
         """Begin to; returns at once."""

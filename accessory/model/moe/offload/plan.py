@@ -18,6 +18,7 @@ from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.offload.guess import Guess
 from accessory.model.moe.offload.lane import Lane
+from accessory.model.moe.offload.loads import read_loads
 from accessory.model.moe.offload.records import ALIGNED, DiskStore, HostStore
 from accessory.model.moe.offload.slots import Policy, Slots
 from accessory.settings import OffloadSection
@@ -37,6 +38,7 @@ class OffloadPlan:
         slots: of each layer on a rank's device. of: how many experts of a layer a rank has.
         slot_bytes: of all of them. host_bytes: of all experts.
         guesses: whether a layer has the next one's experts brought.
+        loads: of each layer how often a token uses each expert, if that is known.
     """
 
     slots: int
@@ -46,6 +48,7 @@ class OffloadPlan:
     policy: Policy
     guesses: bool
     disk: Path | None
+    loads: list[list[float]] | None
 
     def __str__(self) -> str:
         where = f"on the disk of {self.disk}" if self.disk else "in host memory"
@@ -53,6 +56,11 @@ class OffloadPlan:
             f"{self.slots} of {self.of} experts of each layer on the device, {in_bytes(self.slot_bytes)}; "
             f"all of them {where}, {in_bytes(self.host_bytes)}"
         )
+
+
+def decoded_bytes(logical: LogicalModel, dtype: torch.dtype) -> int:
+    """Of the numbers of two matrices, if experts are quantised: they are made for a product."""
+    return 2 * logical.args.dim * logical.args.hidden_dim * dtype.itemsize if logical.codecs else 0
 
 
 def plan_offload(
@@ -72,7 +80,7 @@ def plan_offload(
 
     Raises:
         UserError: the memory does not suffice for as many experts as a token takes, or there are not so many; experts train;
-            the kernel takes all of them at once.
+            the kernel takes all of them at once; the loads are of another model.
     """
     if trained := sorted(set(logical.of_experts) & set(trains)):
         raise UserError(f"model.offload: {trained[0]} trains, and stays on the device: train adapters (tuning.lora)")
@@ -97,8 +105,7 @@ def plan_offload(
     else:
         assert section.device_memory  # the section has checked
         memory = read_bytes(section.device_memory, "offload.device_memory")
-        if logical.codecs:  # the numbers of two matrices, made for a product
-            others += 2 * args.dim * args.hidden_dim * dtype.itemsize
+        others += decoded_bytes(logical, dtype)
         slots = int((memory - others) // (args.n_layers * each))
         if slots < least:
             needed = others + least * args.n_layers * each
@@ -108,7 +115,8 @@ def plan_offload(
             )
     slots, total = min(slots, of), args.n_layers * each
     disk = Path(section.disk) if section.disk else None
-    return OffloadPlan(slots, of, slots * total, of * total, section.policy, section.prefetch == "speculative", disk)
+    loads = read_loads(Path(section.loads), args) if section.loads else None
+    return OffloadPlan(slots, of, slots * total, of * total, section.policy, section.prefetch == "speculative", disk, loads)
 
 
 def offload_experts(model: "Decoder", plan: OffloadPlan, device: torch.device, guesses: bool) -> None:
@@ -136,3 +144,11 @@ def offload_experts(model: "Decoder", plan: OffloadPlan, device: torch.device, g
     if guesses and plan.guesses:
         for block, following in pairwise(blocks):
             Guess(block, following)
+
+
+def place_experts(model: "Decoder", loads: list[list[float]]) -> None:
+    """Bring those that tokens use most, now that the model is filled."""
+    for block, of_layer in zip(list[Any](model.layers), loads, strict=True):
+        local = block.feed_forward.dispatcher.local_experts
+        offloaded: OffloadedExperts = block.feed_forward.experts.offloaded
+        offloaded.bring(offloaded.slots.place(of_layer[local.start : local.stop]))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-Policy = Literal["lru", "frequency"]
+Policy = Literal["frequency", "lru"]
 Place = tuple[int, int]
 """An expert, and the slot that it is to be brought to."""
 
@@ -41,32 +41,62 @@ class Tally:
         return self.right / max(1, self.foretold)
 
 
+FADES = 0.98
+"""What counts of a use after one more batch: half after 34 of them."""
+TRUST = 8
+"""So many guesses of a layer are taken to have been right before the first was judged."""
+WORTH_BRINGING = 0.5
+"""The share of a layer's guesses that must have been right for the next one to be brought."""
+
+
 class Slots:
     """``count`` slots for a layer's experts.
 
-    ``policy``: of two experts that are not in use, lru gives up the one used longest ago, frequency the one used less often,
-    and of equals the one used longest ago. What a guess brought goes before all others until it is used.
+    ``policy``: of two experts that are not in use, lru gives up the one used longest ago, frequency the one used less often
+    of late, and of equals the one used longest ago. What a guess brought goes before all others until it is used.
 
     Attributes:
         slot_of: where the experts are, or are about to be; those that make room first come first.
     """
 
-    def __init__(self, count: int, policy: Policy = "lru"):
+    def __init__(self, count: int, policy: Policy = "frequency"):
         self.count, self.policy, self.tally = count, policy, Tally()
         self.slot_of: dict[int, int] = {}
         self._free = list(reversed(range(count)))
-        self._uses: dict[int, int] = {}
+        self._uses: dict[int, float] = {}
         self._held: set[int] = set()
         self._unproven: set[int] = set()  # brought by a guess, and not used since
         self._guess: set[int] | None = None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more expert can be held."""
+        return len(self._held) < self.count
+
+    def place(self, loads: Sequence[float]) -> list[Place]:
+        """Begin with the experts that were used most elsewhere, as if they had been here: what is to be brought.
+
+        ``loads``: how often a token uses each expert, at least 0.
+        """
+        self._uses = {expert: load / (1 - FADES) for expert, load in enumerate(loads)}
+        order = sorted(self._uses, key=lambda expert: self._uses[expert])[-self.count :]
+        places = self._bring(order)
+        self.slot_of = {expert: self.slot_of[expert] for expert in order}
+        return places
+
     def guess(self, experts: Iterable[int]) -> list[Place]:
-        """These are likely to be used next: what is to be brought. More than there are slots say nothing."""
+        """These are likely to be used next: what is to be brought. More than there are slots say nothing.
+
+        What a guess brings in vain is moved as well, before what is needed. So nothing is brought for a layer whose guesses
+        are mostly wrong; they are judged all the same, and believed again when they are right.
+        """
         guess = set(experts)
         if len(guess) > self.count - len(self._held):
             return []
         self._guess = guess
         self.tally.guessed += len(guess)
+        if self.tally.right + TRUST < WORTH_BRINGING * (self.tally.guessed + TRUST):
+            return []
         places = self._bring(guess)
         early = [expert for expert, _ in places]
         self._unproven |= set(early)
@@ -74,7 +104,8 @@ class Slots:
         return places
 
     def judge(self, used: Iterable[int]) -> None:
-        """These are used now, in one group or several: what was the guess worth?"""
+        """These are used now, by one batch: what was the guess worth?"""
+        self._uses = {expert: FADES * uses for expert, uses in self._uses.items()}
         if self._guess is not None:
             used = set(used)
             self.tally.foretold += len(used)
@@ -133,36 +164,29 @@ class Slots:
         return min(order, key=lambda expert: (expert not in self._unproven, self._uses.get(expert, 0)))
 
 
-def groups_of(experts: list[int], slots: Slots) -> list[list[int]]:
-    """``experts``, which a batch uses, in groups that fit: all at once, or each beside the next, which is brought meanwhile.
-
-    They begin at the end that is on the device already: a batch goes up through a layer's experts, the next one down.
-    """
-    if len(experts) <= slots.count:
-        return [experts]
-    each = max(1, slots.count // 2)
-    groups = [experts[first : first + each] for first in range(0, len(experts), each)]
-    return groups[::-1] if experts[-1] in slots.slot_of and experts[0] not in slots.slot_of else groups
-
-
 def in_turn(
-    slots: Slots, groups: Sequence[list[int]], bring: Callable[[list[Place]], None], at_last: Callable[[], None]
-) -> Iterator[list[int]]:
-    """Each group while its experts are held; the next ones are brought meanwhile, if there are slots for both.
+    slots: Slots, used: Iterable[int], bring: Callable[[list[Place]], None], at_last: Callable[[], None]
+) -> Iterator[int]:
+    """Each expert that a batch uses, while it is held: first those that are there, so that none makes room before its use.
+
+    Where there are not slots for all, the next one is brought while one is used, and the policy says what makes room for it.
 
     Args:
         bring: begins to bring experts. at_last: is called when nothing more of this batch is to be brought.
     """
-    bring(slots.hold(groups[0]))
+    order = sorted(used, key=lambda expert: (expert not in slots.slot_of, expert))
+    absent = [expert for expert in order if expert not in slots.slot_of]
+    ahead = len(order) if len(order) <= slots.count else 2
     try:
-        for group, following in zip(groups, [*groups[1:], []], strict=True):
-            ahead = following if len(group) + len(following) <= slots.count else []
-            bring(slots.hold(ahead))
-            if not following:
-                at_last()
-            yield group
-            slots.release(group)
-            if not ahead:
-                bring(slots.hold(following))
+        slots.hold(order[: len(order) - len(absent)])
+        if not absent:
+            at_last()
+        for number, expert in enumerate(order):
+            while absent and len(order) - len(absent) < number + ahead and slots.has_room:
+                bring(slots.hold([absent.pop(0)]))
+                if not absent:
+                    at_last()
+            yield expert
+            slots.release([expert])
     finally:  # a use that failed holds nothing
         slots.release_all()
