@@ -185,7 +185,9 @@ def _print_table(checkpoint: Checkpoint) -> None:
 def _print_fit(checkpoint: Checkpoint, card: float) -> None:
     """Which ways to hold the model leave room on cards of so many bytes, and for how many tokens' keys and values."""
     args, layout = checkpoint.args, checkpoint.layout
-    ways = [None, *(QuantiseSection(name, name) for name in ("int8", "nf4"))] if not args.quantise else [args.quantise]
+    ways: list[QuantiseSection | None] = [args.quantise]
+    if not args.quantise:
+        ways += [QuantiseSection(name, name) for name in ("int8", "nf4", "int3")]
     sizes = [size for size in (1, 2, 4, 8) if size in allowed_sizes(replace(args, quantise=None), layout)]
     print(
         f"\n  on cards of {card / 1e9:g} GB, in bf16: GB of a rank, and the tokens of keys and values that fit beside them"

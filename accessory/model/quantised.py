@@ -33,7 +33,7 @@ class QuantisedWeights:
     def __init__(self, codec: Codec, parts: Parts, dtype: torch.dtype):
         self.codec, self.parts, self.dtype = codec, parts, dtype
         e, out, width = parts["codes"].shape
-        self.shape = torch.Size((e, out, width * codec.per_byte))
+        self.shape = torch.Size((e, out, codec.width(width)))
         self.at_once = max(1, AT_ONCE_BYTES // (self.shape[1:].numel() * dtype.itemsize))
 
     @classmethod
