@@ -208,9 +208,8 @@ def compare(study: Study, codec: str, draws: int) -> dict[str, bool]:
         kl, perplexity, rerouted = (list(column) for column in zip(*values, strict=True))
         cells = spread(kl, ".5f"), spread(perplexity, ".3f"), spread([100 * share for share in rerouted], ".1f")
         print(f"{name:30s}" + "".join(f"{cell:>20s}" for cell in cells))
-    print(
-        f"\n{'output error, %':12s}{'matrices':>10s}{'nearest':>10s}{'calibrated':>12s}{'ratio':>8s}{'at most':>9s}{'over 0.6':>10s}{'mixed':>8s}"
-    )
+    heads = {"matrices": 10, "nearest": 10, "calibrated": 12, "ratio": 8, "at most": 9, "over 0.6": 10, "mixed": 8}
+    print(f"\n{'output error, %':15s}" + "".join(f"{head:>{wide}s}" for head, wide in heads.items()))
     (nearest,) = off["nearest"]
     ratios = [max(run[n] for run in off["calibrated"]) / nearest[n] for n in range(len(nearest))]
     for kind in dict.fromkeys(kinds):
