@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec, Parts
+from accessory.model.packed import PackedCodes, can_multiply
 
 AT_ONCE_BYTES = 2**28
 """Of numbers that are made at a time, where that is not one matrix already."""
@@ -23,6 +24,17 @@ def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
     for part, shape in shapes.items():
         values = torch.empty(shape, dtype=torch.uint8)
         layer.register_parameter(adapter_name(matrix, part), nn.Parameter(values, requires_grad=False))
+
+
+def packed_codes(layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> list[PackedCodes] | None:
+    """What ``groups`` matrices, one above the other, are multiplied by from now on in the place of their parts in a layer;
+    None, and nothing changes, if there are no such products."""
+    weights = QuantisedWeights.of(layer, matrix, codec, groups, dtype)
+    if not can_multiply(codec, *weights.shape[1:], dtype):
+        return None
+    for part in weights.parts:
+        delattr(layer, adapter_name(matrix, part))
+    return [PackedCodes(codec, {part: tensor[n] for part, tensor in weights.parts.items()}) for n in range(groups)]
 
 
 class QuantisedWeights:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from accessory.model.packed import plain
+from accessory.model.packed import PackedCodes, plain
 
 
 class ExpertWeights(Protocol):
@@ -60,7 +60,7 @@ class PackedWeights:
 
     trained = None
 
-    def __init__(self, matrices: Sequence[Tensor]):
+    def __init__(self, matrices: Sequence[Tensor | PackedCodes]):
         self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
         self.at_once = len(matrices)
 
