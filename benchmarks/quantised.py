@@ -35,7 +35,13 @@ from accessory.model.moe.layouts import EXPERT
 from accessory.settings import QuantiseSection
 from accessory.train.save import save_model
 
-OURS = {"accessory, bf16": None, "accessory, int8": "int8", "accessory, nf4": "nf4", "accessory, int4": "int4", "accessory, int3": "int3"}
+OURS = {
+    "accessory, bf16": None,
+    "accessory, int8": "int8",
+    "accessory, nf4": "nf4",
+    "accessory, int4": "int4",
+    "accessory, int3": "int3",
+}
 THEIRS = {"transformers, bf16": None, "transformers + bitsandbytes, nf4": "nf4"}
 Figures = dict[str, float]
 
