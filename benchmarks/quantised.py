@@ -85,6 +85,7 @@ def one_side(name: str, folder: Path) -> Figures:
 
 def make(folder: Path, layers: int) -> None:
     """The model in bf16 as Hugging Face has it, and quantised."""
+    start_one_process()
     logical = LogicalModel(replace(SHAPE, n_layers=layers))
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "trains": frozenset()}
     model = build_model(logical, EXPERT, RandomWeights(logical, 0), **options)
