@@ -36,7 +36,8 @@ class Quantisable(Adaptable):
         if self.codec is None:
             self.weight = packed(self.weight)
         else:
-            (self.packed_codes,) = packed_codes(self, "weight", self.codec, 1, dtype) or [None]
+            codes = packed_codes(self, "weight", self.codec, 1, dtype)
+            self.packed_codes = codes[0] if codes else None
 
 
 class ColumnParallelLinear(Quantisable):

@@ -30,7 +30,8 @@ def packed_codes(layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype
     """What ``groups`` matrices, one above the other, are multiplied by from now on in the place of their parts in a layer;
     None, and nothing changes, if there are no such products."""
     weights = QuantisedWeights.of(layer, matrix, codec, groups, dtype)
-    if not can_multiply(codec, *weights.shape[1:], dtype):
+    _, rows, width = weights.shape
+    if not can_multiply(codec, rows, width, dtype):
         return None
     for part in weights.parts:
         delattr(layer, adapter_name(matrix, part))

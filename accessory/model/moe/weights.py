@@ -65,7 +65,9 @@ class PackedWeights:
         self.at_once = len(matrices)
 
     def __getitem__(self, experts: slice) -> Tensor:
-        return torch.stack([plain(matrix) for matrix in self.matrices[experts]])
+        numbers = [plain(matrix) for matrix in self.matrices[experts] if isinstance(matrix, Tensor)]
+        assert numbers, "codes are multiplied by, and not made numbers"
+        return torch.stack(numbers)
 
     def prefetch(self, experts: slice) -> None:
         pass
