@@ -75,7 +75,7 @@ def test_codes_are_those_of_the_definition(name):
     """Block by block, those behind taking the values that make up best for those before by least squares from the start,
     each rounded with grids of 25 reaches; and twice more, beside all others as they are, with grids near what fits."""
     codec, x = get_codec(name), correlated(200, 48)
-    w = torch.randn(6, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w = torch.randn(24, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gram = x.T @ x
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(48)
     blocks = [slice(n, n + (codec.group or 48)) for n in range(0, 48, codec.group or 48)]

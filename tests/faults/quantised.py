@@ -237,13 +237,6 @@ FAULTS = (
         GPTQS_CODES,
     ),
     Fault(
-        "what a code by itself changes is not told to those behind it",
-        ROUNDING,
-        "        pull += torch.outer(cost[n], changed)\n",
-        "",
-        GPTQS_CODES,
-    ),
-    Fault(
         "of three bytes the middle one gives its halves to the wrong codes",
         CODECS,
         "[first | (second & 15) << 8, second >> 4 | third << 4]",
