@@ -70,7 +70,7 @@ def scale_that_fits(codec, w, cost, numbers, block, codes, scale, zero):
     return scale * (1 + 0.05 * (below - above) / (below - 2 * here + above)).clamp(0.5, 2)
 
 
-@pytest.mark.parametrize("name", ["int4-8", "int3-16", "nf4-16", "int8"])
+@pytest.mark.parametrize("name", ["int4-8", "int3-16", "int2-16", "nf4-16", "int8"])
 def test_codes_are_those_of_the_definition(name):
     """Block by block, those behind taking the values that make up best for those before by least squares from the start,
     each rounded with grids of 25 reaches; and twice more, beside all others as they are, with grids near what fits."""

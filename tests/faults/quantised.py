@@ -237,6 +237,13 @@ FAULTS = (
         GPTQS_CODES,
     ),
     Fault(
+        "what a code by itself changes is not told to those behind it",
+        ROUNDING,
+        "        pull += torch.outer(cost[n], changed)\n",
+        "",
+        f"{GPTQS_CODES}[int2-16]",
+    ),
+    Fault(
         "of three bytes the middle one gives its halves to the wrong codes",
         CODECS,
         "[first | (second & 15) << 8, second >> 4 | third << 4]",
