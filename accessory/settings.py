@@ -35,9 +35,9 @@ LONGEST_COLLECTIVE_S = 1800
 
 @dataclass(frozen=True)
 class QuantiseSection:
-    """How matrices are held that stay as they are: nf4 | int4 | int8, a block's size behind it (nf4-64); null: whole.
+    """How matrices are held that stay as they are: nf4 | int4 | int3 | int2 | int8, a block's size behind it (nf4-64).
 
-    Norms, routers, embeddings and output are always whole.
+    null: whole. Norms, routers, embeddings and output are always whole.
     """
 
     experts: Text | None = None

@@ -35,7 +35,13 @@ from accessory.model.moe.layouts import EXPERT
 from accessory.settings import QuantiseSection
 from accessory.train.save import save_model
 
-OURS = {"accessory, bf16": None, "accessory, int8": "int8", "accessory, nf4": "nf4", "accessory, int4": "int4"}
+OURS = {
+    "accessory, bf16": None,
+    "accessory, int8": "int8",
+    "accessory, nf4": "nf4",
+    "accessory, int4": "int4",
+    "accessory, int3": "int3",
+}
 THEIRS = {"transformers, bf16": None, "transformers + bitsandbytes, nf4": "nf4"}
 Figures = dict[str, float]
 
@@ -79,6 +85,7 @@ def one_side(name: str, folder: Path) -> Figures:
 
 def make(folder: Path, layers: int) -> None:
     """The model in bf16 as Hugging Face has it, and quantised."""
+    start_one_process()
     logical = LogicalModel(replace(SHAPE, n_layers=layers))
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "trains": frozenset()}
     model = build_model(logical, EXPERT, RandomWeights(logical, 0), **options)

@@ -26,7 +26,7 @@ from accessory.settings import QuantiseSection
 ARGS = replace(TINY, hidden_dim=48)
 GROUP = 8
 WRITERS = [("gptq", "hub"), ("gptq_v2", "gptqmodel"), ("awq", "hub"), ("compressed", "gptqmodel")]
-WRITERS.append(("compressed symmetric", "hub"))
+WRITERS += [("compressed symmetric", "hub"), ("gptq 3", "hub"), ("gptq_v2 3", "gptqmodel"), ("gptq_v2 2", "hub")]
 GPTQMODEL = {
     "block_sparse_moe.gate": "mlp.gate",
     "block_sparse_moe": "mlp",
@@ -42,30 +42,49 @@ def word(values, order=range(8)):
     return sum(int(value) << 4 * place for place, value in enumerate(values)) - (2**32 if values[7] >= 8 else 0)
 
 
+def words(values, bits):
+    """Numbers of so many bits, one after the other, in words as int32."""
+    whole = sum(int(value) << bits * n for n, value in enumerate(values))
+    unsigned = [whole >> 32 * n & 0xFFFFFFFF for n in range(len(values) * bits // 32)]
+    return [each - (2**32 if each >= 2**31 else 0) for each in unsigned]
+
+
+def bits_of(version):
+    return int(version[-1]) if version[-2:] in (" 3", " 2") else 4
+
+
+def args_of(version):
+    """Of sizes that fill words."""
+    return replace(ARGS, hidden_dim=64) if bits_of(version) < 4 else ARGS
+
+
 def packed(w, version):
     """A matrix [out, in] rounded as GPTQ's files hold it: (what is stored, the numbers that it stands for)."""
     blocks = w.float().unflatten(1, (-1, GROUP))
-    scale = (blocks.abs().amax(2) / 7).to(torch.bfloat16 if "compressed" in version else torch.float16)
-    zero = torch.full(scale.shape, 8)
+    bits = bits_of(version)
+    half = 2 ** (bits - 1)
+    scale = (blocks.abs().amax(2) / (half - 1)).to(torch.bfloat16 if "compressed" in version else torch.float16)
+    zero = torch.full(scale.shape, half)
     if version != "compressed symmetric":
-        zero[::3] = 7
-    codes = ((blocks / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).long()
+        zero[::3] = half - 1
+    codes = ((blocks / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 2 * half - 1).long()
     numbers = ((codes - zero[..., None]) * scale.float()[..., None]).flatten(1)
-    codes, words = codes.flatten(1), range(len(w) // 8)
+    codes, eights = codes.flatten(1), range(len(w) // 8)
     if "compressed" in version:
         of_codes = [[word(row[k : k + 8]) for k in range(0, len(row), 8)] for row in codes]
         parts = {"weight_packed": torch.tensor(of_codes, dtype=torch.int32), "weight_scale": scale}
         if "symmetric" not in version:
-            of_zeros = [[word(zero[8 * n : 8 * n + 8, block]) for block in range(scale.shape[1])] for n in words]
+            of_zeros = [[word(zero[8 * n : 8 * n + 8, block]) for block in range(scale.shape[1])] for n in eights]
             parts["weight_zero_point"] = torch.tensor(of_zeros, dtype=torch.int32)
         return parts | {"weight_shape": torch.tensor(w.shape)}, numbers
-    order = (0, 2, 4, 6, 1, 3, 5, 7) if version == "awq" else range(8)
     if version == "awq":
-        qweight = [[word(codes[8 * n : 8 * n + 8, k], order) for n in words] for k in range(w.shape[1])]
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        qweight = [[word(codes[8 * n : 8 * n + 8, k], order) for n in eights] for k in range(w.shape[1])]
+        qzeros = [[word(zero[8 * n : 8 * n + 8, block], order) for n in eights] for block in range(scale.shape[1])]
     else:
-        qweight = [[word(codes[n, 8 * k : 8 * k + 8]) for n in range(len(w))] for k in range(w.shape[1] // 8)]
-    stored = zero - (1 if version == "gptq" else 0)
-    qzeros = [[word(stored[8 * n : 8 * n + 8, block], order) for n in words] for block in range(scale.shape[1])]
+        stored = zero - (1 if version in ("gptq", "gptq 3") else 0)
+        qweight = list(zip(*(words(row, bits) for row in codes), strict=True))
+        qzeros = [words(of_block, bits) for of_block in stored.T]
     parts = {"qweight": torch.tensor(qweight, dtype=torch.int32), "qzeros": torch.tensor(qzeros, dtype=torch.int32)}
     parts["scales"] = scale.T.contiguous()
     if version != "awq":
@@ -75,8 +94,8 @@ def packed(w, version):
 
 def write(directory, version, names):
     """A model's directory; returns what each of its matrices stands for, under Hugging Face's names."""
-    tensors, numbers = {}, {}
-    for key, tensor in huggingface_tensors(weights(ARGS, dtype=torch.float32), ARGS).items():
+    tensors, numbers, args = {}, {}, args_of(version)
+    for key, tensor in huggingface_tensors(weights(args, dtype=torch.float32), args).items():
         quantised = "_proj" in key or ".experts." in key
         parts, numbers[key] = packed(tensor, version) if quantised else ({"weight": tensor}, tensor)
         stem = key.removesuffix(".weight")
@@ -85,14 +104,15 @@ def write(directory, version, names):
         tensors |= {f"{stem}.{suffix}": part for suffix, part in parts.items()}
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
-    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": version}
+    quantisation = {"quant_method": "gptq", "bits": bits_of(version), "group_size": GROUP, "desc_act": False}
+    quantisation["checkpoint_format"] = version.split()[0]
     if version == "awq":
         quantisation = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
     if "compressed" in version:
         weights_are = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
         groups = {"group_0": {"targets": ["Linear"], "weights": weights_are, "input_activations": None}}
         quantisation = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-    config = settings(ARGS, "hf")["config.json"] | {"quantization_config": quantisation}
+    config = settings(args, "hf")["config.json"] | {"quantization_config": quantisation}
     (directory / "config.json").write_text(json.dumps(config))
     return numbers
 
@@ -108,10 +128,10 @@ def logits_of(home, layout, size):
 def test_a_directory_of_gptq(version, names, tmp_path):
     numbers = write(tmp_path / "gptq", version, names)
     save_file(numbers, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(settings(ARGS, "hf")["config.json"]))
+    (tmp_path / "config.json").write_text(json.dumps(settings(args_of(version), "hf")["config.json"]))
     whole = Checkpoint(tmp_path)
     w = {name: whole.read(name, whole.logical.whole(name)).double() for name in whole.logical.shapes}
-    expected = reference.forward(w, ARGS, torch.arange(20))[0]
+    expected = reference.forward(w, args_of(version), torch.arange(20))[0]
     convert(Checkpoint(tmp_path / "gptq"), tmp_path / "own", Target("mixtral_sparse", 2))
     for size in (1, 2):
         for layout in LAYOUTS:
@@ -125,7 +145,7 @@ def test_what_gptq_cannot_be(tmp_path):
     config = json.loads((tmp_path / "gptq/config.json").read_text())
     for key, value, told in (
         ("desc_act", True, "desc_act"),
-        ("bits", 3, "in 3 bits"),
+        ("bits", 8, "in 8 bits"),
         ("group_size", -1, "group_size is -1"),
     ):
         changed = config | {"quantization_config": config["quantization_config"] | {key: value}}
@@ -164,12 +184,18 @@ def test_what_compressed_tensors_cannot_be(tmp_path):
             source.read("layers.1.feed_forward.experts.w2", source.logical.whole("layers.1.feed_forward.experts.w2_codes"))
 
 
-def of_words(words, order=range(8)):
+def of_words(stored, order=range(8)):
     """What eight places of each word of [n, words] hold, [n, 8 * words]."""
-    numbers = torch.empty(*words.shape, 8, dtype=torch.long)
+    numbers = torch.empty(*stored.shape, 8, dtype=torch.long)
     for place, which in enumerate(order):
-        numbers[..., which] = words.long() >> 4 * place & 15
+        numbers[..., which] = stored.long() >> 4 * place & 15
     return numbers.flatten(1)
+
+
+def in_words(stored, bits):
+    """What ``words`` made each row of [n, words] of."""
+    rows = [sum((each % 2**32) << 32 * n for n, each in enumerate(row)) for row in stored.tolist()]
+    return torch.tensor([[row >> bits * n & 2**bits - 1 for n in range(stored.shape[1] * 32 // bits)] for row in rows])
 
 
 def decoded(tensors, config):
@@ -182,8 +208,9 @@ def decoded(tensors, config):
                 order, blocks = (0, 2, 4, 6, 1, 3, 5, 7), torch.arange(len(tensor)) // quantisation["group_size"]
                 codes, zeros = of_words(tensor, order), of_words(tensors[f"{stem}.qzeros"], order)
             else:
-                codes, blocks = of_words(tensor.T).T, tensors[f"{stem}.g_idx"].long()
-                zeros = of_words(tensors[f"{stem}.qzeros"]) + (quantisation["checkpoint_format"] != "gptq_v2")
+                codes, blocks = in_words(tensor.T, quantisation["bits"]).T, tensors[f"{stem}.g_idx"].long()
+                zeros = in_words(tensors[f"{stem}.qzeros"], quantisation["bits"])
+                zeros += quantisation["checkpoint_format"] != "gptq_v2"
             numbers[f"{stem}.weight"] = ((codes - zeros[blocks]) * tensors[f"{stem}.scales"].float()[blocks]).T
         elif suffix == "weight":
             numbers[key] = tensor
@@ -204,20 +231,21 @@ def all_tensors(directory):
 def whole(tmp_path_factory):
     """A model with blocks whose zeros are the least and the largest code."""
     directory = tmp_path_factory.mktemp("whole")
-    tensors = huggingface_tensors(weights(ARGS, dtype=torch.bfloat16), ARGS)
+    args = replace(ARGS, hidden_dim=64)
+    tensors = huggingface_tensors(weights(args, dtype=torch.bfloat16), args)
     for tensor in tensors.values():
         if tensor.dim() == 2:
             tensor[0], tensor[1] = tensor[0].abs(), -tensor[1].abs()
     save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(settings(ARGS, "hf")["config.json"]))
+    (directory / "config.json").write_text(json.dumps(settings(args, "hf")["config.json"]))
     return directory
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq"])
-def test_a_directory_is_written_and_read_back_byte_for_byte(format, whole, tmp_path):
-    quantised = Checkpoint(whole, quantise=QuantiseSection(f"int4-{GROUP}", f"int4-{GROUP}"))
+@pytest.mark.parametrize(("format", "codec"), [("gptq", "int4-8"), ("awq", "int4-8"), ("gptq", "int3-8")])
+def test_a_directory_is_written_and_read_back_byte_for_byte(format, codec, whole, tmp_path):
+    quantised = Checkpoint(whole, quantise=QuantiseSection(codec, codec))
     convert(quantised, tmp_path / "numbers", Target("hf", dtype=torch.float32))
-    command("quantise", whole, tmp_path / format, "--experts", "int4-8", "--attention", "int4-8", "--to", format)
+    command("quantise", whole, tmp_path / format, "--experts", codec, "--attention", codec, "--to", format)
     files = contents(tmp_path / format)
     config, tensors = files["config.json"], all_tensors(tmp_path / format)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.int32", "torch.float16", "torch.bfloat16"}

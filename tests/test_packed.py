@@ -4,13 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import TINY, weights
 from ranks import run_ranks
 
+from accessory.certify import formats
 from accessory.certify.problem import SERVED, Problem
 from accessory.certify.serving import SEVERAL, ServingCell, served_model
+from accessory.checkpoint.open import Checkpoint
+from accessory.model.build import build_model
+from accessory.model.codecs import get_codec
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits, Predictions, Targets
+from accessory.model.moe.layouts import LAYOUTS
+from accessory.model.packed import PackedCodes
+from accessory.parallel.mesh import make_mesh
+from accessory.settings import QuantiseSection
 
 LENGTHS = [1, 40, 1, 7]  # single tokens, as answers have them, beside prompts
 CPU = torch.device("cpu")
@@ -52,3 +61,47 @@ def test_a_packed_model_gives_what_it_gave(world, layout, tuning, dtype):
         for ours, expected in zip(packed, plain, strict=True):
             error = (ours - expected).norm() / expected.norm()
             assert error < (1e-5 if dtype == torch.float32 else 3e-2), f"{error:.1e}"
+
+
+def quantised_before_and_after(home, layout, size):
+    """Logits of prompts and single tokens, and how many matrices are still multiplied by their numbers."""
+    source = Checkpoint(home / "base", quantise=QuantiseSection("int8", "int4-32"))
+    other = Checkpoint(home / "base", quantise=QuantiseSection("int4-32", "int8"))
+    for checkpoint in (source, other):
+        options = {"mesh": make_mesh(size), "dtype": torch.bfloat16, "device": CPU, "trains": frozenset()}
+        model = build_model(checkpoint.logical, LAYOUTS[layout], checkpoint, **options)
+        inputs = Inputs(torch.arange(sum(LENGTHS)), Documents.of(LENGTHS))
+        with torch.inference_mode():
+            before = model(inputs, Logits())[0].double()
+            model.pack()
+            after = model(inputs, Logits())[0].double()
+        yield before, after, sum(name.endswith("codes") for name, _ in model.named_parameters())
+
+
+def all_of(*arguments):
+    return list(quantised_before_and_after(*arguments))
+
+
+def test_quantised_matrices_are_multiplied_by_their_codes(tmp_path):
+    args = replace(TINY, hidden_dim=128, vocab_size=304)
+    formats.write(tmp_path / "base", weights(args, scale=2.0, dtype=torch.bfloat16), args, "hf", 1)
+    for size in (1, 2):
+        for layout in LAYOUTS:
+            for rank in run_ranks(size, all_of, tmp_path, layout, size):
+                for before, after, left in rank:
+                    assert left == 0 and not torch.equal(before, after)
+                    error = (after - before).norm() / before.norm()
+                    assert error < 3e-2, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-32", "int4-128"])
+def test_products_by_codes_are_those_by_numbers(name):
+    """As near to the exact ones as products by numbers in bf16 are, but for a third."""
+    codec, generator = get_codec(name), torch.Generator().manual_seed(0)
+    parts = codec.encode(torch.randn(48, 256, generator=generator) + 0.3)
+    numbers, packed = codec.decode(parts, torch.float32), PackedCodes(codec, parts)
+    for rows in (1, 7, 40):
+        x = torch.randn(rows, 256, generator=generator).bfloat16()
+        exact = x.float() @ numbers.T
+        ours, plain = ((y.float() - exact).norm() for y in (packed.product(x), x @ numbers.bfloat16().T))
+        assert ours < 4 / 3 * plain, (rows, ours / plain)

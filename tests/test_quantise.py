@@ -30,8 +30,8 @@ from accessory.settings import QuantiseSection
 
 MIXTRAL = ModelArgs.load(Path(__file__).parents[1] / "configs/model/mixtral-8x7b.json")
 ARGS = replace(TINY, hidden_dim=32, vocab_size=304)
-WAYS = [QuantiseSection("nf4-8", "int4-8"), QuantiseSection("int8", "nf4-8"), QuantiseSection("int4-4", "int8")]
-CODECS = ("nf4", "nf4-32", "int4", "int8")
+WAYS = [QuantiseSection("nf4-8", "int4-8"), QuantiseSection("int3-8", "nf4-8"), QuantiseSection("int4-4", "int8")]
+CODECS = ("nf4", "nf4-32", "int4", "int3", "int3-8", "int2", "int8")
 
 
 def digest(tensor):
@@ -88,7 +88,7 @@ class Places:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_cut_of_the_quantised_is_the_quantised_cut_at_mixtrals_sizes(layout, size):
     """Of each rank's region some rows of some experts, whole: rows are quantised one by one."""
-    for names in (("nf4", "nf4"), ("int4", "int8"), ("int8", "int4")):
+    for names in (("nf4", "int3"), ("int4", "int8"), ("int8", "int4"), ("int3", "nf4"), ("int2", "int2")):
         logical = LogicalModel(replace(MIXTRAL, n_layers=1, quantise=QuantiseSection(*names)))
         cuts = logical.cuts(LAYOUTS[layout])
         for name, (matrix, part) in logical.parts.items():
@@ -115,15 +115,15 @@ def test_sizes_by_count():
         held = ((torch.Size(shape).numel(), held_dtype(part, torch.bfloat16)) for part, shape in logical.shapes.items())
         return sum(count * dtype.itemsize for count, dtype in held) / 1e9
 
-    assert gigabytes("nf4") < 25.3 and gigabytes("int4") < 25.0 and gigabytes("int8") < 47.0
+    assert gigabytes("nf4") < 25.3 and gigabytes("int4") < 25.0 and gigabytes("int8") < 47.0 and gigabytes("int3") < 20.2
     for layout in LAYOUTS.values():
-        for name, most in (("nf4", 32), ("int4", 16), ("int8", 32)):
+        for name, most in (("nf4", 32), ("int4", 16), ("int3", 32), ("int8", 32)):
             sizes = allowed_sizes(replace(MIXTRAL, quantise=QuantiseSection(name, name)), layout)
             assert {1, 2, 4, 8} <= set(sizes) and (layout.name == "mixtral" or max(sizes) == most)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("name", ["nf4-8", "int4-4", "int8"])
+@pytest.mark.parametrize("name", ["nf4-8", "int4-4", "int3-8", "int8"])
 def test_products_with_packed_weights(name, rows):
     """Output and gradients in fp32, and in fp64; what is kept for backward holds no matrix."""
     codec = get_codec(name)
@@ -213,7 +213,8 @@ def test_commands(home, tmp_path):
     ask = ("the list", "--max-gen-len", "6", "--precision", "fp32")
     fits = accessory("inspect", home / "hf", "--fit", "0.001").splitlines()
     assert [line.split()[0] for line in fits if "quantised" in line or "whole" in line] == [
-        *("whole", "quantised", "quantised"),
+        "whole",
+        *("quantised",) * 3,
         *("whole", "quantised"),  # with experts offloaded
     ]
     answers = [

@@ -200,11 +200,12 @@ def classifier_cells(worlds: Sequence[int]) -> list[ClassifierCell]:
 
 def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCell]:
     """Adapters beside quantised matrices: both layouts on every mesh of several ranks."""
-    row_parts = (args.dim, args.hidden_dim // worlds[-1], args.n_heads * args.head_dim // worlds[-1])
-    block = math.gcd(*row_parts, 64)
+    row_part = args.n_heads * args.head_dim // worlds[-1]
+    block = math.gcd(args.dim, args.hidden_dim // worlds[-1], row_part, 64)
     ways = [QuantiseSection("int8", "int8")]
-    if block > 1:  # two values to a byte
-        ways = [QuantiseSection(f"nf4-{block}", f"int4-{block}"), QuantiseSection("int8", f"nf4-{block}")]
+    if block > 1:  # two values to a byte, and of three bits eight to three
+        other = "int3-8" if math.gcd(args.dim, row_part) % 8 == 0 else f"nf4-{block}"
+        ways = [QuantiseSection(f"nf4-{block}", f"int4-{block}"), QuantiseSection("int8", other)]
     return [
         QuantisedCell(**vars(cell) | {"tuning": "lora", "quantise": way})
         for cell in _by_turns(worlds)

@@ -207,18 +207,19 @@ NF4 = (
 
 
 def quantised(w, way):
-    """The numbers [..., in] that stand for ``w`` where it is held in a ``way`` such as nf4-64, int4-128 or int8."""
+    """The numbers [..., in] that stand for ``w`` where it is held in a ``way`` such as nf4-64, int4-128, int3-64 or int8."""
 
     def of_blocks(scale):
         return torch.where(scale == 0, 1.0, scale.float())[:, None]
 
     kind, _, group = way.partition("-")
     blocks = w.float().reshape(-1, int(group or w.shape[-1]))
-    if kind == "int4":
+    if kind in ("int4", "int3", "int2"):
+        most = 2 ** int(kind[-1]) - 1
         low, high = blocks.amin(1).clamp(max=0), blocks.amax(1).clamp(min=0)
-        scale = of_blocks(((high - low) / 15).half())
+        scale = of_blocks(((high - low) / most).half())
         zero = (-low[:, None] / scale).round()
-        numbers = ((blocks / scale).round() + zero).clamp(0, 15) - zero
+        numbers = ((blocks / scale).round() + zero).clamp(0, most) - zero
     else:
         scale = of_blocks((blocks.abs().amax(1) / (127 if kind == "int8" else 1)).bfloat16())
         if kind == "int8":

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.gptq import in_bytes, of_groups, of_matrices
 from accessory.checkpoint.storage import Stored
 from accessory.errors import UserError
+from accessory.model.codecs import unpacked
 
 METHOD, PACKED = "compressed-tensors", "weight_packed"
 SUFFIXES = (PACKED, "weight_scale", "weight_zero_point", "weight_shape")
@@ -51,9 +53,7 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
             f"{where}: quantization_config: of {METHOD} 'pack-quantized' is read, integers of 4 bits in groups of one size, "
             "with whole inputs"
         )
-    if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
-        raise UserError(f"{where}: group_size is {group_size!r}; blocks of an even number of values are read")
-    return dict.fromkeys(("experts", "attention"), f"int4-{group_size}")
+    return of_groups(4, group_size, where)
 
 
 def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Stored]:
@@ -63,16 +63,13 @@ def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: st
         UserError: inputs of a block are not neighbours.
     """
     result = {}
-    for key, stored in tensors.items():
-        matrix, _, suffix = key.rpartition(".")
+    for key, stored, matrix, suffix in of_matrices(tensors, PACKED):
         if suffix == "weight_g_idx":
             raise UserError(f"{where}: {key} orders inputs (actorder: group), so that no slice has whole blocks")
-        if suffix not in SUFFIXES or f"{matrix}.{PACKED}" not in tensors:
+        if suffix not in SUFFIXES:
             result[key] = stored
         elif suffix == PACKED:
-            out, words = stored.shape
-            codes = dataclasses.replace(stored, dtype=torch.uint8, shape=(out, 4 * words), stride=(4 * words, 1))
-            result[f"{matrix}.codes"] = codes
+            result[f"{matrix}.codes"] = in_bytes(stored)
         elif suffix == "weight_scale":
             out, blocks = stored.shape
             as_half = functools.partial(_as_half, where=f"{where}: {key}")
@@ -98,5 +95,4 @@ def _as_half(scales: Tensor, where: str) -> Tensor:
 
 def _unpacked(words: Tensor) -> Tensor:
     """[out / 8, blocks] words -> [out, blocks] numbers."""
-    places = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
-    return (words.unsqueeze(1) >> places & 15).byte().flatten(0, 1)
+    return unpacked(words.T.contiguous().view(torch.uint8), 4).T

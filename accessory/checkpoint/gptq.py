@@ -6,13 +6,15 @@
     KEY.g_idx    int32 [in]                     which block each input belongs to: only neighbours in one are read
 
 KEY is that of the matrix: ``model.layers.0.block_sparse_moe.experts.3.w1`` as on the Hub, or, as GPTQModel calls it,
-``model.layers.0.mlp.experts.3.gate_proj``. Routers, norms, embeddings and output are whole. AWQ's files ("gemm") differ in
+``model.layers.0.mlp.experts.3.gate_proj``. Routers, norms, embeddings and output are whole. That is of 4 bits; of 3 three
+words hold 32 numbers, one after the other, and of 2 a word 16. AWQ's files ("gemm") are of 4 bits and differ in
 
     KEY.qweight  int32 [in, out / 8]            eight codes along the output in a word, in an order of its own
     KEY.qzeros   in that order, as they are     and there is no g_idx
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ from accessory.checkpoint.storage import Stored
 from accessory.checkpoint.tiles import PlannedTensor, Tile
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
-from accessory.model.codecs import get_codec
+from accessory.model.codecs import get_codec, packed, unpacked
 from accessory.model.logical import LogicalModel, Region, Shape, Source
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -48,19 +50,27 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
     """
     method, bits, group = (config.get(key) for key in ("quant_method", "bits", "group_size"))
     gemm = str(config.get("version", "gemm")).lower() == "gemm" and config.get("zero_point", True)
-    if bits != 4 or not (method == "gptq" or (method == "awq" and gemm)):
+    if not (method == "gptq" and bits in (2, 3, 4)) and not (method == "awq" and gemm and bits == 4):
         raise UserError(
-            f"{where}: quantization_config: {method!r} in {bits!r} bits; GPTQ, AWQ (gemm) and compressed-tensors in 4 "
-            "are read"
+            f"{where}: quantization_config: {method!r} in {bits!r} bits; GPTQ in 2, 3 and 4, AWQ (gemm) and "
+            "compressed-tensors in 4 are read"
         )
     if config.get("desc_act"):
         raise UserError(
             f"{where}: desc_act orders the inputs by their activations, so that no slice has whole blocks: take files "
             "of desc_act false, or quantise the original (accessory quantise)"
         )
-    if not isinstance(group, int) or group < 2 or group % 2:
-        raise UserError(f"{where}: group_size is {group!r}; blocks of an even number of values are read")
-    return dict.fromkeys(("experts", "attention"), f"int4-{group}")
+    return of_groups(bits, group, where)
+
+
+def of_groups(bits: int, group: Any, where: str) -> dict[str, str]:
+    """Integers in blocks of ``group``, as ``quantise`` says it. Raises UserError if those do not fill bytes."""
+    if not isinstance(group, int) or group < 1:
+        raise UserError(f"{where}: group_size is {group!r}; blocks are read, of so many neighbours")
+    try:
+        return dict.fromkeys(("experts", "attention"), get_codec(f"int{bits}-{group}").name)
+    except UserError as error:
+        raise UserError(f"{where}: group_size: {error}") from error
 
 
 def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Stored]:
@@ -70,44 +80,55 @@ def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: st
         UserError: inputs of a block are not neighbours.
     """
     result = {}
-    for key, stored in tensors.items():
-        matrix, _, suffix = key.rpartition(".")
-        if f"{matrix}.qweight" not in tensors or suffix == "bias":
+    for key, stored, _, suffix in of_matrices(tensors, "qweight"):
+        if suffix in ("", "bias"):
             result[key] = stored
         elif suffix == "g_idx":
             blocks = stored.map()
             if not torch.equal(blocks, torch.arange(len(blocks), dtype=blocks.dtype) // config["group_size"]):
                 raise UserError(f"{where}: {key} orders inputs as desc_act does: no rank's slice would have whole blocks")
         else:
-            *rows, columns = stored.shape
-            width = columns * stored.dtype.itemsize
-            result[key] = dataclasses.replace(stored, dtype=torch.uint8, shape=(*rows, width), stride=(width, 1))
+            result[key] = in_bytes(stored)
     return result
 
 
-class NibblesEncoding(Encoding):
-    """Numbers of four bits, [..., out, blocks], of which words hold eight along the output.
+def of_matrices(tensors: Mapping[str, Stored], codes: str) -> Iterator[tuple[str, Stored, str, str]]:
+    """Each tensor's name and place, of which quantised matrix it is, and what: "" unless MATRIX.``codes`` is there."""
+    for key, stored in tensors.items():
+        matrix, _, suffix = key.rpartition(".")
+        yield key, stored, matrix, suffix if f"{matrix}.{codes}" in tensors else ""
+
+
+def in_bytes(stored: Stored) -> Stored:
+    """A matrix of a file as its bytes."""
+    rows, columns = stored.shape
+    width = columns * stored.dtype.itemsize
+    return dataclasses.replace(stored, dtype=torch.uint8, shape=(rows, width), stride=(width, 1))
+
+
+class BitsEncoding(Encoding):
+    """Numbers of a few ``bits``, [..., out, blocks], which stand in words along the output, the first in the lowest bits.
 
     Args:
-        order: which of its eight each place of a word holds, from the lowest bits on. added: to each, as it is read.
-        in_bytes: they are codes, of which a byte of ours holds two along the input.
+        order: which of eight each of eight places holds. added: to each, as it is read.
+        in_bytes: they are codes, of which a byte of ours holds several along the input.
     """
 
-    def __init__(self, pattern: str, order: Sequence[int], added: int, in_bytes: bool, **sizes: int):
+    def __init__(self, pattern: str, bits: int, order: Sequence[int], added: int, in_bytes: bool, **sizes: int):
         super().__init__(pattern, **sizes)
-        self.order, self.added, self.in_bytes = order, added, in_bytes
+        self.bits, self.order, self.added, self.in_bytes = bits, order, added, in_bytes
 
     def stored_shape(self, box: Shape) -> Shape:
         blocks, out = super().stored_shape(box)
-        return blocks * (2 if self.in_bytes else 1), out // 2
+        return blocks * (8 // self.bits if self.in_bytes else 1), out * self.bits // 8
 
     def read(self, stored: Tensor, box: Shape, inside: Region) -> Tensor:
-        halves = torch.stack([stored & 15, stored >> 4], -1).view(len(stored), -1, 8)
-        numbers = torch.empty_like(halves)
-        numbers[..., list(self.order)] = halves + self.added
+        places = unpacked(stored, self.bits).unflatten(1, (-1, 8))
+        numbers = torch.empty_like(places)
+        numbers[..., list(self.order)] = places + self.added
         numbers = numbers.flatten(1)
         if self.in_bytes:
-            numbers = numbers[::2] | numbers[1::2] << 4
+            numbers = packed(numbers.T, self.bits).T
         return super().read(numbers, box, inside)
 
     def write(self, box: Tensor, stored: Tensor) -> None:
@@ -115,9 +136,9 @@ class NibblesEncoding(Encoding):
         numbers = stored.new_empty(super().stored_shape(tuple(box.shape)))
         super().write(box, numbers)
         if self.in_bytes:
-            numbers = torch.stack([numbers & 15, numbers >> 4], 1).flatten(0, 1)
-        halves = numbers.view(len(numbers), -1, 8)[..., list(self.order)]
-        stored.copy_((halves[..., ::2] | halves[..., 1::2] << 4).flatten(1))
+            numbers = unpacked(numbers.T, self.bits).T
+        places = numbers.unflatten(1, (-1, 8))[..., list(self.order)]
+        stored.copy_(packed(places.flatten(1), self.bits))
 
 
 def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Mapping[str, Any]) -> Iterator[Tile]:
@@ -138,7 +159,8 @@ def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Map
         encoding = Encoding(pattern, **sizes)
         if part == "zeros" or (is_awq and part == "codes"):
             order = AWQ_ORDER if is_awq else range(8)
-            encoding = NibblesEncoding(pattern, order, added if part == "zeros" else 0, part == "codes", **sizes)
+            more = added if part == "zeros" else 0
+            encoding = BitsEncoding(pattern, logical.codecs[matrix].bits, order, more, part == "codes", **sizes)
         for number, key in enumerate(keys[matrix]):
             place = region if len(region) == 2 else (slice(number, number + 1), *region[1:])
             yield Tile(name, place, "", f"{key}.{SUFFIXES[part]}", encoding)
@@ -152,16 +174,18 @@ def description(format: str, args: ModelArgs) -> dict[str, Any]:
     """
     quantise = args.quantise
     codec = get_codec(quantise.experts) if quantise and quantise.experts else None
-    if quantise is None or codec is None or codec.kind != "int4" or quantise.attention != quantise.experts:
+    kinds = ("int4",) if format == "awq" else ("int4", "int3", "int2")
+    if quantise is None or codec is None or codec.kind not in kinds or quantise.attention != quantise.experts:
         raise UserError(
-            f"the format '{format}' holds experts and attention in int4, in blocks of one size; these are "
+            f"the format '{format}' holds experts and attention in {' or '.join(kinds)}, in blocks of one size; these are "
             f"{in_words(quantise)}: run accessory quantise --experts int4 --attention int4 --to {format} on the original"
         )
+    whole = 32 // math.gcd(32, codec.bits)
     for name in (logical := LogicalModel(args)).codecs:
         *_, rows, columns = logical.dense[name]
-        if rows % 8 or columns % 8:
-            raise UserError(f"the format '{format}' has eight numbers in a word; {name} is of {rows} x {columns}")
-    return {**WRITTEN[format], "bits": 4, "group_size": codec.group}
+        if rows % whole or columns % whole:
+            raise UserError(f"the format '{format}' has {whole} numbers in whole words; {name} is of {rows} x {columns}")
+    return {**WRITTEN[format], "bits": codec.bits, "group_size": codec.group}
 
 
 class PlannedWords(PlannedTensor):
@@ -195,5 +219,6 @@ def planned_words(tensors: Mapping[str, PlannedTensor], config: Mapping[str, Any
             rows, width = tensor.shape
             result[key] = PlannedWords((rows, width // dtype.itemsize), dtype, tensor.tiles)
             if suffix == "qweight" and config["quant_method"] == "gptq":
-                result[f"{matrix}.g_idx"] = PlannedBlocks((8 * rows,), torch.int32, [], config["group_size"])
+                inputs = rows * 32 // config["bits"]
+                result[f"{matrix}.g_idx"] = PlannedBlocks((inputs,), torch.int32, [], config["group_size"])
     return result

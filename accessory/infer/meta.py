@@ -105,8 +105,8 @@ class MetaModel:
             max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
             device: None: this process's GPU if there is one, else the CPU.
-            quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4" or "int8"
-                for both, or {"experts": "nf4", "attention": "int8"}.
+            quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4", "int3",
+                "int2" or "int8" for both, or {"experts": "nf4", "attention": "int8"}.
             offload: which experts are on the device: "experts=4", or {"device_memory": "14GB"} (docs/offloading.md).
             strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
             adapters: directories of any format of adapters, by names under which each request can choose one of them.

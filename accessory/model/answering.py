@@ -23,7 +23,7 @@ CHUNK_TOKENS = 512
 """Of prompts in a step."""
 USUAL_TOKENS = 4096
 """Of a prompt and its answer, where nothing is said."""
-WAYS = (None, QuantiseSection("int8", "int8"), QuantiseSection("nf4", "nf4"))
+WAYS = (None, *(QuantiseSection(name, name) for name in ("int8", "nf4", "int3")))
 """To hold a model that is not quantised yet."""
 
 

@@ -78,7 +78,7 @@ class ModelArgs:
                 continue
             codec = get_codec(name)
             for size, width in widths[matrices].items():
-                if width % (codec.group or codec.per_byte):
+                if width % (codec.group or 1):
                     raise UserError(
                         f"quantise.{matrices} {codec.name}: {size} {width} is no multiple of a block of {codec.group}: take "
                         f"smaller blocks, as {codec.kind}-8, or int8, which has none"

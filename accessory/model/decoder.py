@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         if can_pack(self.norm.weight.dtype, self.norm.weight.device):
             for module in self.modules():
                 if isinstance(module, ColumnParallelLinear | RowParallelLinear | GroupedExperts):
-                    module.pack()
+                    module.pack(self.norm.weight.dtype)
 
     def make_cache(self, pages: int, page_size: int) -> PagedCache:
         """Room for the keys and values of ``pages`` x ``page_size`` tokens, as far as they are this rank's."""

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
 from accessory.model.codecs import Codec
-from accessory.model.packed import packed, product
-from accessory.model.quantised import QuantisedWeights, hold_quantised, quantised_linear
+from accessory.model.packed import PackedCodes, packed, product
+from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes, quantised_linear
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import (
     copy_to_model_parallel_region,
@@ -20,6 +20,7 @@ class Quantisable(Adaptable):
     """A layer whose matrix can be held quantised."""
 
     codec: Codec | None = None
+    packed_codes: PackedCodes | None = None
 
     def quantise(self, matrix: str, codec: Codec) -> None:
         """Hold it so."""
@@ -29,6 +30,14 @@ class Quantisable(Adaptable):
     def quantised(self, dtype: torch.dtype, codec: Codec) -> QuantisedWeights:
         """The matrix as it is held, to multiply values in ``dtype``."""
         return QuantisedWeights.of(self, "weight", codec, 1, dtype)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack the matrix, to multiply values in ``dtype``; quantised it may stay as it is."""
+        if self.codec is None:
+            self.weight = packed(self.weight)
+        else:
+            codes = packed_codes(self, "weight", self.codec, 1, dtype)
+            self.packed_codes = codes[0] if codes else None
 
 
 class ColumnParallelLinear(Quantisable):
@@ -52,16 +61,16 @@ class ColumnParallelLinear(Quantisable):
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
         bias, low = None if self.bias is None else self._own(self.bias), self.low_rank(x, adapters)
-        if self.codec:
+        if self.codec and not self.packed_codes:
             y = quantised_linear(x, self.quantised(x.dtype, self.codec).rows(self.own_rows), bias)
         else:
-            y = product(x, self._own(self.weight), bias)
+            y = product(x, self.packed_codes or self._own(self.weight), bias)
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
 
-    def pack(self) -> None:
-        """Pack the weight; one that is quantised, or of which this rank computes only some rows, stays as it is."""
-        if self.own_rows is None and self.codec is None:
-            self.weight = packed(self.weight)
+    def pack(self, dtype: torch.dtype) -> None:
+        """One of which this rank computes only some rows stays as it is."""
+        if self.own_rows is None:
+            super().pack(dtype)
 
     def _own(self, parameter: Tensor) -> Tensor:
         """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
@@ -83,12 +92,11 @@ class RowParallelLinear(Quantisable):
         self.mp = mp
         self.weight = nn.Parameter(torch.empty(out_features, in_features // mp.size))
 
-    def pack(self) -> None:
-        if self.codec is None:
-            self.weight = packed(self.weight)
-
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor:
-        y = quantised_linear(x, self.quantised(x.dtype, self.codec)) if self.codec else product(x, self.weight)
+        if self.codec and not self.packed_codes:
+            y = quantised_linear(x, self.quantised(x.dtype, self.codec))
+        else:
+            y = product(x, self.packed_codes or self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
             # this rank's part of A x, and of what the ranks' sum adds once

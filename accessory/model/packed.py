@@ -3,11 +3,19 @@
 In blocks, a product of few rows takes the time of reading the matrix, and else up to three times as long; many rows gain too
 (benchmarks/generate.py). oneDNN lays them out, once; the values stay what they are, and can be had back. Its operators are
 those that torch's own compiler uses, and know no gradients.
+
+Of quantised ones in int8 and int4 torch has products in bf16 that make no numbers first: a product of one row takes the time
+of reading the codes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from accessory.model.codecs import Codec, Parts, unpacked
+
+FEW_ROWS = 32
+"""Up to which int8 is multiplied by its codes; with more it is faster to make the numbers first."""
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -22,13 +30,45 @@ def packed(matrix: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None), requires_grad=False)
 
 
+def can_multiply(codec: Codec, rows: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether there are products by the codes of a matrix [rows, width] in ``dtype``; torch does not check all of that."""
+    even = dtype == torch.bfloat16 and rows % 16 == 0 and width % 32 == 0
+    return even and (codec.kind == "int8" or (codec.kind == "int4" and codec.group in (32, 64, 128, 256)))
+
+
+class PackedCodes:
+    """A quantised matrix [out, in] to multiply by in bf16; of int4 scales, and what zeros take off, are rounded to that."""
+
+    def __init__(self, codec: Codec, parts: Parts):
+        codes, bits = parts["codes"], parts["scales"].view(codec.scale_dtype)
+        self.group, self.shape = codec.group, torch.Size((len(codes), codec.width(codes.shape[1])))
+        if self.group is None:
+            self.codes, self.scales = (codes ^ 128).view(torch.int8), bits.flatten().clone()
+        else:
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked(codes, 4).int(), 1)
+            scales = torch.stack([bits.float(), (8 - parts["zeros"].float()) * bits.float()], -1)
+            self.scales = scales.transpose(0, 1).contiguous().bfloat16()
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of rows [n, in]."""
+        if self.group is not None:
+            y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scales)
+            return y
+        if len(x) <= FEW_ROWS:
+            return torch._weight_int8pack_mm(x, self.codes, self.scales)
+        return F.linear(x, (self.codes.float() * self.scales.float().unsqueeze(1)).to(x.dtype))
+
+
 def plain(matrix: Tensor) -> Tensor:
     """A matrix [out, in], packed or not, as any operator takes it."""
     return matrix.to_dense() if matrix.is_mkldnn else matrix
 
 
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, matrix: Tensor | PackedCodes, bias: Tensor | None = None) -> Tensor:
     """``x @ matrix.T + bias`` of ``x`` [..., in] and a matrix [out, in], packed or not."""
+    if isinstance(matrix, PackedCodes):
+        y = matrix.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
     if matrix.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return F.linear(x, matrix, bias)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec, Parts
+from accessory.model.packed import PackedCodes, can_multiply
 
 AT_ONCE_BYTES = 2**28
 """Of numbers that are made at a time, where that is not one matrix already."""
@@ -25,6 +26,18 @@ def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
         layer.register_parameter(adapter_name(matrix, part), nn.Parameter(values, requires_grad=False))
 
 
+def packed_codes(layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> list[PackedCodes] | None:
+    """What ``groups`` matrices, one above the other, are multiplied by from now on in the place of their parts in a layer;
+    None, and nothing changes, if there are no such products."""
+    weights = QuantisedWeights.of(layer, matrix, codec, groups, dtype)
+    _, rows, width = weights.shape
+    if not can_multiply(codec, rows, width, dtype):
+        return None
+    for part in weights.parts:
+        delattr(layer, adapter_name(matrix, part))
+    return [PackedCodes(codec, {part: tensor[n] for part, tensor in weights.parts.items()}) for n in range(groups)]
+
+
 class QuantisedWeights:
     """Quantised ``ExpertWeights`` [e, out, in], made to ``dtype`` when they are asked for."""
 
@@ -33,7 +46,7 @@ class QuantisedWeights:
     def __init__(self, codec: Codec, parts: Parts, dtype: torch.dtype):
         self.codec, self.parts, self.dtype = codec, parts, dtype
         e, out, width = parts["codes"].shape
-        self.shape = torch.Size((e, out, width * codec.per_byte))
+        self.shape = torch.Size((e, out, codec.width(width)))
         self.at_once = max(1, AT_ONCE_BYTES // (self.shape[1:].numel() * dtype.itemsize))
 
     @classmethod

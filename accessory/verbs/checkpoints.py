@@ -13,7 +13,7 @@ from accessory.verbs.options import (
 )
 
 FORMATS = ["hf", "mistral", "mixtral", "mixtral_sparse"]
-PACKED = ["gptq", "awq"]  # of matrices in int4
+PACKED = ["gptq", "awq"]  # of matrices in int4, or fewer bits
 
 
 def checkpoint_verbs(verbs: Verbs) -> None:
@@ -69,7 +69,7 @@ def checkpoint_verbs(verbs: Verbs) -> None:
     )
     verb.add_argument("paths", nargs="+", type=a_path, help="directory, or several in order")
     verb.add_argument("--config", type=a_path, help="another config.json than the directory's")
-    about = "also say which ways to hold the model (whole, int8, nf4; over how many; experts offloaded) fit on such cards"
+    about = "also say which ways to hold it (whole, int8, nf4, int3; over how many; experts offloaded) fit on such cards"
     verb.add_argument("--fit", type=checked(Positive), metavar="GB", help=about)
 
     verb = add_verb(
@@ -95,9 +95,9 @@ def _quantise(verbs: Verbs) -> None:
         verbs,
         "quantise",
         function_of("accessory.checkpoint.tools", "run_quantise"),
-        "write a model with its matrices in 8 or 4 bits",
-        "Write a model whose experts and attention are quantised: nf4 or int4, in blocks with a scale each, or int8, by "
-        "rows; nf4-32 are blocks of 32. It loads into either layout at any size that leaves blocks whole, as it is. "
+        "write a model with its matrices in 8, 4 or fewer bits",
+        "Write a model whose experts and attention are quantised: nf4, int4, int3 or int2, in blocks with a scale each, or "
+        "int8, by rows; nf4-32: blocks of 32. It loads into either layout at any size that leaves blocks whole, as it is. "
         "Routers, norms, embeddings and output stay whole. docs/quantisation.md says more.",
         "accessory quantise BASE DST --experts nf4 --attention nf4",
         "accessory quantise BASE DST --experts int4 --attention int4 --calibrate MIX.yaml --to gptq",

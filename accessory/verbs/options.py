@@ -91,7 +91,8 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
         "--quantise",
         type=checked(Text, QuantiseSection.read),
         metavar="NAME",
-        help="hold experts and attention as nf4, int4 or int8; or experts=nf4,attention=int8; default: as the checkpoint is",
+        help="hold experts and attention as nf4, int4, int3, int2 or int8; or experts=nf4,attention=int8; default: as "
+        "the checkpoint is",
     )
     verb.add_argument(
         "--offload",

@@ -4,6 +4,7 @@ from faults.fault import Fault
 
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
 LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
+PACKED, CODES_MULTIPLIED = "accessory/model/packed.py", "tests/test_packed.py::test_products_by_codes_are_those_by_numbers"
 GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
 WRITTEN = "tests/test_gptq.py::test_a_directory_is_written_and_read_back_byte_for_byte"
 TESTS = "tests/test_quantise.py::test_"
@@ -49,15 +50,15 @@ FAULTS = (
     Fault(
         "codes are chosen by another scale than the one that is kept",
         CODECS,
-        "scale = bits.float()",
-        "scale = spread.where(spread != 0, 1.0)",
+        'scale = self.kept(spread / {"nf4": 1, "int8": 127}.get(self.kind, self.most))',
+        'scale = (spread / {"nf4": 1, "int8": 127}.get(self.kind, self.most)).clamp(min=1e-9)',
         DEFINITION,
     ),
     Fault(
-        "the two halves of a byte have changed places",
+        "the codes of a byte stand the other way round",
         CODECS,
-        "codes[:, ::2] | codes[:, 1::2] << 4",
-        "codes[:, ::2] << 4 | codes[:, 1::2]",
+        ".int() << places * bits)",
+        ".int() << places.flip(0) * bits)",
         DEFINITION,
     ),
     Fault(
@@ -140,8 +141,8 @@ FAULTS = (
     Fault(
         "compressed-tensors' zeros are taken from the highest bits on",
         "accessory/checkpoint/compressed.py",
-        "return (words.unsqueeze(1) >> places & 15).byte().flatten(0, 1)",
-        "return (words.unsqueeze(1) >> places.flip(0) & 15).byte().flatten(0, 1)",
+        "return unpacked(words.T.contiguous().view(torch.uint8), 4).T",
+        "return unpacked(words.T.contiguous().view(torch.uint8).flip(-1), 4).T.flip(0)",
         f"{TESTS_GPTQ}[compressed-gptqmodel]",
     ),
     Fault(
@@ -149,14 +150,14 @@ FAULTS = (
         GPTQ,
         '"checkpoint_format": "gptq_v2"',
         '"checkpoint_format": "gptq"',
-        f"{WRITTEN}[gptq]",
+        f"{WRITTEN}[gptq-int4-8]",
     ),
     Fault(
         "AWQ's columns are written in the order of GPTQ's",
         GPTQ,
         "[..., list(self.order)]\n        stored",
         "\n        stored",
-        f"{WRITTEN}[awq]",
+        f"{WRITTEN}[awq-int4-8]",
     ),
     Fault(
         "an adapter's base is known by its numbers, however they were held",
@@ -175,30 +176,100 @@ FAULTS = (
     Fault(
         "what an input loses is made up for as if all inputs came alike",
         ROUNDING,
-        "/ inside[n, n]",
-        "",
+        ") / factor[n, n]",
+        ")",
         GPTQS_CODES,
     ),
     Fault(
         "what a block loses is not made up for by those behind it",
         ROUNDING,
-        "left[stop:] -= ",
-        "left[stop:] + ",
+        "left[block.stop :] -= ",
+        "left[block.stop :] + ",
         GPTQS_CODES,
     ),
     Fault(
         "a block's grid is that of its values before they make up for others",
         ROUNDING,
-        "_best_grid(codec, left[start : start + group].T.contiguous(), weight)",
-        "_best_grid(codec, matrix[:, start : start + group], weight)",
+        "_grids(codec, left[block])",
+        "_grids(codec, wanted[block])",
         GPTQS_CODES,
     ),
     Fault(
         "a block's grid is chosen as if all its inputs counted alike",
         ROUNDING,
-        "(errors**2 * weight)",
-        "(errors**2)",
+        "lost += error**2",
+        "lost += (error * factor[n, n]) ** 2",
         GPTQS_CODES,
+    ),
+    Fault(
+        "a block's inputs are rounded in the order in which they stand",
+        ROUNDING,
+        "order = _order(cost)",
+        "order = list(range(len(cost)))",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block rounded anew is kept though it costs more",
+        ROUNDING,
+        "better = (step * (2 * pull + cost @ step)).sum(0) < 0",
+        "better = (step * (2 * pull + cost @ step)).sum(0) < torch.inf",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block is rounded anew for what it was to be, whatever the others lack",
+        ROUNDING,
+        "pull = cost[block] @ (rounded - wanted)",
+        "pull = cost[block, block] @ (rounded - wanted)[block]",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "grids are tried near the scale that a block had, not near the one that fits",
+        ROUNDING,
+        "held.scale - (unit * pull).sum(0) / bend",
+        "held.scale",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "a block's zero stays that of its first rounding",
+        ROUNDING,
+        "beside = (-1, 0, 1) if",
+        "beside = (0,) if",
+        GPTQS_CODES,
+    ),
+    Fault(
+        "what a code by itself changes is not told to those behind it",
+        ROUNDING,
+        "        pull += torch.outer(cost[n], changed)\n",
+        "",
+        f"{GPTQS_CODES}[int2-16]",
+    ),
+    Fault(
+        "of three bytes the middle one gives its halves to the wrong codes",
+        CODECS,
+        "[first | (second & 15) << 8, second >> 4 | third << 4]",
+        "[first | (second >> 4) << 8, second & 15 | third << 4]",
+        f"{TESTS}a_codec_is_what_its_definition_says[int3]",
+    ),
+    Fault(
+        "a zero of three bits is read as of four",
+        GPTQ,
+        "encoding = BitsEncoding(pattern, logical.codecs[matrix].bits, order",
+        "encoding = BitsEncoding(pattern, 4, order",
+        f"'{TESTS_GPTQ}[gptq_v2 3-gptqmodel]'",
+    ),
+    Fault(
+        "on a CPU int4 is multiplied as if every block's zero were in the middle",
+        PACKED,
+        '(8 - parts["zeros"].float()) * bits.float()',
+        '0 * parts["zeros"].float()',
+        f"{CODES_MULTIPLIED}[int4-32]",
+    ),
+    Fault(
+        "on a CPU many rows are multiplied by int8's codes without their scales",
+        PACKED,
+        "(self.codes.float() * self.scales.float().unsqueeze(1))",
+        "(self.codes.float() * self.scales.float()[0])",
+        f"{CODES_MULTIPLIED}[int8]",
     ),
     Fault(
         "every expert is rounded for the rows of all",

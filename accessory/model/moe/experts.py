@@ -24,7 +24,7 @@ from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeigh
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
 from accessory.model.packed import packed
-from accessory.model.quantised import QuantisedWeights, hold_quantised
+from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
@@ -78,10 +78,12 @@ class GroupedExperts(nn.Module):
         for name in offloaded.record.tensors:
             delattr(self, name)
 
-    def pack(self) -> None:
-        """Pack the weights, matrix by matrix; the plain ones are gone, and quantised and offloaded ones stay."""
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack the weights, matrix by matrix, to multiply values in ``dtype``; offloaded ones, and some quantised, stay."""
         for matrix in MATRICES if self.offloaded is None else ():
             if matrix in self.codecs:
+                codes = packed_codes(self, matrix, self.codecs[matrix], self.num_local, dtype)
+                self.packed |= {matrix: PackedWeights(codes)} if codes else {}
                 continue
             self.packed[matrix] = PackedWeights([packed(of_expert) for of_expert in self._stack(matrix)])
             delattr(self, matrix)
@@ -132,9 +134,11 @@ class GroupedExperts(nn.Module):
         """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
         if self.offloaded and matrix in MATRICES:
             return OffloadedWeights(self.offloaded, matrix, self.codecs.get(matrix), dtype)
+        if matrix in self.packed:
+            return self.packed[matrix]
         if matrix in self.codecs:
             return QuantisedWeights.of(self, matrix, self.codecs[matrix], self.num_local, dtype)
-        return self.packed.get(matrix) or PlainWeights(self._stack(matrix))
+        return PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:
         """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""

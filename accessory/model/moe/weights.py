@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from accessory.model.packed import plain
+from accessory.model.packed import PackedCodes, plain
 
 
 class ExpertWeights(Protocol):
@@ -60,12 +60,14 @@ class PackedWeights:
 
     trained = None
 
-    def __init__(self, matrices: Sequence[Tensor]):
+    def __init__(self, matrices: Sequence[Tensor | PackedCodes]):
         self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
         self.at_once = len(matrices)
 
     def __getitem__(self, experts: slice) -> Tensor:
-        return torch.stack([plain(matrix) for matrix in self.matrices[experts]])
+        numbers = [plain(matrix) for matrix in self.matrices[experts] if isinstance(matrix, Tensor)]
+        assert numbers, "codes are multiplied by, and not made numbers"
+        return torch.stack(numbers)
 
     def prefetch(self, experts: slice) -> None:
         pass

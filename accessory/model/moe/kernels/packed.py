@@ -6,7 +6,7 @@ from torch import Tensor
 
 from accessory.model.moe.kernels.rows import rows_of_experts
 from accessory.model.moe.weights import ExpertWeights, PackedWeights
-from accessory.model.packed import product
+from accessory.model.packed import PackedCodes, product
 
 
 def packed_swiglu(
@@ -28,6 +28,6 @@ def packed_matmul(x: Tensor, w: ExpertWeights, row_ends: Tensor) -> Tensor:
     return y
 
 
-def _matrix(w: ExpertWeights, expert: int) -> Tensor:
+def _matrix(w: ExpertWeights, expert: int) -> Tensor | PackedCodes:
     """An expert's, [out, in]; an adapter's are not packed."""
     return w.matrices[expert] if isinstance(w, PackedWeights) else w[expert : expert + 1][0]

@@ -172,7 +172,7 @@ class OffloadedWeights:
         names = {part: adapter_name(matrix, part) for part in PARTS} if codec else {}
         self.parts = {part: name for part, name in names.items() if name in experts.record.tensors}
         (out, width), _ = experts.record.tensors[self.parts.get("codes", matrix)]
-        self.shape = torch.Size((experts.count, out, width * codec.per_byte if codec else width))
+        self.shape = torch.Size((experts.count, out, codec.width(width) if codec else width))
 
     def __getitem__(self, experts: slice) -> Tensor:
         matrices = [self._of(expert) for expert in range(self.experts.count)[experts]]
