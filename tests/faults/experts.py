@@ -151,10 +151,10 @@ FAULTS = (
         MATMUL,
     ),
     Fault(
-        "rows of experts that have not equally many are written as they are padded",
+        "an expert's rows are taken from the end of what is padded",
         LOOPED,
-        "if min(self.row_counts) == most:\n            make(",
-        "if min(self.row_counts) == most or count * most == len(out):\n            make(",
+        "torch.cat([rows[:count] for rows, count",
+        "torch.cat([rows[len(rows) - count :] for rows, count",
         KERNEL,
     ),
     Fault(
