@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from accessory.train.measure import seconds_of
+
 
 def start_one_process() -> None:
     """A process group of one rank, of the device's own backend."""
@@ -31,14 +33,9 @@ def time_in_turn(bodies: dict[str, Callable[[], None]], rounds: int, device: tor
         for name, body in bodies.items():
             if len(seconds[name]) >= 3 and sum(seconds[name]) > 20:
                 continue
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            body()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            taken = seconds_of(body, device)
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
 
 

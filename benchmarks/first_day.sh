@@ -37,6 +37,8 @@ part() { # title, seconds that it may take, command
     part "5. two layers in full, 16384 tokens" 200 "$python" benchmarks/full_size.py --layers 2 --tuning full --rows 4
     part "5. LoRA next to PEFT, small" 200 "$python" benchmarks/train_step.py --lora 16
     part "6. answers, a token at a time" 200 "$python" benchmarks/generate.py
+    part "6. the same at full size, behind 4096 tokens" 120 "$python" benchmarks/decode.py
+    part "6. the same behind 4096 tokens" 120 "$python" benchmarks/generate.py --long --rounds 3
     echo
     echo "all took ${SECONDS} s"
 } | tee "$out"

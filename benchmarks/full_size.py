@@ -7,7 +7,6 @@ python benchmarks/full_size.py --layers 2 --tuning full --rows 4
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +18,7 @@ from accessory.checkpoint.description import load_args
 from accessory.settings import OptimSection, ParallelSection, Recompute
 from accessory.train.balance import RouterLosses
 from accessory.train.cards import card_of
-from accessory.train.measure import measured_here
+from accessory.train.measure import measured_here, seconds_of
 from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.planned_step import PlannedRun, planned_job
@@ -40,14 +39,14 @@ def measured(run: PlannedRun, steps: int) -> tuple[float, float]:
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
     optimizer, batch, seconds = make_optimizer(model, OptimSection(lr=1e-5)), run.batch().to(GPU), []
-    for step in range(steps + 2):
-        torch.cuda.synchronize()
-        if step == 2:
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+
+    def step() -> None:
         train_step(model, optimizer, [batch], NextToken(), RouterLosses(), clip_grad=1.0)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+
+    for number in range(steps + 2):
+        if number == 2:
+            torch.cuda.reset_peak_memory_stats()
+        seconds.append(seconds_of(step, GPU))
     return median(seconds[2:]), torch.cuda.max_memory_allocated()
 
 

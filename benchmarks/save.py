@@ -10,7 +10,6 @@ torch.save. Each side runs in processes of its own, in turn; memory is the most 
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from accessory.model.build import RandomWeights, build_model
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import EXPERT
 from accessory.parallel.fsdp import local_part, wrap
-from accessory.parallel.launch import join, leave, reach_store, read_environment
+from accessory.parallel.launch import hold_port, join, leave, reach_store, read_environment
 from accessory.parallel.mesh import make_mesh
 from accessory.settings import OptimSection
 from accessory.train.optim import make_optimizer
@@ -162,9 +161,7 @@ def gathered(model, optimizer) -> Begun:
 
 def run(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     """All ranks of one side."""
-    with socket.socket() as held, tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 can listen there, and nobody else is given it
-        held.bind(("127.0.0.1", 0))
+    with hold_port() as held, tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         port = held.getsockname()[1]
         command = [sys.executable, __file__, "--measure", side, folder, "--rounds", str(arguments.rounds)]
         command += ["--layers", str(arguments.layers)]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from ranks import server
+
+from accessory.parallel.launch import hold_port
 
 
 class Job:
@@ -22,9 +23,8 @@ class Job:
 
     def __init__(self, *words, ranks=1, plant=""):
         self.folder = tempfile.TemporaryDirectory()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.held = hold_port()
+        port = self.held.getsockname()[1]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
         self.files = [[Path(self.folder.name, f"{name}{rank}") for name in ("out", "err")] for rank in range(ranks)]
         self.processes = []
@@ -40,6 +40,7 @@ class Job:
 
     def __exit__(self, *_):
         self.kill()
+        self.held.close()
         self.folder.cleanup()
 
     def kill(self):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = BENCHMARKS.parent / "configs/model/tiny.json"
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("offload.py", [], "4  frequency, guessed ahead     65.7%     12.9%        69.1%           48.6%"),
         ("data.py", ["--memory", "2000"], "1000 steps"),
         ("full_size.py", ["--help"], "--layers"),
+        ("decode.py", ["--model", str(TINY), "--context", "40", "--new", "4"], "layers, 40 tokens of context: "),
         ("quantise_accuracy.py", ["--help"], "--draws"),
         ("quantised.py", ["--help"], "--rounds"),
         ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),

@@ -13,7 +13,7 @@ from accessory.model import triton_here
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
 from accessory.model.moe.kernels import KERNELS, _say_picked, pick_kernel
 from accessory.model.moe.kernels import rows as kernel_rows
-from accessory.model.moe.weights import PlainWeights
+from accessory.model.moe.weights import AdaptedWeights, Added, PlainWeights
 from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
 from accessory.parallel.mesh import make_mesh
@@ -111,6 +111,36 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(kernel, dtype, tole
     assert ours.keys() == expected.keys() - set(frozen)
     for name, gradient in ours.items():
         assert_close(gradient, expected[name], tolerance, name)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["beside weights that train", "beside frozen ones"])
+@pytest.mark.parametrize("adapted", [(0, 1, 2), (1,), (2,)], ids=["all", "w2", "w3"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_adapters_are_as_if_folded_in(rows, adapted, frozen):
+    """LoRA and biases that the looped kernel adds to some of w1, w2 and w3, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    n, e, rank = sum(rows), len(rows), 3
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, weight, gradient = leaf(n, DIM), leaf(n, 1), leaf(n, DIM)
+    ws = [leaf(e, out, inner) for out, inner in ((HIDDEN, DIM), (DIM, HIDDEN), (HIDDEN, DIM))]
+    added = [Added(leaf(e, rank, w.shape[2]), leaf(e, w.shape[1], rank), leaf(e, w.shape[1]), 0.7) for w in ws]
+    ws = [w.requires_grad_(not frozen) for w in ws]
+    given = [AdaptedWeights(PlainWeights(w), added[i]) if i in adapted else PlainWeights(w) for i, w in enumerate(ws)]
+    ours = KERNELS["looped"].adapted(x, *given, weight, torch.tensor(rows).cumsum(0).int())
+
+    whole = [w + a.scaling * a.b @ a.a if i in adapted else w for i, (w, a) in enumerate(zip(ws, added, strict=True))]
+    bias = [a.bias if i in adapted else torch.zeros_like(a.bias) for i, a in enumerate(added)]
+    expected = []
+    for expert, (x_e, weight_e) in enumerate(zip(x.split(rows), weight.split(rows), strict=True)):
+        gate, up = (x_e @ whole[i][expert].T + bias[i][expert] for i in (0, 2))
+        expected.append(weight_e * ((torch.nn.functional.silu(gate) * up) @ whole[1][expert].T + bias[1][expert]))
+    expected = torch.cat(expected)
+    leaves = [x, weight, *(t for i in adapted for t in added[i][:3]), *(() if frozen else ws)]
+    for what in zip(*((y, *torch.autograd.grad(y, leaves, gradient)) for y in (ours, expected)), strict=True):
+        assert_close(*what, 1e-12)
 
 
 def test_experts_without_rows_have_no_gradient_whatever_torch_leaves_there(monkeypatch):

@@ -39,7 +39,7 @@ QUANTITIES = {
     "masters": "weights and moments of the training state after 31 steps, against AdamW in fp64 on the same gradients",
     "curve": "loss of each of 31 steps, of the first",
 }
-WIDTHS = {"dp": 4, "layout": 14, "given": 14} | dict.fromkeys(QUANTITIES, 7)
+WIDTHS = {"dp": 4, "layout": 14, "given": 14, "recompute": len("norms_and_experts")} | dict.fromkeys(QUANTITIES, 7)
 
 
 @dataclass

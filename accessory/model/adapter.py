@@ -162,7 +162,9 @@ def dropped(x: Tensor, adapter: Adapter, dropout_draw: Tensor | None, first_colu
         return x
     columns = torch.arange(first_column, first_column + x.shape[-1], device=x.device)
     column_bits = _scramble(_scramble(columns) ^ (adapter.seed & _BITS))
-    keep = _scramble(dropout_draw.unsqueeze(-1) ^ column_bits) >= adapter.dropout * 2**32
+    keep = torch.empty_like(x, dtype=torch.bool)
+    for kept, draws in zip(*(rows.split(max(1, HASHED // x.shape[-1])) for rows in (keep, dropout_draw)), strict=True):
+        torch.ge(_scramble(draws.unsqueeze(-1) ^ column_bits), adapter.dropout * 2**32, out=kept)
     return x * keep / (1 - adapter.dropout)
 
 
@@ -172,6 +174,8 @@ def dropout_draws(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 _BITS = 2**32 - 1
+HASHED = 2**22
+"""Entries whose dropout is drawn at a time: of a hash each takes 8 bytes, and those of all of a batch's rows gigabytes."""
 
 
 def _scramble(x: Tensor) -> Tensor:

@@ -63,14 +63,22 @@ def start_ranks(count: int) -> None:
     """
     if count == 1 or "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = hold_port()
+    port = held.getsockname()[1]
+    held.detach()  # as long as this process lives
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "RANK": "0"}
     for rank in range(1, count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "accessory", *sys.argv[1:]]
         subprocess.Popen(command, env=os.environ | place, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def hold_port() -> socket.socket:
+    """A socket at a free port of this machine: until it is closed rank 0 can listen there, and nobody else is given it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def read_environment() -> Launch:

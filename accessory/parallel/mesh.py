@@ -126,7 +126,8 @@ def mesh_of(model_parallel_group: dist.ProcessGroup | None) -> Mesh:
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LONGEST_COLLECTIVE_S), group)  # it has taken torch's default
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+    set_timeout(timedelta(seconds=LONGEST_COLLECTIVE_S), group)  # it has taken torch's default
     return Axis.of(group)
 
 

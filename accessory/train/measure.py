@@ -17,8 +17,8 @@ def measured_here(card: Card | None) -> Card:
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     first, second = torch.ones(2, 2**30 if device.type == "cuda" else 2**26, device=device, dtype=torch.uint8)
-    flops = 2 * size**3 / _seconds(lambda: x @ x, device)
-    rate = 2 * len(first) / _seconds(lambda: first.copy_(second), device)
+    flops = 2 * size**3 / _best(lambda: x @ x, device)
+    rate = 2 * len(first) / _best(lambda: first.copy_(second), device)
     if card is None and device.type == "cuda" and (found := card_of(torch.cuda.get_device_name(device))):
         card = found[1]
     if card is None:
@@ -27,15 +27,17 @@ def measured_here(card: Card | None) -> Card:
     return dataclasses.replace(card, products=flops / card.flops, elementwise=rate / card.memory_rate)
 
 
-def _seconds(body: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The best of a few, each long enough to be seen."""
-    best = float("inf")
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        body()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _best(body: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the best of a few, each long enough to be seen."""
+    return min(seconds_of(body, device) for _ in range(repeats))
+
+
+def seconds_of(body: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the ``device`` has done what ``body`` asks of it, and nothing before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    body()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

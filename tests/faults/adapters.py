@@ -24,9 +24,9 @@ FAULTS = (
     ),
     Fault(
         "the experts' adapters are not scaled",
-        EXPERTS,
-        "            low_nR = scaled(low_nR, adapter, rows.adapters, share)\n",
-        "            pass\n",
+        "accessory/model/moe/kernels/looped.py",
+        "return _product(x, self.a[e].mT).mul_(self.scaling)",
+        "return _product(x, self.a[e].mT)",
         LORA,
     ),
     Fault(
@@ -65,10 +65,24 @@ FAULTS = (
         LORA_SPARSE,
     ),
     Fault(
+        "rows whose dropout is drawn later have the draws of the first",
+        "accessory/model/adapter.py",
+        "_scramble(draws.unsqueeze(-1)",
+        "_scramble(dropout_draw[: len(draws)].unsqueeze(-1)",
+        "tests/test_tuning.py::test_dropout_of_many_rows_takes_little_memory",
+    ),
+    Fault(
+        "dropout is drawn for all of a batch's rows at once",
+        "accessory/model/adapter.py",
+        "rows.split(max(1, HASHED // x.shape[-1]))",
+        "rows.split(max(1, len(rows)))",
+        "tests/test_tuning.py::test_dropout_of_many_rows_takes_little_memory",
+    ),
+    Fault(
         "a bias that every rank adds is not divided among them",
         EXPERTS,
-        "bias = bias / self.mp.size",
-        "pass",
+        "return bias / self.mp.size if",
+        "return bias if",
         LORA_SPARSE,
     ),
     Fault(
@@ -101,7 +115,7 @@ FAULTS = (
         PARTITION,
     ),
     Fault("what is kept is not scaled up", FILE, "return x * keep / (1 - adapter.dropout)", "return x * keep", SHARE),
-    Fault("what should be kept is dropped", FILE, ">= adapter.dropout * 2**32", "< adapter.dropout * 2**32", SHARE),
+    Fault("what should be kept is dropped", FILE, "torch.ge(_scramble(", "torch.lt(_scramble(", SHARE),
     Fault(
         "every matrix drops the same entries",
         FILE,

@@ -1,6 +1,6 @@
 """Who goes where, and what the experts make of it."""
 
-from faults.checks import EXPERT, LORA, ONE, SPARSE
+from faults.checks import EXPERT, ONE, SPARSE
 from faults.fault import Fault
 
 FILE, DISPATCH = "accessory/model/moe/experts.py", "accessory/model/moe/dispatch.py"
@@ -8,6 +8,7 @@ LAYOUTS, KERNELS = "accessory/model/moe/layouts.py", "accessory/model/moe/kernel
 LOOPED, FUSED, SWIGLU = f"{KERNELS}/looped.py", f"{KERNELS}/fused.py", f"{KERNELS}/swiglu.py"
 KERNEL = "tests/test_kernels.py::test_kernel_equals_the_definition"
 ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
+ADAPTED = "tests/test_kernels.py::test_adapters_are_as_if_folded_in"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
 PACKED = "tests/test_expert_weights.py::test_packed_weights_give_what_their_dense_ones_give"
 AS_BEFORE = "tests/test_packed.py::test_a_packed_model_gives_what_it_gave"
@@ -73,16 +74,16 @@ FAULTS = (
     Fault(
         "the routing weight is applied before the activation",
         LOOPED,
-        "block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)",
-        "block.unpad(torch.bmm(F.silu(g * block.pad(weight)).mul_(u), w2[e].mT), out=y)",
+        "h = F.silu(g).mul_(u)\n",
+        "h = F.silu(g * block.pad(weight)).mul_(u)\n",
         KERNEL,
         ((LOOPED, "return y if rerun else y.mul_(weight)", "return y"),),
     ),
     Fault(
         "the gradient of w1 and w3 lacks the routing weight",
         LOOPED,
-        "weighted_x = block.pad(x) * weight_b",
-        "weighted_x = block.pad(x)",
+        "x if narrow_dy else x * weight, out=dw[e])",
+        "x, out=dw[e])",
         KERNEL,
     ),
     Fault("the gradient of w3 lacks the activation", LOOPED, "du = s.mul_(dh)", "du = dh.clone()", KERNEL),
@@ -110,16 +111,22 @@ FAULTS = (
     Fault(
         "the looped kernel keeps packed weights' matrices for backward",
         LOOPED,
-        "w1, w2, w3 = ctx.matrices = matrices",
-        "w1, w2, w3 = ctx.matrices = tuple(w if isinstance(w, PlainWeights) else PlainWeights(w[:]) for w in matrices)",
+        "self.a, self.b, self.bias, self.scaling = added\n",
+        "self.a, self.b, self.bias, self.scaling = added\n        self.w = PlainWeights(self.w[:])\n",
         AGAIN,
-        ((LOOPED, "import ExpertWeights", "import ExpertWeights, PlainWeights"),),
+        (
+            (
+                LOOPED,
+                "import NOTHING_ADDED, AdaptedWeights, ExpertWeights, MaybeAdapted",
+                "import NOTHING_ADDED, AdaptedWeights, ExpertWeights, MaybeAdapted, PlainWeights",
+            ),
+        ),
     ),
     Fault(
         "the second block of experts has the first one's weights",
         LOOPED,
-        "x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), block.experts",
-        "x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), slice(0, len(block.row_counts))",
+        "x_b, e = block.pad(x), block.experts",
+        "x_b, e = block.pad(x), slice(0, len(block.row_counts))",
         KERNEL,
     ),
     Fault(
@@ -139,16 +146,72 @@ FAULTS = (
     Fault(
         "the looped product's gradient of its input takes the first experts' matrices",
         LOOPED,
-        "block.unpad(torch.bmm(dy_b, w[block.experts]), out=dx)",
-        "block.unpad(torch.bmm(dy_b, w[: len(block.row_counts)]), out=dx)",
+        "block.fill(dx, partial(_product, dy_b, w[block.experts]))",
+        "block.fill(dx, partial(_product, dy_b, w[: len(block.row_counts)]))",
         MATMUL,
+    ),
+    Fault(
+        "an expert's rows are taken from the end of what is padded",
+        LOOPED,
+        "torch.cat([rows[:count] for rows, count",
+        "torch.cat([rows[len(rows) - count :] for rows, count",
+        KERNEL,
+    ),
+    Fault(
+        "what an adapter gives back to its B is not scaled",
+        LOOPED,
+        "_product(dy, self.b[e]).mul_(self.scaling)",
+        "_product(dy, self.b[e])",
+        ADAPTED,
+    ),
+    Fault(
+        "the gradient of an expert's A lacks the routing weight",
+        LOOPED,
+        "_product((low_dy * weight).mT, x, out=da[e])",
+        "_product(low_dy.mT, x, out=da[e])",
+        ADAPTED,
+    ),
+    Fault(
+        "the gradient of an expert's B lacks the routing weight",
+        LOOPED,
+        "self._low(e, x).mul_(weight)",
+        "self._low(e, x)",
+        ADAPTED,
+    ),
+    Fault(
+        "the gradient of an expert's bias counts every row alike",
+        LOOPED,
+        "_product(dy.mT, weight, out=",
+        "_product(dy.mT, torch.ones_like(weight), out=",
+        ADAPTED,
+    ),
+    Fault(
+        "the gradient of the routing weight forgets w2's bias",
+        LOOPED,
+        "return total if self.bias is None else",
+        "return total if self.w.trained is None or self.bias is None else",
+        ADAPTED,
+    ),
+    Fault(
+        "nothing comes back to an expert's input through its adapter",
+        LOOPED,
+        "return dx if low_dy is None or self.a is None else",
+        "return dx if self.w.trained is None or self.a is None or low_dy is None else",
+        ADAPTED,
+    ),
+    Fault(
+        "experts' dropout is left out where nothing else is composed",
+        FILE,
+        "bool(adapter.members) or (adapter.dropout > 0 and tokens.dropout_draw is not None)",
+        "bool(adapter.members)",
+        "tests/test_tuning.py::test_dropout_does_not_depend_on_the_partition",
     ),
     Fault(
         "an expert's bias is added whatever the routing weight",
         FILE,
         "else products.bias_ne * weight_n1",
         "else products.bias_ne",
-        LORA,
+        "tests/test_expert_weights.py::test_layers_of_packed_experts",
     ),
     Fault(
         "packed: gate and up change places",

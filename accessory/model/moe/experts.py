@@ -22,7 +22,7 @@ from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
-from accessory.model.moe.weights import ExpertWeights, PackedWeights, PlainWeights
+from accessory.model.moe.weights import AdaptedWeights, Added, ExpertWeights, MaybeAdapted, PackedWeights, PlainWeights
 from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
@@ -103,12 +103,32 @@ class GroupedExperts(nn.Module):
         kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
+        if kernel.adapted and not any(_is_composed(adapter, rows.adapters) for adapter in self.adapters.values()):
+            adapted = {matrix: self._adapted(matrix, w) for matrix, w in (("w1", w1), ("w2", w2), ("w3", w3))}
+            return kernel.adapted(x_nD, adapted["w1"], adapted["w2"], adapted["w3"], weight_n1, ends_e)
         has_bias = any(adapter.bias for adapter in self.adapters.values())
         products = _Products(kernel.matmul, ends_e, rows.adapters, one_hot(ends_e, x_nD) if has_bias else None)
         gate_nF, up_nF = (self._project(matrix, x_nD, products) for matrix in ("w1", "w3"))
         h_nF = made_again(weighted_swiglu(gate_nF, up_nF, weight_n1), swiglu, gate_nF, up_nF, weight_n1)
         weighted_ne = None if products.bias_ne is None else products.bias_ne * weight_n1
         return self._project("w2", h_nF, replace(products, bias_ne=weighted_ne, bias_share=weight_n1))
+
+    def _adapted(self, matrix: str, weights: ExpertWeights) -> MaybeAdapted:
+        """A matrix of all experts with its adapter, if it has one."""
+        adapter = self.adapters.get(matrix)
+        if adapter is None:
+            return weights
+        a, b, bias = None, None, None
+        if adapter.rank:
+            a, b = self._stack(name_of_a(matrix, adapter)), self._stack(f"{matrix}_lora_b")
+        if adapter.bias:
+            bias = self._bias(matrix)
+        return AdaptedWeights(weights, Added(a, b, bias, adapter.scaling))
+
+    def _bias(self, matrix: str) -> Tensor:
+        """[e, out]: this rank's share of it, where every rank adds it and their outputs are summed."""
+        bias = self._stack(f"{matrix}_bias")
+        return bias / self.mp.size if f"{matrix}_bias" in self.whole else bias
 
     def _project(self, matrix: str, x: Tensor, rows: "_Products") -> Tensor:
         """``W x + scaling * B A x + bias`` of each row's expert."""
@@ -124,10 +144,7 @@ class GroupedExperts(nn.Module):
         if added is not None:
             y += added
         if rows.bias_ne is not None and adapter.bias:
-            bias = self._stack(f"{matrix}_bias")
-            if f"{matrix}_bias" in self.whole:  # every rank adds it, and their outputs are summed
-                bias = bias / self.mp.size
-            y.addmm_(rows.bias_ne, bias)
+            y.addmm_(rows.bias_ne, self._bias(matrix))
         return y
 
     def expert_weights(self, matrix: str, dtype: torch.dtype) -> ExpertWeights:
@@ -149,6 +166,11 @@ class GroupedExperts(nn.Module):
 
     def _apart(self, stacked: Tensor) -> Tensor:
         return stacked.unflatten(0, (self.num_local, -1))
+
+
+def _is_composed(adapter: Adapter, tokens: TokenAdapters) -> bool:
+    """Whether not all rows of an expert have the same added to them."""
+    return bool(adapter.members) or (adapter.dropout > 0 and tokens.dropout_draw is not None)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a kernel needs to know of the experts' weights. Shape suffixes are as in ``accessory.model.moe``."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,3 +72,26 @@ class PackedWeights:
 
     def prefetch(self, experts: slice) -> None:
         pass
+
+
+class Added(NamedTuple):
+    """What is added to the products of each expert's matrix: ``scaling * B A x + bias``; what there is of it."""
+
+    a: Tensor | None  # [e, R, in]
+    b: Tensor | None  # [e, out, R]
+    bias: Tensor | None  # [e, out]
+    scaling: float
+
+
+NOTHING_ADDED = Added(None, None, None, 1.0)
+
+
+@dataclass(frozen=True)
+class AdaptedWeights:
+    """Weights with what an adapter adds to their products (see ``Kernel.adapted``)."""
+
+    weights: ExpertWeights
+    added: Added
+
+
+MaybeAdapted = ExpertWeights | AdaptedWeights

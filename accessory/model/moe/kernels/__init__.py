@@ -33,9 +33,10 @@ from accessory.model.moe.kernels.triton_experts import (
     triton_experts_suit,
     triton_matmul,
 )
-from accessory.model.moe.weights import ExpertWeights
+from accessory.model.moe.weights import ExpertWeights, MaybeAdapted
 
 ExpertSwiGLU = Callable[[Tensor, ExpertWeights, ExpertWeights, ExpertWeights, Tensor, Tensor], Tensor]
+AdaptedSwiGLU = Callable[[Tensor, MaybeAdapted, MaybeAdapted, MaybeAdapted, Tensor, Tensor], Tensor]
 ExpertMatmul = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
 
 
@@ -73,6 +74,8 @@ class Kernel:
         suits: whether "auto" takes it for rows [n, D], if it runs and none before it in the table does.
         load: imports what the kernel is made of.
         by_triton: whether that is Triton, which may interpret it.
+        adapted: the same as ``swiglu``, of matrices some of which are ``AdaptedWeights``; None: experts with adapters are
+            composed of products.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Kernel:
     suits: Callable[[Tensor], bool] = _never
     load: Callable[[], object] = _here
     by_triton: bool = False
+    adapted: AdaptedSwiGLU | None = None
 
 
 KERNELS = {
@@ -99,7 +103,7 @@ KERNELS = {
             by_triton=True,
         ),
         Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu),
-        Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere),
+        Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere, adapted=looped),
         Kernel(
             "megablocks",
             megablocks,

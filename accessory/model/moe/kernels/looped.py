@@ -4,7 +4,9 @@ Runs in any dtype. Experts without rows are never asked for: reading, unpacking 
 most for. What only the gradient of a frozen weight would need is neither computed nor kept.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from accessory.model.moe.kernels.rows import rows_in_cache, rows_of_experts
-from accessory.model.moe.weights import ExpertWeights
+from accessory.model.moe.weights import NOTHING_ADDED, AdaptedWeights, ExpertWeights, MaybeAdapted
 from accessory.model.recompute import is_rerun
 
 MEMORY_BOUND_ROWS = 64
 """Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
 
 
-def looped(x: Tensor, w1: ExpertWeights, w2: ExpertWeights, w3: ExpertWeights, weight: Tensor, row_ends: Tensor) -> Tensor:
-    """Only the two up projections are kept for backward."""
-    matrices = (w1, w2, w3)
-    return _LoopedSwiGLU.apply(x, weight, row_ends, matrices, *(w.trained for w in matrices))
+def looped(x: Tensor, w1: MaybeAdapted, w2: MaybeAdapted, w3: MaybeAdapted, weight: Tensor, row_ends: Tensor) -> Tensor:
+    """Only the two up projections are kept for backward, beside x."""
+    matrices = tuple(_Matrix(w) for w in (w1, w2, w3))
+    return _LoopedSwiGLU.apply(x, weight, row_ends, matrices, *(tensor for each in matrices for tensor in each.trained))
 
 
 def looped_matmul(x: Tensor, w: ExpertWeights, row_ends: Tensor) -> Tensor:
@@ -52,9 +54,14 @@ class _Block:
             return x[self.rows].reshape(len(self.row_counts), self.row_counts[0], x.shape[1])
         return pad_sequence(x[self.rows].split(self.row_counts), batch_first=True)
 
-    def unpad(self, batch: Tensor, out: Tensor) -> None:
-        """Write [k, R, W] to this block's rows of ``out`` [n, W]."""
-        torch.cat([rows[:count] for rows, count in zip(batch, self.row_counts, strict=True)], out=out[self.rows])
+    def fill(self, out: Tensor, make: Callable[[Tensor | None], Tensor]) -> None:
+        """Have this block's rows of ``out`` [n, W] be what ``make`` gives, [k, R, W], in the place it is told, if any."""
+        count, most = len(self.row_counts), max(self.row_counts)
+        if min(self.row_counts) == most:
+            make(out[self.rows].view(count, most, out.shape[1]))
+        else:
+            batch = make(None)
+            torch.cat([rows[:count] for rows, count in zip(batch, self.row_counts, strict=True)], out=out[self.rows])
 
     def view(self, padded: Tensor) -> Tensor:
         """This block's part of ``padded`` [padded rows of all blocks, W], as [k, R, W]."""
@@ -106,6 +113,74 @@ def _zero_without_rows(gradient: Tensor, blocks: list[_Block]) -> Tensor:
     return gradient
 
 
+def _product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x`` [k, R, in] times ``w`` [k, in, out]. Of one expert as a plain product, which is the faster one in bf16."""
+    if len(x) > 1:
+        return torch.bmm(x, w) if out is None else torch.bmm(x, w, out=out)
+    return torch.mm(x[0], w[0], out=None if out is None else out[0]).unsqueeze(0)
+
+
+def _add_product(to: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    if len(x) > 1:
+        return to.baddbmm_(x, w)
+    to[0].addmm_(x[0], w[0])
+    return to
+
+
+class _Matrix:
+    """One of the matrices of all experts, which gives W x or, adapted, W x + scaling * B A x + bias; each method is of a
+    block's experts ``e``.
+
+    ``trained``: of W, A, B and the bias the tensors that want gradients, for autograd to see.
+    """
+
+    def __init__(self, given: MaybeAdapted):
+        self.w, added = (given.weights, given.added) if isinstance(given, AdaptedWeights) else (given, NOTHING_ADDED)
+        self.a, self.b, self.bias, self.scaling = added
+        of_adapter = (None if tensor is None or not tensor.requires_grad else tensor for tensor in added[:3])
+        self.trained = (self.w.trained, *of_adapter)
+
+    def times(self, e: slice, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = _product(x, self.w[e].mT, out)
+        if self.b is not None:
+            _add_product(y, self._low(e, x), self.b[e].mT)
+        return y if self.bias is None else y.add_(self.bias[e].unsqueeze(1))
+
+    def _low(self, e: slice, x: Tensor) -> Tensor:
+        """``scaling * A x`` [k, R, rank]."""
+        assert self.a is not None
+        return _product(x, self.a[e].mT).mul_(self.scaling)
+
+    def low_transposed(self, e: slice, dy: Tensor) -> Tensor | None:
+        """``scaling * B^T dy`` [k, R, rank], which the next two take; None: there is no B."""
+        return None if self.b is None else _product(dy, self.b[e]).mul_(self.scaling)
+
+    def add_transposed(self, e: slice, dy: Tensor, low_dy: Tensor | None, dx: Tensor | None, out: Tensor | None) -> Tensor:
+        """The gradient of x, added to ``dx`` or, without one, written to ``out`` or anywhere."""
+        dx = _product(dy, self.w[e], out) if dx is None else _add_product(dx, dy, self.w[e])
+        return dx if low_dy is None or self.a is None else _add_product(dx, low_dy, self.a[e])
+
+    def weight_gradient(self, e: slice, x: Tensor, dx: Tensor, dy: Tensor, out: Tensor | None) -> Tensor:
+        """Of what y counts [k, R, 1]: y times ``dy``, which is ``x`` (changed) times ``dx`` and what the bias adds."""
+        total = torch.sum(x.mul_(dx), -1, keepdim=True, out=out)
+        return total if self.bias is None else _add_product(total, dy, self.bias[e].unsqueeze(2))
+
+    def write_gradients(
+        self, e: slice, dy: Tensor, low_dy: Tensor | None, x: Tensor, weight: Tensor, gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Those of ``trained`` that are wanted, for y that counts ``weight``."""
+        dw, da, db, d_bias = gradients
+        if dw is not None:
+            narrow_dy = dy.shape[2] < x.shape[2]
+            _product((dy * weight if narrow_dy else dy).mT, x if narrow_dy else x * weight, out=dw[e])
+        if da is not None and low_dy is not None:
+            _product((low_dy * weight).mT, x, out=da[e])
+        if db is not None:
+            _product(dy.mT, self._low(e, x).mul_(weight), out=db[e])
+        if d_bias is not None:
+            _product(dy.mT, weight, out=d_bias[e].unsqueeze(2))
+
+
 class _LoopedSwiGLU(torch.autograd.Function):
     """Legend: g = w1 x, u = w3 x, s = silu(g), y = weight * w2 (s * u); the weight is applied at width D, not F.
 
@@ -118,25 +193,25 @@ class _LoopedSwiGLU(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         row_ends: Tensor,
-        matrices: tuple[ExpertWeights, ExpertWeights, ExpertWeights],
+        matrices: tuple[_Matrix, _Matrix, _Matrix],
         *trained: Tensor | None,
     ) -> Tensor:
         """``trained``: of each of the ``matrices``, for autograd to see."""
-        w1, w2, w3 = ctx.matrices = matrices
-        hidden_dim = w1.shape[1]
-        ctx.blocks = _blocks(row_ends, len(x), rows_in_cache(x, hidden_dim), w1, w2, w3)
+        m1, m2, m3 = ctx.matrices = matrices
+        hidden_dim = m1.w.shape[1]
+        ctx.blocks = _blocks(row_ends, len(x), rows_in_cache(x, hidden_dim), *(m.w for m in matrices))
         rerun = is_rerun()
-        _prefetch(ctx.blocks, w1, w3, *(() if rerun else (w2,)))
+        _prefetch(ctx.blocks, m1.w, m3.w, *(() if rerun else (m2.w,)))
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
         gate, up = x.new_empty(padded, hidden_dim), x.new_empty(padded, hidden_dim)
         y = torch.empty_like(x)
         for block in ctx.blocks:
-            x_b, g, u, e = block.pad(x), block.view(gate), block.view(up), block.experts
-            torch.bmm(x_b, w1[e].mT, out=g)
-            torch.bmm(x_b, w3[e].mT, out=u)
+            x_b, e = block.pad(x), block.experts
+            g, u = m1.times(e, x_b, block.view(gate)), m3.times(e, x_b, block.view(up))
             if not rerun:
-                block.unpad(torch.bmm(F.silu(g).mul_(u), w2[e].mT), out=y)
-        needs_x = w1.trained is not None or w3.trained is not None
+                h = F.silu(g).mul_(u)
+                block.fill(y, lambda out, e=e, h=h: m2.times(e, h, out))
+        needs_x = any(tensor is not None for tensor in (*m1.trained, *m3.trained))
         # what trains is kept only for autograd to see that nobody changes it before backward
         ctx.save_for_backward(x if needs_x else None, weight, gate, up, *trained)
         return y if rerun else y.mul_(weight)
@@ -144,28 +219,32 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate, up, *trained = ctx.saved_tensors
-        w1, w2, w3 = ctx.matrices
-        _prefetch(ctx.blocks, w2, w1, w3)
+        m1, m2, m3 = ctx.matrices
+        _prefetch(ctx.blocks, m2.w, m1.w, m3.w)
         dx, d_weight = torch.empty_like(dy, memory_format=torch.contiguous_format), torch.empty_like(weight)
-        dw1, dw2, dw3 = (None if w is None else _zero_without_rows(torch.empty_like(w), ctx.blocks) for w in trained)
+        gradients = [None if t is None else _zero_without_rows(torch.empty_like(t), ctx.blocks) for t in trained]
+        d1, d2, d3 = (gradients[first : first + 4] for first in (0, 4, 8))
         for block in ctx.blocks:
             dy_b, weight_b, e = block.pad(dy), block.pad(weight), block.experts
             g, u = block.view(gate), block.view(up)
             s = F.silu(g)
-            h, dh = s * u, torch.bmm(dy_b, w2[e])
-            if dw2 is not None:
-                torch.bmm((dy_b * weight_b).mT, h, out=dw2[e])
-            block.unpad(torch.sum(h.mul_(dh), -1, keepdim=True), out=d_weight)
+            h, low_dy = s * u, m2.low_transposed(e, dy_b)
+            dh = m2.add_transposed(e, dy_b, low_dy, None, None)
+            m2.write_gradients(e, dy_b, low_dy, h, weight_b, d2)
+            block.fill(d_weight, partial(m2.weight_gradient, e, h, dh, dy_b))
             du = s.mul_(dh)
             dg = torch.ops.aten.silu_backward(dh.mul_(u), g)
+            low_dg, low_du = m1.low_transposed(e, dg), m3.low_transposed(e, du)
             if x is not None:
-                weighted_x = block.pad(x) * weight_b
-                if dw1 is not None:
-                    torch.bmm(dg.mT, weighted_x, out=dw1[e])
-                if dw3 is not None:
-                    torch.bmm(du.mT, weighted_x, out=dw3[e])
-            block.unpad(torch.bmm(dg, w1[e]).baddbmm_(du, w3[e]), out=dx)
-        return dx.mul_(weight), d_weight, None, None, dw1, dw2, dw3
+                x_b = block.pad(x)
+                m1.write_gradients(e, dg, low_dg, x_b, weight_b, d1)
+                m3.write_gradients(e, du, low_du, x_b, weight_b, d3)
+
+            def into(out: Tensor | None, e=e, dg=dg, du=du, low_dg=low_dg, low_du=low_du) -> Tensor:
+                return m3.add_transposed(e, du, low_du, m1.add_transposed(e, dg, low_dg, None, out), None)
+
+            block.fill(dx, into)
+        return dx.mul_(weight), d_weight, None, None, *gradients
 
 
 class _LoopedMatmul(torch.autograd.Function):
@@ -175,7 +254,7 @@ class _LoopedMatmul(torch.autograd.Function):
         _prefetch(ctx.blocks, w)
         y = x.new_empty(len(x), w.shape[1])
         for block in ctx.blocks:
-            block.unpad(torch.bmm(block.pad(x), w[block.experts].mT), out=y)
+            block.fill(y, partial(_product, block.pad(x), w[block.experts].mT))
         ctx.save_for_backward(None if trained is None else x, trained if ctx.needs_input_grad[0] else None)
         return y
 
@@ -190,7 +269,7 @@ class _LoopedMatmul(torch.autograd.Function):
         for block in blocks:
             dy_b = block.pad(dy)
             if dx is not None:
-                block.unpad(torch.bmm(dy_b, w[block.experts]), out=dx)
+                block.fill(dx, partial(_product, dy_b, w[block.experts]))
             if dw is not None:
-                torch.bmm(dy_b.mT, block.pad(x), out=dw[block.experts])
+                _product(dy_b.mT, block.pad(x), out=dw[block.experts])
         return dx, None, None, dw
