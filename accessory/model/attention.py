@@ -16,6 +16,7 @@ from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.documents import Documents
+from accessory.model.few_rows import runs
 from accessory.model.linear import ColumnParallelLinear, RowParallelLinear
 from accessory.model.rope import rotate
 from accessory.parallel.mesh import Axis
@@ -54,6 +55,8 @@ class Attention(nn.Module):
         """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
         x = copy_to_model_parallel_region(x, self.mp)
         q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if cache is not None and not cache.view.chunks and runs(q):
+            return self.wo(cache.attend_few(q, k, v, rotation).flatten(1), adapters)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache.keep(k, v)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.model.few_rows import FEW, few_rows_product, lies_in_panels
+
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this processor has such products in ``dtype``."""
@@ -30,5 +32,7 @@ def plain(matrix: Tensor) -> Tensor:
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ matrix.T + bias`` of ``x`` [..., in] and a matrix [out, in], packed or not."""
     if matrix.is_mkldnn:
+        if bias is None and len(x) <= FEW and x.dim() == 2 and lies_in_panels(matrix.shape, matrix.dtype):
+            return few_rows_product(x, matrix)
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return F.linear(x, matrix, bias)

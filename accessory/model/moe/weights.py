@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from accessory.model.few_rows import addresses, lies_in_panels
 from accessory.model.packed import plain
 
 
@@ -63,6 +64,8 @@ class PackedWeights:
     def __init__(self, matrices: Sequence[Tensor]):
         self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
         self.at_once = len(matrices)
+        one = matrices[0]
+        self.places = addresses(matrices) if lies_in_panels(one.shape, one.dtype) else None  # for few_rows.c
 
     def __getitem__(self, experts: slice) -> Tensor:
         return torch.stack([plain(matrix) for matrix in self.matrices[experts]])
