@@ -79,37 +79,52 @@ static inline __attribute__((always_inline)) void sums_bf16(
         }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \
-    /* y [n, dim]: of rows sorted by expert, weight * w2(silu(w1 x) * (w3 x)); ends [experts]; h [n, hidden]: scratch */ \
-    void experts_##D(const T *const *w1, const T *const *w2, const T *const *w3, const T *x, const T *weight,            \
-                     const int *ends, T *h, T *y, long experts, long dim, long hidden, int threads) {                    \
-        long inner = (hidden + PANEL - 1) / PANEL, outer = (dim + PANEL - 1) / PANEL;                                    \
+    /* y [n, dim] = the sum over each row's choices of weight * w2(silu(w1 x) * (w3 x)), the experts from `first` on alone.\
+     * chosen, weight [n, top]: experts and what they count; w1, w2, w3 [experts]: where theirs lie;                     \
+     * scratch: rows, ends [n * top + experts], xs [n * top, dim], hs [n * top, hidden], sums [n, dim] */                \
+    void experts_##D(const T *const *w1, const T *const *w2, const T *const *w3, const T *x, const int64_t *chosen,      \
+                     const float *weight, int *rows, T *xs, T *hs, float *sums, T *y, long n, long top, long first,      \
+                     long experts, long dim, long hidden, int threads) {                                                 \
+        const long inner = (hidden + PANEL - 1) / PANEL, outer = (dim + PANEL - 1) / PANEL;                              \
+        int *ends = rows + n * top, count = 0;                                                                           \
+        for (long e = 0; e < experts; e++) {                                                                             \
+            for (long c = 0; c < n * top; c++)                                                                           \
+                if (chosen[c] == first + e) {                                                                            \
+                    memcpy(xs + count * dim, x + c / top * dim, dim * sizeof(T));                                        \
+                    rows[count++] = c;                                                                                   \
+                }                                                                                                        \
+            ends[e] = count;                                                                                             \
+        }                                                                                                                \
+        memset(sums, 0, n * dim * sizeof(float));                                                                        \
         _Pragma("omp parallel num_threads(threads)") {                                                                   \
             float gate[TOGETHER][PANEL], up[TOGETHER][PANEL];                                                            \
             _Pragma("omp for schedule(static)")                                                                          \
             for (long place = 0; place < experts * inner; place++) {                                                     \
-                long e = place % experts, begin = place / experts * PANEL, stop = ends[e];                               \
-                long width = hidden - begin < PANEL ? hidden - begin : PANEL;                                            \
+                const long e = place % experts, begin = place / experts * PANEL, stop = ends[e];                         \
+                const long width = hidden - begin < PANEL ? hidden - begin : PANEL;                                      \
                 for (long r = e ? ends[e - 1] : 0; r < stop; r += TOGETHER) {                                            \
-                    long some = stop - r < TOGETHER ? stop - r : TOGETHER;                                               \
-                    panel_times_##D(w1[e] + begin * dim, x + r * dim, dim, some, gate);                                  \
-                    panel_times_##D(w3[e] + begin * dim, x + r * dim, dim, some, up);                                    \
-                    for (long n = 0; n < some; n++)                                                                      \
+                    const long some = stop - r < TOGETHER ? stop - r : TOGETHER;                                         \
+                    panel_times_##D(w1[e] + begin * dim, xs + r * dim, dim, some, gate);                                 \
+                    panel_times_##D(w3[e] + begin * dim, xs + r * dim, dim, some, up);                                   \
+                    for (long m = 0; m < some; m++)                                                                      \
                         for (long j = 0; j < width; j++)                                                                 \
-                            h[(r + n) * hidden + begin + j] =                                                            \
-                                narrow_##D(gate[n][j] / (1.0f + expf(-gate[n][j])) * up[n][j]);                          \
+                            hs[(r + m) * hidden + begin + j] =                                                           \
+                                narrow_##D(gate[m][j] / (1.0f + expf(-gate[m][j])) * up[m][j]);                          \
                 }                                                                                                        \
             }                                                                                                            \
             _Pragma("omp for schedule(static)")                                                                          \
-            for (long place = 0; place < experts * outer; place++) {                                                     \
-                long e = place % experts, begin = place / experts * PANEL, stop = ends[e];                               \
-                long width = dim - begin < PANEL ? dim - begin : PANEL;                                                  \
-                for (long r = e ? ends[e - 1] : 0; r < stop; r += TOGETHER) {                                            \
-                    long some = stop - r < TOGETHER ? stop - r : TOGETHER;                                               \
-                    panel_times_##D(w2[e] + begin * hidden, h + r * hidden, hidden, some, gate);                         \
-                    for (long n = 0; n < some; n++)                                                                      \
-                        for (long j = 0; j < width; j++)                                                                 \
-                            y[(r + n) * dim + begin + j] = narrow_##D(gate[n][j] * wide_##D(weight[r + n]));             \
-                }                                                                                                        \
+            for (long part = 0; part < outer; part++) {                                                                  \
+                const long begin = part * PANEL, width = dim - begin < PANEL ? dim - begin : PANEL;                      \
+                for (long e = 0; e < experts; e++)                                                                       \
+                    for (long r = e ? ends[e - 1] : 0, stop = ends[e]; r < stop; r += TOGETHER) {                        \
+                        const long some = stop - r < TOGETHER ? stop - r : TOGETHER;                                     \
+                        panel_times_##D(w2[e] + begin * hidden, hs + r * hidden, hidden, some, gate);                    \
+                        for (long m = 0; m < some; m++)                                                                  \
+                            for (long j = 0; j < width; j++)                                                             \
+                                sums[rows[r + m] / top * dim + begin + j] += gate[m][j] * weight[rows[r + m]];           \
+                    }                                                                                                    \
+                for (long r = 0; r < n; r++)                                                                             \
+                    for (long j = begin; j < begin + width; j++) y[r * dim + j] = narrow_##D(sums[r * dim + j]);         \
             }                                                                                                            \
         }                                                                                                                \
     }

@@ -95,16 +95,23 @@ def addresses(matrices: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     return (Pointer * len(matrices))(*map(address, matrices))
 
 
-def few_rows_experts(x: Tensor, places: Sequence[Any], hidden: int, weight: Tensor, row_ends: Tensor) -> Tensor:
-    """As ``moe.kernels.packed`` has it.
+def few_rows_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, local: range, places: Sequence[Any], hidden_dim: int
+) -> Tensor:
+    """The sum over each row's choices, as far as they are ``local``, of ``weight * w2(silu(w1 x) * (w3 x))``: [n, D].
 
     Args:
-        places: of each of the experts' matrices w1, w2, w3, in which ``hidden`` is F: see ``addresses``.
+        x: [n, D]. chosen, weights: [n, K] experts, and fp32 what each counts.
+        places: of w1, w2 and w3, in which ``hidden_dim`` is F, the ``addresses`` of the local experts' matrices.
     """
-    x, weight, y, h = x.contiguous(), weight.contiguous(), torch.empty_like(x), x.new_empty(len(x), hidden)
-    tensors = (tensor.data_ptr() for tensor in (x, weight, row_ends, h, y))
-    function = _function("experts", x.dtype, 8, 3)
-    function(*places, *tensors, len(row_ends), x.shape[1], hidden, torch.get_num_threads())
+    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    (rows, dim), choices = x.shape, chosen.numel()
+    order = chosen.new_empty(choices + len(local), dtype=torch.int32)
+    sorted_x, hidden = x.new_empty(choices, dim), x.new_empty(choices, hidden_dim)
+    sums, y = x.new_empty(rows, dim, dtype=torch.float32), torch.empty_like(x)
+    tensors = (tensor.data_ptr() for tensor in (x, chosen, weights, order, sorted_x, hidden, sums, y))
+    sizes = rows, choices // rows, local.start, len(local), dim, hidden_dim
+    _function("experts", x.dtype, 11, 6)(*places, *tensors, *sizes, torch.get_num_threads())
     return y
 
 

@@ -81,7 +81,10 @@ class Router(Adaptable):
         adapted = adapters.reach(self.adapter)
         if adapted:
             x = at_least_fp32(x)  # here, so that its two gradients are added before they are rounded
-        logits = _WideLinear.apply(x, self.weight)
+        if torch.is_grad_enabled():
+            logits = _WideLinear.apply(x, self.weight)
+        else:
+            logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         if adapted:
             low = F.linear(dropped(x, self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
             logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.model.few_rows import FEW, few_rows_experts
 from accessory.model.moe.kernels.rows import rows_of_experts
 from accessory.model.moe.weights import ExpertWeights, PackedWeights
 from accessory.model.packed import product
@@ -13,9 +12,6 @@ from accessory.model.packed import product
 def packed_swiglu(
     x: Tensor, w1: ExpertWeights, w2: ExpertWeights, w3: ExpertWeights, weight: Tensor, row_ends: Tensor
 ) -> Tensor:
-    places = [w.places if isinstance(w, PackedWeights) else None for w in (w1, w2, w3)]
-    if len(x) <= FEW * len(row_ends) and None not in places:
-        return few_rows_experts(x, places, w1.shape[1], weight, row_ends)
     y = torch.empty_like(x)
     for expert, rows in enumerate(rows_of_experts(row_ends, len(x))):
         if rows.start < rows.stop:
