@@ -36,6 +36,8 @@ class Attention(nn.Module):
     More ranks than n_kv_heads share these: a head is computed by several, each for its own query heads.
     """
 
+    few_rows = False
+
     def __init__(self, args: ModelArgs, mp: Axis):
         super().__init__()
         self.mp, self.head_dim, self.window = mp, args.head_dim, args.sliding_window
@@ -43,6 +45,10 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
         self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, mp)
+
+    def pack(self) -> None:
+        """For a model that no longer trains."""
+        self.few_rows = True
 
     def forward(
         self,
@@ -55,7 +61,7 @@ class Attention(nn.Module):
         """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
         x = copy_to_model_parallel_region(x, self.mp)
         q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if cache is not None and not cache.view.chunks and runs(q):
+        if cache is not None and self.few_rows and not cache.view.chunks and runs(q.dtype):
             return self.wo(cache.attend_few(q, k, v, rotation).flatten(1), adapters)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:

@@ -1,5 +1,5 @@
-"""What a decoder does to a few tokens on a CPU, at the speed of reading its weights: few_rows.c, which is compiled in a blink
-where there is a C compiler. Without one, torch's own operators do it.
+"""What a decoder does to a few tokens on a CPU, at the speed of reading its weights: few_rows.c, compiled in a blink where
+there is a C compiler. Without one, torch's own operators do it.
 
 A row's result depends neither on the other rows nor on the number of threads, to the last bit.
 """
@@ -47,9 +47,9 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def runs(x: Tensor) -> bool:
-    """Whether what is here takes such values: no gradients are known to it."""
-    return x.dtype in TYPES and x.device.type == "cpu" and not torch.is_grad_enabled() and library() is not None
+def runs(dtype: torch.dtype) -> bool:
+    """Whether what is here is to be had, for values in ``dtype``; it knows no gradients."""
+    return dtype in TYPES and library() is not None
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def _function(name: str, dtype: torch.dtype, pointers: int, sizes: int, *numbers
 def lies_in_panels(shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether a packed matrix of this kind lies as few_rows.c reads it, which oneDNN promises nowhere: it is tried."""
     out, inputs = shape
-    if library() is None or dtype not in TYPES or inputs % 2:
+    if not runs(dtype) or inputs % 2:
         return False
     generator = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(rows, inputs, generator=generator).to(dtype) for rows in (1, out))
@@ -78,6 +78,7 @@ def lies_in_panels(shape: torch.Size, dtype: torch.dtype) -> bool:
 
 def few_rows_product(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix.T`` of ``x`` [n, in] and a packed matrix [out, in]."""
+    assert x.dtype == matrix.dtype, f"{x.dtype} times {matrix.dtype}"
     (out, inputs), rows, x = matrix.shape, len(x), x.contiguous()
     y = x.new_empty(rows, out)
     function = _function("product", x.dtype, 3, 3)
@@ -104,6 +105,7 @@ def few_rows_experts(
         x: [n, D]. chosen, weights: [n, K] experts, and fp32 what each counts.
         places: of w1, w2 and w3, in which ``hidden_dim`` is F, the ``addresses`` of the local experts' matrices.
     """
+    assert weights.dtype == torch.float32
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     (rows, dim), choices = x.shape, chosen.numel()
     order = chosen.new_empty(choices + len(local), dtype=torch.int32)
@@ -117,6 +119,7 @@ def few_rows_experts(
 
 def few_rows_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / rms(x) * weight`` of ``x`` [n, D]."""
+    assert x.dtype == weight.dtype, f"{x.dtype} times {weight.dtype}"
     x = x.contiguous()
     y = torch.empty_like(x)
     function = _function("norm", x.dtype, 3, 2, ctypes.c_double)
@@ -134,10 +137,10 @@ def few_rows_attention(
     """What the only new token of each of n documents sees, [n, H, head_dim]; its key and value are kept.
 
     Args:
-        new: queries [n, H, head_dim], keys and values [n, H_kv, head_dim], not rotated by ``rotation`` [n, head_dim / 2] yet.
+        new: queries [n, H, head_dim], keys and values [n, H_kv, head_dim], to be rotated by ``rotation`` [n, head_dim / 2].
         kept: keys and values as ``LayerCache`` has them. documents: ``places``, ``table`` and ``used`` of ``CacheView``.
     """
-    q, k, v = new = tuple(x.contiguous() for x in new)
+    q, *_ = new = tuple(x.contiguous() for x in new)
     (rows, heads, size), (page, shared), most = q.shape, kept[0].shape[1:3], documents[1].shape[1]
     y, scores = torch.empty_like(q), q.new_empty(rows * heads * most * page, dtype=torch.float32)
     tensors = (tensor.data_ptr() for tensor in (*new, rotation, *kept, *documents, scores, y))

@@ -14,13 +14,19 @@ from accessory.model.triton_here import fused
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last dimension; statistics in at least fp32 (Zhang & Sennrich 2019)."""
 
+    few_rows = False
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
+    def pack(self) -> None:
+        """For a model that no longer trains."""
+        self.few_rows = runs(self.weight.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        if runs(x) and x.dtype == self.weight.dtype:
+        if self.few_rows:
             return few_rows_norm(x, self.weight, self.eps)
         y = _Normalise.apply(x, self.weight, self.eps)
         return made_again(y, lambda x: rms_norm(x, self.weight, self.eps)[0], x)

@@ -95,7 +95,7 @@ class GroupedExperts(nn.Module):
 
     def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
         """Whether ``few`` takes so many."""
-        if len(self.packed) < len(MATRICES) or choices > FEW * self.num_local or torch.is_grad_enabled():
+        if len(self.packed) < len(MATRICES) or choices > FEW * self.num_local:
             return False
         if any(adapter.bias or adapters.reach(adapter) for adapter in self.adapters.values()):
             return False
