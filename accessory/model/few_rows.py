@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory(prefix="accessory-") as folder:
         made = Path(folder, "few_rows.so")
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", SOURCE, "-o", made, "-lm"]
+        command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
             if ended.returncode == 0:
@@ -140,10 +140,10 @@ def few_rows_attention(
         new: queries [n, H, head_dim], keys and values [n, H_kv, head_dim], to be rotated by ``rotation`` [n, head_dim / 2].
         kept: keys and values as ``LayerCache`` has them. documents: ``places``, ``table`` and ``used`` of ``CacheView``.
     """
-    q, *_ = new = tuple(x.contiguous() for x in new)
+    q, k, v = (x.contiguous() for x in new)
     (rows, heads, size), (page, shared), most = q.shape, kept[0].shape[1:3], documents[1].shape[1]
     y, scores = torch.empty_like(q), q.new_empty(rows * heads * most * page, dtype=torch.float32)
-    tensors = (tensor.data_ptr() for tensor in (*new, rotation, *kept, *documents, scores, y))
+    tensors = (tensor.data_ptr() for tensor in (q, k, v, rotation, *kept, *documents, scores, y))
     function = _function("attend", q.dtype, 11, 7)
     function(*tensors, rows, heads, shared, size, page, most, window or 0, torch.get_num_threads())
     return y
