@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python and gguf")
     arguments = parser.parse_args()
     start_one_process()
@@ -155,18 +156,18 @@ def main() -> None:
         first = _build("mixtral", torch.float32, device)
         save_model(first, Path(folder, "own"), {}, torch.float32, "safetensors")
         convert(Checkpoint(Path(folder, "own")), Path(folder, "hf"), Target("hf"))
-        for dtype in (torch.float32, torch.bfloat16):
+        for name in arguments.precision:
+            dtype = getattr(torch, name)
             engines = {}
             for layout in ("mixtral", "mixtral_sparse"):
                 model = _build(layout, dtype, device)
                 model.pack()
                 engines[f"accessory, {layout}"] = Engine(model, Numbers(SHAPE.vocab_size), max_seq_len=512)
             models = {}
-            for name in ("grouped_mm", "eager"):
-                models[f"transformers, {name}"] = MixtralForCausalLM.from_pretrained(
-                    Path(folder, "hf"), dtype=dtype, experts_implementation=name
+            for experts in ("grouped_mm", "eager"):
+                models[f"transformers, {experts}"] = MixtralForCausalLM.from_pretrained(
+                    Path(folder, "hf"), dtype=dtype, experts_implementation=experts
                 ).to(device)
-            name = str(dtype).removeprefix("torch.")
             _compare(name, engines, models, arguments.rounds)
             if arguments.llama_cpp:
                 _show("llama.cpp, right after", llama_cpp(arguments.llama_cpp, Path(folder, "hf"), name, arguments.rounds))

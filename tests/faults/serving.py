@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         "a chat ends at no stop of its template",
-        SERVER,
+        QUESTIONS,
         ".stopping_at(stops)",
         ".stopping_at(())",
         f"{TEST}a_chat_ends_where_its_template_does",
