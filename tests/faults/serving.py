@@ -105,6 +105,13 @@ FAULTS = (
         "* (not self._forced)",
         PARTED,
     ),
+    Fault(
+        "a form is begun with a blank that the tokenizer puts before it",
+        GRAMMAR,
+        'if b"".join(self.tokens[token] for token in ids) == text:',
+        "if ids:",
+        f"{CALLING}what_the_model_calls_comes_as_calls_whole_or_in_pieces",
+    ),
     Fault("calls have one number", CALLS, "enumerate(calls, self.count)", "enumerate(calls)", PARTED),
     Fault("whichever tool is asked for, any is called", CALLS, 'if name in (None, function.get("name"))', "if True", CALLED),
     Fault("the token before calls writes nothing", QUESTIONS, "shown=(form.begin, form.end)", "shown=()", CALLED),
