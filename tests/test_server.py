@@ -40,7 +40,7 @@ def expected(home):
     ids = model.tokenizer.encode(TEXTS[0], bos=True, eos=False)
     (logits,) = model.compute_logits([ids])
     top = logits[-1].log_softmax(-1).topk(3).values.tolist()
-    theirs = transformers_model(weights(ARGS), ARGS).model
+    theirs = transformers_model(weights(ARGS, dtype=torch.float32), ARGS).model
     with torch.no_grad():
         means = [
             theirs(torch.tensor([model.tokenizer.encode(text, True, False)])).last_hidden_state[0].mean(0) for text in TEXTS
