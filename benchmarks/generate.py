@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py
     python benchmarks/generate.py --threads 1
+    python benchmarks/generate.py --llama-cpp PYTHON    # beside llama.cpp, by a Python that has llama-cpp-python and gguf
 
 The same weights (124 M parameters, 8 experts of which 2 are taken, vocabulary 32000), prompts of 128 tokens, 24 new ones,
 chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other. Each figure
@@ -10,7 +11,9 @@ the bytes of the weights that a single token needs: the most that any program co
 """
 
 import argparse
+import json
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -81,6 +84,23 @@ def theirs(model: MixtralForCausalLM, batch: int) -> Times:
     return read, time.perf_counter() - start - read
 
 
+def llama_cpp(python: str, folder: Path, dtype: str, rounds: int) -> list[float]:
+    """llama.cpp's figures, as a row has them."""
+    words = [python, Path(__file__).with_name("llama_cpp_generate.py"), folder, dtype, torch.get_num_threads(), rounds]
+    ended = subprocess.run([*map(str, words), str(PROMPT), str(NEW)], stdout=subprocess.PIPE, text=True, check=True)
+    times = json.loads(ended.stdout)
+    return [figure for batch in ("1", "8") for figure in _figures(int(batch), *times[batch])]
+
+
+def _figures(batch: int, read: float, write: float) -> list[float]:
+    """Tokens a second."""
+    return [batch * PROMPT / read, batch * (NEW - 1) / write]
+
+
+def _show(name: str, figures: list[float]) -> None:
+    print(f"{name:28s}" + "".join(f"{figure:12.1f}" for figure in figures), flush=True)
+
+
 def median_in_turn(sides: dict[str, Callable[[], Times]], rounds: int) -> dict[str, Times]:
     found: dict[str, list[Times]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -122,6 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python and gguf")
     arguments = parser.parse_args()
     start_one_process()
     if arguments.threads:
@@ -134,18 +156,23 @@ def main() -> None:
         first = _build("mixtral", torch.float32, device)
         save_model(first, Path(folder, "own"), {}, torch.float32, "safetensors")
         convert(Checkpoint(Path(folder, "own")), Path(folder, "hf"), Target("hf"))
-        for dtype in (torch.float32, torch.bfloat16):
+        for name in arguments.precision:
+            dtype = getattr(torch, name)
             engines = {}
             for layout in ("mixtral", "mixtral_sparse"):
                 model = _build(layout, dtype, device)
                 model.pack()
                 engines[f"accessory, {layout}"] = Engine(model, Numbers(SHAPE.vocab_size), max_seq_len=512)
             models = {}
-            for name in ("grouped_mm", "eager"):
-                models[f"transformers, {name}"] = MixtralForCausalLM.from_pretrained(
-                    Path(folder, "hf"), dtype=dtype, experts_implementation=name
+            for experts in ("grouped_mm", "eager"):
+                models[f"transformers, {experts}"] = MixtralForCausalLM.from_pretrained(
+                    Path(folder, "hf"), dtype=dtype, experts_implementation=experts
                 ).to(device)
-            _compare(str(dtype).removeprefix("torch."), engines, models, arguments.rounds)
+            _compare(name, engines, models, arguments.rounds)
+            if arguments.llama_cpp:
+                _show("llama.cpp, right after", llama_cpp(arguments.llama_cpp, Path(folder, "hf"), name, arguments.rounds))
+            else:
+                print("llama.cpp is not run: --llama-cpp names the Python that has it, and takes half an hour to build")
             if rate:
                 limit = rate / active_bytes(dtype)
                 print(f"limit of one request: {limit:.0f} tokens/s ({rate / 1e9:.1f} GB/s)", flush=True)
@@ -159,13 +186,13 @@ def _compare(dtype: str, engines: dict[str, Engine], models: dict[str, MixtralFo
         sides = {name: lambda e=engine, b=batch: ours(e, b) for name, engine in engines.items()}
         sides |= {name: lambda m=model, b=batch: theirs(m, b) for name, model in models.items()}
         for name, (read, write) in median_in_turn(sides, rounds).items():
-            rows[name] += [batch * PROMPT / read, batch * (NEW - 1) / write]
+            rows[name] += _figures(batch, read, write)
     for name, engine in engines.items():
         together = median_in_turn({"": lambda e=engine: ours(e, 16)}, max(1, rounds // 2))[""]
         alone = median_in_turn({"": lambda e=engine: ours(e, 1)}, rounds)[""]
         rows[name].append(16 * sum(alone) / sum(together))
     for name, figures in rows.items():
-        print(f"{name:28s}" + "".join(f"{figure:12.1f}" for figure in figures), flush=True)
+        _show(name, figures)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,12 @@ def serve(problems, cells):
     return [run_serving(problem, cell, CPU) for problem in problems for cell in cells]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 9, 33])
-def test_random_schedules(window):
+def test_random_schedules(window, packed):
     """Requests of every kind join, wait for pages, share beginnings, and are cancelled: each is as if alone."""
     problems = [Problem(replace(SMALL, sliding_window=window), seed=seed) for seed in (1, 2)]
-    cell = ServingCell(1, "mixtral", "full")
+    cell = ServingCell(1, "mixtral", "full", packed)
     (told,) = run_ranks(1, serve, problems, [cell])
     for problem, one in zip(problems, told, strict=True):
         assert wrong_tokens(problem, cell, one) == 0 and one["leaked"] == 0

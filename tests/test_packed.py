@@ -11,6 +11,7 @@ from accessory.certify import formats
 from accessory.certify.problem import SERVED, Problem
 from accessory.certify.serving import SEVERAL, ServingCell, served_model
 from accessory.checkpoint.open import Checkpoint
+from accessory.model import few_rows
 from accessory.model.build import build_model
 from accessory.model.codecs import get_codec
 from accessory.model.decoder import Inputs
@@ -105,3 +106,47 @@ def test_products_by_codes_are_those_by_numbers(name):
         exact = x.float() @ numbers.T
         ours, plain = ((y.float() - exact).norm() for y in (packed.product(x), x @ numbers.bfloat16().T))
         assert ours < 4 / 3 * plain, (rows, ours / plain)
+
+
+@torch.inference_mode()
+def answered(world, layout, tuning, dtype, window):
+    """Logits of six tokens behind prompts of different lengths: by a model as it is, packed, and packed each alone."""
+    problem = replace(Problem(), dtype=dtype)
+    problem = replace(problem, args=replace(problem.args, sliding_window=window))
+    cell = ServingCell(world, layout, tuning)
+    pasts, page = [0, 1, 5, 16, 37, 70], 16
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(problem.args.vocab_size, (past + 1,), generator=generator) for past in pasts]
+
+    def run(model, cache, pages, past, tokens):
+        documents = Documents.of([len(some) for some in tokens], past)
+        return model(Inputs(torch.cat(tokens), documents, cache.at(documents, pages)), Logits(documents.ends.long()))[0]
+
+    def results(model, together):
+        cache = model.make_cache(30, page)
+        pages = [list(range(5 * n + 1, 5 * n + 6)) for n in range(len(pasts))]
+        for own, prompt in zip(pages, prompts, strict=True):
+            if len(prompt) > 1:
+                run(model, cache, [own], [0], [prompt[:-1]])
+        last = [prompt[-1:] for prompt in prompts]
+        if together:
+            return run(model, cache, pages, pasts, last)
+        return torch.cat([run(model, cache, [pages[n]], [pasts[n]], [last[n]]) for n in range(len(pasts))])
+
+    model = served_model(problem, cell, CPU)
+    plain = results(model, together=True)
+    model.pack()
+    return plain.double(), results(model, together=True), results(model, together=False)
+
+
+@pytest.mark.skipif(not few_rows.runs(torch.float32), reason="no C compiler is here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("world", "layout", "tuning", "window"),
+    [(1, "mixtral", "full", None), (2, "mixtral", "full", 8), (2, "mixtral_sparse", "full", 8)],
+)
+def test_an_answer_s_next_token_depends_on_no_other_answer_to_the_last_bit(world, layout, tuning, window, dtype):
+    for plain, together, alone in run_ranks(world, answered, world, layout, tuning, dtype, window):
+        assert torch.equal(together, alone)
+        error = (together.double() - plain).norm() / plain.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 3e-2), f"{error:.1e}"

@@ -15,9 +15,11 @@ import openai
 import pytest
 import torch
 from jobs import Job
+from models import weights
 from ranks import run_ranks
 from test_chat import ARGS, QUESTIONS, TALK, write_model
 from test_served_adapters import EVERYWHERE, save_adapter
+from test_transformers import transformers_model
 
 from accessory.model.meta import MetaModel
 
@@ -38,8 +40,13 @@ def expected(home):
     ids = model.tokenizer.encode(TEXTS[0], bos=True, eos=False)
     (logits,) = model.compute_logits([ids])
     top = logits[-1].log_softmax(-1).topk(3).values.tolist()
+    theirs = transformers_model(weights(ARGS, dtype=torch.float32), ARGS).model
+    with torch.no_grad():
+        means = [
+            theirs(torch.tensor([model.tokenizer.encode(text, True, False)])).last_hidden_state[0].mean(0) for text in TEXTS
+        ]
     adapted = mine.chat([QUESTIONS[0]], max_gen_len=12)[0].lstrip()
-    return {"chats": [answer.lstrip() for answer in chats], "texts": continued, "top": top, "mine": adapted}
+    return {"chats": [answer.lstrip() for answer in chats], "texts": continued, "top": top, "mine": adapted, "means": means}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,22 @@ def test_a_chat_is_answered_as_without_a_server(client, right):
     assert answer.usage.completion_tokens == 12 and answer.usage.total_tokens == answer.usage.prompt_tokens + 12
     again = client.chat.completions.create(messages=TALK, **GREEDY)
     assert again.choices[0].message.content == right["chats"][3]
+
+
+def test_an_embedding_is_the_mean_of_transformers_hidden_states(client, right):
+    expected = torch.stack([mean / mean.norm() for mean in right["means"]]).float()
+    for encoding in ({}, {"encoding_format": "float"}):  # the client asks for base64 by itself
+        answer = client.embeddings.create(model="model", input=TEXTS, **encoding)
+        found = torch.tensor([one.embedding for one in answer.data])
+        assert (found - expected).norm() < 1e-5 and answer.usage.prompt_tokens == answer.usage.total_tokens > len(TEXTS)
+    for body, sentence in (
+        ({"model": "mine", "input": "a"}, "embeddings are the base's"),
+        ({"model": "model", "input": [[300]]}, "tokens from 0 to 299"),
+        ({"model": "model", "input": "word " * 9000}, "there may be 4096"),
+        ({"model": "model", "input": "a", "dimensions": 3}, "unknown key 'dimensions'"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            client.embeddings.create(**body)
 
 
 def test_an_adapter_is_asked_for_by_its_name(client, right):
@@ -247,7 +270,7 @@ CHAT = {"model": "model", "messages": MESSAGES}
         (CHAT | {"stop": 3}, 400, "stop: expected list"),
         (CHAT | {"grammar": {}}, 400, "grammar: expected"),
         (CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "no place for a list of tools"),
-        (CHAT | {"tool_choice": "required"}, 400, "'required' is not one of"),
+        (CHAT | {"tool_choice": "required"}, 400, "a call where tools are given"),
         (CHAT | {"messages": []}, 400, "'messages' must be a list of turns"),
         (CHAT | {"messages": ["a"]}, 400, "messages: expected"),
         (CHAT | {"messages": [*MESSAGES, *MESSAGES]}, 400, "turn 2 is from 'user', expected 'assistant'"),

@@ -24,6 +24,7 @@ def interleaved(weight, heads):
 
 def transformers_model(w, args=ARGS):
     """transformers' model of the logical tensors ``w``, in their dtype."""
+    turned = {"rope_type": "linear", "factor": 1 / args.rope_scaling} if args.rope_scaling else {"rope_type": "default"}
     config = MixtralConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -33,7 +34,7 @@ def transformers_model(w, args=ARGS):
         num_key_value_heads=args.n_kv_heads,
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        rope_parameters=turned | {"rope_theta": args.rope_theta},
         sliding_window=args.sliding_window,
         num_local_experts=args.moe.num_experts,
         num_experts_per_tok=args.moe.num_experts_per_tok,

@@ -53,18 +53,20 @@ class ServingCell:
     world: int
     layout: str
     tuning: str  # of problem.TUNINGS, or SEVERAL: each request has one of two adapters, or none
+    packed: bool = False  # in fp32, whatever the certificate's precision: other products than fp64 has (model/few_rows.py)
 
     def settings(self) -> dict[str, str]:
-        return {"served on mp": str(self.world), "layout": self.layout, "tuning": self.tuning}
+        form = "packed fp32" if self.packed else "plain"
+        return {"served on mp": str(self.world), "layout": self.layout, "tuning": self.tuning, "weights": form}
 
 
 def serving_cells(worlds: Sequence[int]) -> list[ServingCell]:
     tunings = ("full", "lora")
     return [
-        ServingCell(world, layout, tuning)
+        ServingCell(world, layout, tuning, packed)
         for i, world in enumerate(worlds)
         for j, layout in enumerate(LAYOUTS)
-        for tuning in (tunings[(i + j) % 2], SEVERAL)
+        for tuning, packed in ((tunings[(i + j) % 2], False), (SEVERAL, False), ("full", True))
     ]
 
 
@@ -139,7 +141,7 @@ def served_model(problem: Problem, cell: ServingCell, device: torch.device) -> D
         get_layout(cell.layout),
         source,
         mesh=make_mesh(cell.world),
-        dtype=problem.dtype,
+        dtype=torch.float32 if cell.packed else problem.dtype,
         device=device,
         trains=frozenset(),
     )

@@ -99,6 +99,19 @@ class _Words:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
         self.tokens = tokenizer.pieces
         self.special_token_ids = sorted(tokenizer.special.values())
+        self._numbers = {piece: number for number, piece in enumerate(self.tokens) if piece}
+        self._longest = max(map(len, self._numbers))
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode_within(text.decode())
+        """What writes a text and nothing else: many a tokenizer.json puts a blank before whatever text it is given, which no
+        form has a place for; then the longest pieces, one by one."""
+        ids = self._tokenizer.encode_within(text.decode())
+        if b"".join(self.tokens[token] for token in ids) == text:
+            return ids
+        ids, start = [], 0
+        while start < len(text):
+            ends = range(min(len(text), start + self._longest), start, -1)
+            end = next(end for end in ends if text[start:end] in self._numbers)
+            ids.append(self._numbers[text[start:end]])
+            start = end
+        return ids

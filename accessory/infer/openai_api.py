@@ -1,11 +1,15 @@
 """OpenAI's API as data: what a body asks for, and how answers are written."""
 
+import base64
 import dataclasses
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
 
 from accessory.config import Bounds, NonNegative, Text, from_mapping
 from accessory.data.tokenizer import Tokenizer
@@ -13,6 +17,7 @@ from accessory.errors import UserError
 from accessory.infer.grammar import Grammar, Grammars
 from accessory.infer.request import Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice
+from accessory.infer.tool_calls import CallForm, CallReader
 
 C = TypeVar("C", bound="Call")
 Samples = Annotated[int, Bounds(least=1, most=16)]
@@ -96,13 +101,46 @@ class CompletionCall(Call):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Texts, or token ids."""
-        given = self.prompt
-        several: list[Any] = given if isinstance(given, list) and given and not _is_numbers(given) else [given]
-        if not all(isinstance(one, str) or _is_numbers(one) for one in several):
-            raise UserError("prompt must be a text or a list of token ids, or a list of either")
-        if len(several) > MOST_PROMPTS:
-            raise UserError(f"a request may have {MOST_PROMPTS} prompts, found {len(several)}")
-        return several
+        return _several("prompt", self.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingCall:
+    """Texts to be told by numbers."""
+
+    model: Text
+    input: object
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "EmbeddingCall":
+        return from_mapping(cls, {key: body[key] for key in body if body[key] is not None and key != "user"}, "the request")
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """Texts, or token ids."""
+        return _several("input", self.input)
+
+    def answer(self, found: Sequence[Tensor], tokens: int) -> dict[str, Any]:
+        """``found``: [D] of each text. ``tokens``: of all."""
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        data = [{"object": "embedding", "index": n, "embedding": self._written(one)} for n, one in enumerate(found)]
+        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+
+    def _written(self, embedding: Tensor) -> list[float] | str:
+        values = embedding / embedding.norm()
+        if self.encoding_format == "float":
+            return values.tolist()
+        return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _several(name: str, given: Any) -> list[str | list[int]]:
+    several: list[Any] = given if isinstance(given, list) and given and not _is_numbers(given) else [given]
+    if not all(isinstance(one, str) or _is_numbers(one) for one in several):
+        raise UserError(f"{name} must be a text or a list of token ids, or a list of either")
+    if len(several) > MOST_PROMPTS:
+        raise UserError(f"a request may have {MOST_PROMPTS} prompts, found {len(several)}")
+    return several
 
 
 def _is_numbers(given: Any) -> bool:
@@ -111,14 +149,37 @@ def _is_numbers(given: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatCall(Call):
-    """A conversation to be answered. What of ``tools`` the model calls stands in its answer, as its template has it."""
+    """A conversation to be answered."""
 
     messages: tuple[dict[str, object], ...]
     tools: tuple[dict[str, object], ...] = ()
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: object = "auto"
     max_tokens: Annotated[int, Bounds(least=1)] = 2**31  # as many as there is room for
 
     kind = "chat.completion"
+
+    @property
+    def offered(self) -> tuple[dict[str, object], ...]:
+        """Tools that may be called."""
+        return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in ("auto", "none")
+
+    @property
+    def tool(self) -> str | None:
+        """The name of the tool that must be called; None: any."""
+        match self.tool_choice:
+            case "auto" | "none" | "required":
+                return None
+            case {"type": "function", "function": {"name": str(name)}}:
+                return name
+        raise UserError(
+            'tool_choice must be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}, '
+            f"found {json.dumps(self.tool_choice)}"
+        )
 
     @classmethod
     def renamed(cls, body: dict[str, Any]) -> dict[str, Any]:
@@ -131,13 +192,19 @@ class ChatCall(Call):
 
 
 class Writer:
-    """Writes the answers of one call. Those of a chat begin with their first letter: a template may leave a blank before."""
+    """Writes the answers of one call. Those of a chat begin with their first letter: a template may leave a blank before.
 
-    def __init__(self, call: Call, tokenizer: Tokenizer):
+    Args:
+        form: in which the model calls the tools that are offered to it; None: there are none.
+    """
+
+    def __init__(self, call: Call, tokenizer: Tokenizer, form: CallForm | None = None):
         self.id = f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{uuid.uuid4().hex}"
         self._call, self._tokenizer, self._created = call, tokenizer, int(time.time())
         self._names = {number: name for name, number in tokenizer.special.items()}
         self._begun: set[int] = set()  # answers of which there is text
+        forced = isinstance(call, ChatCall) and call.forced
+        self._readers = {number: CallReader(form, forced) for number in range(call.n)} if form else {}
 
     def whole(self, requests: Sequence[Running]) -> dict[str, Any]:
         choices = [
@@ -181,16 +248,22 @@ class Writer:
         streams: bool = False,
     ) -> dict[str, Any]:
         logprobs = self._logprobs(choices) if self._call.logprobs is not None and choices else None
-        choice: dict[str, Any] = {"index": number, "logprobs": logprobs, "finish_reason": reason}
+        calls: list[dict[str, Any]] = []
+        if reader := self._readers.get(number):
+            text, calls = reader.add(text, last=reason is not None)
+        told = "tool_calls" if reason == "stop" and reader and reader.count else reason
+        choice: dict[str, Any] = {"index": number, "logprobs": logprobs, "finish_reason": told}
         if isinstance(self._call, ChatCall) and number not in self._begun:
             text = text.lstrip()
         self._begun |= {number} if text else set()
         if not isinstance(self._call, ChatCall):
             choice["text"] = text
         elif streams:
-            choice["delta"] = {"content": text} if text else {}
+            choice["delta"] = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
         else:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            whole = [{key: value for key, value in one.items() if key != "index"} for one in calls]
+            said = {"content": text or None, "tool_calls": whole} if calls else {"content": text}
+            choice["message"] = {"role": "assistant", "refusal": None} | said
         if request and request.expert_load is not None:
             choice["expert_load"] = request.expert_load.tolist()
         return choice

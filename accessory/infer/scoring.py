@@ -12,7 +12,7 @@ from accessory.data.placement import PLACE
 from accessory.errors import UserError
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
-from accessory.model.head import Predictions, Targets
+from accessory.model.head import Means, Predictions, Targets
 
 MOST_TOKENS = 8192
 """In a forward, unless one document alone has more."""
@@ -24,6 +24,7 @@ class ScorePlan(NamedTuple):
     Attributes:
         lengths: of the documents. tokens: theirs, one behind the other.
         rows, targets: places among ``tokens``, and the tokens that are to follow there; a place can stand several times.
+            Without any, the mean of each document's hidden states is wanted.
     """
 
     lengths: list[int]
@@ -43,9 +44,12 @@ class ScorePlan(NamedTuple):
 
     @torch.inference_mode()
     def run(self, model: Decoder) -> Tensor:
-        """[2, n] as ``Predictions`` has it, of each of the targets."""
+        """[2, n] as ``Predictions`` has it, of each of the targets; without any what ``Means`` has."""
         device = model.norm.weight.device
-        inputs = Inputs(torch.tensor(self.tokens, device=device), Documents.of(self.lengths).to(device))
+        documents = Documents.of(self.lengths).to(device)
+        inputs = Inputs(torch.tensor(self.tokens, device=device), documents)
+        if not self.rows:
+            return model(inputs, Means(documents))[0]
         targets = Targets(torch.tensor(self.rows), torch.tensor(self.targets)).to(device)
         return model(inputs, Predictions(targets))[0]
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,13 +28,14 @@ from starlette.types import Receive, Scope, Send
 from accessory.console import listed, say
 from accessory.errors import UserError
 from accessory.infer.chat import check_template, load
-from accessory.infer.client_images import allowed_images
+from accessory.infer.client_questions import asked_in_chat, asked_to_continue, asked_to_embed
 from accessory.infer.meta import MetaModel
 from accessory.infer.metrics import Metrics
-from accessory.infer.openai_api import Call, ChatCall, CompletionCall, Writer, error_body
-from accessory.infer.prompts import Prompt, encode_prompts
+from accessory.infer.openai_api import Call, ChatCall, CompletionCall, EmbeddingCall, Writer, error_body
+from accessory.infer.prompts import Prompt
 from accessory.infer.sampling import Sampling
 from accessory.infer.service import Answers, Busy, Closing, News, Service
+from accessory.infer.tool_calls import CallForm
 from accessory.parallel.launch import Launch, run_job, start_ranks
 from accessory.parallel.watchdog import end_stalls_after
 from accessory.settings import ParallelSection
@@ -42,7 +43,6 @@ from accessory.settings import ParallelSection
 T = TypeVar("T", bound=Call)
 KEY = "ACCESSORY_API_KEY"
 MOST_BYTES, MOST_WITH_IMAGES = 2 * 2**20, 32 * 2**20  # of a body
-DECODING = threading.BoundedSemaphore(2)  # requests whose images are decoded at a time: pixels are many times what is sent
 BODY_S = 30.0  # for a body to come
 SERVED = "/v1, as OpenAI's API; beside it /health and /metrics. Ctrl-C ends it."
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -150,11 +150,17 @@ class Front:
             raise HTTPException(404, f"the model '{model}' is not here; there is {listed(self.names)}")
         return None if model == self.name else model
 
-    async def answer(self, call: Call, prompts: Sequence[tuple[Prompt, Sampling]], request: Request) -> Response:
-        """Ask, and answer in one piece or as it comes."""
+    async def answer(
+        self,
+        call: Call,
+        prompts: Sequence[tuple[Prompt, Sampling]],
+        request: Request,
+        form: CallForm | None = None,
+    ) -> Response:
+        """Ask, and answer in one piece or as it comes; ``form``: see ``Writer``."""
         samples = [(prompt, sampling.seeded(n)) for prompt, sampling in prompts for n in range(call.n)]
         answers = await self.service.ask(samples, self.adapter(call.model))
-        writer = Writer(call, self.model.tokenizer)
+        writer = Writer(call, self.model.tokenizer, form)
         if call.stream:
             return Events(_events(call, answers, writer, self.limit_s), self.limit_s)
         gone = asyncio.create_task(_gone(request))
@@ -169,6 +175,15 @@ class Front:
         if problem := _problem(answers):
             raise HTTPException(503, problem)
         return JSONResponse(writer.whole(answers.requests))
+
+    async def embed(self, call: EmbeddingCall) -> Response:
+        """Embed each text, between two steps of answers."""
+        if self.adapter(call.model):
+            raise UserError(f"embeddings are the base's: ask the model '{self.name}'")
+        texts = await run_in_threadpool(asked_to_embed, self.model, call, self.service.engine.max_seq_len)
+        async with asyncio.timeout(self.limit_s):
+            found = [await self.service.embed(tokens) for tokens in texts]
+        return JSONResponse(call.answer(found, sum(map(len, texts))))
 
 
 def make_app(
@@ -200,14 +215,18 @@ def make_app(
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: Request) -> Response:
         call = await front.read(request, ChatCall)
-        asked = await run_in_threadpool(_asked, model, call, front.adapter(call.model), template, image_hosts)
-        return await front.answer(call, [asked], request)
+        asked, form = await run_in_threadpool(asked_in_chat, model, call, front.adapter(call.model), template, image_hosts)
+        return await front.answer(call, [asked], request, form)
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: Request) -> Response:
         call = await front.read(request, CompletionCall)
-        asked = await run_in_threadpool(_continued, model, call, front.adapter(call.model))
+        asked = await run_in_threadpool(asked_to_continue, model, call, front.adapter(call.model))
         return await front.answer(call, asked, request)
+
+    @app.post("/v1/embeddings", dependencies=guarded)
+    async def embeddings(request: Request) -> Response:
+        return await front.embed(EmbeddingCall.read(await _json(request, MOST_BYTES)))
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
@@ -236,27 +255,6 @@ def make_app(
 
     _tell_errors(app)
     return app
-
-
-def _asked(
-    model: MetaModel, call: ChatCall, adapter: str | None, template: str | None, hosts: Collection[str]
-) -> tuple[Prompt, Sampling]:
-    """What asks for an answer, and how it is to be."""
-    messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
-    tools = call.tools if call.tool_choice == "auto" else ()
-    with DECODING if model.llma.sight else nullcontext():
-        asked, stops = model.asked(allowed_images(messages, hosts), template, adapter=adapter, tools=tools)
-    return asked, _sampling(model, call, adapter).stopping_at(stops)
-
-
-def _continued(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[Prompt, Sampling]]:
-    sampling = _sampling(model, call, adapter)
-    asked = encode_prompts(model.tokenizer, call.prompts, None, model.llma.sight, bos=True, eos=False)
-    return [(prompt, sampling) for prompt in asked]
-
-
-def _sampling(model: MetaModel, call: Call, adapter: str | None) -> Sampling:
-    return call.sampling(model.grammars_of(adapter) if call.wants_form else None)
 
 
 async def _json(request: Request, most_bytes: int) -> Mapping[str, Any]:
@@ -372,6 +370,10 @@ def _tell_errors(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         return told(429, f"{error}: ask again in {error.retry_after} s", {"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(TimeoutError)
+    async def late(_: Request, error: TimeoutError) -> Response:
+        return told(504, "not answered in time")
 
     @app.exception_handler(Closing)
     async def closing(_: Request, error: Closing) -> Response:

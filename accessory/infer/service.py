@@ -9,11 +9,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from accessory.infer.engine import BEAT_S, Engine
 from accessory.infer.metrics import Metrics, Times
 from accessory.infer.prompts import Prompt
 from accessory.infer.request import Progress, Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice
+from accessory.infer.scoring import ScorePlan
 from accessory.parallel.watchdog import progressed
 
 STALLED_S = 60.0
@@ -167,6 +170,23 @@ class Service:
             answers.cancel()
             raise
         return answers
+
+    async def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Of a text, what ``Means`` has: [D].
+
+        Raises:
+            Closing.
+        """
+        done: Future[Tensor] = Future()
+
+        def embed() -> None:
+            if self.is_closing:
+                done.set_exception(Closing())
+            elif done.set_running_or_notify_cancel():
+                done.set_result(self.engine.score(ScorePlan([len(tokens)], list(tokens), [], []))[0])
+
+        self.calls.put(embed)
+        return await asyncio.wrap_future(done)
 
     def forget(self, requests: Sequence[Running]) -> None:
         """Cancel requests that nobody waits for; for the main thread."""

@@ -21,17 +21,25 @@ class TextStream:
 
     Attributes:
         text: what has been given out. stopped: whether a stop string has ended it.
+
+    Args:
+        shown: special tokens whose names the text has; others write nothing.
     """
 
-    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = (), shown: Sequence[str] = ()):
         self.text, self.stopped = "", False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
+        self._shown = {tokenizer.special[name]: name for name in shown if name in tokenizer.special}
         self._ids: list[int] = []
         self._begin = self._decoded = 0  # the tokens between give context: how a piece is written depends on those before
         self._held = ""  # decoded, but it could become a stop string
 
     def add(self, token: int) -> str:
         """What of the text can be given out with this token."""
+        if token in self._shown:
+            before = self._decode(last=True)
+            self._ids, self._begin, self._decoded = [], 0, 0
+            return self._give(before + self._shown[token], last=False)
         self._ids.append(token)
         return self._give(self._decode(), last=False)
 
@@ -55,13 +63,13 @@ class TextStream:
         if found := [held.index(stop) for stop in self._stops if stop in held]:
             self.stopped, held, rest = True, held[: min(found)], ""
         else:
-            keep = 0 if last else max((_overlap(held, stop) for stop in self._stops), default=0)
+            keep = 0 if last else max((overlap(held, stop) for stop in self._stops), default=0)
             held, rest = held[: len(held) - keep], held[len(held) - keep :]
         self._held = rest
         self.text += held
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of ``text`` can be the beginning of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -16,6 +16,7 @@ from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.documents import Documents
+from accessory.model.few_rows import runs
 from accessory.model.linear import ColumnParallelLinear, RowParallelLinear
 from accessory.model.rope import rotate
 from accessory.parallel.mesh import Axis
@@ -35,6 +36,8 @@ class Attention(nn.Module):
     More ranks than n_kv_heads share these: a head is computed by several, each for its own query heads.
     """
 
+    few_rows = False
+
     def __init__(self, args: ModelArgs, mp: Axis):
         super().__init__()
         self.mp, self.head_dim, self.window = mp, args.head_dim, args.sliding_window
@@ -42,6 +45,10 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
         self.wv = ColumnParallelLinear(args.dim, args.n_kv_heads * args.head_dim, mp, parts=args.n_kv_heads)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, mp)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """For a model that no longer trains."""
+        self.few_rows = runs(dtype)
 
     def forward(
         self,
@@ -54,6 +61,8 @@ class Attention(nn.Module):
         """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
         x = copy_to_model_parallel_region(x, self.mp)
         q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if cache is not None and self.few_rows and not cache.view.chunks:
+            return self.wo(cache.attend_few(q, k, v, rotation).flatten(1), adapters)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache.keep(k, v)

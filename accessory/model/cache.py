@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accessory.dtypes import at_least_fp32
 from accessory.model.documents import Documents
+from accessory.model.few_rows import few_rows_attention
 
 
 class PagedCache:
@@ -132,6 +133,12 @@ class LayerCache:
         if len(self.view.singles):
             out[self.view.singles] = self._attend_singles(q[self.view.singles])
         return out
+
+    def attend_few(self, q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+        """Rotate, keep and attend, where each document has one new token: ``q`` [T, H, head_dim], ``k``, ``v`` likewise."""
+        view = self.view
+        documents = view.places, view.table, view.used
+        return few_rows_attention((q, k, v), rotation, (self.keys, self.values), documents, view.cache.window)
 
     def _attend_singles(self, q: Tensor) -> Tensor:
         """One token of each of n documents, together: ``q`` [n, H, head_dim]."""

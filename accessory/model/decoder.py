@@ -20,7 +20,7 @@ from accessory.model.moe import MoE
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.experts import OffloadedExperts
-from accessory.model.moe.router import RouterStats, Routing, router_stats
+from accessory.model.moe.router import Router, RouterStats, Routing, router_stats
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import can_pack
 from accessory.model.recompute import run_block
@@ -139,8 +139,9 @@ class Decoder(nn.Module):
         After it, this model can be neither trained nor saved nor filled.
         """
         if can_pack(self.norm.weight.dtype, self.norm.weight.device):
+            packs = ColumnParallelLinear | RowParallelLinear | Router | GroupedExperts | Attention | RMSNorm
             for module in self.modules():
-                if isinstance(module, ColumnParallelLinear | RowParallelLinear | GroupedExperts):
+                if isinstance(module, packs):
                     module.pack(self.norm.weight.dtype)
 
     def make_cache(self, pages: int, page_size: int) -> PagedCache:

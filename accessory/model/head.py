@@ -7,6 +7,7 @@ from torch import Tensor
 
 from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import TokenAdapters
+from accessory.model.documents import Documents
 from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import plain
@@ -73,6 +74,17 @@ class Logits:
         x, adapters = _rows(x, adapters, self.rows)
         hidden = copy_to_model_parallel_region(norm(x), output.mp)
         return at_least_fp32(gather_from_model_parallel_region(output(hidden, adapters), output.mp))
+
+
+class Means:
+    """Of each document the mean of its tokens' last hidden states, normed: [n, D] in at least fp32."""
+
+    def __init__(self, documents: Documents):
+        self.documents = documents
+
+    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
+        parts = at_least_fp32(norm(x)).split(self.documents.lengths)
+        return torch.stack([part.mean(0) for part in parts])
 
 
 class Nothing:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.model.codecs import Codec, Parts, unpacked
+from accessory.model.few_rows import FEW, few_rows_product, lies_in_panels
 
-FEW_ROWS = 32
+FEW_CODED = 32
 """Up to which int8 is multiplied by its codes; with more it is faster to make the numbers first."""
 
 
@@ -54,7 +55,7 @@ class PackedCodes:
         if self.group is not None:
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scales)
             return y
-        if len(x) <= FEW_ROWS:
+        if len(x) <= FEW_CODED:
             return torch._weight_int8pack_mm(x, self.codes, self.scales)
         return F.linear(x, (self.codes.float() * self.scales.float().unsqueeze(1)).to(x.dtype))
 
@@ -70,5 +71,7 @@ def product(x: Tensor, matrix: Tensor | PackedCodes, bias: Tensor | None = None)
         y = matrix.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
     if matrix.is_mkldnn:
+        if bias is None and len(x) <= FEW and x.dim() == 2 and lies_in_panels(matrix.shape, matrix.dtype):
+            return few_rows_product(x, matrix)
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return F.linear(x, matrix, bias)

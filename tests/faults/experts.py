@@ -11,6 +11,8 @@ ROWS = "tests/test_kernels.py::test_rows_go_to_their_experts_and_come_back"
 ADAPTED = "tests/test_kernels.py::test_adapters_are_as_if_folded_in"
 MATMUL = "tests/test_kernels.py::test_matmul_equals_the_definition"
 PACKED = "tests/test_expert_weights.py::test_packed_weights_give_what_their_dense_ones_give"
+FEW_ROWS = "accessory/model/few_rows.c"
+FEW = "tests/test_packed.py::test_an_answer_s_next_token_depends_on_no_other_answer_to_the_last_bit"
 AS_BEFORE = "tests/test_packed.py::test_a_packed_model_gives_what_it_gave"
 AGAIN = "tests/test_expert_weights.py::test_looped_asks_again_in_backward_and_announces_what_it_will_ask"
 
@@ -213,6 +215,35 @@ FAULTS = (
         "else products.bias_ne",
         "tests/test_expert_weights.py::test_layers_of_packed_experts",
     ),
+    Fault(
+        "few rows: what an expert counts is left out",
+        FEW_ROWS,
+        "+= gate[m][j] * weight[rows[r + m]];",
+        "+= gate[m][j];",
+        FEW,
+    ),
+    Fault(
+        "few rows: other ranks' experts are run too",
+        FEW_ROWS,
+        "if (chosen[c] == first + e)",
+        "if (chosen[c] % experts == e)",
+        FEW,
+    ),
+    Fault(
+        "few rows: an answer sees beyond its window",
+        FEW_ROWS,
+        "window && used[n] > window ? used[n] - window : 0",
+        "0",
+        FEW,
+    ),
+    Fault(
+        "few rows: keys are kept as they stand before they turn",
+        FEW_ROWS,
+        "narrow_##D(a * c - b * d);  ",
+        "k[new + 2 * i];  ",
+        FEW,
+    ),
+    Fault("few rows: the norm forgets its weight", FEW_ROWS, " * wide_##D(weight[i]))", ")", FEW),
     Fault(
         "packed: gate and up change places",
         f"{KERNELS}/packed.py",

@@ -43,6 +43,8 @@ class Fault:
                 raise ValueError(f"{self.name}: stands {text.count(old)} times in {file}: {old!r}")
             contents[path] = text.replace(old, new)
         for path, text in contents.items():
+            if path.suffix != ".py":
+                continue
             try:
                 compile(text, path, "exec")
             except SyntaxError as error:

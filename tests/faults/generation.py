@@ -5,11 +5,11 @@ from faults.fault import Fault
 
 ENGINE, PAGES, SAMPLING = "accessory/infer/engine.py", "accessory/infer/pages.py", "accessory/infer/sampling.py"
 META, CACHE, TEXT = "accessory/infer/meta.py", "accessory/model/cache.py", "accessory/infer/text.py"
-SERVED = 'certify --only "served on mp=1" tuning=full'
+SERVED = 'certify --only "served on mp=1" tuning=full weights=plain'
 SERVED_ON_2 = 'certify --only "served on mp=2" tuning=lora'
-SERVED_LORA = 'certify --only "served on mp=1" layout=mixtral_sparse'
+SERVED_LORA = 'certify --only "served on mp=1" layout=mixtral_sparse weights=plain'
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
-SCHEDULES = "'tests/test_engine.py::test_random_schedules[9]'"
+SCHEDULES = "'tests/test_engine.py::test_random_schedules[9-False]'"
 WHOLE_TEXT = "tests/test_engine.py::test_text_in_parts_is_the_text_as_a_whole"
 STOPPED = "tests/test_engine.py::test_a_stop_is_cut_off_and_nothing_of_it_is_given_out_before"
 

@@ -4,6 +4,7 @@ from faults.fault import Fault
 
 ENGINE, GRAMMAR, SAMPLING = "accessory/infer/engine.py", "accessory/infer/grammar.py", "accessory/infer/sampling.py"
 API, SERVER, SERVICE = "accessory/infer/openai_api.py", "accessory/infer/server.py", "accessory/infer/service.py"
+CALLS, QUESTIONS = "accessory/infer/tool_calls.py", "accessory/infer/client_questions.py"
 PIECES = "accessory/data/tokenizer_models.py"
 TEST = "tests/test_server.py::test_"
 STREAM, FORMS, LOGPROBS = f"{TEST}a_stream_is_the_same_in_pieces", f"{TEST}answers_of_a_form", f"{TEST}logprobs"
@@ -11,6 +12,9 @@ LEAVES, LOAD = f"{TEST}a_client_that_leaves_is_not_worked_for", f"{TEST}the_expe
 REFUSED = f"{TEST}what_cannot_be_asked_is_refused_in_a_sentence"
 PIECED = "tests/test_engine.py::test_pieces_are_what_tokens_write"
 ENDS = f"{TEST}what_was_begun_is_ended_before_the_server_is"
+CALLING = "tests/test_tool_calls.py::test_"
+PARTED, CALLED = f"{CALLING}calls_are_parted_from_what_is_said_however_the_text_comes", f"{CALLING}a_call_can_be_asked_for"
+EMBEDDING = f"{TEST}an_embedding_is_the_mean_of_transformers_hidden_states"
 
 FAULTS = (
     Fault(
@@ -57,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         "a chat ends at no stop of its template",
-        SERVER,
+        QUESTIONS,
         ".stopping_at(stops)",
         ".stopping_at(())",
         f"{TEST}a_chat_ends_where_its_template_does",
@@ -93,6 +97,26 @@ FAULTS = (
         "return None",
         f"{TEST}an_adapter_is_asked_for_by_its_name",
     ),
+    Fault("a tag in pieces is said", CALLS, " - overlap(self._held, self._form.begin)]", "]", PARTED),
+    Fault(
+        "what cannot be read as a call is lost",
+        CALLS,
+        "* (not self._forced) + written + end",
+        "* (not self._forced)",
+        PARTED,
+    ),
+    Fault(
+        "a form is begun with a blank that the tokenizer puts before it",
+        GRAMMAR,
+        'if b"".join(self.tokens[token] for token in ids) == text:',
+        "if ids:",
+        f"{CALLING}what_the_model_calls_comes_as_calls_whole_or_in_pieces",
+    ),
+    Fault("calls have one number", CALLS, "enumerate(calls, self.count)", "enumerate(calls)", PARTED),
+    Fault("whichever tool is asked for, any is called", CALLS, 'if name in (None, function.get("name"))', "if True", CALLED),
+    Fault("the token before calls writes nothing", QUESTIONS, "shown=(form.begin, form.end)", "shown=()", CALLED),
+    Fault("an embedding is its last token's", "accessory/model/head.py", "part.mean(0)", "part[-1]", EMBEDDING),
+    Fault("an embedding has any length", API, "embedding / embedding.norm()", "embedding", EMBEDDING),
     Fault("a body has no end", SERVER, "if len(body) > most_bytes:", "if False:", REFUSED),
     Fault("whatever a model is called, it is answered for", SERVER, "if model not in self.names:", "if False:", REFUSED),
     Fault("a text is read as JSON", SERVER, '!= "application/json":', '== "x":', f"{TEST}a_page_in_a_browser_cannot_ask"),

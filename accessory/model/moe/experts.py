@@ -17,6 +17,7 @@ from accessory.model.adapter import (
     scaled,
 )
 from accessory.model.codecs import PARTS, Codec
+from accessory.model.few_rows import FEW, few_rows_experts
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
@@ -93,6 +94,19 @@ class GroupedExperts(nn.Module):
         if self.offloaded is None:
             return self._outputs(rows)
         return self.offloaded.run(self._outputs, rows, lambda: [p for p in self.parameters() if p.requires_grad])
+
+    def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
+        """Whether ``few`` takes so many."""
+        if len(self.packed) < len(MATRICES) or choices > FEW * self.num_local:
+            return False
+        if any(adapter.bias or adapters.reach(adapter) for adapter in self.adapters.values()):
+            return False
+        return all(matrices.places for matrices in self.packed.values())
+
+    def few(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: range) -> Tensor:
+        """Of a few tokens each one's sum over its choices that are ``local`` [T, D], without sorting rows first."""
+        w1, w2, w3 = (self.packed[matrix] for matrix in ("w1", "w2", "w3"))
+        return few_rows_experts(x_TD, experts_TK, weights_TK, local, [w.places for w in (w1, w2, w3)], w1.shape[1])
 
     def _outputs(self, rows: SortedRows) -> Tensor:
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, TokenAdapters, dropped, scaled
 from accessory.model.documents import Documents
+from accessory.model.packed import packed, product
 from accessory.model.recompute import decided
 
 
@@ -76,12 +77,16 @@ class Router(Adaptable):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("score_bias", torch.zeros(num_experts, dtype=torch.float32) if score_bias else None)
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """For a model that no longer trains."""
+        self.weight = packed(at_least_fp32(self.weight))
+
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Routing:
         """``x`` [T, D] -> Routing."""
         adapted = adapters.reach(self.adapter)
         if adapted:
             x = at_least_fp32(x)  # here, so that its two gradients are added before they are rounded
-        logits = _WideLinear.apply(x, self.weight)
+        logits = product(at_least_fp32(x), self.weight) if self.weight.is_mkldnn else _WideLinear.apply(x, self.weight)
         if adapted:
             low = F.linear(dropped(x, self.adapter, adapters.dropout_draw), at_least_fp32(self.lora_a))
             logits = logits + F.linear(scaled(low, self.adapter, adapters), at_least_fp32(self.lora_b))

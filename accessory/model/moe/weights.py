@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from accessory.model.few_rows import addresses, lies_in_panels
 from accessory.model.packed import PackedCodes, plain
 
 
@@ -64,6 +65,9 @@ class PackedWeights:
     def __init__(self, matrices: Sequence[Tensor | PackedCodes]):
         self.matrices, self.shape = matrices, torch.Size((len(matrices), *matrices[0].shape))
         self.at_once = len(matrices)
+        numbers = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        in_panels = numbers and lies_in_panels(numbers[0].shape, numbers[0].dtype)
+        self.places = addresses(numbers) if in_panels else None  # for few_rows.c
 
     def __getitem__(self, experts: slice) -> Tensor:
         numbers = [plain(matrix) for matrix in self.matrices[experts] if isinstance(matrix, Tensor)]
