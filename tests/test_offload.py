@@ -226,7 +226,8 @@ def test_what_is_said_to_fit_does():
         assert way.memory["weights"] == sum(parameter.nbytes for parameter in model.parameters())
         assert way.memory["cache"] == (in_pages(700) + GPU_PAGE) // 16 * model.make_cache(1, 16).page_bytes
         one_more = way.memory["experts"] / way.plan.slots
-        assert 7.3e6 - one_more < sum(way.memory.values()) <= 7.3e6, way
+        assert sum(way.memory.values()) <= 7.3e6, way
+        assert way.plan.slots == way.plan.of or sum(way.memory.values()) > 7.3e6 - one_more, way
         with FakeDevice(sum(way.memory.values())) as device:
             device.hold(model)
             answer_within(model, prompt)
