@@ -48,8 +48,6 @@ def home(tmp_path_factory):
             records[-1]["image"] = f"{number}.png"
     (home / "data.json").write_text(json.dumps(records))
     (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
-    (home / "texts.json").write_text(json.dumps(records[::2]))
-    (home / "texts.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "texts.json")}]}))
     (home / "model.json").write_text(json.dumps(seeing("clip", MODEL).to_dict()))
     (home / "run.yaml").write_text(
         f"""
@@ -89,7 +87,7 @@ def commands(home):
         "answers of two": (2, ["generate", base, "the list of", "of tokens", "--max-gen-len", "8", "--mp", "2"]),
         "answers, offloaded": (1, [*answers(home, base)[:-2], "--quantise", "nf4-8", "--offload", "experts=2"]),
         "scores": (1, ["evaluate", base, "--data", home / "mix.yaml", "--precision", "fp64"]),
-        "quantise": (1, ["quantise", base, home / "int4", "--experts", "int4-8", "--calibrate", home / "texts.yaml"]),
+        "quantise": (1, ["quantise", base, home / "int4", "--experts", "int4-8", "--calibrate", home / "mix.yaml"]),
     }
 
 

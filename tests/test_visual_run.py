@@ -67,6 +67,18 @@ def run(home, *overrides, ranks=2):
     return out
 
 
+def saved_in(run):
+    (model,) = run.glob("epoch*")
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(home):
+    """The model of a first run."""
+    run(home)
+    return saved_in(home / "first")
+
+
 def encoders(checkpoint):
     shapes = vision_shapes(checkpoint.args.visual)
     return {name: checkpoint.encoders.read(name, whole_region(shape)) for name, shape in shapes.items()}
@@ -76,16 +88,14 @@ def whole(checkpoint):
     return {name: checkpoint.read(name, checkpoint.logical.whole(name)) for name in checkpoint.logical.shapes}
 
 
-def test_a_run_saves_what_it_sees_with_and_goes_on_in_the_other_layout(home):
-    run(home)
-    (saved,) = (path for path in (home / "first").iterdir() if path.name.startswith("epoch"))
+def test_a_run_saves_what_it_sees_with_and_goes_on_in_the_other_layout(home, saved):
     first = Checkpoint(saved)
     assert first.args == ARGS
     # stage 1: the connector alone, over model-parallel ranks
     overrides = ["model.layout=mixtral_sparse", "parallel.model_parallel=2", "tuning.train=[connector]"]
     out = run(home, f"model.checkpoint={saved}", *overrides, f"out={home}/second", "save.only_trainable=true")
     assert "connector" in out
-    (second,) = (path for path in (home / "second").iterdir() if path.name.startswith("epoch"))
+    second = saved_in(home / "second")
     both, before, after = Checkpoint([saved, second]), whole(first), None
     after = whole(both)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -95,25 +105,41 @@ def test_a_run_saves_what_it_sees_with_and_goes_on_in_the_other_layout(home):
     assert (saved / "visual.safetensors").samefile(home / "first/visual.safetensors"), "the same bytes on the disk"
 
 
-def test_a_text_model_learns_to_see_with_encoders_of_their_own_directory(home):
+def test_a_text_model_learns_to_see_with_encoders_of_their_own_directory(home, saved):
     text = home / "text.json"
     text.write_text(json.dumps(MODEL.to_dict()))
     (home / "words.json").write_text(json.dumps([{"instruction": "a list", "output": "of words"}] * 4))
     (home / "words.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "words.json")}]}))
     run(home, f"model.config={text}", f"data.mix={home}/words.yaml", f"out={home}/base", ranks=1)
-    (base,) = (path for path in (home / "base").iterdir() if path.name.startswith("epoch"))
+    base = saved_in(home / "base")
     alone = home / "encoders"
     alone.mkdir()
-    (saved,) = (path for path in (home / "first").iterdir() if path.name.startswith("epoch"))
     (alone / "visual.safetensors").write_bytes((saved / "visual.safetensors").read_bytes())
     (alone / "visual.json").write_text(json.dumps(ARGS.visual.to_dict()))
     run(home, f"model.checkpoint=[{base}, {alone}]", "tuning.train=[connector]", f"out={home}/third")
-    (third,) = (path for path in (home / "third").iterdir() if path.name.startswith("epoch"))
+    third = saved_in(home / "third")
     checkpoint = Checkpoint(third)
     assert checkpoint.args.visual == ARGS.visual
     ours, theirs = whole(checkpoint), whole(Checkpoint(base))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert set(ours) - set(theirs) == {name for name in ours if name.startswith("connector.")}
+
+
+def test_calibrated_with_what_images_show(home, saved):
+    """The same texts beside other images are other rows to round for."""
+    others, codes = home / "others", []
+    others.mkdir()
+    for image in home.glob("*.png"):
+        noise(30, 40, seed=100 + int(image.stem)).save(others / image.name)
+    for root in (home, others):
+        mix, written = root / "calibrate.yaml", root / "int4"
+        mix.write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(root)}]}))
+        ended, out, err = command("quantise", saved, written, "--experts", "int4-8", "--calibrate", mix)
+        assert ended == [0] and "samples" in out, err
+        codes.append(whole(Checkpoint(written)))
+    assert codes[0].keys() == codes[1].keys()
+    differ = {name for name, tensor in codes[0].items() if not torch.equal(tensor, codes[1][name])}
+    assert differ and all(".experts." in name for name in differ), differ
 
 
 def test_a_run_on_a_llava_saves_what_transformers_loads(home):
@@ -124,7 +150,7 @@ def test_a_run_on_a_llava_saves_what_transformers_loads(home):
     for format in ("hf", "pth"):
         ranks = ["parallel.model_parallel=2", f"save.format={format}", f"out={home}/{format}"]
         run(home, f"model.config={described}", *ranks)
-        (saved,) = (path for path in (home / format).iterdir() if path.name.startswith("epoch"))
+        saved = saved_in(home / format)
         assert not (saved / "visual.safetensors").exists()
         seen[format] = Checkpoint(saved)
     for ours, theirs in zip(*(encoders(one).values() for one in seen.values()), strict=True):

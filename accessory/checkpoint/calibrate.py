@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accessory.checkpoint.open import Checkpoint
 from accessory.console import listed, progress, say
+from accessory.data.image_reader import ImageReader
 from accessory.data.loader import Batch, BatchPlan
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
@@ -42,13 +43,15 @@ def calibration_batches(checkpoint: Checkpoint, mix: Path, tokens: int, seed: in
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.directories[0].directory}: no tokenizer in it, which --calibrate needs for {mix}")
     tokenizer, args = Tokenizer(checkpoint.tokenizer), checkpoint.args
-    data = load_mix(mix, tokenizer, min(args.max_seq_len or LONGEST_SAMPLE, LONGEST_SAMPLE), seed, labels=args.labels)
+    longest, visual = min(args.max_seq_len or LONGEST_SAMPLE, LONGEST_SAMPLE), args.visual
+    data = load_mix(mix, tokenizer, longest, seed, labels=args.labels, visual=visual)
     order, lengths = data.epoch(0), data.training.lengths
     numbers = np.asarray(order[: len(order)])
     ends = lengths[numbers].cumsum()
     numbers = numbers[: int(ends.searchsorted(tokens)) + 1]
     rows = Rows.packed(numbers, lengths, max(AT_ONCE, int(lengths.max())))
-    batches = [batch for (batch,) in BatchPlan(1, 1, 0, 1).epoch(data.training, rows)]
+    plan = BatchPlan(1, 1, 0, 1, images=ImageReader(visual.size, False) if visual else None)
+    batches = [batch for (batch,) in plan.epoch(data.training, rows)]
     say(f"{mix}: {len(numbers)} samples, {sum(batch.real_tokens for batch in batches):,} tokens to calibrate with")
     return batches
 
@@ -66,9 +69,8 @@ class Calibrated:
         whole = LogicalModel(replace(logical.args, quantise=None))
         dtype = at_least(original.dtype(EMBEDDING))
         self._model = model_without_weights(whole, EXPERT, ONE_RANK, dtype)
-        embedding = original.read(EMBEDDING, whole.whole(EMBEDDING))
         self._documents = [batch.documents.to(self.device) for batch in batches]
-        self._hidden = [embedding[batch.tokens].to(self.device, dtype) for batch in batches]
+        self._hidden = list(self._embedded(batches, dtype))
         self._layer, self._parts = -1, dict[str, Tensor]()
         self._bar = progress(total=logical.args.n_layers, unit=" layers", desc="calibrate")
 
@@ -81,6 +83,22 @@ class Calibrated:
         return self._parts[name][region]
 
     @torch.no_grad()
+    def _embedded(self, batches: Sequence[Batch], dtype: torch.dtype) -> Iterator[Tensor]:
+        """What comes to the first layer, the words of images among it."""
+        embedding = self.original.read(EMBEDDING, self._model.logical.whole(EMBEDDING))
+        connector, vision = self._model.connector, self.original.vision(ONE_RANK.mp, dtype, self.device)
+        if connector:
+            self._fill(connector.to_empty(device=self.device), "connector.")
+        for batch in batches:
+            x = embedding[batch.tokens].to(self.device, dtype)
+            yield connector(x, vision(batch.images.to(self.device))) if connector and vision and batch.images else x
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            region = self._model.logical.whole(prefix + name)
+            tensor.copy_(self.original.read(prefix + name, region).reshape(tensor.shape))
+
+    @torch.no_grad()
     def _advance(self) -> None:
         """Quantise the next layer, and let the mix through it."""
         self._layer += 1
@@ -88,9 +106,7 @@ class Calibrated:
         block = self._model.layers[self._layer].to_empty(device=self.device)
         assert isinstance(block, Block)
         prefix, few = f"layers.{self._layer}.", dict[int, int]()
-        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-            region = self._model.logical.whole(prefix + name)
-            tensor.copy_(self.original.read(prefix + name, region).reshape(tensor.shape))
+        self._fill(block, prefix)
         for layer, rows_of, names in STAGES:
             if prefix + names[0] in self.logical.codecs:
                 grams, counts = self._watch(block, layer, rows_of)

@@ -299,4 +299,11 @@ FAULTS = (
         "if not count else encode_for_rows",
         CALIBRATED,
     ),
+    Fault(
+        "images are left out of calibration",
+        "accessory/checkpoint/calibrate.py",
+        "yield connector(x, vision(batch.images.to(self.device))) if connector and vision and batch.images else x",
+        "yield x",
+        "tests/test_visual_run.py::test_calibrated_with_what_images_show",
+    ),
 )
