@@ -70,6 +70,7 @@ def pretend():
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "mem_get_info": (MEMORY, MEMORY),
         "get_device_properties": SimpleNamespace(total_memory=MEMORY, multi_processor_count=132),
+        "cudart": SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
         "current_device": _place(),
         "current_stream": _Idle(),
         "default_stream": _Idle(),
@@ -80,7 +81,7 @@ def pretend():
     torch.cuda.stream = torch.cuda.device = _nothing
     torch.Tensor.record_stream = lambda self, stream: None
     torch.tensor, torch.Tensor.new_tensor, torch.Tensor.tolist = tensors.tensor, tensors.new_tensor, tensors.tolist
-    torch.Tensor.__getitem__ = tensors.getitem
+    torch.Tensor.__getitem__, torch.Tensor.__setitem__ = tensors.getitem, tensors.setitem
     attention.varlen_attn = tensors.variable_length
     init = dist.init_process_group
     dist.init_process_group = lambda backend, device_id=None, **kwargs: init("gloo", **kwargs)

@@ -108,7 +108,7 @@ def _check_places(name, args, tensors, there):
         raise RuntimeError(f"{name} takes tensors of a GPU and of the CPU, those of the CPU of shapes {shapes}")
 
 
-_tensor, _tolist, _getitem = torch.tensor, Tensor.tolist, Tensor.__getitem__
+_tensor, _tolist, _getitem, _setitem = torch.tensor, Tensor.tolist, Tensor.__getitem__, Tensor.__setitem__
 
 
 def tensor(data, *, dtype=None, device=None, requires_grad=False):
@@ -124,8 +124,18 @@ def new_tensor(like, data, *, dtype=None, device=None):
 
 
 def getitem(self, index):
-    """A list of places is brought to the GPU."""
-    return _getitem(self, tensor(index, device=self.device) if isinstance(index, list) else index)
+    return _getitem(self, _brought(index, self.device))
+
+
+def setitem(self, index, value):
+    _setitem(self, _brought(index, self.device), value)
+
+
+def _brought(index, device):
+    """Lists of places are brought to the GPU."""
+    if type(index) is tuple:
+        return tuple(_brought(one, device) for one in index)
+    return tensor(index, device=device) if isinstance(index, list) else index
 
 
 def tolist(self):
