@@ -134,6 +134,9 @@ def answered(world, layout, tuning, dtype, window):
         return torch.cat([run(model, cache, [pages[n]], [pasts[n]], [last[n]]) for n in range(len(pasts))])
 
     model = served_model(problem, cell, CPU)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3)) + 0.5)
     plain = results(model, together=True)
     model.pack()
     return plain.double(), results(model, together=True), results(model, together=False)

@@ -129,7 +129,11 @@ def test_what_the_model_calls_comes_as_calls_whole_or_in_pieces(tagged):
     assert tagged.chat.completions.create(**ASKED | {"messages": history, "max_tokens": 3}).choices[0].message.content
 
 
-def test_a_call_can_be_asked_for(tagged, listed):
+def test_a_call_can_be_asked_for(tagged, listed, tmp_path):
+    # what stands before calls is a token of its own here: read as well, and said where no call follows
+    token = tokenizer_of(tmp_path, MISTRAL).special[LISTED.begin]
+    (choice,) = listed.chat.completions.create(**ASKED, max_tokens=1, logit_bias={str(token): 100}).choices
+    assert choice.message.content == LISTED.begin
     go = {"type": "function", "function": {"name": "go"}}
     for client in (tagged, listed):
         (choice,) = client.chat.completions.create(**ASKED, tool_choice=go).choices
