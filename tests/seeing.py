@@ -1,14 +1,31 @@
 """Small visual models, and samples with images."""
 
+import json
 import random
 from dataclasses import replace
 
 import torch
-from models import TINY, samples
+import yaml
+from models import TINY, make_tokenizer, samples
+from pictures import noise
 
 from accessory.certify.problem import ENCODERS
 from accessory.data.loader import Batch, collate
+from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.visual import Images, VisualArgs
+
+MODEL = ModelArgs(
+    dim=32,
+    hidden_dim=32,
+    head_dim=8,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=300,
+    max_seq_len=512,
+    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
+)
+"""For runs."""
 
 
 def visual(preset, **options):
@@ -49,3 +66,38 @@ def seen_batch(args, counts, seed):
         start += len(tokens)
     batch: Batch = collate(documents)
     return replace(batch, images=Images(torch.tensor(rows, dtype=torch.int64), features=made)), posed
+
+
+def write_run(home, args):
+    """Records with and without images, a tokenizer, a model and a run file in ``home``, which is given back."""
+    make_tokenizer(home / "tokenizer.model", args.vocab_size)
+    records = []
+    for number in range(12):
+        talk = [{"from": "human", "value": f"what is made of {number}"}, {"from": "gpt", "value": "a list of tokens"}]
+        record = {"conversations": talk}
+        if number % 3:
+            noise(30, 40, seed=number).save(home / f"{number}.png")
+            record["image"] = f"{number}.png"
+        records.append(record)
+    (home / "data.json").write_text(json.dumps(records))
+    (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
+    (home / "model.json").write_text(json.dumps(args.to_dict()))
+    (home / "run.yaml").write_text(
+        f"""
+model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
+data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.2}}
+parallel: {{precision: fp32}}
+optim: {{lr: 1e-2}}
+train: {{max_steps: 3, batch_size: 2}}
+save: {{state_every: null}}
+log: {{every: 1}}
+out: {home}/first
+"""
+    )
+    return home
+
+
+def saved_in(run):
+    """The model that a run has saved."""
+    (model,) = run.glob("epoch*")
+    return model

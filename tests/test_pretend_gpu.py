@@ -3,84 +3,41 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pretend_gpu
 import pytest
-import yaml
 from jobs import command
-from models import make_tokenizer
-from pictures import noise
-from seeing import seeing
-
-from accessory.model.args import ModelArgs, MoEArgs
+from seeing import MODEL, saved_in, seeing, write_run
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPUs that are not there need a C++ compiler")
 
-MODEL = ModelArgs(
-    dim=32,
-    hidden_dim=32,
-    head_dim=8,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=300,
-    max_seq_len=512,
-    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
-)
+FP64 = "parallel.precision=fp64"
 LORA = "tuning={lora: {rank: 4, dropout: 0.1, targets: [attention, experts, router, embeddings, output]}, bias: true}"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Records with and without images, run files, and a model that was trained on the CPU."""
-    home = tmp_path_factory.mktemp("pretend")
-    make_tokenizer(home / "tokenizer.model", 300)
-    records = []
-    for number in range(8):
-        talk = [{"from": "human", "value": f"what is made of {number}"}, {"from": "gpt", "value": "a list of tokens"}]
-        records.append({"conversations": talk})
-        if number % 2:
-            noise(30, 40, seed=number).save(home / f"{number}.png")
-            records[-1]["image"] = f"{number}.png"
-    (home / "data.json").write_text(json.dumps(records))
-    (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
-    (home / "model.json").write_text(json.dumps(seeing("clip", MODEL).to_dict()))
-    (home / "run.yaml").write_text(
-        f"""
-model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
-data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.25}}
-parallel: {{precision: fp64}}
-optim: {{lr: 1e-2}}
-train: {{max_steps: 2, batch_size: 2}}
-save: {{state_every: 1}}
-log: {{every: 1, tensorboard: false}}
-out: {home}/cpu
-"""
-    )
-    codes, _, err = command("finetune", home / "run.yaml")
+    """With a model that was trained on the CPU."""
+    home = write_run(tmp_path_factory.mktemp("pretend"), seeing("clip", MODEL))
+    codes, _, err = command("finetune", home / "run.yaml", FP64, f"out={home}/cpu")
     assert codes == [0], err
     return home
 
 
-def saved(run):
-    (model,) = run.glob("epoch*")
-    return model
-
-
 def commands(home):
     """(ranks, words) of each by name, in order: later ones use what earlier ones leave."""
-    run, base = home / "run.yaml", saved(home / "cpu")
+    run, base = home / "run.yaml", saved_in(home / "cpu")
     on_two = ["parallel.model_parallel=2", "model.layout=mixtral_sparse", "parallel.recompute=block"]
     held = ["model.quantise={experts: nf4-8, attention: int8}", "model.offload.experts=2"]
+    two = [f"out={home}/two", "save.state_every=2"]
     bf16, start = "parallel.precision=bf16", f"model.checkpoint={base}"
     return {
-        "train": (1, ["finetune", run, f"out={home}/train"]),
-        "train on two": (2, ["finetune", run, *on_two, bf16, start, f"out={home}/two"]),
-        "go on": (1, ["finetune", run, bf16, start, "train.max_steps=3", f"out={home}/two", "resume=auto"]),
+        "train": (1, ["finetune", run, FP64, f"out={home}/train"]),
+        "train on two": (2, ["finetune", run, *on_two, bf16, start, *two]),
+        "go on": (1, ["finetune", run, bf16, start, *two, "train.max_steps=4", "resume=auto"]),
         "adapter": (1, ["finetune", run, LORA, bf16, start, f"out={home}/adapter", "parallel.recompute=norms_and_experts"]),
         "adapter over what is held elsewhere": (1, ["finetune", run, LORA, *held, bf16, start, f"out={home}/held"]),
         "answers": (1, answers(home, base)),
@@ -100,11 +57,8 @@ def ran(home):
     """(exit codes, output) of each command, by name."""
     jobs = []
     for number, (ranks, words) in enumerate(commands(home).values()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         files = [str(home / f"{number}.{rank}.out") for rank in range(ranks)]
-        job = {"words": [*map(str, words)], "ranks": ranks, "port": port, "files": files}
+        job = {"words": [*map(str, words)], "ranks": ranks, "files": files}
         jobs.append(job | {"codes": str(home / f"{number}.codes")})
     (home / "jobs.json").write_text(json.dumps(jobs))
     here = Path(__file__).parent
@@ -131,7 +85,7 @@ def losses(run):
 
 def test_the_numbers_are_the_cpus(home, ran):
     assert losses(home / "train") == pytest.approx(losses(home / "cpu"), rel=1e-9)
-    base = saved(home / "cpu")
+    base = saved_in(home / "cpu")
     for name, words in {"answers": answers(home, base), "scores": commands(home)["scores"][1]}.items():
         codes, out, err = command(*words)
         assert codes == [0], err

@@ -6,70 +6,26 @@ import pytest
 import torch
 import yaml
 from jobs import command
-from models import make_tokenizer
 from pictures import noise
-from seeing import seeing
+from seeing import MODEL, saved_in, seeing, write_run
 from transformers import LlavaForConditionalGeneration
 
 from accessory.checkpoint.open import Checkpoint
-from accessory.model.args import ModelArgs, MoEArgs
 from accessory.model.logical import whole_region
 from accessory.visual.vision import vision_shapes
 
-MODEL = ModelArgs(
-    dim=32,
-    hidden_dim=24,
-    head_dim=8,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=300,
-    max_seq_len=512,
-    moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
-)
 ARGS = seeing("clip", MODEL)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Records with and without images, a tokenizer, a model and a run file."""
-    home = tmp_path_factory.mktemp("seeing")
-    make_tokenizer(home / "tokenizer.model", 300)
-    records = []
-    for number in range(12):
-        talk = [{"from": "human", "value": f"what is made of {number}"}, {"from": "gpt", "value": "a list of tokens"}]
-        record = {"conversations": talk}
-        if number % 3:
-            noise(30, 40, seed=number).save(home / f"{number}.png")
-            record["image"] = f"{number}.png"
-        records.append(record)
-    (home / "data.json").write_text(json.dumps(records))
-    (home / "mix.yaml").write_text(yaml.safe_dump({"META": [{"path": str(home / "data.json"), "root": str(home)}]}))
-    (home / "model.json").write_text(json.dumps(ARGS.to_dict()))
-    (home / "run.yaml").write_text(
-        f"""
-model: {{layout: mixtral, config: {home}/model.json, tokenizer: {home}/tokenizer.model}}
-data: {{mix: {home}/mix.yaml, max_seq_len: 400, validation: 0.2}}
-parallel: {{precision: fp32}}
-optim: {{lr: 1e-2}}
-train: {{max_steps: 3, batch_size: 2}}
-save: {{state_every: null}}
-log: {{every: 1}}
-out: {home}/first
-"""
-    )
-    return home
+    return write_run(tmp_path_factory.mktemp("seeing"), ARGS)
 
 
 def run(home, *overrides, ranks=2):
     codes, out, err = command("finetune", home / "run.yaml", *overrides, ranks=ranks)
     assert codes == [0] * ranks, err
     return out
-
-
-def saved_in(run):
-    (model,) = run.glob("epoch*")
-    return model
 
 
 @pytest.fixture(scope="module")

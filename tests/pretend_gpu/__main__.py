@@ -20,6 +20,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
 from accessory import cli  # noqa: E402
 from accessory.certify import run  # noqa: E402, F401 (imported once for all)
 from accessory.model import attention, triton_here  # noqa: E402
+from accessory.parallel.launch import hold_port  # noqa: E402
 from accessory.train import loop, model  # noqa: E402, F401
 from pretend_gpu import tensors  # noqa: E402
 
@@ -113,9 +114,10 @@ def run_rank(words, environment, out):
     os._exit(code or 0)
 
 
-def run_job(words, ranks, port, files):
+def run_job(words, ranks, files):
     """Returns the ranks' exit codes."""
-    processes = []
+    processes, held = [], hold_port()
+    port = held.getsockname()[1]
     for rank, file in enumerate(files):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = os.fork()
@@ -123,11 +125,13 @@ def run_job(words, ranks, port, files):
             faulthandler.dump_traceback_later(LIMIT_S, exit=True)
             run_rank(words, {name: str(value) for name, value in place.items()} if ranks > 1 else {}, file)
         processes.append(process)
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    held.close()
+    return codes
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[2]).read_text()):
-        codes = run_job(**{name: job[name] for name in ("words", "ranks", "port", "files")})
+        codes = run_job(**{name: job[name] for name in ("words", "ranks", "files")})
         Path(job["codes"]).write_text(json.dumps(codes))
