@@ -26,5 +26,10 @@ def own_server(own_cache):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not shutil.which("slurmctld"):
-        terminalreporter.write_line("not run: jobs under a real Slurm, which is not here: make test-slurm gets it")
+    for program, what in (
+        ("slurmctld", "jobs under a real Slurm: make test-slurm gets it"),
+        ("cc", "few rows on a CPU by few_rows.c: it needs a C compiler"),
+        ("g++", "the commands on GPUs that are not there: they need a C++ compiler"),
+    ):
+        if not shutil.which(program):
+            terminalreporter.write_line(f"not run, for {program} is not here: {what}")
