@@ -1,4 +1,4 @@
-"""How often each expert was used elsewhere: what a run, or a mix that a model was calibrated with, told of its routers."""
+"""How often each expert was used elsewhere: what a run told of its routers."""
 
 import json
 from pathlib import Path
