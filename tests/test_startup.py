@@ -153,7 +153,7 @@ def test_a_rank_that_dies_as_the_group_is_made_is_named(home, tmp_path, dead):
     with run(home, tmp_path, ranks=3, plant=GROUP_FAILS.format(rank=dead, fault="os._exit(9)")) as job:
         others = [rank for rank in range(3) if rank != dead]
         assert job.codes(*others, timeout=END) == [1, 1], job.err()
-        silent = f"no sign of life for {STALL} s from rank 2 on {HOST}: killed"
+        silent = rf"no sign of life for \d s from rank 2 on {HOST}: killed"
         said = silent if dead else f"rank 0 on {HOST} is gone, and with it the job's key-value store"
         for error in errors(job.err()):
             assert re.search(said, error), job.err()

@@ -272,19 +272,18 @@ class Watchdog:
                 f"{self._names(absent)} of {self.world} {has} not joined within {_activity.stall_timeout_s:g} s: {it} died "
                 f"at start-up, or {was} never started; {its} own log may say why"
             )
+        stalled = self.rank == 0 and now - self._moved > _activity.stall_timeout_s
         trouble = any(heartbeat.state == "trouble" for heartbeat in (self._own, *self._peers.values()))
-        patience = min(GONE_S, silence) if trouble else silence
+        patience = 3 * BEAT_S if stalled else min(GONE_S, silence) if trouble else silence
         if gone := self._silent(patience):
             return (
                 f"no sign of life for {patience:.0f} s from {self._names(gone)}: killed, out of memory or stopped, "
                 "or the node is down; its own log or the node's may say why"
             )
-        if self.rank == 0 and now - self._moved > _activity.stall_timeout_s:
-            gone = self._silent(3 * BEAT_S)
-            what = f"no sign of life from {self._names(gone)}" if gone else "below is where each of them is"
+        if stalled:
             return (
-                f"no rank has made progress for {_activity.stall_timeout_s:g} s: {what}. If what they do takes so long, "
-                "raise parallel.stall_timeout_s"
+                f"no rank has made progress for {_activity.stall_timeout_s:g} s: below is where each of them is. "
+                "If what they do takes so long, raise parallel.stall_timeout_s"
             )
         return None
 
