@@ -297,6 +297,7 @@ CHOICES = {  # temperature, top_p: probabilities
     (2.0, 1.0): (0.369398, 0.261204, 0.184699, 0.184699),  # roots
     (2.0, 0.6): (0.585786, 0.414214, 0.0, 0.0),  # the third begins at 0.631; at temperature 1 it would at 0.75
     (0.5, 0.8): (0.8, 0.2, 0.0, 0.0),  # the second at 0.727, the third at 0.909
+    (1e-320, 1.0): (1.0, 0.0, 0.0, 0.0),  # the likeliest, although no number is as large as its logit by this
 }
 
 

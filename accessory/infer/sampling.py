@@ -107,7 +107,8 @@ def _draw(scores: Tensor, places: Sequence[float], how: Sequence[Sampling]) -> T
         return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
 
     size = scores.shape[1]
-    scaled = scores / column([sampling.temperature for sampling in how])
+    # no temperature is so low that this overflows
+    scaled = (scores - scores.amax(-1, keepdim=True)) / column([sampling.temperature for sampling in how])
     probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(size, device=scores.device)
     probs = probs.masked_fill(ranks >= column([sampling.top_k or size for sampling in how]), 0.0)
