@@ -293,6 +293,10 @@ CHAT = {"model": "model", "messages": MESSAGES}
     ],
     ids=str,
 )
+        (CHAT | {"response_format": {"json_schema": {"schema": {}}}}, 400, "response_format must be"),
+        (CHAT | {"response_format": {"type": "json_object", "schema": {}}}, 400, "response_format must be"),
+        (CHAT | {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, 400, "has one form"),
+        (CHAT | {"structured_outputs": {}}, 400, "structured_outputs must be"),
 def test_what_cannot_be_asked_is_refused_in_a_sentence(address, body, status, sentence):
     content = body if isinstance(body, str | bytes) else json.dumps(body)
     answer = httpx.post(

@@ -22,6 +22,7 @@ from accessory.infer.tool_calls import CallForm, CallReader
 C = TypeVar("C", bound="Call")
 Samples = Annotated[int, Bounds(least=1, most=16)]
 MOST_PROMPTS = 64
+TEXT = {"type": "text"}  # the form that is none
 WITHOUT_EFFECT = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 )
@@ -66,27 +67,27 @@ class Call(Sampling):
 
     @property
     def wants_form(self) -> bool:
-        return bool(self.structured_outputs) or (self.response_format or {}).get("type", "text") != "text"
+        return self.structured_outputs is not None or self.response_format not in (None, TEXT)
 
     def _form(self, grammars: Grammars) -> Grammar:
-        if self.structured_outputs:
-            ((kind, form), *more) = self.structured_outputs.items()
-            if not more and kind == "regex" and isinstance(form, str):
-                return grammars.regex(form)
-            if not more and kind == "json" and isinstance(form, dict):
-                return grammars.json_schema(form)
-            raise UserError('structured_outputs must be {"regex": text} or {"json": schema}')
-        asked = self.response_format or {}
-        if asked["type"] == "json_object":
-            return grammars.json_schema({"type": "object"})
-        described = asked.get("json_schema")
-        schema = described.get("schema") if isinstance(described, dict) else None
-        if asked["type"] != "json_schema" or not isinstance(schema, dict):
+        if self.structured_outputs is None:
+            match self.response_format:
+                case {"type": "json_object", **more} if not more:
+                    return grammars.json_schema({"type": "object"})
+                case {"type": "json_schema", "json_schema": {"schema": dict(schema)}, **more} if not more:
+                    return grammars.json_schema(schema)
             raise UserError(
                 'response_format must be {"type": "text"}, {"type": "json_object"}, or '
                 '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
             )
-        return grammars.json_schema(schema)
+        if self.response_format not in (None, TEXT):
+            raise UserError("the request: an answer has one form, by response_format or by structured_outputs")
+        match self.structured_outputs:
+            case {"regex": str(pattern), **more} if not more:
+                return grammars.regex(pattern)
+            case {"json": dict(schema), **more} if not more:
+                return grammars.json_schema(schema)
+        raise UserError('structured_outputs must be {"regex": text} or {"json": schema}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +254,7 @@ class Writer:
             text, calls = reader.add(text, last=reason is not None)
         told = "tool_calls" if reason == "stop" and reader and reader.count else reason
         choice: dict[str, Any] = {"index": number, "logprobs": logprobs, "finish_reason": told}
-        if isinstance(self._call, ChatCall) and number not in self._begun:
+        if isinstance(self._call, ChatCall) and number not in self._begun and not self._call.wants_form:
             text = text.lstrip()
         self._begun |= {number} if text else set()
         if not isinstance(self._call, ChatCall):
