@@ -78,6 +78,10 @@ def read_bytes(text: str, where: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+MADE = {"made": True}
+"""Metadata of a field that the program fills in: what is read cannot say it."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"``, or the list of known names when nothing is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -145,7 +149,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str, prefix: st
         UserError: an unknown key, a missing one, a value of the wrong type or out of its ``Bounds``.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    every = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = {field.name: field for field in every if field.metadata != MADE}
     for key in values:
         if key not in fields:
             name = f"{prefix}{key}"

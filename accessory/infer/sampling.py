@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from accessory.config import Bounds, Count, NonNegative, Positive, Seed, Share, WholeNumber
+from accessory.config import MADE, Bounds, Count, NonNegative, Positive, Seed, Share, WholeNumber
 from accessory.infer.grammar import Grammar
 
 TopP = Annotated[float, Bounds(above=0, most=1)]
@@ -37,7 +37,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
     shown: tuple[str, ...] = ()  # names of special tokens that the text has; others write nothing
     logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
-    grammar: Grammar | None = None  # what the answer must be
+    grammar: Grammar | None = field(default=None, metadata=MADE)  # what the answer must be
     expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer
 
     def stopping_at(self, stops: Sequence[str]) -> "Sampling":
