@@ -271,6 +271,15 @@ def test_text_in_parts_is_the_text_as_a_whole(tokenizer, seed):
             assert "".join(parts) == whole.text == tokenizer.decode(ids)
 
 
+def test_what_follows_a_text_keeps_its_blank(tokenizer):
+    ids = tokenizer.encode("the words 👍🏽 and é,  then some", False, False)
+    for begin in (1, 2, len(ids) - 3):
+        text = TextStream(tokenizer, joined=True)
+        written = "".join([*map(text.add, ids[begin:]), text.finish()])
+        assert tokenizer.decode(ids[:begin]) + written == tokenizer.decode(ids)
+    assert written.startswith(" ")
+
+
 def test_no_part_ends_in_a_broken_character(tokenizer):
     ids = tokenizer.encode("a 👍🏽 b 漢字 é", False, False)
     parts, _ = stream(tokenizer, ids)

@@ -21,6 +21,7 @@ from test_chat import ARGS, QUESTIONS, TALK, write_model
 from test_served_adapters import EVERYWHERE, save_adapter
 from test_transformers import transformers_model
 
+from accessory.infer.sampling import Sampling
 from accessory.model.meta import MetaModel
 
 KEY = "correct horse"
@@ -36,7 +37,11 @@ def expected(home):
     save_adapter(home / "model", home / "mine", EVERYWHERE, 5, ARGS)
     model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu")
     mine = MetaModel.from_pretrained([home / "model", home / "mine"], dtype=torch.float64, device="cpu")
-    continued = model.generate(TEXTS, max_gen_len=12)
+    continued = []
+    for ids in (model.tokenizer.encode(text, bos=True, eos=False) for text in TEXTS):
+        request = model.engine.submit(ids, Sampling(max_tokens=12))
+        assert list(model.engine.run())
+        continued.append(model.tokenizer.decode(ids + request.answer).removeprefix(model.tokenizer.decode(ids)))
     ids = model.tokenizer.encode(TEXTS[0], bos=True, eos=False)
     (logits,) = model.compute_logits([ids])
     top = logits[-1].log_softmax(-1).topk(3).values.tolist()
@@ -217,6 +222,8 @@ def test_answers_of_a_form(client, temperature):
     regex = {"structured_outputs": {"regex": "the (list|words){2,4}!"}}
     for sample in client.chat.completions.create(extra_body=regex, n=2, **asked).choices:
         assert re.fullmatch("the (list|words){2,4}!", sample.message.content)
+    blanks = client.chat.completions.create(extra_body={"structured_outputs": {"regex": " {1,2}the "}}, **asked).choices[0]
+    assert re.fullmatch(" {1,2}the ", blanks.message.content), "the blanks are part of the form"
 
 
 def test_the_experts_that_an_answer_took(client, address):

@@ -49,7 +49,7 @@ def asked_in_chat(
 
 
 def asked_to_continue(model: MetaModel, call: CompletionCall, adapter: str | None) -> list[tuple[Prompt, Sampling]]:
-    sampling = _sampling(model, call, adapter)
+    sampling = replace(_sampling(model, call, adapter), joined=True)
     asked = encode_prompts(model.tokenizer, call.prompts, None, model.llma.sight, bos=True, eos=False)
     return [(prompt, sampling) for prompt in asked]
 

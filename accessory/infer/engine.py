@@ -107,7 +107,7 @@ class Engine:
             raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
         names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]
         matcher = sampling.grammar.matcher() if sampling.grammar else None
-        stream = TextStream(self.tokenizer, names, sampling.shown)
+        stream = TextStream(self.tokenizer, names, sampling.shown, joined=sampling.joined or matcher is not None)
         tokens, seen = self._sights.numbered(prompt, images)
         request = Running(next(self._ids), tokens, sampling.seeded(), stream, matcher, adapter, seen)
         # the last token is run, whatever is known

@@ -35,7 +35,10 @@ class Sampling:
     logit_bias: dict[int, Bias] = field(default_factory=dict)  # added to the logits of tokens
     seed: Seed | None = None  # None: another one each time
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
-    shown: tuple[str, ...] = ()  # names of special tokens that the text has; others write nothing
+    joined: bool = field(default=False, metadata=MADE)  # the text begins with a blank, if it does behind the prompt
+    shown: tuple[str, ...] = field(
+        default=(), metadata=MADE
+    )  # names of special tokens that the text has; others write nothing
     logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
     grammar: Grammar | None = field(default=None, metadata=MADE)  # what the answer must be
     expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer

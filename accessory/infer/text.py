@@ -24,10 +24,11 @@ class TextStream:
 
     Args:
         shown: special tokens whose names the text has; others write nothing.
+        joined: whether the text has the blank that its first token may write behind others, and not by itself.
     """
 
-    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = (), shown: Sequence[str] = ()):
-        self.text, self.stopped = "", False
+    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = (), shown: Sequence[str] = (), joined: bool = False):
+        self.text, self.stopped, self._joined = "", False, joined
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._shown = {tokenizer.special[name]: name for name in shown if name in tokenizer.special}
         self._ids: list[int] = []
@@ -40,6 +41,8 @@ class TextStream:
             before = self._decode(last=True)
             self._ids, self._begin, self._decoded = [], 0, 0
             return self._give(before + self._shown[token], last=False)
+        if self._joined and not self._ids:
+            self._ids, self._decoded = [token], 1  # behind any other, be it itself
         self._ids.append(token)
         return self._give(self._decode(), last=False)
 
