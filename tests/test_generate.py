@@ -312,6 +312,9 @@ def test_temperature_and_nucleus(case):
         assert abs(found - count * share) <= 5 * math.sqrt(count * share * (1 - share)), case
 
 
+TURN = {"role": "user", "content": "the list"}
+
+
 def use_wrongly(home, tokenizer):
     """Messages of what is refused, and generation with a vocabulary that has more rows than the tokenizer pieces."""
     args = replace(TINY, vocab_size=PIECES + 20)
@@ -327,6 +330,8 @@ def use_wrongly(home, tokenizer):
         "no such directory": lambda: MetaModel.from_pretrained(home / "none", **options),
         "did you mean 'mixtral'": lambda: MetaModel.from_pretrained(home / "padded", "mixtrl", **options),
         "with_visual": lambda: MetaModel.from_pretrained(home / "padded", with_visual=True),
+        "no place for turns": lambda: model.chat([[{"role": "system", "content": "a"}, TURN]], "plain"),
+        "half a character": lambda: model.generate(["\ud800"]),
         "list of prompts": lambda: model.generate("a text"),
         "images": lambda: model.generate(["a"], images=[1]),
         "leaves no room": lambda: model.generate(["the answer " * 60]),

@@ -49,6 +49,9 @@ def write_seeing(home):
         (home / f"{number}.png").write_bytes(file_bytes(picture))
     model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu", with_visual=True)
     talks = [[{"role": "user", "content": parts(image)}] for image in PICTURES]
+    assert model.chat([talks[0], QUESTION], "plain", 8) == [  # a model of texts and captions goes on with them
+        model.generate([QUESTION], [image], 8)[0] for image in (PICTURES[0], None)
+    ]
     talks.append([*talks[0], {"role": "assistant", "content": "words"}, {"role": "user", "content": "and then"}])
     return [answer.strip() for answer in model.chat([*talks, QUESTION], max_gen_len=8, temperature=0)]
 

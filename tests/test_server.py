@@ -311,7 +311,7 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(address, body, status, se
     answer = httpx.post(
         f"{address}/v1/chat/completions", content=content, headers={"content-type": "application/json"}, timeout=60
     )
-    assert answer.status_code == status and sentence in answer.json()["error"]["message"]
+    assert answer.status_code == status and sentence in json.dumps(answer.json()["error"]["message"], ensure_ascii=False)
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 

@@ -28,7 +28,15 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, ())
 
 
 class RecordError(UserError):
-    """A record that cannot be used; the message says why."""
+    """A record that cannot be used; the message says why.
+
+    Attributes:
+        problem: the message without what the entry of a data mix can do about it.
+    """
+
+    def __init__(self, problem: str, in_mix: str = ""):
+        super().__init__(problem + in_mix)
+        self.problem = problem
 
 
 class Fields:
@@ -105,9 +113,10 @@ class Fields:
         rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts]
         if rest:
             it = "it" if len(rest) == 1 else "them"
+            keys = ", ".join(map(str, rest))
             raise RecordError(
-                f"{self.where}{': ' * bool(self.where)}nothing here uses {', '.join(map(repr, rest))}: leave {it} out with "
-                f"ignore: [{', '.join(map(str, rest))}] in the mix entry, or say with columns what {it} should be read as"
+                f"{self.where}{': ' * bool(self.where)}nothing here uses {', '.join(map(repr, rest))}: leave {it} out",
+                f" with ignore: [{keys}] in the mix entry, or say with columns what {it} should be read as",
             )
 
 

@@ -172,6 +172,17 @@ def read_question(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping
     return Conversation(system, turns, tuple(record.images), read_tools(record))
 
 
+def as_document(question: Conversation) -> Document:
+    """What a model of texts goes on with: the text of a single question, its images on no line of their own.
+
+    Raises:
+        RecordError: there is more than that.
+    """
+    if question.system or question.tools or len(question.turns) > 1:
+        raise RecordError("the model was trained on texts, and goes on with one: it has no place for turns")
+    return Document(question.turns[0].text.replace(f"{IMAGE}\n", IMAGE), question.images)
+
+
 def _recognise(record: Fields) -> Kind:
     """The kind of a record, by its keys."""
     for kind in (*filter(record.says, KINDS), *KINDS):

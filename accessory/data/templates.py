@@ -64,13 +64,15 @@ class Template:
         )
         return list(self.write(replace(record, turns=turns)))
 
-    def prompt(self, conversation: Conversation) -> list[Segment]:
-        """What a model is given to answer a conversation that ends with a question."""
-        if self.documents:
+    def prompt(self, asked: Record) -> list[Segment]:
+        """What a model is given to answer a conversation that ends with a question, or to go on with a text."""
+        _refuse_images(asked)
+        if self.documents and isinstance(asked, Document):
+            return [_begin(), Segment(asked.text, False)]
+        if self.documents or isinstance(asked, Document):
             raise UserError(f"the template '{self.name}' is for documents, not for questions: continue the raw text instead")
-        _refuse_images(conversation)
-        self._check_tools(conversation)
-        return list(self.write(conversation))
+        self._check_tools(asked)
+        return list(self.write(asked))
 
     def _check_tools(self, conversation: Conversation) -> None:
         turns = conversation.turns
@@ -83,8 +85,8 @@ class Template:
         else:
             return
         raise RecordError(
-            f"the template '{self.name}' has no place for {what}: name the model's own in the mix entry, "
-            "template: chat_template"
+            f"the template '{self.name}' has no place for {what}",
+            ": name the model's own in the mix entry, template: chat_template",
         )
 
 
@@ -152,7 +154,7 @@ ALPACA_CONTEXT = ", paired with an input that provides further context"
 def _alpaca(conversation: Conversation) -> Iterator[Segment]:
     """Stanford Alpaca's, as the reference project has it; what follows an answer begins with a blank line."""
     if conversation.system:
-        raise RecordError("the template 'alpaca' has no place for a system prompt: name another one in the mix entry")
+        _refuse_system("alpaca")
     first = conversation.turns[0]
     yield _begin()
     before = ALPACA.format(context=ALPACA_CONTEXT if first.context else "")
@@ -180,7 +182,7 @@ PROMPTS = {
 def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
     """By one of PROMPTS; what follows an answer begins with a blank line."""
     if conversation.system:
-        raise RecordError(f"the template '{name}' has no place for a system prompt: name another one in the mix entry")
+        _refuse_system(name)
     before, behind = PROMPTS[name]
     yield _begin()
     for number, turn in enumerate(conversation.turns):
@@ -246,6 +248,10 @@ def _plain(document: Document) -> Iterator[Segment]:
     yield Segment(document.text, True)
     if document.label is None:  # what is classified has no end to be learnt: as Hugging Face's tokenizers write it
         yield Segment(EOS, True, special=True)
+
+
+def _refuse_system(name: str) -> None:
+    raise RecordError(f"the template '{name}' has no place for a system prompt", ": name another one in the mix entry")
 
 
 def _begin() -> Segment:

@@ -15,8 +15,9 @@ from torch import Tensor
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
+from accessory.data.fields import RecordError
 from accessory.data.placement import encode_placed, images_set_apart
-from accessory.data.records import Conversation, read_question
+from accessory.data.records import as_document, read_question
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
@@ -190,13 +191,14 @@ class MetaModel:
             tools: that may be called, as OpenAI describes them.
         """
         chosen = get_template(template, self.tokenizer) if template else self.template_of(adapter)
-        if chosen.documents:  # a model of texts goes on with one
-            return Prompt(self.tokenizer.encode(str(conversation), bos=True, eos=False)), ()
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         visual = self.llma.sight
-        question, images = images_set_apart(read_question(messages, tools), visual)
-        assert isinstance(question, Conversation)
-        tokens, _ = encode_placed(self.tokenizer, chosen.prompt(question), len(images), visual)
+        try:
+            question = read_question(messages, tools)
+            record, images = images_set_apart(as_document(question) if chosen.documents else question, visual)
+            tokens, _ = encode_placed(self.tokenizer, chosen.prompt(record), len(images), visual)
+        except RecordError as error:  # there is no mix whose entry could do anything about it
+            raise UserError(error.problem) from error
         return Prompt(tokens, tuple(read_image(image, visual) for image in images if visual)), chosen.stop
 
     @cache  # noqa: B019
