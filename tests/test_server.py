@@ -290,8 +290,13 @@ CHAT = {"model": "model", "messages": MESSAGES}
             "'image_url' must be a text, or an object",
         ),
         (CHAT | {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
+        (CHAT | {"model": "\ud800"}, 400, "half a character"),
         (CHAT | {"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "no room to answer in max_seq_len 4096"),
         (CHAT | {"response_format": {"type": "xml"}}, 400, "response_format must be"),
+        (CHAT | {"response_format": {"json_schema": {"schema": {}}}}, 400, "response_format must be"),
+        (CHAT | {"response_format": {"type": "json_object", "schema": {}}}, 400, "response_format must be"),
+        (CHAT | {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, 400, "has one form"),
+        (CHAT | {"structured_outputs": {}}, 400, "structured_outputs must be"),
         (CHAT | {"structured_outputs": {"regex": "("}}, 400, "not a regular expression"),
         (
             CHAT | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
@@ -302,10 +307,6 @@ CHAT = {"model": "model", "messages": MESSAGES}
     ],
     ids=str,
 )
-        (CHAT | {"response_format": {"json_schema": {"schema": {}}}}, 400, "response_format must be"),
-        (CHAT | {"response_format": {"type": "json_object", "schema": {}}}, 400, "response_format must be"),
-        (CHAT | {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, 400, "has one form"),
-        (CHAT | {"structured_outputs": {}}, 400, "structured_outputs must be"),
 def test_what_cannot_be_asked_is_refused_in_a_sentence(address, body, status, sentence):
     content = body if isinstance(body, str | bytes) else json.dumps(body)
     answer = httpx.post(

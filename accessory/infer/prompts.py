@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from accessory.data.fields import whole_text
 from accessory.data.placement import PLACE, encode_placed, images_set_apart
 from accessory.data.records import Document
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
@@ -77,6 +78,8 @@ def _encode(
 ) -> Prompt:
     if images and visual is None:
         raise UserError(BLIND)
+    if isinstance(prompt, str):
+        whole_text(prompt, "a prompt")
     if not visual:
         return Prompt(tokenizer.encode(prompt, bos, eos) if isinstance(prompt, str) else list(prompt))
     pixels = tuple(read_image(image, visual) for image in images)

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
 from accessory.console import listed, say
+from accessory.data.fields import whole_text
 from accessory.errors import UserError
 from accessory.infer.chat import check_template, load
 from accessory.infer.client_questions import asked_in_chat, asked_to_continue, asked_to_embed
@@ -271,11 +272,14 @@ async def _json(request: Request, most_bytes: int) -> Mapping[str, Any]:
     except TimeoutError as error:
         raise HTTPException(408, f"the request did not come within {BODY_S:g} s") from error
     try:
-        found = json.loads(body)
+        text = body.decode("utf-8-sig")
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the request is not JSON: {error}") from error
     if not isinstance(found, Mapping):
         raise UserError("the request must be an object")
+    if "\\ud" in text.lower():  # how half a character can be written, which no tokenizer takes and no answer can hold
+        whole_text(json.dumps(found, ensure_ascii=False), "the request")
     return found
 
 
@@ -380,7 +384,9 @@ def _tell_errors(app: FastAPI) -> None:
         return told(503, "the server is shutting down")
 
     @app.exception_handler(StarletteHTTPException)  # of a path that is none, too
-    async def failed(_: Request, error: StarletteHTTPException) -> Response:
+    async def failed(request: Request, error: StarletteHTTPException) -> Response:
+        if "endpoint" not in request.scope:
+            return told(error.status_code, f"there is no {request.url.path} here: docs/serving.md says what there is")
         return told(error.status_code, error.detail)
 
     @app.exception_handler(Exception)
