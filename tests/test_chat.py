@@ -63,7 +63,7 @@ OPTIONS = ("--precision", "fp64", "--max-gen-len", 12, "--temperature", 0)
 @pytest.mark.parametrize("mp", [1, 2])
 def test_prompts_of_a_file_are_answered_into_a_file(home, answers, tmp_path, mp):
     lines = [{"prompt": QUESTIONS[0]}, {"messages": TALK}, {"prompt": QUESTIONS[1]}]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "\r\n".join(map(json.dumps, lines)))
     words = (f"@{tmp_path}/in.jsonl", "--out", tmp_path / "out.jsonl", "--mp", mp, *OPTIONS)
     codes, out, err = command("generate", home / "model", *words)
     assert codes == [0], err
@@ -165,10 +165,15 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(home, answers):
     [
         ('{"prompt": "a"}\n{"question": "b"}', 'line 2: expected {"prompt": text} or {"messages": [...]}'),
         ("not JSON", "line 1: expected"),
+        ('{"prompt": null}', "line 1: expected"),
+        ('{"prompt": "a", "system": "b"}', "found prompt, system"),
+        ('\n{"messages": [{"role": "user"}]}', "line 2: turn 1 must be an object"),
+        ('{"prompt": "a\u2028b"}\n\n{', "line 3: expected"),
+        (b'{"prompt": "\xe9"}', "in.jsonl: not UTF-8"),
         ("", "in.jsonl: no prompt in it"),
     ],
 )
 def test_files_that_hold_no_prompts(lines, sentence, home, tmp_path):
-    (tmp_path / "in.jsonl").write_text(lines)
+    (tmp_path / "in.jsonl").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     codes, out, err = command("generate", home / "model", f"@{tmp_path}/in.jsonl")
     assert codes == [1] and sentence in err and not out

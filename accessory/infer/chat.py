@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from accessory.config import from_mapping, read_mapping
-from accessory.console import progress, say
+from accessory.console import listed, progress, say
+from accessory.data.fields import RecordError
 from accessory.data.record_images import IMAGE
+from accessory.data.records import read_question
 from accessory.data.templates import get_template
 from accessory.dtypes import get_dtype
 from accessory.errors import UserError
@@ -111,7 +114,7 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
         say(f"{arguments.out}: {len(requests)} answers")
     else:
         for prompt, request in zip(prompts, requests, strict=True):
-            say(f"> {_text(prompt)}\n{request.text.strip()}\n")
+            say(f"> {_text(prompt)}\n{_answered(request)}\n")
     tell_offload(model.llma)
 
 
@@ -149,30 +152,52 @@ def classify(arguments: argparse.Namespace, launch: Launch) -> None:
 def _read(path: str) -> Iterator[Prompt]:
     """The prompts of a file: lines of text, or of JSON with a ``prompt`` or ``messages``."""
     file = check_file(path, "a file of prompts")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield line
-            continue
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at what else separates lines: a text may hold it
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _prompt(line, f"{file}, line {number}") if file.suffix == ".jsonl" else line
+
+
+def _prompt(line: str, where: str) -> Prompt:
+    record: Any = None
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+    said = [key for key in _SAID if key in record] if isinstance(record, dict) else []
+    if said == ["prompt"] and isinstance(text := record["prompt"], str):
+        return text
+    if said == ["messages"] and isinstance(messages := record["messages"], list):
         try:
-            record = json.loads(line)
-            yield record["messages"] if "messages" in record else str(record["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{file}, line {number}: expected {{"prompt": text}} or {{"messages": [...]}}') from error
+            read_question(messages)
+        except RecordError as error:
+            raise UserError(f"{where}: {error.problem}") from error
+        return messages
+    more = f", found {listed(said)}" if len(said) > 1 else ""
+    raise UserError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}{more}')
+
+
+_SAID = ("prompt", "messages", "system", "tools", "image", "images")
+"""What would change an answer, of which one is taken."""
 
 
 def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {_said(turn)}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn.get('role')}: {_said(turn)}" for turn in prompt)
 
 
 def _said(turn: Mapping[str, Any]) -> str:
     """A turn's text, with a mark for each image."""
-    content = turn["content"]
+    content = turn.get("content") or ""  # of a call, beside which nothing is said, none
     return content if isinstance(content, str) else " ".join(part.get("text", IMAGE) for part in content)
+
+
+def _answered(request: Running) -> str:
+    """The text, without the blanks around it, unless its form asks for them."""
+    return request.text if request.sampling.grammar else request.text.strip()
 
 
 def _line(prompt: Prompt, request: Running) -> str:
     asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-    told = {"answer": request.text.strip(), "finish_reason": request.finish_reason, "tokens": len(request.answer)}
+    told = {"answer": _answered(request), "finish_reason": request.finish_reason, "tokens": len(request.answer)}
     return json.dumps(asked | told, ensure_ascii=False) + "\n"
