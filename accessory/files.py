@@ -63,6 +63,9 @@ def check_writable(path: Path) -> None:
     """Raise UserError unless a file can be written at ``path``, before time is spent on what it is to hold."""
     if path.is_dir():
         raise UserError(f"{path}: cannot be written: a directory; name a file")
+    if path.exists() and (not path.is_file() or (path.is_symlink() and os.readlink(path).startswith("/proc/"))):
+        # a new file would take its name, /dev/null's for everybody
+        raise UserError(f"{path}: cannot be written: a pipe or device; name a file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -84,6 +84,16 @@ def test_where_nothing_may_be_written(home, tmp_path):
     check(slips, NO_RIGHTS, home, home / "read-only", tmp_path)
 
 
+def test_what_must_not_be_replaced(home, tmp_path):
+    """A root user's --out /dev/null or /dev/stdout would be everybody's file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    for name in ("pipe", "stdout"):
+        codes, _, err = ends("compare", home / "logged", "--png", tmp_path / name)
+        assert codes == [1] and f"{name}: cannot be written: a pipe or device; name a file" in err
+    assert (tmp_path / "stdout").is_symlink() and (tmp_path / "pipe").is_fifo()
+
+
 def test_a_disk_that_is_full(home, tmp_path):
     slips = {
         "convert {home}/hf {out} --to mixtral": "{out}: File too large; nothing was left behind",

@@ -36,9 +36,7 @@ class Sampling:
     seed: Seed | None = None  # None: another one each time
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
     joined: bool = field(default=False, metadata=MADE)  # the text begins with a blank, if it does behind the prompt
-    shown: tuple[str, ...] = field(
-        default=(), metadata=MADE
-    )  # names of special tokens that the text has; others write nothing
+    shown: tuple[str, ...] = field(default=(), metadata=MADE)  # special tokens whose names the text has; else none
     logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
     grammar: Grammar | None = field(default=None, metadata=MADE)  # what the answer must be
     expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer
