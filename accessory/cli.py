@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal
 
 from accessory import __version__
+from accessory.config import nearest
 from accessory.errors import Stopped, UserError, sentence, stop_on_signals
 from accessory.verbs.checkpoints import checkpoint_verbs, conversion_options
 from accessory.verbs.data import data_verbs
@@ -32,7 +34,10 @@ def main() -> None:
     if "overrides" in arguments and not any(word.startswith("-") for word in left):
         arguments.overrides += left  # argparse takes only those before the first option
     elif left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        verb: argparse.ArgumentParser = arguments.verb
+        wrong = next((word.partition("=")[0] for word in left if word.startswith("--")), None)
+        known = re.findall(r"--[\w-]+", verb.format_usage())
+        verb.error(f"unknown option {wrong}{nearest(wrong, known)}" if wrong else f"not expected: {' '.join(left)}")
     _report(arguments.run, arguments)
 
 

@@ -54,7 +54,7 @@ def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples
         epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, verb=verb)
     return verb
 
 
