@@ -34,6 +34,8 @@ from accessory.parallel.mesh import Axis
 from accessory.settings import QuantiseSection
 from accessory.visual.vision import Vision, make_vision
 
+_DESCRIPTIONS = ("config.json", "params.json", "adapter.json", "adapter_config.json")
+
 
 def recognise(path: str | Path) -> Directory:
     """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
@@ -44,6 +46,8 @@ def recognise(path: str | Path) -> Directory:
             return found
     if (directory / "state.json").is_file():
         raise UserError(f"{directory}: a training state, which resume={directory} goes on from, is no checkpoint")
+    if inside := {file.parent.name for name in _DESCRIPTIONS for file in directory.glob(f"*/{name}")}:  # as in a run's
+        raise UserError(f"{directory}: no checkpoint in it, but below it: {listed(sorted(inside))}; name one of these")
     raise UserError(
         f"{directory}: no checkpoint in it; expected consolidated.RR-of-MM.model.pth or .safetensors, "
         "consolidated.00.pth, consolidated.safetensors, or model.safetensors (one file or several)"
