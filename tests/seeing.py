@@ -9,19 +9,18 @@ import yaml
 from models import TINY, make_tokenizer, samples
 from pictures import noise
 
-from accessory.certify.problem import ENCODERS
+from accessory.certify.problem import ENCODERS, SMALL
 from accessory.data.loader import Batch, collate
-from accessory.model.args import ModelArgs, MoEArgs
+from accessory.model.args import MoEArgs
 from accessory.model.visual import Images, VisualArgs
 
-MODEL = ModelArgs(
-    dim=32,
+MODEL = replace(
+    SMALL,
     hidden_dim=32,
     head_dim=8,
-    n_layers=2,
     n_heads=4,
-    n_kv_heads=2,
     vocab_size=300,
+    sliding_window=None,
     max_seq_len=512,
     moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
 )
