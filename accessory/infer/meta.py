@@ -25,6 +25,7 @@ from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
 from accessory.infer.offload import Offload, where_experts_are
 from accessory.infer.prompts import Prompt, Shown, encode_prompts, read_image
+from accessory.model.answering import plan_answers
 from accessory.infer.sampling import Sampling
 from accessory.infer.scoring import score_example, scored_from
 from accessory.infer.sights import SeenImages
@@ -139,7 +140,8 @@ class MetaModel:
         max_seq_len = max_seq_len or checkpoint.args.max_seq_len
         sees = checkpoint.args.visual if with_visual is not False else None
         beside = count_of_encoders(sees)
-        plan, cache_tokens = where_experts_are(offload, source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside)
+        held = source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside
+        plan, cache_tokens = where_experts_are(offload, max_seq_len, lambda section: plan_answers(section, *held))
         slot_bytes = plan.slot_bytes if plan else None
         check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=slot_bytes)
         llma = build_model(

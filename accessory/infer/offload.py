@@ -1,15 +1,11 @@
 """A model that answers with experts offloaded: what fits beside its answers, and what it is told to have done."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from accessory.console import tell
-from accessory.model.answering import in_pages, plan_answers
+from accessory.model.answering import in_pages
 from accessory.model.decoder import Decoder
-from accessory.model.logical import LogicalModel
-from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.meter import told
 from accessory.model.moe.offload.plan import OffloadPlan
 from accessory.settings import OffloadSection
@@ -18,19 +14,13 @@ Offload = str | Mapping[str, Any] | OffloadSection | None
 
 
 def where_experts_are(
-    given: Offload,
-    logical: LogicalModel,
-    layout: Layout,
-    size: int,
-    dtype: torch.dtype,
-    max_seq_len: int,
-    encoders: int = 0,
+    given: Offload, max_seq_len: int, plan_of: Callable[[OffloadSection], OffloadPlan]
 ) -> tuple[OffloadPlan | None, int | None]:
     """What is ``given`` as a plan (None: all are on the device), and how many tokens the cache is to have, if it says so."""
     section = OffloadSection.read(given)
     if section is None:
         return None, None
-    plan = plan_answers(section, logical, layout, size, dtype, max_seq_len, encoders)
+    plan = plan_of(section)
     tell(f"offload: {plan}")
     return plan, in_pages(max_seq_len) if section.device_memory else None
 
