@@ -15,20 +15,17 @@ from torch import Tensor
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
-from accessory.data.fields import RecordError
-from accessory.data.placement import encode_placed, images_set_apart
-from accessory.data.records import as_document, read_question
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
 from accessory.infer.offload import Offload, where_experts_are
-from accessory.infer.prompts import Prompt, Shown, encode_prompts, read_image
-from accessory.model.answering import plan_answers
+from accessory.infer.prompts import Prompt, Shown, ask_for, encode_prompts
 from accessory.infer.sampling import Sampling
 from accessory.infer.scoring import score_example, scored_from
 from accessory.infer.sights import SeenImages
+from accessory.model.answering import plan_answers
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
 from accessory.model.documents import Documents
@@ -194,14 +191,7 @@ class MetaModel:
         """
         chosen = get_template(template, self.tokenizer) if template else self.template_of(adapter)
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        visual = self.llma.sight
-        try:
-            question = read_question(messages, tools)
-            record, images = images_set_apart(as_document(question) if chosen.documents else question, visual)
-            tokens, _ = encode_placed(self.tokenizer, chosen.prompt(record), len(images), visual)
-        except RecordError as error:  # there is no mix whose entry could do anything about it
-            raise UserError(error.problem) from error
-        return Prompt(tokens, tuple(read_image(image, visual) for image in images if visual)), chosen.stop
+        return ask_for(messages, tools, chosen, self.tokenizer, self.llma.sight), chosen.stop
 
     @cache  # noqa: B019
     def grammars_of(self, adapter: str | None) -> Grammars:

@@ -1,6 +1,6 @@
 """What a model is asked: token ids, and the images whose places are among them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from accessory.data.fields import whole_text
+from accessory.data.fields import RecordError, whole_text
 from accessory.data.placement import PLACE, encode_placed, images_set_apart
-from accessory.data.records import Document
+from accessory.data.records import Document, as_document, read_question
+from accessory.data.templates import Template
 from accessory.data.tokenizer import BOS, EOS, Segment, Tokenizer
 from accessory.errors import UserError
 from accessory.model.visual import VisualArgs
@@ -46,6 +47,23 @@ def read_image(image: Picture | Tensor, visual: VisualArgs) -> Tensor:
         raise UserError(f"an image's tensor must be uint8, or normalised as CLIP's are, found {image.dtype}")
     mean, std = (torch.tensor(some, dtype=torch.float64).view(3, 1, 1) for some in (CLIP_MEAN, CLIP_STD))
     return ((image.double().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def ask_for(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    template: Template,
+    tokenizer: Tokenizer,
+    visual: VisualArgs | None,
+) -> Prompt:
+    """What asks for the next answer of a conversation; see ``MetaModel.asked``."""
+    try:
+        question = read_question(messages, tools)
+        record, images = images_set_apart(as_document(question) if template.documents else question, visual)
+        tokens, _ = encode_placed(tokenizer, template.prompt(record), len(images), visual)
+    except RecordError as error:  # there is no mix whose entry could do anything about it
+        raise UserError(error.problem) from error
+    return Prompt(tokens, tuple(read_image(image, visual) for image in images if visual))
 
 
 def encode_prompts(
