@@ -193,6 +193,17 @@ def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
             yield Segment(EOS, turn.train, special=True)
 
 
+def _none(conversation: Conversation) -> Iterator[Segment]:
+    """Nothing but what is said, encoded apart: no blank tells where the answer begins."""
+    if conversation.system:
+        _refuse_system("none")
+    yield _begin()
+    for turn in conversation.turns:
+        yield Segment(turn.question, turn.train, apart=turn.role == "assistant")
+        if turn.role == "assistant":
+            yield Segment(EOS, turn.train, special=True)
+
+
 def _mixtral_instruct(conversation: Conversation) -> Iterator[Segment]:
     """As Mixtral 8x7B Instruct was trained: ``<s> [INST] q [/INST] a</s> [INST] ...``, the system prompt before the first
     question. Questions and answers are encoded apart, as Mistral does it."""
@@ -267,6 +278,7 @@ TEMPLATES = {
         Template("chatml", _chatml, ("<|im_end|>",), tools="results"),
         Template("vicuna", _vicuna),
         *(Template(name, partial(_prompted, name)) for name in PROMPTS),
+        Template("none", _none),
         Template("plain", _plain, documents=True),
     )
 }
