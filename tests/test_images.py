@@ -99,6 +99,8 @@ BROKEN = {
     "a large file": (lambda: bytes(MOST_BYTES + 2**20), "33 MiB; at most 32 are read"),
     "a large URI": (lambda: "data:image/png;base64," + "A" * (MOST_BYTES // 3 * 4 + 2**21), "at most 32 are read"),
     "no base64": (lambda: "data:image/png;base64,?", "not base64"),
+    "base64 in lines": (lambda: "data:image/png;base64,AAAA\nAAAA", "not base64"),
+    "an array": (lambda: np.zeros((4, 4, 3), np.uint8), "a ndarray is none: give a path, a data: URI, bytes, or an image"),
     "a URI of another kind": (lambda: "data:image/svg+xml,<svg/>", "expected data:image/png;base64,"),
     "on the web": (lambda: "https://a.b/c.png", "images on the web are not fetched: download it, and name the file"),
     "nowhere": (lambda: "/no/where.png", "image /no/where.png: no such file"),

@@ -47,7 +47,8 @@ def is_on_the_web(name: str) -> bool:
 
 def shortened(name: str) -> str:
     """An image's name for a message: some are the whole image, as a data: URI."""
-    return name if len(name) <= 100 else f"{name[:100]}..."
+    name = name if len(name) <= 100 else f"{name[:100]}..."
+    return name.replace("\n", " ")
 
 
 def check_image(picture: Picture) -> None:
@@ -105,6 +106,8 @@ def _header(picture: Picture) -> Image.Image:
     elif isinstance(picture, bytes):
         _check_bytes(len(picture))
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
+    elif not isinstance(picture, str | Path):
+        raise ImageError(f"a {type(picture).__name__} is none: give a path, a data: URI, bytes, or an image of Pillow's")
     elif is_on_the_web(str(picture)):
         raise ImageError("images on the web are not fetched: download it, and name the file")
     else:
