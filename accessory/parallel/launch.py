@@ -234,7 +234,7 @@ def run_job(body: Callable[[Launch], Any], start_timeout_s: float) -> NoReturn:
             watchdog.failing(error)
         if _first_to_fail(store):
             text = sentence(error) or _out_of_memory(error)
-            if isinstance(error, OSError) and text:
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and text:
                 text += f" (while {doing()})"
             if text is None:
                 traceback.print_exception(error)
