@@ -29,6 +29,10 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer_path", help="tokenizer.model or tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--model_max_seq_len", type=int, default=4096, help="tokens; default: %(default)s")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp64"], default="bf16", help="default: %(default)s")
+    parser.add_argument("--quant", nargs="?", const="nf4", metavar="NAME", help="hold matrices so; default: nf4")
+    parser.add_argument(
+        "--offload", metavar="experts=N", help="experts on the device, the others off it (docs/offloading.md)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine alone")
     parser.add_argument("--port", type=int, help="of the page; default: the first that is free from 7860")
     parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
@@ -42,6 +46,7 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
     words += ["--max-seq-len", str(arguments.model_max_seq_len)]
     words += [word for directory in over for word in ("--adapter", directory)]
     given = {"--layout": arguments.llama_type, "--config": arguments.llama_config, "--tokenizer": arguments.tokenizer_path}
+    given |= {"--quantise": arguments.quant, "--offload": arguments.offload}
     return words + [word for name, value in given.items() if value for word in (name, value)]
 
 

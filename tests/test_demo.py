@@ -105,7 +105,7 @@ def test_what_the_page_asks_for(home, answers, tmp_path):
 
 def test_single_questions_under_torchrun(home, answers, tmp_path):
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "demos/single_turn.py")
-    words += ("--pretrained_path", home / "model", "--dtype", "fp64")
+    words += ("--pretrained_path", home / "model", "--dtype", "fp64", "--offload", "experts=2")
     with (
         Demo(*words, log=tmp_path / "log", code=1) as demo,  # torchrun's
         contextlib.closing(gradio_client.Client(demo.url, verbose=False)) as page,
@@ -124,6 +124,6 @@ def ask_anew(url):
 
 
 def test_a_model_that_is_not_there():
-    command = [sys.executable, "demos/multi_turn.py", "--pretrained_path", "nowhere"]
+    command = [sys.executable, "demos/multi_turn.py", "--pretrained_path", "nowhere", "--quant"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=90)
     assert done.returncode == 1 and b"nowhere: no such directory" in done.stderr
