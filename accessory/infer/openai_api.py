@@ -71,10 +71,10 @@ class Call(Sampling):
 
     def _form(self, grammars: Grammars) -> Grammar:
         if self.structured_outputs is None:
-            match self.response_format:
-                case {"type": "json_object", **more} if not more:
+            match asked := self.response_format or {}:
+                case {"type": "json_object"} if len(asked) == 1:
                     return grammars.json_schema({"type": "object"})
-                case {"type": "json_schema", "json_schema": {"schema": dict(schema)}, **more} if not more:
+                case {"type": "json_schema", "json_schema": {"schema": dict(schema)}} if len(asked) == 2:
                     return grammars.json_schema(schema)
             raise UserError(
                 'response_format must be {"type": "text"}, {"type": "json_object"}, or '
@@ -83,9 +83,9 @@ class Call(Sampling):
         if self.response_format not in (None, TEXT):
             raise UserError("the request: an answer has one form, by response_format or by structured_outputs")
         match self.structured_outputs:
-            case {"regex": str(pattern), **more} if not more:
+            case {"regex": str(pattern)} if len(self.structured_outputs) == 1:
                 return grammars.regex(pattern)
-            case {"json": dict(schema), **more} if not more:
+            case {"json": dict(schema)} if len(self.structured_outputs) == 1:
                 return grammars.json_schema(schema)
         raise UserError('structured_outputs must be {"regex": text} or {"json": schema}')
 

@@ -116,7 +116,14 @@ FAULTS = (
         SERVED,
     ),
     # the choice
-    Fault("the temperature is ignored", SAMPLING, "scaled = scores / column", "scaled = scores + 0 * column", SERVED),
+    Fault("the temperature is ignored", SAMPLING, "keepdim=True)) / column", "keepdim=True)) + 0 * column", SERVED),
+    Fault(
+        "a low temperature overflows",
+        SAMPLING,
+        "(scores - scores.amax(-1, keepdim=True))",
+        "scores",
+        "'tests/test_generate.py::test_temperature_and_nucleus'",
+    ),
     Fault(
         "the token that reaches top-p is cut off too",
         SAMPLING,
