@@ -239,6 +239,7 @@ def test_what_is_no_adapter_of_this_base_is_refused(base, adapters, tmp_path):
     assert "makes a classifier of the base" in refusal(base, tmp_path / "labels")
     assert "no adapter in it" in refusal(base, base)
     MixtralForCausalLM(transformers_model().config).save_pretrained(tmp_path / "other")
+    assert "no adapter in it" in refusal(base, tmp_path / "other"), "another whole model"
     assert "belongs to another base" in refusal(tmp_path / "other", adapters["one layer"])
     with pytest.raises(UserError, match="holds an adapter, and others cannot stand beside it"):
         open_adapters(Checkpoint([base, adapters["peft"]]), {"mine": adapters["one layer"]})

@@ -96,13 +96,13 @@ def open_adapters(
         one, where = Checkpoint([*below, directory], config, strict, base.args.quantise), f"adapter '{name}' ({directory})"
         if one.args.labels != base.args.labels:
             raise UserError(f"{where}: makes a classifier of the base, which gives no answers: ask it alone (classify)")
+        if not one.logical.adapters:
+            raise UserError(f"{where}: no adapter in it")
         if replaced := _replaced(base, one):
             raise UserError(
                 f"{where}: was trained together with the base's own {replaced}, which everything here shares, so that it "
                 "cannot be chosen per request: merge it with a copy of the base (accessory merge), and load that alone"
             )
-        if not one.logical.adapters:
-            raise UserError(f"{where}: no adapter in it")
         found[name] = one
     return found
 
