@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -18,6 +19,9 @@ from PIL import Image
 
 from accessory.errors import UserError
 from accessory.visual.images import open_image
+
+refusal = partial(gr.Error, print_exception=False)
+"""Told on the page alone, not with a traceback in the terminal of who runs it."""
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -54,22 +58,22 @@ async def ask(url: str, path: str, **body: Any) -> AsyncIterator[dict[str, Any]]
     """The pieces of an answer, as they come. Closing this ends the answer on the server, too.
 
     Raises:
-        gr.Error: it is refused, or the server is lost.
+        refusal: it is refused, or the server is lost.
     """
     body |= {"model": "model", "stream": True, "expert_load": True}
     try:
         async with httpx.AsyncClient(timeout=None) as client, client.stream("POST", f"{url}/v1/{path}", json=body) as answer:
             if answer.is_error:
-                raise gr.Error(json.loads(await answer.aread())["error"]["message"])
+                raise refusal(json.loads(await answer.aread())["error"]["message"])
             async for line in answer.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    raise gr.Error(event["error"]["message"])
+                    raise refusal(event["error"]["message"])
                 yield event["choices"][0]
     except httpx.HTTPError as error:
-        raise gr.Error("The model is lost in the middle of its answer; ask again when it is back.") from error
+        raise refusal("The model is lost in the middle of its answer; ask again when it is back.") from error
 
 
 def shown(path: str) -> Image.Image:
@@ -77,7 +81,7 @@ def shown(path: str) -> Image.Image:
     try:
         return open_image(path)
     except UserError as error:
-        raise gr.Error(str(error)) from error
+        raise refusal(str(error)) from error
 
 
 def image_part(path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 from boxes import drawn
-from common import ask, draw_load, image_part, launch, parser, sampling, sampling_controls, serve_words, shown
+from common import ask, draw_load, image_part, launch, parser, refusal, sampling, sampling_controls, serve_words, shown
 from matplotlib.figure import Figure
 from worker import Worker
 
@@ -51,7 +51,7 @@ def make_page(worker: Worker, most_tokens: int, sees: bool = False) -> gr.Blocks
         message: str | dict[str, Any], history: list[dict[str, Any]], system: str, *values: float
     ) -> AsyncIterator[tuple[Any, ...]]:
         if worker.url is None:
-            raise gr.Error(worker.status)
+            raise refusal(worker.status)
         messages = [{"role": "system", "content": system}] if system.strip() else []
         messages += together([(turn["role"], parts_of(turn["content"])) for turn in history] + [("user", parts_of(message))])
         text, load = "", None

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 from boxes import drawn
-from common import ask, draw_load, image_part, launch, parser, sampling, sampling_controls, serve_words, shown
+from common import ask, draw_load, image_part, launch, parser, refusal, sampling, sampling_controls, serve_words, shown
 
 from accessory.cli import make_parser
 from accessory.infer.server import serve
@@ -35,7 +35,7 @@ def make_page(url: str, most_tokens: int, sees: bool = False) -> gr.Blocks:
     ) -> AsyncIterator[tuple[Any, ...]]:
         prompt = f"{question}\n\n{given}" if given.strip() else question
         if image and how == TEXT:
-            raise gr.Error("An image is asked about in the model's template.")
+            raise refusal("An image is asked about in the model's template.")
         content = [image_part(image), {"type": "text", "text": prompt}] if image else prompt
         asked: dict[str, Any] = {"prompt": prompt} if how == TEXT else {"messages": [{"role": "user", "content": content}]}
         text, load = "", None

@@ -97,6 +97,7 @@ def test_what_the_page_asks_for(home, answers, tmp_path):
         assert all(answers[0].startswith(text.strip()) for text, _ in told) and "Figure" in str(told[-1][1])
         with pytest.raises(gradio_client.exceptions.AppError, match="leaves no room"):
             page.predict("word " * 9000, "", 12, 0, 1.0, 0, 1.0, api_name="/answer")
+        assert "Traceback" not in demo.said(), "that is told on the page"
         os.kill(processes(demo.process.pid)[-1], signal.SIGKILL)
         assert ask_anew(demo.url) is None, "a lost process is noticed where it is needed"
         until(lambda: "They are being started again" in demo.said())
