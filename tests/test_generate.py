@@ -297,7 +297,6 @@ CHOICES = {  # temperature, top_p: probabilities
     (2.0, 1.0): (0.369398, 0.261204, 0.184699, 0.184699),  # roots
     (2.0, 0.6): (0.585786, 0.414214, 0.0, 0.0),  # the third begins at 0.631; at temperature 1 it would at 0.75
     (0.5, 0.8): (0.8, 0.2, 0.0, 0.0),  # the second at 0.727, the third at 0.909
-    (1e-320, 1.0): (1.0, 0.0, 0.0, 0.0),  # the likeliest, although no number is as large as its logit by this
 }
 
 
@@ -310,6 +309,14 @@ def test_temperature_and_nucleus(case):
     chosen = torch.tensor([choice.token for choice in choose(logits, nothing, nothing, how, [None] * len(how))])
     for found, share in zip(chosen.bincount(minlength=len(SHARES)).tolist(), CHOICES[case], strict=True):
         assert abs(found - count * share) <= 5 * math.sqrt(count * share * (1 - share)), case
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-308, 1e-320])
+def test_no_temperature_is_too_low(temperature):
+    """Although no number may be as large as a logit by it."""
+    logits = torch.tensor([[1.0, 3.0, -2.0], [-9.0, -7.0, -8.0]])
+    how = [Sampling(temperature=temperature, seed=seed) for seed in range(2)]
+    assert [choice.token for choice in choose(logits, [[], []], [[], []], how, [None, None])] == [1, 1]
 
 
 TURN = {"role": "user", "content": "the list"}

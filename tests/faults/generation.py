@@ -122,7 +122,7 @@ FAULTS = (
         SAMPLING,
         "(scores - scores.amax(-1, keepdim=True))",
         "scores",
-        "'tests/test_generate.py::test_temperature_and_nucleus'",
+        "'tests/test_generate.py::test_no_temperature_is_too_low'",
     ),
     Fault(
         "the token that reaches top-p is cut off too",
