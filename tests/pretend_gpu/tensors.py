@@ -147,26 +147,12 @@ def tolist(self):
 
 @functools.wraps(varlen_attn)
 def variable_length(*args, **kwargs):
-    """``varlen_attn`` document by document, with what it asks of a GPU's tensors."""
+    """``varlen_attn`` (see ``graphs``), with what it asks of a GPU's tensors."""
     bound = inspect.signature(varlen_attn).bind(*args, **kwargs)
     bound.apply_defaults()
     told = bound.arguments
-    q, k, v, borders, _, longest, longest_k = list(told.values())[:7]
-    table, (left, right) = told["block_table"], told["window_size"]
+    q, k, _, borders, *_ = told.values()
+    table = told["block_table"]
     assert q.dtype in (torch.bfloat16, torch.float16) and borders.dtype == torch.int32 and isinstance(borders, OnGpu)
-    assert right == 0 and (told["enable_gqa"] or q.shape[1] == k.shape[-2])
     assert table is None or (k.shape[1] % 256 == 0 and table.dtype == told["seqused_k"].dtype == torch.int32)
-    ends, out = borders.held.tolist(), []
-    for n, rows in enumerate(map(slice, ends, ends[1:])):
-        keys, values = k[rows], v[rows]
-        if table is not None:
-            used = int(told["seqused_k"].held[n])
-            keys, values = (x[table[n].long()].flatten(0, 1)[:used] for x in (k, v))
-        assert rows.stop - rows.start <= longest and len(keys) <= longest_k
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1).float() for x in (keys, values))
-        scores = q[rows].transpose(0, 1).float() * q.shape[-1] ** -0.5 @ keys.mT
-        places = torch.arange(keys.shape[1], device=q.device)
-        behind = places[keys.shape[1] - scores.shape[1] :, None] - places
-        unseen = (behind < 0) | (behind > left if left >= 0 else behind < 0)
-        out.append((scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
-    return torch.cat(out)
+    return varlen_attn(*args, **kwargs)
