@@ -1,5 +1,6 @@
 """Steps of single tokens as CUDA graphs: what a real one would freeze or refuse, one that stands in for it does as well."""
 
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,8 +15,14 @@ from accessory.certify.serving import SEVERAL, ServingCell, run_serving, wrong_t
 from accessory.infer import decode_graph, engine
 from accessory.infer.sampling import Sampling
 from accessory.model import attention, decoder
+from accessory.model.adapter import Adapter
 from accessory.model.args import MoEArgs
+from accessory.model.build import model_without_weights
+from accessory.model.logical import LogicalModel
 from accessory.model.moe.kernels import KERNELS
+from accessory.model.moe.layouts import EXPERT
+from accessory.parallel.mesh import Axis, Mesh
+from accessory.settings import QuantiseSection
 
 CPU = torch.device("cpu")
 
@@ -79,3 +86,53 @@ def test_experts_of_triton_in_a_graph():
         assert answered(model, 3) == plain and {*graphs.replays} == {1, 2, 4}
         del graphs.replays[:]
         assert answered(model, 1, graphs=False) == answered(model, 1) and len(graphs.replays) == 8
+
+
+def test_without_graphs_where_none_can_be_recorded(monkeypatch):
+    """What goes wrong there is said, and answers come all the same."""
+    model, said = build(TINY, "mixtral", Tensors(weights()), dtype=torch.float32, kernel="grouped"), []
+    plain = answered(model, 3)
+
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with recording("grouped", varlen=False):
+        monkeypatch.setattr(decode_graph, "say", said.append)
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        assert answered(model, 3) == plain
+    assert len(said) == 1 and "recorded as a CUDA graph here (operation not permitted" in said[0]
+
+
+def test_a_kernel_that_waits_cannot_be_in_a_graph():
+    """This is how the test of others would end."""
+    with recording("looped", varlen=False), pytest.raises(graphs.GraphError, match="tolist"):
+        answered(build(TINY, "mixtral", Tensors(weights())), 1)
+
+
+BESIDE = dict.fromkeys(("layers.0.attention.wq.weight", "layers.0.feed_forward.experts.w1"), Adapter(8, 1.0))
+SEVERAL_BESIDE = {name: Adapter.side_by_side([adapter]) for name, adapter in BESIDE.items()}
+MODELS = {  # whether it can; adapters, dtype, kernel, the GPU's capability, quantised parts, ranks
+    "bf16 on Hopper": (True, {}, torch.bfloat16, "auto", (9, 0), {}, 1),
+    "bf16 on an A100": (False, {}, torch.bfloat16, "grouped", (8, 0), {}, 1),
+    "Triton's kernel there": (True, {}, torch.float16, "triton", (8, 0), {}, 1),
+    "a loop": (False, {}, torch.bfloat16, "looped", (9, 0), {}, 1),
+    "an adapter": (False, BESIDE, torch.bfloat16, "auto", (9, 0), {}, 1),
+    "several": (True, SEVERAL_BESIDE, torch.bfloat16, "auto", (9, 0), {}, 1),
+    "quantised experts": (False, {}, torch.bfloat16, "auto", (9, 0), {"experts": "int8"}, 1),
+    "quantised attention": (False, {}, torch.bfloat16, "auto", (9, 0), {"attention": "int8"}, 1),
+    "two ranks": (False, {}, torch.bfloat16, "auto", (9, 0), {}, 2),
+}
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+def test_what_can_be_recorded(case, monkeypatch):
+    can, adapters, dtype, kernel, capability, quantise, ranks = case
+    args = replace(TINY, quantise=QuantiseSection(**quantise) if quantise else None)
+    mesh = Mesh(mp=Axis(0, ranks))
+    model = model_without_weights(LogicalModel(args, adapters), EXPERT, mesh, dtype, kernel, trains=())
+    model.to_empty(device="cpu")
+    assert not decode_graph.can_record(model), "on a CPU"
+    monkeypatch.setattr(decode_graph, "varlen_runs", lambda *_, **__: True)
+    monkeypatch.setattr(sys.modules[KERNELS["grouped"].swiglu.__module__], "capability", lambda device: capability)
+    monkeypatch.setitem(KERNELS, "grouped", replace(KERNELS["grouped"], suits=lambda x: True))
+    assert decode_graph.can_record(model) == can

@@ -7,6 +7,7 @@ Of a graph nothing is left once another one of its pool runs: before a replay al
 import os
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ class Capture(TorchDispatchMode):
 
     def __exit__(self, *error):
         self.patch.undo()
+        print(f"recorded a graph of {self.graph.rows} rows")
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -144,20 +146,28 @@ def _variable_length(
     block_table=None,
     num_splits=None,
 ):
-    """The kernel of ``varlen_attn``, document by document."""
+    """What ``varlen_attn`` runs."""
     left, right = window_size
     assert right == 0 and (enable_gqa or q.shape[1] == k.shape[-2]) and (block_table is None or num_splits == 1)
-    ends, out = borders.tolist(), []
-    for n, rows in enumerate(map(slice, ends, ends[1:])):
-        keys, values = k[rows], v[rows]
-        if block_table is not None:
-            keys, values = (x[block_table[n].long()].flatten(0, 1)[: int(seqused_k[n])] for x in (k, v))
-        assert rows.stop - rows.start <= longest and len(keys) <= longest_k
+    ends = borders.tolist()
+    if block_table is None:
+        parts = [(k[start:stop], v[start:stop]) for start, stop in pairwise(ends)]
+    else:
+        used = zip(block_table.long(), seqused_k.tolist(), strict=True)
+        parts = [[x[pages].flatten(0, 1)[:count] for x in (k, v)] for pages, count in used]
+    assert all(stop - start <= longest for start, stop in pairwise(ends)) and all(len(k) <= longest_k for k, _ in parts)
+    return attend_by_document(q, parts, ends, left), q.new_empty(0), q.new_empty(0)
+
+
+def attend_by_document(q, parts, ends, left):
+    """``q`` [T, H, head_dim], of which a document ends at each of ``ends`` behind the first, over each's keys and values."""
+    out = []
+    for rows, (keys, values) in zip(map(slice, ends, ends[1:]), parts, strict=True):
         wide = torch.promote_types(q.dtype, torch.float32)
         keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1).to(wide) for x in (keys, values))
         scores = q[rows].transpose(0, 1).to(wide) * q.shape[-1] ** -0.5 @ keys.mT
-        places = torch.arange(keys.shape[1])
+        places = torch.arange(keys.shape[1], device=q.device)
         behind = places[keys.shape[1] - scores.shape[1] :, None] - places
         unseen = (behind < 0) | (behind > left if left >= 0 else behind < 0)
         out.append((scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
-    return torch.cat(out), q.new_empty(0), q.new_empty(0)
+    return torch.cat(out)

@@ -11,6 +11,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pretend_gpu.graphs import attend_by_document
+
 FROM_BOTH = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put_", "aten._index_put_impl_"}
 """Operators that take tensors of the GPU and of the CPU; others take numbers from there at most."""
 WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"}
@@ -147,12 +149,16 @@ def tolist(self):
 
 @functools.wraps(varlen_attn)
 def variable_length(*args, **kwargs):
-    """``varlen_attn`` (see ``graphs``), with what it asks of a GPU's tensors."""
+    """``varlen_attn``, with what it asks of a GPU's tensors; over pages it knows no gradients."""
     bound = inspect.signature(varlen_attn).bind(*args, **kwargs)
     bound.apply_defaults()
     told = bound.arguments
-    q, k, _, borders, *_ = told.values()
-    table = told["block_table"]
+    q, k, v, borders, *_ = told.values()
+    table, (left, right) = told["block_table"], told["window_size"]
+    assert right == 0 and (told["enable_gqa"] or q.shape[1] == k.shape[-2])
     assert q.dtype in (torch.bfloat16, torch.float16) and borders.dtype == torch.int32 and isinstance(borders, OnGpu)
     assert table is None or (k.shape[1] % 256 == 0 and table.dtype == told["seqused_k"].dtype == torch.int32)
-    return varlen_attn(*args, **kwargs)
+    if table is not None:
+        return varlen_attn(*args, **kwargs)
+    ends = borders.held.tolist()
+    return attend_by_document(q, [(k[rows], v[rows]) for rows in map(slice, ends, ends[1:])], ends, left)
