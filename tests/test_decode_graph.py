@@ -1,6 +1,5 @@
 """Steps of single tokens as CUDA graphs: what a real one would freeze or refuse, one that stands in for it does as well."""
 
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from accessory.certify.problem import SMALL, Problem
 from accessory.certify.serving import SEVERAL, ServingCell, run_serving, wrong_tokens
 from accessory.infer import decode_graph, engine
 from accessory.infer.sampling import Sampling
-from accessory.model import attention, decoder
+from accessory.model import attention, decoder, triton_here
 from accessory.model.adapter import Adapter
 from accessory.model.args import MoEArgs
 from accessory.model.build import model_without_weights
@@ -133,6 +132,6 @@ def test_what_can_be_recorded(case, monkeypatch):
     model.to_empty(device="cpu")
     assert not decode_graph.can_record(model), "on a CPU"
     monkeypatch.setattr(decode_graph, "varlen_runs", lambda *_, **__: True)
-    monkeypatch.setattr(sys.modules[KERNELS["grouped"].swiglu.__module__], "capability", lambda device: capability)
+    monkeypatch.setattr(triton_here, "capability", lambda device: capability)
     monkeypatch.setitem(KERNELS, "grouped", replace(KERNELS["grouped"], suits=lambda x: True))
     assert decode_graph.can_record(model) == can

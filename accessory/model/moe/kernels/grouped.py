@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.model import triton_here
 from accessory.model.moe.kernels.fused import Operations, fused_matmul, fused_swiglu
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.swiglu import swiglu, swiglu_backward
 from accessory.model.moe.weights import ExpertWeights
-from accessory.model.triton_here import capability
 
 GROUPED_NEEDS = "fp32, bf16 or fp16 on CPU or CUDA, and rows of a multiple of 16 bytes"
 
@@ -25,7 +25,7 @@ def grouped_waits(x: Tensor) -> bool:
     """Where it is a loop, for which the host waits once a product: not for bf16 of sm90 and sm100, which are Hopper and the
     data centre's Blackwell.
     """
-    return x.dtype != torch.bfloat16 or capability(x.device) not in ((9, 0), (10, 0))
+    return x.dtype != torch.bfloat16 or triton_here.capability(x.device) not in ((9, 0), (10, 0))
 
 
 def _outer(y: Tensor, x: Tensor, row_ends: Tensor) -> Tensor:
