@@ -207,8 +207,8 @@ def unpacked(codes: Tensor, bits: int) -> Tensor:
     """What ``packed`` was given."""
     together = _in_whole_bytes(bits)
     several = codes.unflatten(-1, (-1, together * bits // 8)).int()
-    whole = torch.stack([several[..., n] << 8 * n for n in range(several.shape[-1])]).sum(0)
-    places = torch.arange(together, device=codes.device)
+    whole = torch.stack([several[..., n] << 8 * n for n in range(several.shape[-1])]).sum(0, dtype=torch.int32)
+    places = torch.arange(together, device=codes.device, dtype=torch.int32)
     return (whole.unsqueeze(-1) >> places * bits & (1 << bits) - 1).flatten(-2).to(torch.uint8)
 
 
