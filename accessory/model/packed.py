@@ -80,7 +80,7 @@ def _laid_out(codes: Tensor) -> Tensor:
 
 
 def _codes_of(laid: Tensor, shape: torch.Size, together: int) -> Tensor:
-    """What was laid out, transposed [in, out] and in bf16, where so many rows lie ``together``, half of them in high bits."""
+    """What was laid out, transposed [in, out], in bf16, where so many rows lie ``together``, half of them in high bits."""
     out, width = shape
     codes = laid.new_empty(width, out // together, 2, together // 2, dtype=torch.bfloat16)
     places = laid.view(out // together, width, together // 2).transpose(0, 1)
