@@ -5,6 +5,7 @@ Nothing here imports Triton: that takes as long as all the rest of a start.
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
@@ -77,6 +78,19 @@ def _compiled() -> FusedPasses:
             swiglu_backward=triton_swiglu.swiglu_backward,
         ),
     )
+
+
+CodesProduct = Callable[..., Tensor]
+"""As ``triton_codes.times_codes``."""
+
+
+def codes_product(x: Tensor) -> CodesProduct | None:
+    """The product of a few rows by a matrix' codes, compiled; None: there is none here, or gradients are wanted."""
+    if torch.is_grad_enabled() or x.device.type != "cuda" or not is_installed("triton") or not triton_runs(x):
+        return None
+    from accessory.model.triton_codes import times_codes
+
+    return times_codes
 
 
 class _ShapesAlone:
