@@ -174,7 +174,7 @@ class Study:
         logical = LogicalModel(replace(self.args, quantise=QuantiseSection(codec, codec)))
         if draw is None:
             return Dequantised(Quantising(self.original, logical), logical)
-        batches = calibration_batches(self.original, self.arguments.mix, self.arguments.tokens, draw)
+        batches = calibration_batches(self.original, self.arguments.mix, self.arguments.calibrate, draw)
         made = Calibrated(self.original, logical, batches)
         parts = Held({name: made.read(name, logical.whole(name)) for name in logical.parts})
         return Dequantised(Overlaid(self.original, parts, logical.parts), logical)
@@ -190,12 +190,12 @@ def spread(values: list[float], form: str) -> str:
     return low if len(values) == 1 else f"{low} .. {high}"
 
 
-def compare(study: Study, codec: str, draws: int) -> dict[str, bool]:
+def compare(study: Study, codec: str, draws: list[int]) -> dict[str, bool]:
     """Print a table of one codec; what the protocol asks of it."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     off: dict[str, list[list[float]]] = {"nearest": [], "calibrated": []}
     kinds: list[str] = []
-    for how, seeds in (("nearest", [None]), ("calibrated", list(range(draws)))):
+    for how, seeds in (("nearest", [None]), ("calibrated", draws)):
         for seed in seeds:
             numbers = study.quantised(codec, seed)
             found.setdefault(f"{how}, routers kept", []).append(study.measure(numbers))
@@ -225,8 +225,10 @@ def compare(study: Study, codec: str, draws: int) -> dict[str, bool]:
     enough = [ratio for ratio, rows in zip(ratios, study.rows, strict=True) if rows >= LEAST_ROWS]
     return {
         f"output error at most 0.6 of the nearest's, each of {len(enough)} matrices, every draw": max(enough) <= 0.6,
-        f"KL below the nearest's in {draws} of {draws} draws": max(kept) < kl["nearest, routers kept"][0],
-        f"KL with routers kept below routers quantised in {draws} of {draws} draws": all(map(float.__lt__, kept, rounded)),
+        f"KL below the nearest's in {len(draws)} of {len(draws)} draws": max(kept) < kl["nearest, routers kept"][0],
+        f"KL with routers kept below routers quantised in {len(draws)} of {len(draws)} draws": all(
+            map(float.__lt__, kept, rounded)
+        ),
     }
 
 
@@ -235,8 +237,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a trained model, in any format")
     parser.add_argument("mix", type=Path, help="a mix that marks what is held out")
     parser.add_argument("--codecs", nargs="+", default=["int4", "nf4", "int3", "int8"])
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64 * 256, help="to calibrate with, and held out")
+    parser.add_argument("--draws", type=int, nargs="+", default=list(range(5)), help="their seeds")
+    parser.add_argument("--tokens", type=int, default=64 * 256, help="held out")
+    parser.add_argument("--calibrate", type=int, default=131072, help="tokens, as `accessory quantise --tokens`")
     parser.add_argument("--layers", type=int, nargs="+", help="whose matrices' outputs are compared; default: all")
     parser.add_argument("--precision", default="fp32", choices=["bf16", "fp32"])
     arguments = parser.parse_args()
@@ -244,7 +247,7 @@ def main() -> None:
     study = Study(arguments)
     tokens = sum(batch.real_tokens for batch in study.batches)
     print(f"whole: perplexity {study.base.perplexity:.3f} over {len(study.base.targets):,} of {tokens:,} held-out tokens")
-    print(f"rows of an expert: {min(study.rows)} at least")
+    print(f"rows of an expert: {min(study.rows)} at least; draws {', '.join(map(str, arguments.draws))}")
     for codec in arguments.codecs:
         for asked, met in compare(study, codec, arguments.draws).items():
             print(f"{'yes' if met else 'NO ':4s}{codec}: {asked}", flush=True)

@@ -5,25 +5,26 @@
 
 Every side is a process of its own, from files to the last token: ours from a directory that `accessory quantise` makes,
 bitsandbytes' from the bf16 files, which is what it can do. Peak memory is the largest resident set (mapped pages of files
-included) less that after the imports; "held" are the pages of the process's own once it has answered. One request of 128
-tokens, 24 new ones, chosen greedily, answered once before it is timed; each figure is the median of rounds that the sides
-take in turn. Without bitsandbytes its side is left out, and that is said.
+included) and "held" are the pages of the process's own once it has answered, both less those after the imports. One request
+of 128 tokens, 24 new ones, chosen greedily, answered once before it is timed; each speed is the median of rounds that the
+sides take in turn, while the others wait. Without bitsandbytes its side is left out, and that is said.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import environment, start_one_process
-from generate import NEW, PROMPT, SHAPE, ours, theirs
+from generate import NEW, PROMPT, SHAPE, Times, ours, theirs
 
 from accessory.certify.serving import Numbers
 from accessory.checkpoint.convert import Target, convert
@@ -52,17 +53,16 @@ def own(what: str) -> float:
     return int(lines[what].split()[0]) / 1e3
 
 
-def answer_of_ours(folder: Path, way: str | None) -> tuple[float, float]:
+def load_ours(folder: Path, way: str | None) -> Callable[[], Times]:
     source = Checkpoint(folder / (way or "hf"))
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "trains": frozenset()}
     model = build_model(source.logical, EXPERT, source, **options)
     model.pack()
     engine = Engine(model, Numbers(SHAPE.vocab_size), max_seq_len=512)
-    ours(engine, 1)
-    return ours(engine, 1)
+    return lambda: ours(engine, 1)
 
 
-def answer_of_theirs(folder: Path, way: str | None) -> tuple[float, float]:
+def load_theirs(folder: Path, way: str | None) -> Callable[[], Times]:
     from transformers import BitsAndBytesConfig, MixtralForCausalLM
 
     quantisation = {}
@@ -70,17 +70,49 @@ def answer_of_theirs(folder: Path, way: str | None) -> tuple[float, float]:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=way, bnb_4bit_compute_dtype=torch.bfloat16)
         quantisation = {"quantization_config": config}
     model = MixtralForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16, **quantisation)
-    theirs(model, 1)
-    return theirs(model, 1)
+    return lambda: theirs(model, 1)
 
 
-def one_side(name: str, folder: Path) -> Figures:
-    """In a process of its own."""
+def serve_side(name: str, folder: Path) -> None:
+    """In a process of its own: answer once, say what memory that took, and then answer and say how fast for each line."""
     start_one_process()
-    before = own("VmRSS")
-    read, write = answer_of_ours(folder, OURS[name]) if name in OURS else answer_of_theirs(folder, THEIRS[name])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
-    return {"peak": peak, "held": own("RssAnon"), "read": PROMPT / read, "write": (NEW - 1) / write}
+    before = {line: own(line) for line in ("VmRSS", "RssAnon")}
+    answer = load_ours(folder, OURS[name]) if name in OURS else load_theirs(folder, THEIRS[name])
+    answer()
+    memory = {"peak": own("VmHWM") - before["VmRSS"], "held": own("RssAnon") - before["RssAnon"]}
+    print(json.dumps(memory), flush=True)
+    for _ in sys.stdin:
+        read, write = answer()
+        print(json.dumps({"read": PROMPT / read, "written": (NEW - 1) / write}), flush=True)
+
+
+class Side:
+    """One side's process."""
+
+    def __init__(self, name: str, folder: Path):
+        words = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.memory, self.speeds = self._told(), list[Figures]()
+
+    def _told(self) -> Figures:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.process.args} ended: {self.process.wait()}")
+
+    def answer(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("again\n")
+        self.speeds.append(self._told())
+
+    def figures(self) -> Figures:
+        """In the order of the table."""
+        return self.memory | {f: statistics.median(speed[f] for speed in self.speeds) for f in self.speeds[0]}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def make(folder: Path, layers: int) -> None:
@@ -97,35 +129,39 @@ def make(folder: Path, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(one_side(arguments.side, arguments.folder)))
+        serve_side(arguments.side, arguments.folder)
         return
     print(environment())
-    sides = [*OURS, *THEIRS]
+    names = [*OURS, *THEIRS]
     missing = [name for name in ("bitsandbytes", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
         print(f"without {' and '.join(missing)} there is no side of bitsandbytes")
-        sides.pop()
-    found: dict[str, list[Figures]] = {name: [] for name in sides}
+        names.pop()
+    sides: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as place:
         make(Path(place), arguments.layers)
         size = sum(path.stat().st_size for path in Path(place, "hf").glob("*.safetensors")) / 1e6
-        for _ in range(arguments.rounds):
-            for name in sides:
-                words = [sys.executable, __file__, "--side", name, "--folder", place]
-                done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"a Mixtral of {size:,.0f} MB in bf16; MB, and tokens/s; beside each figure its ratio to ours in bf16")
+        try:
+            for name in names:
+                sides[name] = Side(name, Path(place))
+            for _, side in itertools.product(range(arguments.rounds), sides.values()):
+                side.answer()
+        finally:
+            for side in sides.values():
+                side.stop()
+    print(
+        f"a Mixtral of {arguments.layers} layers, {size:,.0f} MB in bf16; MB and tokens/s, and their ratio to ours in bf16"
+    )
     print(f"{'':34s}" + "".join(f"{figure:>18s}" for figure in ("peak", "held", "read", "written")))
-    middle = {name: {f: statistics.median(r[f] for r in rounds) for f in rounds[0]} for name, rounds in found.items()}
-    base = middle[sides[0]]
-    for name, figures in middle.items():
-        print(f"{name:34s}" + "".join(f"{value:11,.1f}{value / base[f]:7.2f}" for f, value in figures.items()))
+    base = sides[names[0]].figures()
+    for name, side in sides.items():
+        print(f"{name:34s}" + "".join(f"{value:11,.1f}{value / base[f]:7.2f}" for f, value in side.figures().items()))
 
 
 if __name__ == "__main__":

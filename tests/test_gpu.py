@@ -16,10 +16,12 @@ from accessory.infer.engine import Engine
 from accessory.infer.sampling import Sampling
 from accessory.model.attention import attend, causal_attention, varlen_attention
 from accessory.model.build import model_without_weights
+from accessory.model.codecs import get_codec
 from accessory.model.documents import Documents
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.kernels import KERNELS
 from accessory.model.moe.layouts import EXPERT
+from accessory.model.triton_codes import times_codes
 from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import OptimSection, ParallelSection, TuningSection
 from accessory.train.balance import RouterLosses
@@ -63,6 +65,17 @@ def test_a_gradient_of_any_strides_beside_an_expert_without_rows(kernel, upstrea
     ours, expected = run(kernel, [0, 4, 0, 6], **how, device=GPU), run("reference", [0, 4, 0, 6], **how)
     for name, tensor in expected.items():
         assert_close(ours[name], tensor, 0.05, name)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int3", "int2", "int8"])
+def test_products_by_codes_are_those_by_numbers(name):
+    codec, (rows, wide, out) = get_codec(name), (19, 1024, 544)
+    parts = codec.encode(torch.randn(2, out, wide, device=GPU) + 0.3)
+    x, ends = torch.randn(rows, wide, device=GPU, dtype=torch.bfloat16), torch.tensor([2, rows], device=GPU).int()
+    expected = torch.cat(
+        [of @ w.T for of, w in zip(x.float().split([2, rows - 2]), codec.decode(parts, torch.float32), strict=True)]
+    )
+    assert_close(times_codes(x, codec, parts, ends).float(), expected, 0.01, name)
 
 
 @pytest.mark.parametrize("window", [None, 100])

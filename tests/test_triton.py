@@ -3,16 +3,27 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import TINY, weights
 
-from accessory.model import norm, triton_norm
-from accessory.model.moe import router
-from accessory.model.moe.kernels import KERNELS, swiglu, triton_products, triton_swiglu
+from accessory.certify import formats
+from accessory.checkpoint.open import Checkpoint
+from accessory.model import norm, quantised, triton_codes, triton_norm
+from accessory.model.build import build_model
+from accessory.model.codecs import get_codec
+from accessory.model.decoder import Inputs
+from accessory.model.documents import Documents
+from accessory.model.head import Logits
+from accessory.model.moe import experts, router
+from accessory.model.moe.kernels import KERNELS, codes, swiglu, triton_products, triton_swiglu
 from accessory.model.moe.kernels.rows import rows_of_experts
+from accessory.model.moe.layouts import EXPERT
 from accessory.model.moe.weights import PlainWeights
+from accessory.settings import QuantiseSection
 
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
 LAYOUTS = {
@@ -63,6 +74,43 @@ def test_products(rows, dtype):
         triton_products.outer(y, tokens, ends, take),
     )
     check(ours, (products, placed, back, outer, outer), dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["nf4-32", "int4-32", "int3-32", "int2-32", "int8"])
+def test_products_by_codes(name, dtype):
+    """Of experts with and without rows, with more than a tile of them, and of one matrix; odd widths and depths."""
+    codec, (n, wide, out) = get_codec(name), (22, 160, 67)
+    parts, x = codec.encode(numbers(3, out, wide) + 0.3), numbers(n, wide, dtype=dtype)
+    ends, w = torch.tensor([5, 5, n], dtype=torch.int32), codec.decode(parts, dtype)
+    products = torch.cat([F.linear(x[of], w[expert]) for expert, of in enumerate(rows_of_experts(ends, n))])
+    first = {part: tensor[:1] for part, tensor in parts.items()}
+    ours = triton_codes.times_codes(x, codec, parts, ends), triton_codes.times_codes(x[:3], codec, first)
+    check(ours, (products, F.linear(x[:3], w[0])), dtype)
+
+
+def test_answers_by_codes(tmp_path, monkeypatch):
+    """A model that a GPU holds quantised multiplies a few rows by its codes, and more by numbers."""
+    args = replace(TINY, hidden_dim=48, vocab_size=304)
+    formats.write(tmp_path / "base", weights(args), args, "hf", 1)
+    checkpoint = Checkpoint(tmp_path / "base", quantise=QuantiseSection("int3-16", "nf4-16"))
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "trains": frozenset()}
+    model = build_model(checkpoint.logical, EXPERT, checkpoint, **options)
+    inputs, many = (Inputs(torch.arange(9 * n), Documents.of([9] * n)) for n in (1, 29))
+    with torch.no_grad():
+        expected, of_many = (model(each, Logits())[0] for each in (inputs, many))
+    taken = []
+
+    def product(x):
+        taken.append(len(x))
+        return triton_codes.times_codes
+
+    for module in (quantised, experts, codes):
+        monkeypatch.setattr(module, "codes_product", product)
+    with torch.no_grad():
+        assert (model(inputs, Logits())[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert len(taken) == args.n_layers * 8 and max(taken) == 18  # four matrices, a question, and three; of two choices
+        assert torch.equal(model(many, Logits())[0], of_many) and max(taken) == 18
 
 
 @every_dtype
@@ -117,7 +165,7 @@ import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from accessory.model import triton_norm
+from accessory.model import triton_codes, triton_norm
 from accessory.model.moe.kernels import triton_products, triton_swiglu
 
 def check(kernel, capability, tensors, constants, warps=4, stages=2):
@@ -138,6 +186,13 @@ for capability in (80, 90):
         check(triton_products._rows_times_matrices, capability, tensors, options, *launch)
     tile = {"ROWS": depth, "COLUMNS": columns, "DEPTH": rows}
     check(triton_products._outer_of_rows, capability, tensors, wide | tile | {"TAKE": True}, *launch)
+    rows, columns, depth, *launch = triton_codes.TILE
+    tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "ENDS": True}
+    tensors = {"x": "*bf16", "y": "*bf16", "codes": "*u8", "zeros": "*u8", "levels": "*fp32", "row_ends": "*i32"}
+    for bits, levels, zeros in ((4, True, False), (3, False, True), (8, False, False)):
+        options = {"BITS": bits, "LEVELS": levels, "ZEROS": zeros}
+        scales = {"scales": "*fp16" if zeros else "*bf16"}
+        check(triton_codes._rows_times_codes, capability, tensors | scales, wide | tile | options, *launch)
     names = ("gate", "up", "weight", "h", "dh", "d_gate", "d_up", "d_weight")
     tensors = dict.fromkeys(names, "*bf16")
     check(triton_swiglu._forward, capability, tensors, wide | {"BLOCK": 1024})
@@ -154,8 +209,8 @@ def test_they_compile_for_gpus(tmp_path):
     found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
     lines = [line.split() for line in found.stdout.splitlines()]
-    assert len(lines) == 14
+    assert len(lines) == 20
     for _, capability, shared, _ in lines:
         assert int(shared) <= {"80": 163, "90": 227}[capability] * 1024
-    products = [line for line in lines if line[0] in ("_rows_times_matrices", "_outer_of_rows")]
+    products = [line for line in lines if line[0] in ("_rows_times_matrices", "_outer_of_rows", "_rows_times_codes")]
     assert all(tensor_cores == "True" for *_, tensor_cores in products)

@@ -154,7 +154,7 @@ class Codec:
     def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """What codes, a byte each, stand for, in fp32."""
         if self.kind == "nf4":
-            return _table(codes.device)[codes.int()] * scale
+            return nf4_levels(codes.device)[codes.int()] * scale
         return (codes - zero) * scale
 
     def parts(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Parts:
@@ -207,8 +207,8 @@ def unpacked(codes: Tensor, bits: int) -> Tensor:
     """What ``packed`` was given."""
     together = _in_whole_bytes(bits)
     several = codes.unflatten(-1, (-1, together * bits // 8)).int()
-    whole = torch.stack([several[..., n] << 8 * n for n in range(several.shape[-1])]).sum(0)
-    places = torch.arange(together, device=codes.device)
+    whole = torch.stack([several[..., n] << 8 * n for n in range(several.shape[-1])]).sum(0, dtype=torch.int32)
+    places = torch.arange(together, device=codes.device, dtype=torch.int32)
     return (whole.unsqueeze(-1) >> places * bits & (1 << bits) - 1).flatten(-2).to(torch.uint8)
 
 
@@ -233,13 +233,13 @@ def _several(kind: str, device: torch.device) -> Tensor:
 @functools.cache
 def _middles(device: torch.device) -> Tensor:
     """Between neighbours of NF4 [15]."""
-    table = _table(device)
+    table = nf4_levels(device)
     with torch.inference_mode(False):
         return (table[1:] + table[:-1]) / 2
 
 
 @functools.cache
-def _table(device: torch.device) -> Tensor:
+def nf4_levels(device: torch.device) -> Tensor:
     """NF4 [16]."""
     with torch.inference_mode(False):
         return torch.tensor(NF4, device=device)

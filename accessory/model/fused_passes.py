@@ -1,4 +1,4 @@
-"""Kernels in Triton that take one pass over memory in the place of several of torch's."""
+"""Kernels in Triton that take one pass over memory in the place of several of torch's, where they are compiled."""
 
 import functools
 from types import SimpleNamespace

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec, Parts
+from accessory.model.fused_passes import codes_product
 from accessory.model.packed import PackedCodes, can_multiply
 
+FEW_ROWS = 32
+"""Of a matrix, up to which a GPU multiplies by its codes; to be measured on one."""
 AT_ONCE_BYTES = 2**28
 """Of numbers that are made at a time, where that is not one matrix already."""
 
@@ -71,7 +74,12 @@ class QuantisedWeights:
 
 def quantised_linear(x: Tensor, weights: QuantisedWeights, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with the one matrix of ``weights``."""
-    y: Tensor = _QuantisedLinear.apply(x, weights)
+    by_codes = codes_product(x) if x.shape[:-1].numel() <= FEW_ROWS else None
+    y: Tensor
+    if by_codes:
+        y = by_codes(x.flatten(0, -2), weights.codec, weights.parts).unflatten(0, x.shape[:-1])
+    else:
+        y = _QuantisedLinear.apply(x, weights)
     return y if bias is None else y + bias
 
 

@@ -137,17 +137,17 @@ def _near(codec: Codec, held: _Rounded, cost: Tensor, pull: Tensor) -> tuple[Ten
     return codec.kept(torch.stack([fit * share for share, _ in pairs])), zero
 
 
-def _order(cost: Tensor) -> list[int]:
-    """Of a block's inputs: last those that cost least once all behind them make up for them."""
-    left, order = cost.double().cpu(), list[int]()
-    costs = left.diagonal()
+def _order(cost: Tensor) -> Tensor:
+    """Of a block's inputs [k]: last those that cost least once all behind them make up for them."""
+    left, order = cost.double(), list[Tensor]()
+    taken = torch.zeros_like(left[0])
     for _ in range(len(cost)):
-        n = int(costs.argmin())
+        n = (left.diagonal() + taken).argmin(keepdim=True)  # stays where it is: no GPU is waited for
         order.append(n)
-        left = left - torch.outer(left[n], left[n]) / left[n, n]
-        costs = left.diagonal().clone()
-        costs[order] = torch.inf
-    return order[::-1]
+        row = left.index_select(0, n)
+        left = left - row.T @ row / row.index_select(1, n)
+        taken.index_fill_(0, n, torch.inf)
+    return torch.cat(order[::-1])
 
 
 def _damped(gram: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from faults.fault import Fault
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
 LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
 PACKED, CODES_MULTIPLIED = "accessory/model/packed.py", "tests/test_packed.py::test_products_by_codes_are_those_by_numbers"
+TRITON_CODES, BY_CODES = "accessory/model/triton_codes.py", "tests/test_triton.py::test_products_by_codes"
 GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
 WRITTEN = "tests/test_gptq.py::test_a_directory_is_written_and_read_back_byte_for_byte"
 TESTS = "tests/test_quantise.py::test_"
@@ -262,14 +263,49 @@ FAULTS = (
         PACKED,
         '(8 - parts["zeros"].float()) * bits.float()',
         '0 * parts["zeros"].float()',
-        f"{CODES_MULTIPLIED}[int4-32]",
+        f"{CODES_MULTIPLIED}[int4-32-48]",
+    ),
+    Fault(
+        "on a CPU many rows are multiplied by int4's codes with scales and what zeros take off in each other's place",
+        PACKED,
+        "torch.addcmul(offset, blocks.sub_(8), scale)",
+        "torch.addcmul(scale, blocks.sub_(8), offset)",
+        f"{CODES_MULTIPLIED}[int4-128-128]",
     ),
     Fault(
         "on a CPU many rows are multiplied by int8's codes without their scales",
         PACKED,
         "(self.codes.float() * self.scales.float().unsqueeze(1))",
         "(self.codes.float() * self.scales.float()[0])",
-        f"{CODES_MULTIPLIED}[int8]",
+        f"{CODES_MULTIPLIED}[int8-48]",
+    ),
+    Fault(
+        "on a GPU the bits of a code that lie in the next byte are put into the wrong place",
+        TRITON_CODES,
+        ".to(tl.int32) << 8",
+        ".to(tl.int32) << 4",
+        f"{BY_CODES}[int3-32-torch.float64]",
+    ),
+    Fault(
+        "on a GPU a code at a block's end has the next block's scale",
+        TRITON_CODES,
+        "(deep // group)[None, :]",
+        "((deep + 1) // group)[None, :]",
+        f"{BY_CODES}[nf4-32-torch.float64]",
+    ),
+    Fault(
+        "on a GPU an expert's codes are multiplied by all rows up to its last",
+        TRITON_CODES,
+        "start = tl.load(row_ends + expert - 1, mask=expert > 0, other=0) if ENDS else 0",
+        "start = 0",
+        f"{BY_CODES}[int8-torch.float64]",
+    ),
+    Fault(
+        "many rows of a quantised matrix are given to the product of a few",
+        HELD,
+        "if x.shape[:-1].numel() <= FEW_ROWS else None",
+        "",
+        "tests/test_triton.py::test_answers_by_codes",
     ),
     Fault(
         "every expert is rounded for the rows of all",

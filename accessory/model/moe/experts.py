@@ -18,14 +18,15 @@ from accessory.model.adapter import (
 )
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.few_rows import FEW, few_rows_experts
+from accessory.model.fused_passes import codes_product
 from accessory.model.moe.dispatch import SortedRows
-from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, Kernel, pick_kernel
+from accessory.model.moe.kernels import OF_CODES, OF_PACKED, ExpertMatmul, Kernel, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import AdaptedWeights, Added, ExpertWeights, MaybeAdapted, PackedWeights, PlainWeights
 from accessory.model.packed import packed
-from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes
+from accessory.model.quantised import FEW_ROWS, QuantisedWeights, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
@@ -113,6 +114,7 @@ class GroupedExperts(nn.Module):
         w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
         kernel = self._kernel_for(x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
+            kernel = OF_CODES if self._by_codes(x_nD) else kernel
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
         if kernel.adapted and not any(_is_composed(adapter, rows.adapters) for adapter in self.adapters.values()):
             adapted = {matrix: self._adapted(matrix, w) for matrix, w in (("w1", w1), ("w2", w2), ("w3", w3))}
@@ -135,6 +137,12 @@ class GroupedExperts(nn.Module):
         if self.offloaded or self.packed or self.codecs:
             return True
         return self._kernel_for(x_nD, len(self.w1) // self.num_local).waits(x_nD)
+
+    def _by_codes(self, x_nD: Tensor) -> bool:
+        """Whether these rows are few enough to be multiplied by codes, and can be."""
+        if len(self.codecs) < len(MATRICES) or self.packed or self.offloaded or self.kernel != "auto":
+            return False
+        return len(x_nD) <= FEW_ROWS * self.num_local and codes_product(x_nD) is not None
 
     def _adapted(self, matrix: str, weights: ExpertWeights) -> MaybeAdapted:
         """A matrix of all experts with its adapter, if it has one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from accessory.config import nearest
 from accessory.console import say
 from accessory.errors import UserError
+from accessory.model.moe.kernels.codes import codes_matmul, codes_swiglu
 from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs, grouped_waits
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.megablocks import (
@@ -120,7 +121,9 @@ KERNELS = {
     )
 }
 
-OF_PACKED = Kernel("packed", packed_swiglu, packed_matmul, _runs_any, "packed weights")  # not to be chosen: it is theirs
+# not to be chosen, but of weights that are held so
+OF_CODES = Kernel("codes", codes_swiglu, codes_matmul, _runs_any, "a few rows, and quantised weights on a GPU")
+OF_PACKED = Kernel("packed", packed_swiglu, packed_matmul, _runs_any, "packed weights")
 
 
 def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:
