@@ -170,6 +170,11 @@ static inline float total_of(lanes x) {
     return x[0] + x[1];
 }
 
+#define AHEAD 12 /* keys: those of one document come from afar, and the processor does not guess which are next */
+#define PLACE(at) (table[n * most + (at) / page] * page + (at) % page)
+#define FETCH(from, size)                                                                                                \
+    for (long i = 0; i < (size); i += 64 / sizeof *(from)) __builtin_prefetch((from) + i);
+
 #define STEPS_FOR_DTYPE(T, D)                                                                                            \
     /* y [rows, dim] = x / rms(x) * weight */                                                                            \
     void norm_##D(const T *x, const T *weight, T *y, double eps, long rows, long dim, int threads) {                     \
@@ -222,7 +227,8 @@ static inline float total_of(lanes x) {
                     }                                                                                                    \
                 }                                                                                                        \
                 for (long at = first; at < used[n]; at++) {                                                              \
-                    const T *key = keys + ((table[n * most + at / page] * page + at % page) * shared + s) * size;        \
+                    const T *key = keys + (PLACE(at) * shared + s) * size;                                               \
+                    FETCH(keys + (PLACE(at + AHEAD < used[n] ? at + AHEAD : at) * shared + s) * size, size)              \
                     for (long i = 0; i < size; i++) ((float *)shown)[i] = wide_##D(key[i]);                              \
                     for (long h = 0; h < group; h++) {                                                                   \
                         lanes product = {0};                                                                             \
@@ -239,7 +245,8 @@ static inline float total_of(lanes x) {
                     total[h] = all;                                                                                      \
                 }                                                                                                        \
                 for (long at = first; at < used[n]; at++) {                                                              \
-                    const T *value = values + ((table[n * most + at / page] * page + at % page) * shared + s) * size;    \
+                    const T *value = values + (PLACE(at) * shared + s) * size;                                           \
+                    FETCH(values + (PLACE(at + AHEAD < used[n] ? at + AHEAD : at) * shared + s) * size, size)            \
                     for (long i = 0; i < size; i++) ((float *)shown)[i] = wide_##D(value[i]);                            \
                     for (long h = 0; h < group; h++)                                                                     \
                         for (long b = 0; b < blocks; b++) sum[h][b] += shown[b] * score[h * most * page + at];           \
