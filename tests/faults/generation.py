@@ -116,6 +116,20 @@ FAULTS = (
         SERVED,
     ),
     # the choice
+    Fault(
+        "a bias is no reason not to take the likeliest",
+        SAMPLING,
+        "bent = self.logit_bias or",
+        "bent = False or",
+        "tests/test_engine.py::test_log_probabilities",
+    ),
+    Fault(
+        "what is bent or drawn is chosen by other answers' logits",
+        SAMPLING,
+        "_choose_bent(logits[others].double()",
+        "_choose_bent(logits[: len(others)].double()",
+        SERVED,
+    ),
     Fault("the temperature is ignored", SAMPLING, "scaled = scores / column", "scaled = scores + 0 * column", SERVED),
     Fault(
         "the token that reaches top-p is cut off too",
