@@ -199,7 +199,7 @@ FAULTS = (
         "log-probabilities are of what was drawn from",
         SAMPLING,
         "_told(logits[n], token, how[n].logprobs)",
-        "_told(scores[n], token, how[n].logprobs)",
+        "_told(logits[n] / how[n].temperature, token, how[n].logprobs)",
         "tests/test_engine.py::test_log_probabilities",
     ),
     Fault(
