@@ -110,11 +110,11 @@ def test_products_by_codes_are_those_by_numbers(name, out):
 
 @torch.inference_mode()
 def answered(world, layout, tuning, dtype, window):
-    """Logits of six tokens behind prompts of different lengths: by a model as it is, packed, and packed each alone."""
+    """Logits of sixteen tokens behind prompts of different lengths: by a model as it is, packed, and packed each alone."""
     problem = replace(Problem(), dtype=dtype)
     problem = replace(problem, args=replace(problem.args, sliding_window=window))
     cell = ServingCell(world, layout, tuning)
-    pasts, page = [0, 1, 5, 16, 37, 70], 16
+    pasts, page = [0, 1, 5, 16, 37, 70, *range(10, 20)], 16
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(problem.args.vocab_size, (past + 1,), generator=generator) for past in pasts]
 
@@ -123,7 +123,7 @@ def answered(world, layout, tuning, dtype, window):
         return model(Inputs(torch.cat(tokens), documents, cache.at(documents, pages)), Logits(documents.ends.long()))[0]
 
     def results(model, together):
-        cache = model.make_cache(30, page)
+        cache = model.make_cache(5 * len(pasts), page)
         pages = [list(range(5 * n + 1, 5 * n + 6)) for n in range(len(pasts))]
         for own, prompt in zip(pages, prompts, strict=True):
             if len(prompt) > 1:

@@ -41,6 +41,12 @@ class Sampling:
     grammar: Grammar | None = field(default=None, metadata=MADE)  # what the answer must be
     expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest by the logits as they are."""
+        bent = self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return self.temperature == 0 and not bent
+
     def stopping_at(self, stops: Sequence[str]) -> "Sampling":
         """With these among its stops."""
         return replace(self, stop=(*self.stop, *stops))
@@ -72,8 +78,22 @@ def choose(
     Args:
         logits: [n, V]. prompts, answers: tokens so far. how: with seeds. allowed: [V] bool of each; None: all are.
     """
-    logits = logits.double()
-    scores = logits.clone()
+    chosen = logits.argmax(-1)
+    others = [n for n, sampling in enumerate(how) if allowed[n] is not None or not sampling.takes_likeliest]
+    if others:
+        some = ([of_all[n] for n in others] for of_all in (prompts, answers, how, allowed))
+        chosen[others] = _choose_bent(logits[others].double(), *some)
+    return [_told(logits[n], token, how[n].logprobs) for n, token in enumerate(chosen.tolist())]
+
+
+def _choose_bent(
+    scores: Tensor,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    how: Sequence[Sampling],
+    allowed: Sequence[Tensor | None],
+) -> Tensor:
+    """[n] tokens, by ``scores`` [n, V], which are changed in place."""
     for row, prompt, answer, sampling, possible in zip(scores, prompts, answers, how, allowed, strict=True):
         _adjust(row, prompt, answer, sampling)
         if possible is not None:
@@ -83,8 +103,7 @@ def choose(
     if drawn:
         places = [_uniform(how[n].seed, len(answers[n])) for n in drawn]
         chosen[drawn] = _draw(scores[drawn], places, [how[n] for n in drawn])
-    tokens = chosen.tolist()
-    return [_told(logits[n], token, how[n].logprobs) for n, token in enumerate(tokens)]
+    return chosen
 
 
 def _adjust(row: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> None:
@@ -133,7 +152,7 @@ def _uniform(seed: int | None, place: int) -> float:
 def _told(logits: Tensor, token: int, wanted: int | None) -> TokenChoice:
     if wanted is None:
         return TokenChoice(token)
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.double().log_softmax(-1)
     top = logprobs.topk(min(wanted, len(logprobs)))
     likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return TokenChoice(token, logprobs[token].item(), likeliest)

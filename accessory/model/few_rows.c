@@ -7,9 +7,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define PANEL 64
-#define TOGETHER 4 /* rows that a panel is read once for: their sums stay in registers */
+#define TOGETHER 6 /* rows that a panel is read once for: their sums stay in registers */
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4)));
@@ -29,6 +32,24 @@ static inline bf16 narrow_bf16(float x) {
     return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+/* e^x to 2 units in the last place, many at a time where a loop has many; libm's takes them one by one */
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float whole = rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1 / 5040.0f;
+    sum = sum * rest + 1 / 720.0f;
+    sum = sum * rest + 1 / 120.0f;
+    sum = sum * rest + 1 / 24.0f;
+    sum = sum * rest + 1 / 6.0f;
+    sum = sum * rest + 0.5f;
+    sum = sum * rest + 1;
+    sum = sum * rest + 1;
+    const int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return sum * power;
+}
+
 /* sums[r][64] of rows r: the panel's weights times x[r] */
 static inline __attribute__((always_inline)) void sums_f32(
     const float *panel, const float *x, long in, const int rows, lanes sums[TOGETHER][4]) {
@@ -43,11 +64,18 @@ static inline __attribute__((always_inline)) void sums_bf16(
     for (long i = 0; i < in; i += 2) {
         const words *w = (const words *)(panel + i * PANEL);
         for (int r = 0; r < rows; r++) {
+#ifdef __AVX512BF16__ /* multiplies two inputs at once */
+            uint32_t both;
+            memcpy(&both, x + r * in + i, 4);
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
+            for (int j = 0; j < 4; j++) sums[r][j] = (lanes)_mm512_dpbf16_ps((__m512)sums[r][j], (__m512bh)w[j], pair);
+#else
             float even = wide_bf16(x[r * in + i]), odd = wide_bf16(x[r * in + i + 1]);
             for (int j = 0; j < 4; j++) {
                 sums[r][j] += (lanes)(w[j] << 16) * even;
                 sums[r][j] += (lanes)(w[j] & 0xffff0000u) * odd;
             }
+#endif
         }
     }
 }
@@ -59,7 +87,9 @@ static inline __attribute__((always_inline)) void sums_bf16(
             case 1: sums_##D(panel, x, in, 1, s); break;                                                                 \
             case 2: sums_##D(panel, x, in, 2, s); break;                                                                 \
             case 3: sums_##D(panel, x, in, 3, s); break;                                                                 \
-            default: sums_##D(panel, x, in, 4, s);                                                                       \
+            case 4: sums_##D(panel, x, in, 4, s); break;                                                                 \
+            case 5: sums_##D(panel, x, in, 5, s); break;                                                                 \
+            default: sums_##D(panel, x, in, 6, s);                                                                       \
         }                                                                                                                \
         memcpy(sums, s, sizeof s);                                                                                       \
     }                                                                                                                    \
@@ -109,7 +139,7 @@ static inline __attribute__((always_inline)) void sums_bf16(
                     for (long m = 0; m < some; m++)                                                                      \
                         for (long j = 0; j < width; j++)                                                                 \
                             hs[(r + m) * hidden + begin + j] =                                                           \
-                                narrow_##D(gate[m][j] / (1.0f + expf(-gate[m][j])) * up[m][j]);                          \
+                                narrow_##D(gate[m][j] / (1.0f + exponential(-gate[m][j])) * up[m][j]);                          \
                 }                                                                                                        \
             }                                                                                                            \
             _Pragma("omp for schedule(static)")                                                                          \
@@ -132,6 +162,18 @@ static inline __attribute__((always_inline)) void sums_bf16(
 /* h rotated by the complex numbers of its place, rounded as it is kept */
 #define ROTATED(h, turn, i, D) \
     const float a = wide_##D((h)[2 * (i)]), b = wide_##D((h)[2 * (i) + 1]), c = (turn)[2 * (i)], d = (turn)[2 * (i) + 1];
+
+static inline float total_of(lanes x) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return x[0] + x[1];
+}
+
+#define AHEAD 12 /* keys: those of one document come from afar, and the processor does not guess which are next */
+#define PLACE(at) (table[n * most + (at) / page] * page + (at) % page)
+#define FETCH(from, size)                                                                                                \
+    for (long i = 0; i < (size); i += 64 / sizeof *(from)) __builtin_prefetch((from) + i);
 
 #define STEPS_FOR_DTYPE(T, D)                                                                                            \
     /* y [rows, dim] = x / rms(x) * weight */                                                                            \
@@ -158,7 +200,7 @@ static inline __attribute__((always_inline)) void sums_bf16(
     void attend_##D(const T *q, const T *k, const T *v, const float *turns, T *keys, T *values, const int64_t *places,   \
                     const int *table, const int *used, float *scores, T *y, long rows, long heads, long shared,          \
                     long size, long page, long most, long window, int threads) {                                         \
-        const long group = heads / shared;                                                                               \
+        const long group = heads / shared, blocks = (size + 15) / 16;                                                                            \
         const float scaling = 1.0f / sqrtf(size);                                                                        \
         _Pragma("omp parallel for collapse(2) schedule(static) num_threads(threads)")                                    \
         for (long n = 0; n < rows; n++)                                                                                  \
@@ -172,33 +214,46 @@ static inline __attribute__((always_inline)) void sums_bf16(
                 }                                                                                                        \
                 memcpy(values + own, v + new, size * sizeof(T));                                                         \
                 const long first = window && used[n] > window ? used[n] - window : 0;                                    \
-                for (long h = s * group; h < (s + 1) * group; h++) {                                                     \
-                    float query[size], sum[size], *score = scores + (n * heads + h) * most * page, top = -INFINITY;      \
+                lanes query[group][blocks], sum[group][blocks], shown[blocks];                                           \
+                float *score = scores + (n * heads + s * group) * most * page, total[group];                             \
+                memset(query, 0, sizeof query), memset(sum, 0, sizeof sum), memset(shown, 0, sizeof shown);              \
+                for (long h = 0; h < group; h++) {                                                                       \
+                    const T *head = q + (n * heads + s * group + h) * size;                                              \
+                    float *turned = (float *)query[h];                                                                   \
                     for (long i = 0; i < size / 2; i++) {                                                                \
-                        ROTATED(q + (n * heads + h) * size, turn, i, D)                                                  \
-                        query[2 * i] = wide_##D(narrow_##D(a * c - b * d)) * scaling;                                    \
-                        query[2 * i + 1] = wide_##D(narrow_##D(a * d + b * c)) * scaling;                                \
+                        ROTATED(head, turn, i, D)                                                                        \
+                        turned[2 * i] = wide_##D(narrow_##D(a * c - b * d)) * scaling;                                   \
+                        turned[2 * i + 1] = wide_##D(narrow_##D(a * d + b * c)) * scaling;                               \
                     }                                                                                                    \
-                    for (long at = first; at < used[n]; at++) {                                                          \
-                        const T *key = keys + ((table[n * most + at / page] * page + at % page) * shared + s) * size;    \
-                        float product = 0;                                                                               \
-                        _Pragma("omp simd reduction(+ : product)")                                                       \
-                        for (long i = 0; i < size; i++) product += query[i] * wide_##D(key[i]);                          \
-                        score[at] = product;                                                                             \
-                        top = product > top ? product : top;                                                             \
-                    }                                                                                                    \
-                    float total = 0;                                                                                     \
-                    memset(sum, 0, sizeof sum);                                                                          \
-                    for (long at = first; at < used[n]; at++) {                                                          \
-                        const T *value =                                                                                 \
-                            values + ((table[n * most + at / page] * page + at % page) * shared + s) * size;             \
-                        const float weight = expf(score[at] - top);                                                      \
-                        total += weight;                                                                                 \
-                        _Pragma("omp simd")                                                                              \
-                        for (long i = 0; i < size; i++) sum[i] += weight * wide_##D(value[i]);                           \
-                    }                                                                                                    \
-                    for (long i = 0; i < size; i++) y[(n * heads + h) * size + i] = narrow_##D(sum[i] / total);          \
                 }                                                                                                        \
+                for (long at = first; at < used[n]; at++) {                                                              \
+                    const T *key = keys + (PLACE(at) * shared + s) * size;                                               \
+                    FETCH(keys + (PLACE(at + AHEAD < used[n] ? at + AHEAD : at) * shared + s) * size, size)              \
+                    for (long i = 0; i < size; i++) ((float *)shown)[i] = wide_##D(key[i]);                              \
+                    for (long h = 0; h < group; h++) {                                                                   \
+                        lanes product = {0};                                                                             \
+                        for (long b = 0; b < blocks; b++) product += query[h][b] * shown[b];                             \
+                        score[h * most * page + at] = total_of(product);                                                 \
+                    }                                                                                                    \
+                }                                                                                                        \
+                for (long h = 0; h < group; h++) {                                                                       \
+                    float *row = score + h * most * page, top = -INFINITY, all = 0;                                      \
+                    _Pragma("omp simd reduction(max : top)")                                                             \
+                    for (long at = first; at < used[n]; at++) top = row[at] > top ? row[at] : top;                       \
+                    _Pragma("omp simd reduction(+ : all)")                                                               \
+                    for (long at = first; at < used[n]; at++) all += row[at] = exponential(row[at] - top);               \
+                    total[h] = all;                                                                                      \
+                }                                                                                                        \
+                for (long at = first; at < used[n]; at++) {                                                              \
+                    const T *value = values + (PLACE(at) * shared + s) * size;                                           \
+                    FETCH(values + (PLACE(at + AHEAD < used[n] ? at + AHEAD : at) * shared + s) * size, size)            \
+                    for (long i = 0; i < size; i++) ((float *)shown)[i] = wide_##D(value[i]);                            \
+                    for (long h = 0; h < group; h++)                                                                     \
+                        for (long b = 0; b < blocks; b++) sum[h][b] += shown[b] * score[h * most * page + at];           \
+                }                                                                                                        \
+                for (long h = 0; h < group; h++)                                                                         \
+                    for (long i = 0; i < size; i++)                                                                      \
+                        y[(n * heads + s * group + h) * size + i] = narrow_##D(((float *)sum[h])[i] / total[h]);         \
             }                                                                                                            \
     }
 

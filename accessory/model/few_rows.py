@@ -19,7 +19,7 @@ from torch import Tensor
 
 from accessory.console import say
 
-FEW = 8
+FEW = 32
 """Rows up to which this is faster than oneDNN, which multiplies by what it has read while this still reads."""
 PANEL = 64
 SOURCE = Path(__file__).with_suffix(".c")

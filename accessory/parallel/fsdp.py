@@ -1,9 +1,10 @@
 """FSDP2 over the data-parallel ranks, and the gradient norm of a model cut both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,28 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.dp_shard.size == 1:
+                module.set_custom_reduce_scatter(_OfOneRank())  # type: ignore[arg-type]
+
+
+class _OfOneRank:
+    """What a rank alone would send is what it would get: both are one place, which FSDP need not copy to another.
+
+    FSDP asks for memory twice for each reduction, first to send from.
+    """
+
+    def __init__(self) -> None:
+        self._sent: Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._sent is None:
+            self._sent = torch.empty(*size, dtype=dtype, device=device)
+            return self._sent
+        got, self._sent = self._sent, None
+        return got
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        raise AssertionError("a rank alone sends nothing")
 
 
 def _ready_to_use(model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:

@@ -243,6 +243,28 @@ FAULTS = (
         "k[new + 2 * i];  ",
         FEW,
     ),
+    Fault(
+        "few rows: of six rows the last is left out",
+        FEW_ROWS,
+        "sums_##D(panel, x, in, 6, s)",
+        "sums_##D(panel, x, in, 5, s)",
+        FEW,
+    ),
+    Fault(
+        "few rows: what is left of a row behind six is the first row's",
+        FEW_ROWS,
+        "matrix + begin * in, x + r * in",
+        "matrix + begin * in, x",
+        FEW,
+    ),
+    Fault("few rows: e^x without its third power", FEW_ROWS, "sum * rest + 1 / 6.0f", "sum * rest", FEW),
+    Fault(
+        "few rows: heads that share keys share scores",
+        FEW_ROWS,
+        "shown[b] * score[h * most * page + at]",
+        "shown[b] * score[at]",
+        FEW,
+    ),
     Fault("few rows: the norm forgets its weight", FEW_ROWS, " * wide_##D(weight[i]))", ")", FEW),
     Fault(
         "packed: gate and up change places",

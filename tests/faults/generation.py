@@ -191,6 +191,20 @@ FAULTS = (
         SERVED,
     ),
     # the choice
+    Fault(
+        "a bias is no reason not to take the likeliest",
+        SAMPLING,
+        "bent = self.logit_bias or",
+        "bent = False or",
+        "tests/test_engine.py::test_log_probabilities",
+    ),
+    Fault(
+        "what is bent or drawn is chosen by other answers' logits",
+        SAMPLING,
+        "_choose_bent(logits[others].double()",
+        "_choose_bent(logits[: len(others)].double()",
+        SERVED,
+    ),
     Fault("the temperature is ignored", SAMPLING, "keepdim=True)) / column", "keepdim=True)) + 0 * column", SERVED),
     Fault(
         "a low temperature overflows",
@@ -267,7 +281,7 @@ FAULTS = (
         "log-probabilities are of what was drawn from",
         SAMPLING,
         "_told(logits[n], token, how[n].logprobs)",
-        "_told(scores[n], token, how[n].logprobs)",
+        "_told(logits[n] / how[n].temperature, token, how[n].logprobs)",
         "tests/test_engine.py::test_log_probabilities",
     ),
     Fault(
