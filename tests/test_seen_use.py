@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,7 @@ from pictures import data_uri, file_bytes, noise
 from PIL import Image
 from ranks import run_ranks
 from seeing import seeing
-from test_chat import ARGS
+from test_chat import ARGS, Terminal
 from test_demo import Demo
 from test_server import serving
 
@@ -96,6 +97,16 @@ def test_the_commands_show_images(home, answers, tmp_path):
     assert codes == [0] and out.rstrip().endswith(f"\n{answers[3]}"), err
     codes, _, err = command("generate", home / "model", QUESTION, "--text-only", "--image", home / "0.png", *options)
     assert codes == [1] and f"error: it has an image ({home}/0.png), and this model reads text only" in err
+
+
+def test_a_question_that_is_refused_keeps_the_image_for_the_next(home, answers):
+    with Terminal(home / "model", "--precision", "fp64", "--max-gen-len", 8, "--temperature", 0) as chat:
+        chat.until("> ")
+        assert "no such file" in chat.say("/image nowhere.png") and chat.say(f"/image {home}/0.png") == ""
+        os.write(chat.file, b"<image><image>a\n")
+        assert "stands 3 times" in chat.until("each must have its own\r\n> ")
+        assert chat.say(QUESTION) == answers[0]
+        assert chat.say("/reset") == "" and chat.say(QUESTION) == answers[3]
 
 
 def load_where_there_is_memory_for_texts(home):

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 import datasets
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -217,7 +217,7 @@ def run_tasks(
     def ask() -> None:
         with EngineLM(model) as asked, redirect_stdout(sys.stderr):  # lm-eval says there what it computes
             found.update(
-                simple_evaluate(
+                evaluator.simple_evaluate(
                     asked,
                     tasks=list(names),
                     task_manager=manager,
@@ -230,6 +230,7 @@ def run_tasks(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    evaluator.get_git_commit_hash = lambda: None  # git says that it is fatal where there is no repository
     try:
         model.engine.lead(ask)
     except OSError as error:

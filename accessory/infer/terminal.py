@@ -42,12 +42,11 @@ class Chat:
 
     def __init__(self, model: MetaModel, sampling: Sampling, template: str | None, system: str | None):
         self.model, self.sampling, self.template = model, sampling, template
-        self.messages: list[dict[str, Any]] = []
-        self.images: list[Path] = []  # for the next question
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.images: list[Path] = []  # for the next question
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def run(self) -> None:
         print("/help says what can be done here; Ctrl-D ends", flush=True)
@@ -56,9 +55,7 @@ class Chat:
                 if line.startswith("/"):
                     self.command(*line[1:].split(maxsplit=1))
                 elif line:
-                    self.messages.append({"role": "user", "content": showing(line, self.images) if self.images else line})
-                    self.images = []
-                    self.answer()
+                    self.ask(line)
             except (UserError, OSError) as error:  # of this line; the chat goes on
                 print(sentence(error) or error, flush=True)
         tell_offload(self.model.llma)
@@ -87,6 +84,12 @@ class Chat:
             raise UserError("nothing was answered yet")
         else:
             print(HELP, flush=True)
+
+    def ask(self, line: str) -> None:
+        """Ask a question, with the images that were named before it; what is refused leaves them for the next one."""
+        self.messages.append({"role": "user", "content": showing(line, self.images) if self.images else line})
+        self.answer()
+        self.images = []
 
     def answer(self) -> None:
         """Write the answer to the last question as it grows; Ctrl-C ends it there."""

@@ -79,10 +79,10 @@ def _serve(verbs: Verbs) -> None:
         "serve",
         function_of("accessory.infer.server", "run_serve", extra="serve"),
         "OpenAI's API over HTTP",
-        "Serve a model to many clients at once: chat/completions, completions and models as OpenAI has them, /health, and "
-        "/metrics under vLLM's names. It is a checkpoint of any format, with adapters laid over it. Where ACCESSORY_API_KEY "
-        "is set, clients must send it; it must be, unless they come from this machine alone. SIGTERM or Ctrl-C lets the "
-        "answers that were begun end, the second one does not. docs/serving.md says more.",
+        "Serve a model to many clients at once: chat/completions, completions, embeddings and models as OpenAI has them, "
+        "/health, and /metrics under vLLM's names. It is a checkpoint of any format, with adapters laid over it. Where "
+        "ACCESSORY_API_KEY is set, clients must send it; it must be, unless they come from this machine alone. SIGTERM or "
+        "Ctrl-C lets the answers that were begun end, the second one does not. docs/serving.md says more.",
         "accessory serve runs/quickstart/merged",
         "accessory serve BASE --lora mine=ADAPTER --lora yours=OTHER --mp 4 --port 8080",
     )
@@ -90,7 +90,12 @@ def _serve(verbs: Verbs) -> None:
     verb.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
     verb.add_argument("--name", type=checked(Text), help="what clients call the model; default: its directory's name")
     verb.add_argument(
-        "--lora", type=_named, action="append", default=[], metavar="NAME=DIR", help="an adapter that clients can ask for"
+        "--lora",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="an adapter to be asked for; can be repeated",
     )
     verb.add_argument("--host", type=checked(Text), default="127.0.0.1", help="default: %(default)s, this machine alone")
     verb.add_argument("--port", type=checked(Port), default=8000, help="0: one that is free; default: %(default)s")
@@ -100,7 +105,7 @@ def _serve(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch images from there; default: they must come with the request, as data: URIs",
+        help="fetch images from there; can be repeated; default: they must come with the request, as data: URIs",
     )
     verb.add_argument("--cache-tokens", type=a_count, help="of all that runs at a time; default: what the GPU has room for")
     verb.add_argument("--max-waiting", type=a_count, default=256, help="requests; others get 429; default: %(default)s")
