@@ -105,13 +105,6 @@ FAULTS = (
         "tests/test_decode_graph.py::test_experts_of_triton_in_a_graph",
     ),
     Fault(
-        "a graph's loads are kept where the next one writes",
-        ENGINE,
-        "counts[:, number] + (0 if request.expert_load is None else request.expert_load)",
-        "counts[:, number] if request.expert_load is None else counts[:, number].add_(request.expert_load)",
-        "tests/test_decode_graph.py::test_experts_of_triton_in_a_graph",
-    ),
-    Fault(
         "an adapter's requests are replayed as the base's",
         GRAPH,
         "not single or any(plan.members) or",
