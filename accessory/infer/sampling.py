@@ -81,23 +81,18 @@ def choose(
     chosen = logits.argmax(-1)
     others = [n for n, sampling in enumerate(how) if allowed[n] is not None or not sampling.takes_likeliest]
     if others:
-        some = ([of_all[n] for n in others] for of_all in (prompts, answers, how, allowed))
-        chosen[others] = _choose_bent(logits[others].double(), *some)
+        asked = [(prompts[n], answers[n], how[n], allowed[n]) for n in others]
+        chosen[others] = _choose_bent(logits[others].double(), asked)
     return [_told(logits[n], token, how[n].logprobs) for n, token in enumerate(chosen.tolist())]
 
 
-def _choose_bent(
-    scores: Tensor,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    how: Sequence[Sampling],
-    allowed: Sequence[Tensor | None],
-) -> Tensor:
-    """[n] tokens, by ``scores`` [n, V], which are changed in place."""
-    for row, prompt, answer, sampling, possible in zip(scores, prompts, answers, how, allowed, strict=True):
+def _choose_bent(scores: Tensor, asked: Sequence[tuple[Sequence[int], Sequence[int], Sampling, Tensor | None]]) -> Tensor:
+    """[n] tokens by ``scores`` [n, V], changed in place; of each its prompt, its answer, how, and what is allowed."""
+    for row, (prompt, answer, sampling, possible) in zip(scores, asked, strict=True):
         _adjust(row, prompt, answer, sampling)
         if possible is not None:
             row.masked_fill_(~possible.to(row.device), -math.inf)
+    _, answers, how, _ = zip(*asked, strict=True)
     chosen = scores.argmax(-1)
     drawn = [n for n, sampling in enumerate(how) if sampling.temperature > 0]
     if drawn:
