@@ -127,7 +127,7 @@ def use_tokenizer_json(home, tokenizer, stop):
     model = MetaModel.from_pretrained(home / "model", dtype=torch.float64, device="cpu", max_seq_len=LONGEST)
     ids = [model.tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
     model.tokenizer.special["<stop>"] = stop
-    stopped = model.generate(ids, max_gen_len=STEPS, additional_stop_symbols=["<stop>"])
+    stopped = model.generate(ids, max_gen_len=STEPS, additional_stop_symbols="<stop>")
     return model.generate(PROMPTS, max_gen_len=STEPS), model.generate(ids, max_gen_len=STEPS), stopped
 
 
@@ -338,6 +338,8 @@ def use_wrongly(home, tokenizer):
         "did you mean 'mixtral'": lambda: MetaModel.from_pretrained(home / "padded", "mixtrl", **options),
         "with_visual": lambda: MetaModel.from_pretrained(home / "padded", with_visual=True),
         "no place for turns": lambda: model.chat([[{"role": "system", "content": "a"}, TURN]], "plain"),
+        "write [messages]": lambda: model.chat([TURN]),
+        "a list of texts": lambda: model.generate([None]),
         "half a character": lambda: model.generate(["\ud800"]),
         "list of prompts": lambda: model.generate("a text"),
         "images": lambda: model.generate(["a"], images=[1]),

@@ -172,6 +172,8 @@ class MetaModel:
         """
         if isinstance(conversations, str):
             raise UserError("chat takes a list of questions or conversations, not one text: write [question]")
+        if any(isinstance(one, Mapping) for one in conversations):
+            raise UserError("chat takes a list of conversations, and these are the messages of one: write [messages]")
         asked = [self.asked(conversation, template, adapter=adapter) for conversation in conversations]
         stops = asked[0][1] if asked else ()
         prompts, images = [prompt.tokens for prompt, _ in asked], [prompt.images for prompt, _ in asked]
@@ -259,7 +261,8 @@ class MetaModel:
         adapter: str | None,
     ) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each step, every prompt's answer so far and whether it has ended; on all ranks the same."""
-        values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": tuple(stops)}
+        several = (stops,) if isinstance(stops, str) else tuple(stops)
+        values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": several}
         sampling = from_mapping(Sampling, values, "generate")
         asked = self._prompts(prompts, images, bos=True, eos=False)
         requests = [self.engine.submit(prompt.tokens, sampling, adapter, prompt.images) for prompt in asked]

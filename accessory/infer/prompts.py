@@ -1,6 +1,6 @@
 """What a model is asked: token ids, and the images whose places are among them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def encode_prompts(
     Args:
         visual: how the model sees; None: it does not.
     """
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, Iterable) for prompt in prompts):
         raise UserError("expected a list of texts or of lists of token ids")
     if images is None:
         images = [None] * len(prompts)
