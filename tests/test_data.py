@@ -735,7 +735,7 @@ BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
     "not json": ({"path": "mix.yaml"}, None, "mix.yaml: expected .jsonl, .json"),
     "ratio and epochs": ({"path": "a.jsonl", "ratio": 0.5, "epochs": 2}, None, "ratio and epochs say the same"),
     "prompt_type": ({"path": "a.jsonl", "root": "/", "prompt_type": "shikra"}, None, "prompt_type 'shikra' is not known"),
-    "prompt_type None": ({"path": "a.jsonl", "prompt_type": "None"}, None, "set template: none instead"),
+    "prompt_type None": ({"path": "a.jsonl", "prompt_type": "None"}, None, "set template: bare instead"),
     "validation's ratio": (
         {"path": "a.jsonl", "split": "validation", "ratio": 0.5},
         None,

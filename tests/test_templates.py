@@ -27,7 +27,7 @@ from accessory.errors import UserError
 
 V1 = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
 CHAT = [name for name in TEMPLATES if name != "plain"]
-WITHOUT_SYSTEM = ("alpaca", "shortqa", "qg", "none")
+WITHOUT_SYSTEM = ("alpaca", "shortqa", "qg", "bare")
 
 
 # tokenizers
@@ -191,7 +191,7 @@ GOLDEN = {  # name: (template, record, text, what is trained)
         "<bos>Generate a question whose answer is:\nBlue.\n\nQuestion:\nWhich word?<eos>",
         ["Which word?<eos>"],
     ),
-    "none": ("none", {"instruction": "Blue.", "output": "Which?"}, "<bos>Blue.Which?<eos>", ["Which?<eos>"]),
+    "bare": ("bare", {"instruction": "Blue.", "output": "Which?"}, "<bos>Blue.Which?<eos>", ["Which?<eos>"]),
     "plain": ("plain", {"text": " A text. "}, "<bos> A text. <eos>", [" A text. <eos>"]),
 }
 
@@ -285,7 +285,7 @@ def test_trained_tokens_are_the_answers(name, kind, kinds):
     @given(conversations(system=name not in WITHOUT_SYSTEM))
     @settings(max_examples=60, deadline=None)
     def holds(conversation):
-        assume(name != "none" or all(turn.question for turn in conversation.turns))  # else two answers are one run
+        assume(name != "bare" or all(turn.question for turn in conversation.turns))  # else two answers are one run
         segments = template.render(conversation)
         tokens, trained = tokenizer.encode_segments(segments)
         ends = [s.text for s in segments if s.special and (s.text != BOS or tokenizer.bos_id >= 0)]

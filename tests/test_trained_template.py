@@ -85,7 +85,7 @@ def test_transformers_makes_the_tokens_of_training(kind, name, request):
     def holds(system, texts):
         texts = [text.strip() or "no" for text in texts]
         turns = [Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
-        system = None if name in ("alpaca", "shortqa", "qg", "none") else system
+        system = None if name in ("alpaca", "shortqa", "qg", "bare") else system
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": turn.role, "content": turn.text} for turn in turns]
         expected = trained.encode_segments(template.render(Conversation(system, tuple(turns))))[0]

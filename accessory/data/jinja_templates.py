@@ -58,7 +58,7 @@ _JINJA = {
         r"+ ('### Input:\n' + turn['input'] + '\n\n' if turn['input'] else '') + '### Response:'",
         "turn['content'] + eos_token",
     ),
-    "none": _NO_SYSTEM + _of_two("blank + turn['content']", "apart + turn['content'] + eos_token"),
+    "bare": _NO_SYSTEM + _of_two("blank + turn['content']", "apart + turn['content'] + eos_token"),
     "chatml": _CHATML,
     "vicuna": _of_two(
         "('' if loop.first else blank) + 'USER: ' + turn['content'] + ' ASSISTANT:'",

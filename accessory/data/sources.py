@@ -35,7 +35,8 @@ _CHOOSING = ("path", "name", "split", "ratio", "epochs", "weight", "root")
 _HERE = {
     "caption": "kind: caption",
     "single_turn_llava": "kind: conversations and template: alpaca",
-    **{name: f"template: {name.lower()}" for name in ("alpaca", "shortqa", "qg", "None")},
+    "None": "template: bare",
+    **{name: f"template: {name}" for name in ("alpaca", "shortqa", "qg")},
 }
 """How what the reference's mixes ask for under ``preprocess`` and ``prompt_type`` is said."""
 MAX_RECORD = 16 * 2**20
@@ -53,7 +54,7 @@ class MixEntry:
     # what the records call the keys that are read here: {instruction: question, output: answer}
     columns: Columns = field(default_factory=Columns)
     ignore: tuple[str, ...] = ()  # keys of the records that are left out; else what has no use here is refused
-    # mixtral-instruct | dialog | alpaca | chatml | vicuna | shortqa | qg | none | plain | chat_template;
+    # mixtral-instruct | dialog | alpaca | chatml | vicuna | shortqa | qg | bare | plain | chat_template;
     # null: dialog, alpaca, plain, by kind
     template: str | None = None
     train_on: TrainOn = "answers"  # or last_answer, or all

@@ -193,10 +193,10 @@ def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
             yield Segment(EOS, turn.train, special=True)
 
 
-def _none(conversation: Conversation) -> Iterator[Segment]:
+def _bare(conversation: Conversation) -> Iterator[Segment]:
     """Nothing but what is said, encoded apart: no blank tells where the answer begins."""
     if conversation.system:
-        _refuse_system("none")
+        _refuse_system("bare")
     yield _begin()
     for turn in conversation.turns:
         yield Segment(turn.question, turn.train, apart=turn.role == "assistant")
@@ -278,7 +278,7 @@ TEMPLATES = {
         Template("chatml", _chatml, ("<|im_end|>",), tools="results"),
         Template("vicuna", _vicuna),
         *(Template(name, partial(_prompted, name)) for name in PROMPTS),
-        Template("none", _none),
+        Template("bare", _bare),
         Template("plain", _plain, documents=True),
     )
 }
