@@ -14,7 +14,6 @@ from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.router import Router, Routing
 from accessory.parallel.mesh import Axis
-from accessory.parallel.regions import reduce_from_model_parallel_region
 
 
 class MoE(nn.Module):
@@ -22,7 +21,7 @@ class MoE(nn.Module):
 
     def __init__(self, args: ModelArgs, layout: Layout, mp: Axis, kernel: str):
         super().__init__()
-        moe, self.mp = args.moe, mp
+        moe = args.moe
         self.gate = Router(args.dim, moe.num_experts, moe.num_experts_per_tok, moe.score_bias)
         self.dispatcher = layout.dispatcher(moe.num_experts, mp)
         hidden_dim, experts = layout.local_hidden_dim(args.hidden_dim, mp), len(self.dispatcher.local_experts)
@@ -31,8 +30,4 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> tuple[Tensor, Routing]:
         """``x_TD`` -> output [T, D], and which experts made it."""
         routing = self.gate(x_TD, adapters)
-        if self.experts.takes_few(routing.experts.numel(), adapters):
-            y_TD = self.experts.few(x_TD, routing.experts, routing.weights, self.dispatcher.local_experts)
-            return reduce_from_model_parallel_region(y_TD, self.mp), routing
-        rows = self.dispatcher.dispatch(x_TD, routing, adapters)
-        return self.dispatcher.combine(self.experts(rows), rows), routing
+        return self.dispatcher.run(self.experts, x_TD, routing, adapters), routing

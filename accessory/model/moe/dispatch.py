@@ -26,16 +26,28 @@ class SortedRows:
     plan: "DispatchPlan"
 
 
+class Experts(Protocol):
+    """What computes the rows of this rank's experts (``GroupedExperts``)."""
+
+    def __call__(self, rows: SortedRows) -> Tensor:
+        """The outputs of each row's expert, times its routing weight [n, D]."""
+        ...
+
+    def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
+        """Whether ``few`` takes so many."""
+        ...
+
+    def few(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: range) -> Tensor:
+        """Of a few tokens each one's sum over its choices that are ``local`` [T, D], without sorting rows first."""
+        ...
+
+
 class Dispatcher(Protocol):
     local_experts: range
     """The experts whose rows this rank computes."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
-        """Bring every token to its experts."""
-        ...
-
-    def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
-        """Bring the experts' outputs back, and sum each token's: [T, D]."""
+    def run(self, experts: Experts, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> Tensor:
+        """Bring every token to its experts, and their outputs back, each token's summed: [T, D]."""
         ...
 
 
@@ -49,15 +61,20 @@ class Replicated:
     def __init__(self, local_experts: range, num_experts: int, mp: Axis):
         self.local_experts, self.num_experts, self.mp = local_experts, num_experts, mp
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
+    def run(self, experts: Experts, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> Tensor:
+        if experts.takes_few(routing.experts.numel(), adapters):
+            y_TD = experts.few(x_TD, routing.experts, routing.weights, self.local_experts)
+        else:
+            rows = self._sorted(x_TD, routing, adapters)
+            y_TD = tokens_of_rows(experts(rows), rows.plan)
+        return reduce_from_model_parallel_region(y_TD, self.mp)
+
+    def _sorted(self, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> SortedRows:
         plan = decided(lambda: make_plan(routing.experts, self.local_experts, self.num_experts))
         x_nD = rows_of_tokens(copy_to_model_parallel_region(x_TD, self.mp), plan)
         weight_TK = copy_to_model_parallel_region(routing.weights.to(x_TD.dtype), self.mp)
         weight_n1 = weight_TK.flatten()[plan.choice_n].unsqueeze(1)
         return SortedRows(x_nD, weight_n1, plan.ends_e, adapters.of(plan.token_n), plan)
-
-    def combine(self, y_nD: Tensor, rows: SortedRows) -> Tensor:
-        return reduce_from_model_parallel_region(tokens_of_rows(y_nD, rows.plan), self.mp)
 
 
 @dataclass(frozen=True)
