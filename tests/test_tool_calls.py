@@ -64,6 +64,17 @@ def test_calls_are_parted_from_what_is_said_however_the_text_comes(form, text, s
     assert said is None or results[0] == (said, called)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=[form.begin for form in FORMS])
+def test_the_first_of_several_calls_is_the_only_one_where_one_is_wanted(form):
+    """Behind tags the answer ends there; what a list holds beyond it is not called."""
+    listed = f"[{call('look', 1)}, {call('go', 2)}]"
+    reader = CallReader(form, single=True)
+    said, calls = reader.add(f"so: {form.begin}{call('look', 1) if form.end else listed}", last=True)
+    assert said == "so:" and [one["function"]["name"] for one in calls] == ["look"] and reader.count == 1
+    most = form.schema(TOOLS, None, single=True).get("maxItems")
+    assert most == (None if form.end else 1)
+
+
 def test_a_special_token_is_written_where_it_is_shown(tmp_path):
     tokenizer = tokenizer_of(tmp_path, TAGGED)
     ids = [*tokenizer.encode_within("the list"), tokenizer.special[MARKS[0]], *tokenizer.encode_within("of words")]
@@ -124,6 +135,11 @@ def test_what_the_model_calls_comes_as_calls_whole_or_in_pieces(tagged):
     with tagged.chat.completions.stream(**body) as stream:
         (streamed,) = stream.get_final_completion().choices
     assert streamed.finish_reason == "tool_calls" and streamed.message.content == "so:" and called(streamed) == BOTH
+    (alone,) = tagged.chat.completions.create(**body, parallel_tool_calls=False).choices
+    with tagged.chat.completions.stream(**body, parallel_tool_calls=False) as stream:
+        (streamed,) = stream.get_final_completion().choices
+    for one in (alone, streamed):
+        assert one.finish_reason == "tool_calls" and one.message.content == "so:" and called(one) == ONE
     history = [*ASKED["messages"], choice.message.model_dump(exclude_none=True)]
     history += [{"role": "tool", "tool_call_id": one.id, "content": "12"} for one in choice.message.tool_calls]
     assert tagged.chat.completions.create(**ASKED | {"messages": history, "max_tokens": 3}).choices[0].message.content

@@ -27,7 +27,7 @@ def asked_in_chat(
         hosts: machines from which images may be fetched.
     """
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in call.messages]
-    tool, form = call.tool, None
+    tool, single, form = call.tool, not call.parallel_tool_calls, None
     with DECODING if model.llma.sight else nullcontext():
         prompt, stops = model.asked(allowed_images(messages, hosts), template, adapter=adapter, tools=call.offered)
     sampling = _sampling(model, call, adapter).stopping_at(stops)
@@ -35,6 +35,8 @@ def asked_in_chat(
         form = call_form(get_template(template, model.tokenizer) if template else model.template_of(adapter))
     if form:
         sampling = replace(sampling, shown=(form.begin, form.end))
+        if single and form.end:
+            sampling = sampling.stopping_at((form.end,))
     if call.forced:
         if form is None or sampling.grammar:
             raise UserError(
@@ -44,7 +46,7 @@ def asked_in_chat(
         special = model.tokenizer.special
         begin = [special[form.begin]] if form.begin in special else model.tokenizer.encode_within(form.begin)
         prompt = prompt._replace(tokens=[*prompt.tokens, *begin])
-        sampling = replace(sampling, grammar=model.grammars_of(adapter).json_schema(form.schema(call.tools, tool)))
+        sampling = replace(sampling, grammar=model.grammars_of(adapter).json_schema(form.schema(call.tools, tool, single)))
     return (prompt, sampling), form
 
 

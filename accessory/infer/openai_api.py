@@ -22,9 +22,7 @@ from accessory.infer.tool_calls import CallForm, CallReader
 C = TypeVar("C", bound="Call")
 Samples = Annotated[int, Bounds(least=1, most=16)]
 MOST_PROMPTS = 64
-WITHOUT_EFFECT = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-)
+WITHOUT_EFFECT = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
 """What clients send that changes no answer here. Any other key that is not known is refused: it would be lost in silence."""
 
 
@@ -154,6 +152,7 @@ class ChatCall(Call):
     messages: tuple[dict[str, object], ...]
     tools: tuple[dict[str, object], ...] = ()
     tool_choice: object = "auto"
+    parallel_tool_calls: bool = True  # False: an answer has one call at most
     max_tokens: Annotated[int, Bounds(least=1)] = 2**31  # as many as there is room for
 
     kind = "chat.completion"
@@ -203,8 +202,8 @@ class Writer:
         self._call, self._tokenizer, self._created = call, tokenizer, int(time.time())
         self._names = {number: name for name, number in tokenizer.special.items()}
         self._begun: set[int] = set()  # answers of which there is text
-        forced = isinstance(call, ChatCall) and call.forced
-        self._readers = {number: CallReader(form, forced) for number in range(call.n)} if form else {}
+        how = (call.forced, not call.parallel_tool_calls) if isinstance(call, ChatCall) else ()
+        self._readers = {number: CallReader(form, *how) for number in range(call.n)} if form else {}
 
     def whole(self, requests: Sequence[Running]) -> dict[str, Any]:
         choices = [

@@ -31,8 +31,11 @@ class CallForm:
     begin: str
     end: str
 
-    def schema(self, tools: Sequence[Mapping[str, Any]], name: str | None) -> dict[str, Any]:
-        """The JSON schema of what stands behind ``begin``, where a tool must be called: ``name``, or any if None."""
+    def schema(self, tools: Sequence[Mapping[str, Any]], name: str | None, single: bool = False) -> dict[str, Any]:
+        """The JSON schema of what stands behind ``begin``, where a tool must be called: ``name``, or any if None.
+
+        ``single``: once.
+        """
         functions = [tool.get("function", tool) for tool in tools]
         called = [function for function in functions if name in (None, function.get("name"))]
         if not called:
@@ -40,7 +43,7 @@ class CallForm:
         one = {"anyOf": [_call_of(function) for function in called]}
         if self.end:
             return one
-        return {"type": "array", "items": one, "minItems": 1} | ({"maxItems": 1} if name else {})
+        return {"type": "array", "items": one, "minItems": 1} | ({"maxItems": 1} if name or single else {})
 
 
 FORMS = (CallForm("[TOOL_CALLS]", ""), CallForm("<tool_call>", "</tool_call>"))  # Mistral's, Hermes' and Qwen's
@@ -66,12 +69,12 @@ class CallReader:
     """Parts the text of a growing answer into what is said and what is called.
 
     Args:
-        forced: the answer is the calls, without what stands before them.
+        forced: the answer is the calls, without what stands before them. single: of several in a list the first is taken.
     """
 
-    def __init__(self, form: CallForm, forced: bool = False):
+    def __init__(self, form: CallForm, forced: bool = False, single: bool = False):
         self.count = 0  # calls so far
-        self._form, self._forced, self._held = form, forced, form.begin if forced else ""
+        self._form, self._forced, self._single, self._held = form, forced, single, form.begin if forced else ""
 
     def add(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
         """What is said beside calls, and the calls that are whole, as OpenAI's streams have them. Text that cannot be
@@ -85,7 +88,7 @@ class CallReader:
                 break
             found = _calls(written)
             said += before.rstrip() if found else before + self._form.begin * (not self._forced) + written + end
-            calls += found
+            calls += found[:1] if self._single else found
             self._held = rest
         begun = self._held.find(self._form.begin)
         free = self._held[: begun if begun >= 0 else len(self._held) - overlap(self._held, self._form.begin)].rstrip()
