@@ -1,4 +1,5 @@
 """A token at a time behind a long prompt, at full size: what one request writes, next to what reading the weights allows.
+Where steps can be recorded as CUDA graphs, with and without that.
 
 python benchmarks/decode.py                                     # as many layers of Mixtral 8x7B as the device has room for
 python benchmarks/decode.py --model configs/model/tiny.json     # anywhere
@@ -15,8 +16,10 @@ from common import environment, pick_device, start_one_process
 
 from accessory.certify.serving import Numbers
 from accessory.checkpoint.description import load_args
+from accessory.infer.decode_graph import can_record
 from accessory.infer.engine import Engine
 from accessory.infer.sampling import Sampling
+from accessory.model.answering import in_pages
 from accessory.model.args import ModelArgs
 from accessory.model.build import model_without_weights
 from accessory.model.decoder import Decoder
@@ -50,6 +53,22 @@ def random_model(args: ModelArgs, device: torch.device) -> Decoder:
     return model
 
 
+def seconds_a_token(model: Decoder, context: int, new: int, graphs: bool) -> float:
+    longest = in_pages(context + new)
+    engine = Engine(model, Numbers(model.args.vocab_size), max_seq_len=longest, cache_tokens=longest, graphs=graphs)
+    seconds = []
+    for _ in range(3):  # the first warms up
+        prompt = [random.randrange(3, model.args.vocab_size) for _ in range(context)]
+        request = engine.submit(prompt, Sampling(max_tokens=new))
+        while not request.answer:
+            engine.step()
+        start = time.perf_counter()
+        for _ in engine.run():
+            pass
+        seconds.append((time.perf_counter() - start) / (new - 1))
+    return min(seconds[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MIXTRAL, metavar="CONFIG_JSON")
@@ -60,26 +79,19 @@ def main() -> None:
     start_one_process()
     print(environment())
     args = layers_that_fit(load_args(arguments.model), device)
-    engine = Engine(random_model(args, device), Numbers(args.vocab_size), max_seq_len=arguments.context + arguments.new)
-    seconds = []
-    for _ in range(3):  # the first warms up
-        prompt = [random.randrange(3, args.vocab_size) for _ in range(arguments.context)]
-        request = engine.submit(prompt, Sampling(max_tokens=arguments.new))
-        while not request.answer:
-            engine.step()
-        start = time.perf_counter()
-        for _ in engine.run():
-            pass
-        seconds.append((time.perf_counter() - start) / (arguments.new - 1))
+    model = random_model(args, device)
+    seconds = {"kernel by kernel": seconds_a_token(model, arguments.context, arguments.new, graphs=False)}
+    if can_record(model):
+        seconds["as graphs"] = seconds_a_token(model, arguments.context, arguments.new, graphs=True)
     experts = args.moe.num_experts_per_tok / args.moe.num_experts
     stored = parameters(args)
     expert_numbers = 3 * args.n_layers * args.moe.num_experts * args.dim * args.hidden_dim
     read = 2 * (stored - (1 - experts) * expert_numbers - args.vocab_size * args.dim)  # of the embedding a row
     card = measured_here(None)
     limit = card.elementwise * card.memory_rate / read
-    rate = 1 / min(seconds[1:])
-    reached = f"{rate:.1f} tokens/s, {rate / limit:.0%} of what reading the weights allows"
-    print(f"{args.n_layers} layers, {arguments.context} tokens of context: {reached}")
+    for how, one in seconds.items():
+        reached = f"{1 / one:.1f} tokens/s, {1 / one / limit:.0%} of what reading the weights allows"
+        print(f"{args.n_layers} layers, {arguments.context} tokens of context, {how}: {reached}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ part() { # title, seconds that it may take, command
     git describe --always --dirty
     part "1. the certificate: fp32 and bf16 here" 240 "$python" -m accessory certify --quick --device cuda --precision fp32
     part "1. the certificate in pieces" 240 "$python" -m accessory certify --quick --device cuda --precision bf16
-    part "2. kernels, empty experts, attention, host waits, repeated steps, peak memory against the plan" 400 \
+    part "2. kernels, empty experts, attention, graphs, host waits, repeated steps, peak memory against the plan" 400 \
         "$python" -m pytest -m gpu tests/test_gpu.py -n 0 -p no:cacheprovider
     part "3. the experts at full size, against a dense layer of the same FLOPs" 300 \
         "$python" benchmarks/moe_layer.py --full-size --tokens 1024 4096 16384
@@ -37,7 +37,7 @@ part() { # title, seconds that it may take, command
     part "5. two layers in full, 16384 tokens" 200 "$python" benchmarks/full_size.py --layers 2 --tuning full --rows 4
     part "5. LoRA next to PEFT, small" 200 "$python" benchmarks/train_step.py --lora 16
     part "6. answers, a token at a time" 200 "$python" benchmarks/generate.py
-    part "6. the same at full size, behind 4096 tokens" 120 "$python" benchmarks/decode.py
+    part "6. the same at full size, behind 4096 tokens, kernel by kernel and as CUDA graphs" 200 "$python" benchmarks/decode.py
     part "6. the same behind 4096 tokens" 120 "$python" benchmarks/generate.py --long --rounds 3
     echo
     echo "all took ${SECONDS} s"

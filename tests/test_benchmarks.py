@@ -20,7 +20,7 @@ TINY = BENCHMARKS.parent / "configs/model/tiny.json"
         ("offload.py", [], "4  frequency, guessed ahead     65.7%     12.9%        69.1%           48.6%"),
         ("data.py", ["--memory", "2000"], "1000 steps"),
         ("full_size.py", ["--help"], "--layers"),
-        ("decode.py", ["--model", str(TINY), "--context", "40", "--new", "4"], "layers, 40 tokens of context: "),
+        ("decode.py", ["--model", str(TINY), "--context", "40", "--new", "4"], "context, kernel by kernel: "),
         ("quantise_accuracy.py", ["--help"], "--draws"),
         ("quantised.py", ["--help"], "--rounds"),
         ("health.py", ["--rounds", "1", "--rows", "1", "--layers", "1"], "parts alone, of the step"),

@@ -9,10 +9,18 @@ import torch.distributed as dist
 from test_kernels import ROWS, UPSTREAM, assert_close, run
 from test_plan import MIXTRAL
 
+from accessory.certify.serving import Numbers
 from accessory.data.loader import Batch
+from accessory.infer.decode_graph import can_record
+from accessory.infer.engine import Engine
+from accessory.infer.sampling import Sampling
 from accessory.model.attention import attend, causal_attention, varlen_attention
+from accessory.model.build import model_without_weights
 from accessory.model.documents import Documents
+from accessory.model.logical import LogicalModel
 from accessory.model.moe.kernels import KERNELS
+from accessory.model.moe.layouts import EXPERT
+from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import OptimSection, ParallelSection, TuningSection
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken
@@ -120,3 +128,53 @@ def test_a_forward_is_the_same_every_time(alone):
     first, second = step(), step()
     assert torch.equal(first.loss_sum, second.loss_sum) and torch.equal(first.counts, second.counts)
     torch.testing.assert_close(first.grad_norm, second.grad_norm, rtol=1e-3, atol=0)
+
+
+@pytest.fixture(scope="module")
+def answering():
+    """Two layers of full size that only answer."""
+    args = dataclasses.replace(MIXTRAL, n_layers=2)
+    model = model_without_weights(LogicalModel(args), EXPERT, ONE_RANK, torch.bfloat16, trains=frozenset())
+    model.to_empty(device=GPU)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+    if not can_record(model):
+        pytest.skip("steps are no graphs here")
+    return model
+
+
+def engine_of(model, **options):
+    return Engine(model, Numbers(model.args.vocab_size), max_seq_len=1024, cache_tokens=2**17, **options)
+
+
+def test_answers_of_replayed_steps(answering):
+    """Whose tokens are given: what the model makes of them is within rounding, as steps have other numbers of rows."""
+    told = []
+    for graphs in (True, False):
+        engine = engine_of(answering, graphs=graphs)
+        how = Sampling(logit_bias={7: 100}, logprobs=0)
+        asked = [
+            ([n + 1] * length, dataclasses.replace(how, max_tokens=9 + 3 * n))
+            for n, length in enumerate((1, 250, 2, 600, 30))
+        ]
+        requests = [engine.submit(*one) for one in asked]
+        for _ in engine.run():
+            pass
+        assert engine.pool.free == engine.pool.count
+        told.append([torch.tensor([choice.logprob for choice in request.choices]) for request in requests])
+    for ours, plain in zip(*told, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0.05)
+
+
+def test_graphs_of_all_sizes_take_little_memory(answering):
+    engine = engine_of(answering)
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    for count in (1, 3, 8, 30, 100, 256):
+        requests = [engine.submit([n + 1], Sampling(max_tokens=3)) for n in range(count)]
+        for _ in engine.run():
+            pass
+        assert all(len(request.answer) == 3 for request in requests)
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.mem_get_info()[0] < 2**30

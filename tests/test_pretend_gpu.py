@@ -41,6 +41,7 @@ def commands(home):
         "adapter": (1, ["finetune", run, LORA, bf16, start, f"out={home}/adapter", "parallel.recompute=norms_and_experts"]),
         "adapter over what is held elsewhere": (1, ["finetune", run, LORA, *held, bf16, start, f"out={home}/held"]),
         "answers": (1, answers(home, base)),
+        "answers of replayed steps": (1, [*answers(home, base)[:-2], "--precision", "bf16"]),
         "answers of two": (2, ["generate", base, "the list of", "of tokens", "--max-gen-len", "8", "--mp", "2"]),
         "answers, offloaded": (1, [*answers(home, base)[:-2], "--quantise", "nf4-8", "--offload", "experts=2"]),
         "scores": (1, ["evaluate", base, "--data", home / "mix.yaml", "--precision", "fp64"]),
@@ -76,6 +77,11 @@ def test_every_command_runs(ran):
     failed = {name: out for name, (codes, out) in ran.items() if any(codes)}
     said = {name: [line for line in out.splitlines() if " registered at " not in line][-40:] for name, out in failed.items()}
     assert not said, "\n".join(f"{name}: " + "\n".join(lines) for name, lines in said.items())
+
+
+def test_a_step_of_single_tokens_is_a_graph_where_it_can_be(ran):
+    recorded = [name for name, (_, out) in ran.items() if "recorded a graph of 1 rows" in out]
+    assert recorded == ["answers of replayed steps"]
 
 
 def losses(run):

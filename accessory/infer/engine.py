@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accessory.data.placement import PLACE
 from accessory.errors import UserError
+from accessory.infer.decode_graph import DecodeGraphs, can_record
 from accessory.infer.pages import PagePool, page_keys
 from accessory.infer.plan import StepPlan
 from accessory.infer.request import Progress, Reason, Running
@@ -26,6 +27,8 @@ from accessory.model.documents import Documents
 from accessory.model.head import Logits
 
 BEAT_S = 60.0
+CACHE_SHARE = 0.85
+"""Of a GPU's free memory; in the rest there is room for what a step makes, and for the graphs of those of single tokens."""
 NOTHING, CLOSE = [0], [1]  # what the first rank sends in place of a plan, which is longer
 
 
@@ -45,12 +48,14 @@ class Engine:
         cache_tokens: int | None = None,
         most_running: int = 256,
         chunk_tokens: int = CHUNK_TOKENS,
+        graphs: bool = True,
     ):
         """
         Args:
             max_seq_len: tokens of a prompt and its answer. cache_tokens: of all that runs at a time; None: as many as the
                 GPU has room for; on a CPU those of 16 sequences of 4096, or of one if that is longer.
             chunk_tokens: of prompts in a step, beside the single tokens of answers, so that a long one stalls nobody.
+            graphs: False: a GPU is told kernel by kernel what to do, also where it could have a step as one (to compare).
         """
         self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
         self.most_running, self.chunk_tokens = most_running, chunk_tokens
@@ -61,7 +66,7 @@ class Engine:
             pages = cache_tokens // self._page
         elif self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
-            pages = int(0.85 * free) // model.make_cache(1, self._page).page_bytes
+            pages = int(CACHE_SHARE * free) // model.make_cache(1, self._page).page_bytes
         else:
             pages = max(longest, 16 * -(-min(max_seq_len, 4096) // self._page))
         pages = int(model.mesh.mp.all_reduce(torch.tensor(pages, device=self._device), dist.ReduceOp.MIN))
@@ -72,6 +77,7 @@ class Engine:
             )
         self._cache = model.make_cache(pages, self._page)
         self.pool = PagePool(pages)
+        self._graphs = DecodeGraphs(model, self._cache, max_seq_len) if graphs and can_record(model) else None
         self._sights = SeenImages(model)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
@@ -247,6 +253,8 @@ class Engine:
 
         ``pixels``: of the images, on the first rank.
         """
+        if self._graphs and (results := self._graphs.run(plan)):
+            return results
         self._sights.receive(plan.tokens, plan.new, pixels)
         tokens, images = self._sights.shown(plan.tokens, plan.shown)
         documents = Documents.of([len(some) for some in plan.tokens], plan.past).to(self._device)

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache.keep(k, v)
-        if cache is None or not any(documents.past):
+        if cache is None or not cache.view.continues:
             out = attend(q, k, v, documents, self.window)
         elif varlen_runs(q.device, q.dtype, paged=True):
             out = paged_varlen_attention(q, cache)

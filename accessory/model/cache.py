@@ -15,7 +15,8 @@ from accessory.model.few_rows import few_rows_attention
 
 
 class PagedCache:
-    """Of all layers. Page 0 is nobody's, and stays zero: where one table of pages is shorter than others, it stands in.
+    """Of all layers. Page 0 is nobody's, and nobody sees what is in it: where one table of pages is shorter than others, it
+    stands in, and what nobody asked for is kept there.
 
     Attributes:
         keys, values: of each layer [pages, page_size, local kv heads, head_dim].
@@ -36,6 +37,10 @@ class PagedCache:
     def page_bytes(self) -> int:
         return sum(tensor[0].nbytes for tensor in (*self.keys, *self.values))
 
+    def place(self, pages: Sequence[int], at: int) -> int:
+        """Where token number ``at`` of those in a document's ``pages`` goes, counted over all pages."""
+        return pages[at // self.page_size] * self.page_size + at % self.page_size
+
     def at(self, documents: Documents, pages: Sequence[Sequence[int]], begins: Sequence[int] | None = None) -> "CacheView":
         """The cache as the documents of a micro-batch see it.
 
@@ -45,31 +50,23 @@ class PagedCache:
         """
         past = [all_past - begin for all_past, begin in zip(documents.past, begins or [0] * len(pages), strict=True)]
         spans = list(zip(documents.lengths, past, strict=True))
-        size = self.page_size
         places = [
-            own[at // size] * size + at % size
+            self.place(own, at)
             for (length, before), own in zip(spans, pages, strict=True)
             for at in range(before, before + length)
         ]
         longest = max(map(len, pages))
-        table = [[*own, *[0] * (longest - len(own))] for own in pages]
         starts = [sum(documents.lengths[:n]) for n in range(len(spans))]
-        device = documents.positions.device
-        used = [before + length for length, before in spans]
-        chunks = [Chunk(starts[n], length, n, before) for n, (length, before) in enumerate(spans) if length > 1]
-        singles = [n for n, length in enumerate(documents.lengths) if length == 1]
-        numbers = functools.partial(torch.tensor, dtype=torch.int64, device=device)
-        behind = numbers([used[n] - 1 for n in singles]).unsqueeze(1) - torch.arange(longest * size, device=device)
+        numbers = functools.partial(torch.tensor, device=documents.positions.device)
         return CacheView(
             self,
             documents,
-            places=numbers(places),
-            table=numbers(table).int(),
-            used=numbers(used).int(),
-            chunks=chunks,
-            singles=numbers([starts[n] for n in singles]),
-            single_table=numbers([table[n] for n in singles]),
-            single_unseen=~_seen(behind, self.window)[:, None, None],
+            places=numbers(places, dtype=torch.int64),
+            table=numbers([[*own, *[0] * (longest - len(own))] for own in pages], dtype=torch.int32),
+            used=numbers([before + length for length, before in spans], dtype=torch.int32),
+            chunks=[Chunk(starts[n], length, n, before) for n, (length, before) in enumerate(spans) if length > 1],
+            singles=numbers([n for n, length in enumerate(documents.lengths) if length == 1], dtype=torch.int64),
+            continues=any(documents.past),
         )
 
 
@@ -90,9 +87,8 @@ class CacheView:
         places: [T] where each token's key goes, counted over all pages.
         table: [documents, most pages] int32 the pages of each, then zeros.
         used: [documents] int32 tokens in them, those of now too.
-        chunks: the documents of several tokens.
-        singles: [n] where the only token of each other document stands. single_table: [n, most pages] their pages.
-        single_unseen: [n, 1, 1, most pages * page_size] whether it does not see what is kept there.
+        chunks: the documents of several tokens. singles: [n] the numbers of those that have one.
+        continues: whether some document has tokens of before.
     """
 
     cache: PagedCache
@@ -102,8 +98,24 @@ class CacheView:
     used: Tensor
     chunks: list[Chunk]
     singles: Tensor
-    single_table: Tensor
-    single_unseen: Tensor
+    continues: bool
+
+    @functools.cached_property
+    def single_rows(self) -> Tensor:
+        """[n] where the one token of each of the ``singles`` stands."""
+        return self.documents.borders[self.singles].long()
+
+    @functools.cached_property
+    def single_table(self) -> Tensor:
+        """[n, most pages] their pages."""
+        return self.table[self.singles].long()
+
+    @functools.cached_property
+    def single_unseen(self) -> Tensor:
+        """[n, 1, 1, most pages * page_size] whether it does not see what is kept there."""
+        kept = torch.arange(self.table.shape[1] * self.cache.page_size, device=self.table.device)
+        behind = self.used[self.singles].unsqueeze(1) - 1 - kept
+        return ~_seen(behind, self.cache.window)[:, None, None]
 
     def layer(self, index: int) -> "LayerCache":
         return LayerCache(self, self.cache.keys[index], self.cache.values[index])
@@ -128,10 +140,11 @@ class LayerCache:
             return self._attend_singles(q)
         out = torch.empty_like(q)
         for chunk in self.view.chunks:
-            rows = slice(chunk.start, chunk.start + chunk.length)
-            out[rows] = self._attend_chunk(q[rows], chunk)
+            own = slice(chunk.start, chunk.start + chunk.length)
+            out[own] = self._attend_chunk(q[own], chunk)
         if len(self.view.singles):
-            out[self.view.singles] = self._attend_singles(q[self.view.singles])
+            rows = self.view.single_rows
+            out[rows] = self._attend_singles(q[rows])
         return out
 
     def attend_few(self, q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:

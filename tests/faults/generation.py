@@ -10,6 +10,10 @@ SERVED_ON_2 = 'certify --only "served on mp=2" tuning=lora'
 SERVED_LORA = 'certify --only "served on mp=1" layout=mixtral_sparse weights=plain'
 GREEDY = "'tests/test_generate.py::test_cached_generation_equals_recomputing[1]'"
 SCHEDULES = "'tests/test_engine.py::test_random_schedules[9-False]'"
+GRAPH, REPLAYED = (
+    "accessory/infer/decode_graph.py",
+    "'tests/test_decode_graph.py::test_answers_of_steps_that_are_replayed[no window]'",
+)
 WHOLE_TEXT = "tests/test_engine.py::test_text_in_parts_is_the_text_as_a_whole"
 STOPPED = "tests/test_engine.py::test_a_stop_is_cut_off_and_nothing_of_it_is_given_out_before"
 
@@ -39,8 +43,8 @@ FAULTS = (
     Fault(
         "a single token does not see itself",
         CACHE,
-        "behind = numbers([used[n] - 1 for n in singles])",
-        "behind = numbers([used[n] - 2 for n in singles])",
+        "self.used[self.singles].unsqueeze(1) - 1 - kept",
+        "self.used[self.singles].unsqueeze(1) - 2 - kept",
         CACHED,
     ),
     Fault(
@@ -49,6 +53,70 @@ FAULTS = (
         "past = [all_past - begin for",
         "past = [all_past - 0 * begin for",
         SCHEDULES,
+    ),
+    # steps that are replayed
+    Fault(
+        "the pages of a graph are those of its first step",
+        GRAPH,
+        "table=numbers[4 * size :].view(size, -1).int(),",
+        'table=self.__dict__.setdefault(f"pages of {size}", numbers[4 * size :].view(size, -1).int()),',
+        REPLAYED,
+    ),
+    Fault(
+        "a graph has the positions of its first step",
+        GRAPH,
+        "Documents(borders[1:].long(), positions,",
+        'Documents(borders[1:].long(), self.__dict__.setdefault(f"positions of {size}", positions.clone()),',
+        REPLAYED,
+    ),
+    Fault(
+        "whether a step continues others is asked of the GPU",
+        "accessory/model/attention.py",
+        "not cache.view.continues:",
+        "not (cache.view.used > 1).any():",
+        REPLAYED,
+    ),
+    Fault(
+        "the host knows in a graph where tokens stand",
+        "accessory/model/decoder.py",
+        "rotations(documents.positions,",
+        "rotations(documents.positions.new_tensor(documents.positions.tolist()),",
+        REPLAYED,
+    ),
+    Fault(
+        "the row that fills up a graph is kept where the first one's is",
+        GRAPH,
+        "+ [0] * (size - len(own))\n        fields",
+        "+ [self._cache.place(plan.pages[0], before[0])] * (size - len(own))\n        fields",
+        REPLAYED,
+    ),
+    Fault(
+        "a graph has no room for the page that a window begins in",
+        GRAPH,
+        "min(longest, cache.window + cache.page_size)",
+        "min(longest, cache.window)",
+        "'tests/test_decode_graph.py::test_answers_of_steps_that_are_replayed[a window within a page]'",
+    ),
+    Fault(
+        "rows that fill up a graph count as tokens of experts",
+        GRAPH,
+        "counts[:, :count]",
+        "counts",
+        "tests/test_decode_graph.py::test_experts_of_triton_in_a_graph",
+    ),
+    Fault(
+        "an adapter's requests are replayed as the base's",
+        GRAPH,
+        "not single or any(plan.members) or",
+        "not single or",
+        "'tests/test_decode_graph.py::test_answers_of_steps_that_are_replayed[some with adapters]'",
+    ),
+    Fault(
+        "kernels for which the host waits are recorded",
+        GRAPH,
+        "return not any(layer.waits(like) for",
+        "return not any(False for",
+        "'tests/test_decode_graph.py::test_what_can_be_recorded[a loop]'",
     ),
     # what runs together
     Fault(

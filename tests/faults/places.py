@@ -15,8 +15,8 @@ FAULTS = (
     Fault(
         "the places of a step's tokens in the cache stay on the CPU",
         "accessory/model/cache.py",
-        "functools.partial(torch.tensor, dtype=torch.int64, device=device)",
-        "functools.partial(torch.tensor, dtype=torch.int64)",
+        "functools.partial(torch.tensor, device=documents.positions.device)",
+        "torch.tensor",
         RUNS,
     ),
     Fault(

@@ -22,35 +22,11 @@ from accessory.certify import run  # noqa: E402, F401 (imported once for all)
 from accessory.model import attention, triton_here  # noqa: E402
 from accessory.parallel.launch import hold_port  # noqa: E402
 from accessory.train import loop, model  # noqa: E402, F401
-from pretend_gpu import tensors  # noqa: E402
+from pretend_gpu import graphs, tensors  # noqa: E402
 
 MEMORY = 2**28
 LIMIT_S = 120
 """Seconds that a rank may take."""
-
-
-class _Idle:
-    """A stream or an event: what it is told to wait for has happened."""
-
-    def __init__(self, device=None, **_):
-        self.device = torch.device("cuda", _place()) if device is None else device
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def wait_stream(self, other=None):
-        pass
-
-    wait_event = record = wait = wait_stream
-
-    def record_event(self, event=None):
-        return event or _Idle()
-
-    def synchronize(self):
-        pass
 
 
 @contextmanager
@@ -73,13 +49,13 @@ def pretend():
         "get_device_properties": SimpleNamespace(total_memory=MEMORY, multi_processor_count=132),
         "cudart": SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
         "current_device": _place(),
-        "current_stream": _Idle(),
-        "default_stream": _Idle(),
+        "default_stream": graphs.Idle(),
     } | dict.fromkeys(("synchronize", "set_device", "empty_cache", "set_stream", "_lazy_init"))
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    torch.cuda.Stream = torch.cuda.Event = _Idle
-    torch.cuda.stream = torch.cuda.device = _nothing
+    for name, stand_in in graphs.CUDA.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.cuda.Event, torch.cuda.device = graphs.Idle, _nothing
     torch.Tensor.record_stream = lambda self, stream: None
     torch.tensor, torch.Tensor.new_tensor, torch.Tensor.tolist = tensors.tensor, tensors.new_tensor, tensors.tolist
     torch.Tensor.__getitem__, torch.Tensor.__setitem__ = tensors.getitem, tensors.setitem

@@ -11,6 +11,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pretend_gpu.graphs import attend_by_document
+
 FROM_BOTH = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put_", "aten._index_put_impl_"}
 """Operators that take tensors of the GPU and of the CPU; others take numbers from there at most."""
 WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal"}
@@ -147,26 +149,16 @@ def tolist(self):
 
 @functools.wraps(varlen_attn)
 def variable_length(*args, **kwargs):
-    """``varlen_attn`` document by document, with what it asks of a GPU's tensors."""
+    """``varlen_attn``, with what it asks of a GPU's tensors; over pages it knows no gradients."""
     bound = inspect.signature(varlen_attn).bind(*args, **kwargs)
     bound.apply_defaults()
     told = bound.arguments
-    q, k, v, borders, _, longest, longest_k = list(told.values())[:7]
+    q, k, v, borders, *_ = told.values()
     table, (left, right) = told["block_table"], told["window_size"]
-    assert q.dtype in (torch.bfloat16, torch.float16) and borders.dtype == torch.int32 and isinstance(borders, OnGpu)
     assert right == 0 and (told["enable_gqa"] or q.shape[1] == k.shape[-2])
+    assert q.dtype in (torch.bfloat16, torch.float16) and borders.dtype == torch.int32 and isinstance(borders, OnGpu)
     assert table is None or (k.shape[1] % 256 == 0 and table.dtype == told["seqused_k"].dtype == torch.int32)
-    ends, out = borders.held.tolist(), []
-    for n, rows in enumerate(map(slice, ends, ends[1:])):
-        keys, values = k[rows], v[rows]
-        if table is not None:
-            used = int(told["seqused_k"].held[n])
-            keys, values = (x[table[n].long()].flatten(0, 1)[:used] for x in (k, v))
-        assert rows.stop - rows.start <= longest and len(keys) <= longest_k
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1).float() for x in (keys, values))
-        scores = q[rows].transpose(0, 1).float() * q.shape[-1] ** -0.5 @ keys.mT
-        places = torch.arange(keys.shape[1], device=q.device)
-        behind = places[keys.shape[1] - scores.shape[1] :, None] - places
-        unseen = (behind < 0) | (behind > left if left >= 0 else behind < 0)
-        out.append((scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
-    return torch.cat(out)
+    if table is not None:
+        return varlen_attn(*args, **kwargs)
+    ends = borders.held.tolist()
+    return attend_by_document(q, [(k[rows], v[rows]) for rows in map(slice, ends, ends[1:])], ends, left)

@@ -19,7 +19,7 @@ from accessory.model.adapter import (
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.few_rows import FEW, few_rows_experts
 from accessory.model.moe.dispatch import SortedRows
-from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, pick_kernel
+from accessory.model.moe.kernels import OF_PACKED, ExpertMatmul, Kernel, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
@@ -111,10 +111,7 @@ class GroupedExperts(nn.Module):
     def _outputs(self, rows: SortedRows) -> Tensor:
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
         w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
-        # of quantised weights only a kernel that asks for some experts at a time makes few, and of offloaded ones no other
-        # gets any
-        name = "looped" if (self.codecs or self.offloaded) and self.kernel == "auto" else self.kernel
-        kernel = OF_PACKED if self.packed else pick_kernel(name, x_nD, w1.shape[1])
+        kernel = self._kernel_for(x_nD, w1.shape[1])
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
         if kernel.adapted and not any(_is_composed(adapter, rows.adapters) for adapter in self.adapters.values()):
@@ -126,6 +123,18 @@ class GroupedExperts(nn.Module):
         h_nF = made_again(weighted_swiglu(gate_nF, up_nF, weight_n1), swiglu, gate_nF, up_nF, weight_n1)
         weighted_ne = None if products.bias_ne is None else products.bias_ne * weight_n1
         return self._project("w2", h_nF, replace(products, bias_ne=weighted_ne, bias_share=weight_n1))
+
+    def _kernel_for(self, x_nD: Tensor, hidden_dim: int) -> Kernel:
+        # of quantised weights only a kernel that asks for some experts at a time makes few, and of offloaded ones no other
+        # gets any
+        name = "looped" if (self.codecs or self.offloaded) and self.kernel == "auto" else self.kernel
+        return OF_PACKED if self.packed else pick_kernel(name, x_nD, hidden_dim)
+
+    def waits(self, x_nD: Tensor) -> bool:
+        """Whether the host waits for a GPU while it has experts without adapters compute rows like these."""
+        if self.offloaded or self.packed or self.codecs:
+            return True
+        return self._kernel_for(x_nD, len(self.w1) // self.num_local).waits(x_nD)
 
     def _adapted(self, matrix: str, weights: ExpertWeights) -> MaybeAdapted:
         """A matrix of all experts with its adapter, if it has one."""

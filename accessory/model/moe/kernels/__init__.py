@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.config import nearest
 from accessory.console import say
 from accessory.errors import UserError
-from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs
+from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs, grouped_waits
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.megablocks import (
     MEGABLOCKS_NEEDS,
@@ -72,6 +72,7 @@ class Kernel:
         runs: whether it can, by dtype, device and widths of rows [n, D] and this rank's F.
         needs: the same in words.
         suits: whether "auto" takes it for rows [n, D], if it runs and none before it in the table does.
+        waits: whether the host waits for a GPU to say where each expert's rows [n, D] end.
         load: imports what the kernel is made of.
         by_triton: whether that is Triton, which may interpret it.
         adapted: the same as ``swiglu``, of matrices some of which are ``AdaptedWeights``; None: experts with adapters are
@@ -84,6 +85,7 @@ class Kernel:
     runs: Callable[[Tensor, int], bool]
     needs: str
     suits: Callable[[Tensor], bool] = _never
+    waits: Callable[[Tensor], bool] = _anywhere
     load: Callable[[], object] = _here
     by_triton: bool = False
     adapted: AdaptedSwiGLU | None = None
@@ -99,10 +101,11 @@ KERNELS = {
             triton_experts_run,
             TRITON_EXPERTS_NEEDS,
             suits=triton_experts_suit,
+            waits=_never,
             load=load_triton,
             by_triton=True,
         ),
-        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu),
+        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu, waits=grouped_waits),
         Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere, adapted=looped),
         Kernel(
             "megablocks",

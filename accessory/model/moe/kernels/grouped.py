@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.model import triton_here
 from accessory.model.moe.kernels.fused import Operations, fused_matmul, fused_swiglu
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.swiglu import swiglu, swiglu_backward
@@ -18,6 +19,13 @@ def grouped_runs(x: Tensor, hidden_dim: int) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and _aligned(x, x.shape[1], hidden_dim)
     )
+
+
+def grouped_waits(x: Tensor) -> bool:
+    """Where it is a loop, for which the host waits once a product: not for bf16 of sm90 and sm100, which are Hopper and the
+    data centre's Blackwell.
+    """
+    return x.dtype != torch.bfloat16 or triton_here.capability(x.device) not in ((9, 0), (10, 0))
 
 
 def _outer(y: Tensor, x: Tensor, row_ends: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from accessory.errors import needs
 from accessory.model import triton_here
 from accessory.model.moe.kernels.fused import Operations, fused_matmul, fused_swiglu
+from accessory.model.moe.kernels.grouped import grouped_waits
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.weights import ExpertWeights
 
@@ -22,13 +23,11 @@ def triton_experts_run(x: Tensor, hidden_dim: int) -> bool:
 
 
 def triton_experts_suit(x: Tensor) -> bool:
-    """Where torch's grouped matmul is a loop that waits for the host: not for bf16 of sm90 and sm100, which are Hopper and
-    the data centre's Blackwell.
-    """
+    """Where the host waits for torch's grouped matmul."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cuda" or not half or not triton_here.is_installed("triton") or x.shape[0] >= MANY_ROWS:
         return False
-    return x.dtype != torch.bfloat16 or triton_here.capability(x.device) not in ((9, 0), (10, 0))
+    return grouped_waits(x)
 
 
 @functools.cache

@@ -1,0 +1,119 @@
+"""Tokens of answers on a GPU: what a step launches is recorded once, as a CUDA graph, and then launched as one.
+
+Of hundreds of kernels, each of which takes a few microseconds, the host cannot launch one as fast as the last is done.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.console import say
+from accessory.infer.plan import StepPlan
+from accessory.model.adapter import ONE_ADAPTER
+from accessory.model.attention import varlen_runs
+from accessory.model.cache import CacheView, PagedCache
+from accessory.model.decoder import Decoder, Inputs
+from accessory.model.documents import Documents
+from accessory.model.head import Logits
+from accessory.model.moe.experts import GroupedExperts
+
+
+def can_record(model: Decoder) -> bool:
+    """Whether nothing in a step of single tokens depends on what the host knows, but for numbers that it has sent before.
+
+    Not over several ranks: what a collective does in a graph has not been tried.
+    """
+    like = model.norm.weight[None]
+    if model.mesh.mp.size > 1 or not varlen_runs(like.device, like.dtype, paged=True):
+        return False
+    if model.logical.codecs or any(one.bias or ONE_ADAPTER.reach(one) for one in model.logical.adapters.values()):
+        return False
+    return not any(layer.waits(like) for layer in model.modules() if isinstance(layer, GroupedExperts))
+
+
+class _Recorded(NamedTuple):
+    numbers: Tensor  # what the graph reads
+    graph: torch.cuda.CUDAGraph
+    results: tuple[Tensor, Tensor]  # what it writes
+
+
+class DecodeGraphs:
+    """Of one model and cache: a graph for steps of 1, 2, 4, ... documents, each recorded when it is needed first.
+
+    A step of another size has more rows, which are that of the shortest document once more: so they take no other experts,
+    and see little. Their keys go to page 0.
+    """
+
+    def __init__(self, model: Decoder, cache: PagedCache, longest: int):
+        """``longest``: tokens of a sequence."""
+        seen = longest if cache.window is None else min(longest, cache.window + cache.page_size)
+        self._model, self._cache, self._most_pages = model, cache, -(-seen // cache.page_size)
+        self._device = model.norm.weight.device
+        self._recorded: dict[int, _Recorded] = {}
+        self._failed = False
+        # the graphs' memory is the same, as no two run at a time
+        self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+
+    def run(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
+        """Logits and counts, as the engine runs a plan, to be read before the next step; None: that is for the engine."""
+        single = all(len(tokens) == 1 and tokens[0] >= 0 for tokens in plan.tokens)
+        if self._failed or not single or any(plan.members) or len(plan.ends) < len(plan.tokens):
+            return None
+        count = len(plan.tokens)
+        size = 1 << (count - 1).bit_length()
+        told = torch.tensor(self._told(plan, size))
+        if size not in self._recorded:
+            try:
+                self._recorded[size] = self._record(told.to(self._device), size)
+            except RuntimeError as error:
+                say(f"answers come more slowly than they could: a step cannot be recorded as a CUDA graph here ({error})")
+                self._failed = True
+                return None
+        numbers, graph, (logits, counts) = self._recorded[size]
+        numbers.copy_(told)
+        graph.replay()
+        return logits[:count], counts[:, :count]
+
+    def _told(self, plan: StepPlan, size: int) -> list[int]:
+        """Of ``size`` rows the tokens, their positions, where their keys go, and how many tokens each sees the pages of;
+        then the pages."""
+        own = range(len(plan.tokens))
+        before = [past - begin for past, begin in zip(plan.past, plan.begins, strict=True)]
+        rows = [*own, *[min(own, key=before.__getitem__)] * (size - len(own))]
+        places = [self._cache.place(plan.pages[n], before[n]) for n in own] + [0] * (size - len(own))
+        fields = [plan.tokens[n][0] for n in rows], [plan.past[n] for n in rows], places, [before[n] + 1 for n in rows]
+        return [number for field in (*fields, *(self._row_of(plan.pages[n]) for n in rows)) for number in field]
+
+    def _row_of(self, pages: Sequence[int]) -> list[int]:
+        return [*pages, *[0] * (self._most_pages - len(pages))]
+
+    def _step(self, numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        tokens, positions, places, used = numbers[: 4 * size].view(4, size)
+        borders = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        documents = Documents(borders[1:].long(), positions, borders, lengths=(1,) * size, past=(), count=size)
+        view = CacheView(
+            self._cache,
+            documents,
+            places=places,
+            table=numbers[4 * size :].view(size, -1).int(),
+            used=used.int(),
+            chunks=[],
+            singles=borders[:-1].long(),
+            continues=True,
+        )
+        logits, stats = self._model(Inputs(tokens, documents, view), Logits())
+        return logits, stats.counts
+
+    def _record(self, numbers: Tensor, size: int) -> _Recorded:
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            self._step(numbers, size)  # compiles and loads what it needs, which cannot be recorded
+        here.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # of other threads, what they do to the GPU meanwhile is no concern of this one's
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            results = self._step(numbers, size)
+        return _Recorded(numbers, graph, results)
