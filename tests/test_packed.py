@@ -95,13 +95,13 @@ def test_quantised_matrices_are_multiplied_by_their_codes(tmp_path):
                     assert error < 3e-2, f"{error:.1e}"
 
 
-@pytest.mark.parametrize(("name", "out"), [("int8", 48), ("int4-32", 48), ("int4-128", 128)])
-def test_products_by_codes_are_those_by_numbers(name, out):
+@pytest.mark.parametrize("name", ["int8", "int4-32", "int4-128"])
+def test_products_by_codes_are_those_by_numbers(name):
     """As near to the exact ones as products by numbers in bf16 are, but for a third."""
     codec, generator = get_codec(name), torch.Generator().manual_seed(0)
-    parts = codec.encode(torch.randn(out, 256, generator=generator) + 0.3)
+    parts = codec.encode(torch.randn(48, 256, generator=generator) + 0.3)
     numbers, packed = codec.decode(parts, torch.float32), PackedCodes(codec, parts)
-    for rows in (1, 7, 40, 70):
+    for rows in (1, 7, 40):
         x = torch.randn(rows, 256, generator=generator).bfloat16()
         exact = x.float() @ numbers.T
         ours, plain = ((y.float() - exact).norm() for y in (packed.product(x), x @ numbers.bfloat16().T))

@@ -263,21 +263,14 @@ FAULTS = (
         PACKED,
         '(8 - parts["zeros"].float()) * bits.float()',
         '0 * parts["zeros"].float()',
-        f"{CODES_MULTIPLIED}[int4-32-48]",
-    ),
-    Fault(
-        "on a CPU many rows are multiplied by int4's codes with scales and what zeros take off in each other's place",
-        PACKED,
-        "torch.addcmul(offset, blocks.sub_(8), scale)",
-        "torch.addcmul(scale, blocks.sub_(8), offset)",
-        f"{CODES_MULTIPLIED}[int4-128-128]",
+        f"{CODES_MULTIPLIED}[int4-32]",
     ),
     Fault(
         "on a CPU many rows are multiplied by int8's codes without their scales",
         PACKED,
         "(self.codes.float() * self.scales.float().unsqueeze(1))",
         "(self.codes.float() * self.scales.float()[0])",
-        f"{CODES_MULTIPLIED}[int8-48]",
+        f"{CODES_MULTIPLIED}[int8]",
     ),
     Fault(
         "on a GPU the bits of a code that lie in the next byte are put into the wrong place",
