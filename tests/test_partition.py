@@ -6,6 +6,15 @@ from models import OPTIM, TINY, assemble, check_close, samples, train, train_in_
 from ranks import run_ranks
 
 from accessory.certify import reference
+from accessory.model.build import RandomWeights, build_model
+from accessory.model.decoder import Inputs
+from accessory.model.documents import Documents
+from accessory.model.head import LossSum, Targets
+from accessory.model.moe.layouts import EXPERT
+from accessory.parallel.fsdp import local_part, wrap
+from accessory.parallel.mesh import ONE_RANK
+from accessory.settings import TuningSection
+from accessory.tuning.spec import resolve
 
 STEPS = [samples(8, seed=1), samples(8, seed=2), samples(7, seed=3)]  # the last global batch is not full
 
@@ -48,3 +57,34 @@ def test_three_steps_equal_one_process(world, one_process):
             assert parts[0]["steps"][step]["norm"] == pytest.approx(norm, rel=1e-10), (partition, step)
         for what, expected in (("gradients", gradients), ("weights", trained)):
             check_close(assemble([part[what] for part in parts]), expected, 1e-10, (partition, what))
+
+
+def gradients_of_micro_batches():
+    """Of two together, and the sums of each one's own, on a rank alone that computes in bf16."""
+    tuning, cpu = resolve(TuningSection(), TINY), torch.device("cpu")
+    model = build_model(
+        tuning.logical,
+        EXPERT,
+        RandomWeights(tuning.logical, 0),
+        dtype=torch.float32,
+        device=cpu,
+        trains=tuning.trains,
+        shard=lambda m: wrap(m, ONE_RANK, "fsdp", torch.bfloat16, "cpu"),
+    )
+
+    def gradients(*texts):
+        model.zero_grad()
+        for tokens in texts:
+            targets = Targets(torch.arange(len(tokens) - 1), tokens[1:])
+            model(Inputs(tokens, Documents.of([len(tokens)])), LossSum(targets))[0].backward()
+        return [local_part(parameter.grad) for parameter in model.parameters()]
+
+    first, second = torch.randint(TINY.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    return gradients(first, second), [x + y for x, y in zip(gradients(first), gradients(second), strict=True)]
+
+
+def test_a_rank_alone_adds_up_what_it_reduces_in_place():
+    """Each gradient lies where it was reduced; the next ones must lie elsewhere."""
+    ((together, added),) = run_ranks(1, gradients_of_micro_batches)
+    for all_at_once, one_by_one in zip(together, added, strict=True):
+        assert all_at_once.any() and torch.equal(all_at_once, one_by_one)

@@ -60,6 +60,13 @@ FAULTS = (
         "certify --only world=2 dp=sdp",
     ),
     Fault(
+        "the gradients of a rank alone are reduced where the last micro-batch's still are",
+        FSDP_FILE,
+        "got, self._sent = self._sent, None",
+        "got = self._sent",
+        "tests/test_partition.py::test_a_rank_alone_adds_up_what_it_reduces_in_place",
+    ),
+    Fault(
         "the partial gradient of attention's input is not summed",
         "accessory/model/attention.py",
         "        x = copy_to_model_parallel_region(x, self.mp)\n",
