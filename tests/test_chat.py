@@ -135,7 +135,7 @@ def test_a_chat(home, answers, tmp_path, mp):
         assert chat.say("/undo") == "" and chat.say("/undo") == "nothing was answered yet"
         assert chat.say(QUESTIONS[1]) == answers[1]
         assert chat.say("/system then") == "" and chat.say(TALK[0]["content"]) == answers[4]
-        chat.say(f"/save {tmp_path}/talk.json")
+        assert f"wrote {tmp_path}/talk.json" in chat.say(f"/save {tmp_path}/talk.json")
         expected = [("system", "then"), ("user", "the list"), ("assistant", answers[4])]
         saved = json.loads((tmp_path / "talk.json").read_text())
         assert [(turn["role"], turn["content"]) for turn in saved] == expected

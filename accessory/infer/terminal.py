@@ -79,7 +79,9 @@ class Chat:
             check_image(rest.strip())
             self.images.append(Path(rest.strip()))
         elif name == "save" and rest:
-            Path(rest.strip()).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
+            file = Path(rest.strip())
+            file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
+            print(f"wrote {file}", flush=True)
         elif name in ("undo", "retry"):
             raise UserError("nothing was answered yet")
         else:
