@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from accessory.dtypes import at_least_fp32
 from accessory.model.few_rows import few_rows_norm, runs
+from accessory.model.fused_passes import fused
 from accessory.model.recompute import made_again
-from accessory.model.triton_here import fused
 
 
 class RMSNorm(nn.Module):

@@ -25,9 +25,8 @@ from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeigh
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import AdaptedWeights, Added, ExpertWeights, MaybeAdapted, PackedWeights, PlainWeights
 from accessory.model.packed import packed
-from accessory.model.quantised import FEW_ROWS, QuantisedWeights, hold_quantised, packed_codes
+from accessory.model.quantised import FEW_ROWS, QuantisedWeights, codes_product, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
-from accessory.model.triton_here import codes_product
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 

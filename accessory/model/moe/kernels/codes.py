@@ -4,8 +4,7 @@ from torch import Tensor
 
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.weights import ExpertWeights
-from accessory.model.quantised import QuantisedWeights
-from accessory.model.triton_here import codes_product
+from accessory.model.quantised import QuantisedWeights, codes_product
 
 
 def codes_swiglu(

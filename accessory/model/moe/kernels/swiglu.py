@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.model.fused_passes import fused
 from accessory.model.moe.kernels.rows import rows_in_cache
-from accessory.model.triton_here import fused
 
 
 def weighted_swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
