@@ -191,6 +191,8 @@ def test_files_load_into_any_partition_without_being_quantised_again(way, home, 
                     assert parameters.keys() == rank[0][1].keys()
                     assert all(torch.equal(parameters[name], rank[0][1][name]) for name in parameters)
     accessory("convert", tmp_path / "saved", tmp_path / "sparse", "--to", "mixtral_sparse", "--mp", "2")
+    cut = load_file(tmp_path / "sparse/consolidated.00-of-02.model.safetensors")
+    assert {len(t) for key, t in cut.items() if "w2.codes" in key} == {ARGS.moe.num_experts * ARGS.dim}  # as they multiply
     accessory("convert", tmp_path / "sparse", tmp_path / "back", "--to", "mixtral")
     ours, theirs = (load_file(tmp_path / name / "consolidated.00-of-01.model.safetensors") for name in ("back", "saved"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,7 +1,6 @@
-"""Kernels in Triton that take one pass over memory in the place of several of torch's, where they are compiled."""
+"""Kernels in Triton that take one pass over memory in the place of several of torch's."""
 
 import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Protocol, cast
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.dtypes import at_least
-from accessory.model import triton_here
+from accessory.model.triton_here import triton_compiles
 from accessory.parallel.planned import is_planned
 
 
@@ -33,24 +32,7 @@ def fused(x: Tensor) -> FusedPasses | None:
     """The kernels that take the place of several passes of torch over ``x``, compiled; None: there are none here."""
     if is_planned():
         return _ShapesAlone()
-    return _compiled() if _compiles(x) else None
-
-
-CodesProduct = Callable[..., Tensor]
-"""As ``triton_codes.times_codes``."""
-
-
-def codes_product(x: Tensor) -> CodesProduct | None:
-    """The product of a few rows by a matrix' codes, compiled; None: there is none here, or gradients are wanted."""
-    if torch.is_grad_enabled() or not _compiles(x):
-        return None
-    from accessory.model.triton_codes import times_codes
-
-    return times_codes
-
-
-def _compiles(x: Tensor) -> bool:
-    return x.device.type == "cuda" and triton_here.is_installed("triton") and triton_here.triton_runs(x)
+    return _compiled() if triton_compiles(x) else None
 
 
 @functools.cache

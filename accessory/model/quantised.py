@@ -3,6 +3,7 @@
 What a product keeps for its backward pass is the packed form; the numbers are made once more.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import adapter_name
 from accessory.model.codecs import PARTS, Codec, Parts
-from accessory.model.fused_passes import codes_product
 from accessory.model.packed import PackedCodes, can_multiply
+from accessory.model.triton_here import triton_compiles
 
 FEW_ROWS = 32
 """Of a matrix, up to which a GPU multiplies by its codes; to be measured on one."""
@@ -81,6 +82,19 @@ def quantised_linear(x: Tensor, weights: QuantisedWeights, bias: Tensor | None =
     else:
         y = _QuantisedLinear.apply(x, weights)
     return y if bias is None else y + bias
+
+
+CodesProduct = Callable[..., Tensor]
+"""As ``triton_codes.times_codes``."""
+
+
+def codes_product(x: Tensor) -> CodesProduct | None:
+    """The product of a few rows by a matrix' codes, compiled; None: there is none here, or gradients are wanted."""
+    if torch.is_grad_enabled() or not triton_compiles(x):
+        return None
+    from accessory.model.triton_codes import times_codes
+
+    return times_codes
 
 
 class _QuantisedLinear(torch.autograd.Function):

@@ -31,6 +31,11 @@ def triton_runs(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_interpreted() and x.dtype != torch.bfloat16
 
 
+def triton_compiles(x: Tensor) -> bool:
+    """Whether a kernel over what lies where ``x`` does is compiled, and so worth its while."""
+    return x.device.type == "cuda" and is_installed("triton") and triton_runs(x)
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

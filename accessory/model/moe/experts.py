@@ -18,7 +18,6 @@ from accessory.model.adapter import (
 )
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.few_rows import FEW, few_rows_experts
-from accessory.model.fused_passes import codes_product
 from accessory.model.moe.dispatch import SortedRows
 from accessory.model.moe.kernels import OF_CODES, OF_PACKED, ExpertMatmul, Kernel, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
@@ -26,7 +25,7 @@ from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeigh
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import AdaptedWeights, Added, ExpertWeights, MaybeAdapted, PackedWeights, PlainWeights
 from accessory.model.packed import packed
-from accessory.model.quantised import FEW_ROWS, QuantisedWeights, hold_quantised, packed_codes
+from accessory.model.quantised import FEW_ROWS, QuantisedWeights, codes_product, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region

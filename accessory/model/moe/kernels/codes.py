@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from accessory.model.fused_passes import codes_product
 from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.weights import ExpertWeights
-from accessory.model.quantised import QuantisedWeights
+from accessory.model.quantised import QuantisedWeights, codes_product
 
 
 def codes_swiglu(
