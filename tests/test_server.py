@@ -193,6 +193,8 @@ def test_samples_have_seeds_that_follow_one_another(client):
     several = [choice.text for choice in client.completions.create(n=3, seed=7, **asked).choices]
     alone = [client.completions.create(seed=seed, **asked).choices[0].text for seed in (7, 8, 9)]
     assert several == alone and len(set(several)) == 3
+    everything = client.completions.create(seed=7, extra_body={"top_k": -1}, **asked).choices[0].text
+    assert everything == alone[0], "as vLLM's clients say it"
 
 
 def test_a_stop_is_cut_off(client, right):

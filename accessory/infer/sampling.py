@@ -11,9 +11,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from accessory.config import MADE, Bounds, Count, NonNegative, Positive, Seed, Share, WholeNumber
+from accessory.config import MADE, Bounds, Count, NonNegative, Positive, Seed, Share
 from accessory.infer.grammar import Grammar
 
+TopK = Annotated[int, Bounds(least=-1)]
 TopP = Annotated[float, Bounds(above=0, most=1)]
 Penalty = Annotated[float, Bounds(least=-2, most=2)]
 Bias = Annotated[float, Bounds(least=-100, most=100)]
@@ -26,7 +27,7 @@ class Sampling:
 
     max_tokens: Count = 512
     temperature: NonNegative = 0.0  # 0: the likeliest token
-    top_k: WholeNumber = 0  # choose among so many; 0: all
+    top_k: TopK = 0  # choose among so many; 0, or -1 as vLLM's clients say it: all
     top_p: TopP = 1.0  # choose among the likeliest whose probabilities reach this sum
     min_p: Share = 0.0  # choose among those at least so probable, as a share of the likeliest one
     repetition_penalty: Positive = 1.0  # divides (negative: multiplies) the logit of what is in the prompt or the answer
@@ -126,7 +127,7 @@ def _draw(scores: Tensor, places: Sequence[float], how: Sequence[Sampling]) -> T
     scaled = (scores - scores.amax(-1, keepdim=True)) / column([sampling.temperature for sampling in how])
     probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(size, device=scores.device)
-    probs = probs.masked_fill(ranks >= column([sampling.top_k or size for sampling in how]), 0.0)
+    probs = probs.masked_fill(ranks >= column([sampling.top_k if sampling.top_k > 0 else size for sampling in how]), 0.0)
     probs = probs / probs.sum(-1, keepdim=True)
     before = probs.cumsum(-1) - probs
     out = (before >= column([sampling.top_p for sampling in how])) | (
