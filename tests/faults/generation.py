@@ -195,7 +195,7 @@ FAULTS = (
         "what is bent or drawn is chosen by other answers' logits",
         SAMPLING,
         "_choose_bent(logits[others].double()",
-        "_choose_bent(logits[: len(others)].double()",
+        "_choose_bent(logits[: len(others)].double().clone()",
         SERVED,
     ),
     Fault("the temperature is ignored", SAMPLING, "keepdim=True)) / column", "keepdim=True)) + 0 * column", SERVED),
