@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accessory.dtypes import at_least_fp32
 from accessory.model.documents import Documents
-from accessory.model.few_rows import few_rows_attention
+from accessory.model.few_rows import Kept, Places
 
 
 class PagedCache:
@@ -147,11 +147,13 @@ class LayerCache:
             out[rows] = self._attend_singles(q[rows])
         return out
 
-    def attend_few(self, q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
-        """Rotate, keep and attend, where each document has one new token: ``q`` [T, H, head_dim], ``k``, ``v`` likewise."""
+    @property
+    def of_singles(self) -> tuple[Kept, Places, int | None] | None:
+        """As few_rows.c takes it; None: some document has several new tokens."""
         view = self.view
-        documents = view.places, view.table, view.used
-        return few_rows_attention((q, k, v), rotation, (self.keys, self.values), documents, view.cache.window)
+        if view.chunks:
+            return None
+        return (self.keys, self.values), (view.places, view.table, view.used), view.cache.window
 
     def _attend_singles(self, q: Tensor) -> Tensor:
         """One token of each of n documents, together: ``q`` [n, H, head_dim]."""

@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         """
         if can_pack(self.norm.weight.dtype, self.norm.weight.device):
             packs = ColumnParallelLinear | RowParallelLinear | Router | GroupedExperts | Attention | RMSNorm
-            for module in self.modules():
+            for module in reversed(list(self.modules())):  # a layer behind its matrices
                 if isinstance(module, packs):
                     module.pack(self.norm.weight.dtype)
 

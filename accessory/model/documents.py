@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,12 +41,12 @@ class Documents:
         count = len(lengths)
         lengths = tuple(lengths) or (1,)
         past = tuple(past or [0] * len(lengths))
-        length = torch.tensor(lengths)
-        number = torch.arange(1, count + 1) if count else torch.zeros(1, dtype=torch.int64)
-        start = length.cumsum(0) - length - torch.tensor(past)
-        positions = torch.arange(int(length.sum())) - start.repeat_interleave(length)
-        borders = F.pad(length.cumsum(0), (1, 0)).int()
-        return cls(number.repeat_interleave(length), positions, borders, lengths, past, count)
+        # numpy: a step of few tokens takes as long as its operators take to start
+        borders = np.array([0, *accumulate(lengths)])
+        number = np.arange(1, count + 1) if count else np.zeros(1, dtype=np.int64)
+        positions = np.arange(borders[-1]) - np.repeat(borders[:-1] - past, lengths)
+        of = torch.from_numpy
+        return cls(of(np.repeat(number, lengths)), of(positions), of(borders.astype(np.int32)), lengths, past, count)
 
     @property
     def ends(self) -> Tensor:

@@ -26,6 +26,10 @@ PANEL = 64
 SOURCE = Path(__file__).with_suffix(".c")
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Pointer = ctypes.c_void_p
+Kept = tuple[Tensor, Tensor]
+"""Keys and values as ``LayerCache`` has them."""
+Places = tuple[Tensor, Tensor, Tensor]
+"""``places``, ``table`` and ``used`` of ``CacheView``."""
 
 
 @functools.cache
@@ -128,23 +132,45 @@ def few_rows_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def few_rows_attention(
-    new: tuple[Tensor, Tensor, Tensor],
-    rotation: Tensor,
-    kept: tuple[Tensor, Tensor],
-    documents: tuple[Tensor, Tensor, Tensor],
-    window: int | None,
+def few_rows_routing(x: Tensor, gate: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of ``x`` [n, D] what ``Routing`` has, by a packed fp32 ``gate`` [E, D] and ``bias`` [E] of the choice."""
+    (experts, dim), rows, x = gate.shape, len(x), x.contiguous()
+    wide, logits, probs, weights = (x.new_empty(rows, size, dtype=gate.dtype) for size in (dim, experts, experts, top_k))
+    chosen = x.new_empty(rows, top_k, dtype=torch.int64)
+    tensors = (tensor.data_ptr() for tensor in (x, wide, logits, probs, weights, chosen))
+    fixed = address(gate), None if bias is None else bias.data_ptr()
+    _function("route", x.dtype, 8, 4)(*fixed, *tensors, rows, dim, experts, top_k, torch.get_num_threads())
+    return logits, probs, weights, chosen
+
+
+def few_rows_attend(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, kept: Kept, documents: Places, window: int | None
 ) -> Tensor:
     """What the only new token of each of n documents sees, [n, H, head_dim]; its key and value are kept.
 
-    Args:
-        new: queries [n, H, head_dim], keys and values [n, H_kv, head_dim], to be rotated by ``rotation`` [n, head_dim / 2].
-        kept: keys and values as ``LayerCache`` has them. documents: ``places``, ``table`` and ``used`` of ``CacheView``.
+    ``q`` are queries [n, H, head_dim], ``k``, ``v`` [n, H_kv, head_dim]; ``rotation`` [n, head_dim / 2] turns them.
     """
-    q, k, v = (x.contiguous() for x in new)
+    q, k, v = (x.contiguous() for x in (q, k, v))
     (rows, heads, size), (page, shared), most = q.shape, kept[0].shape[1:3], documents[1].shape[1]
     y, scores = torch.empty_like(q), q.new_empty(rows * heads * most * page, dtype=torch.float32)
     tensors = (tensor.data_ptr() for tensor in (q, k, v, rotation, *kept, *documents, scores, y))
     function = _function("attend", q.dtype, 11, 7)
     function(*tensors, rows, heads, shared, size, page, most, window or 0, torch.get_num_threads())
+    return y
+
+
+def few_rows_attention(
+    x: Tensor, places: Any, heads: int, rotation: Tensor, kept: Kept, documents: Places, window: int | None
+) -> Tensor:
+    """The same of ``x`` [n, D] behind the norm: [n, D] to be added to the residual.
+
+    ``places``: the ``addresses`` of wq, wk, wv and wo.
+    """
+    x, (rows, dim), (page, shared, size), most = x.contiguous(), x.shape, kept[0].shape[1:], documents[1].shape[1]
+    scores = x.new_empty(rows * heads * most * page, dtype=torch.float32)
+    q, k, v, out = (x.new_empty(rows, count * size) for count in (heads, shared, shared, heads))
+    y = torch.empty_like(x)
+    tensors = (tensor.data_ptr() for tensor in (x, rotation, *kept, *documents, q, k, v, scores, out, y))
+    function = _function("attention", x.dtype, 14, 8)
+    function(places, *tensors, rows, dim, heads, shared, size, page, most, window or 0, torch.get_num_threads())
     return y

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from accessory.model.codecs import Codec, Parts, unpacked
 from accessory.model.few_rows import FEW, few_rows_product, lies_in_panels
+from accessory.model.huge_pages import into_huge_pages
 
 FEW_CODED = 32
 """Up to which int8 is multiplied by its codes; with more it is faster to make the numbers first."""
@@ -31,7 +32,9 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 def packed(matrix: Tensor) -> nn.Parameter:
     """``matrix`` [out, in], laid out anew."""
-    return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None), requires_grad=False)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None)
+    into_huge_pages(torch.ops.mkldnn.data_ptr(laid_out), torch.ops.mkldnn._nbytes(laid_out))
+    return nn.Parameter(laid_out, requires_grad=False)
 
 
 def can_multiply(codec: Codec, rows: int, width: int, dtype: torch.dtype) -> bool:
