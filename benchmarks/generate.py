@@ -34,6 +34,7 @@ from accessory.infer.sampling import Sampling
 from accessory.model.args import MoEArgs
 from accessory.model.build import RandomWeights, build_model
 from accessory.model.decoder import Decoder
+from accessory.model.huge_pages import into_huge_pages
 from accessory.model.logical import LogicalModel
 from accessory.model.moe.layouts import get_layout
 from accessory.train.save import save_model
@@ -116,6 +117,7 @@ def median_in_turn(sides: dict[str, Callable[[], Times]], rounds: int) -> dict[s
 def read_rate() -> float:
     """Bytes a second that this machine reads of memory, with the threads of this run."""
     numbers = torch.ones(2**28)
+    into_huge_pages(numbers.data_ptr(), numbers.nbytes)
     times = []
     for _ in range(5):
         start = time.perf_counter()

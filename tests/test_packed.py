@@ -62,9 +62,9 @@ def before_and_after(world, layout, tuning, dtype):
     ],
 )
 def test_a_packed_model_gives_what_it_gave(world, layout, tuning, dtype):
-    for plain, packed, names in run_ranks(world, before_and_after, world, layout, tuning, dtype):
+    for before, after, names in run_ranks(world, before_and_after, world, layout, tuning, dtype):
         assert {"output.weight", "layers.0.attention.wq.weight", "layers.1.attention.wo.weight"} <= set(names)
-        for ours, expected in zip(packed, plain, strict=True):
+        for ours, expected in zip(after, before, strict=True):
             error = (ours - expected).norm() / expected.norm()
             assert error < (1e-5 if dtype == torch.float32 else 3e-2), f"{error:.1e}"
 
@@ -164,16 +164,16 @@ def answered(world, layout, tuning, dtype, window):
     ],
 )
 def test_an_answer_s_next_token_depends_on_no_other_answer_to_the_last_bit(world, layout, tuning, window, dtype):
-    for plain, together, alone in run_ranks(world, answered, world, layout, tuning, dtype, window):
+    for expected, together, alone in run_ranks(world, answered, world, layout, tuning, dtype, window):
         assert torch.equal(together, alone) or tuning == SEVERAL  # adapters' products are torch's
         for logits in (together, alone):
-            error = (logits.double() - plain).norm() / plain.norm()
+            error = (logits.double() - expected).norm() / expected.norm()
             assert error < (1e-5 if dtype == torch.float32 else 3e-2), f"{error:.1e}"
 
 
 def test_a_packed_matrix_lies_in_huge_pages():
     """What a model reads for each token: with pages of 4 KiB a core on a virtual machine takes up to twice the time."""
-    probe = mmap.mmap(-1, 2 * HUGE)
+    probe = mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     probe.write(bytes(2 * HUGE))
     start = ctypes.addressof(ctypes.c_char.from_buffer(probe))
     into_huge_pages(start, 2 * HUGE)
