@@ -56,6 +56,7 @@ class PackedCodes:
             self.codes = torch.cat([lay_out(unpacked(some, 4).int(), 1) for some in codes.split(LAID_OUT_AT_ONCE)])
             scales = torch.stack([bits.float(), (8 - parts["zeros"].float()) * bits.float()], -1)
             self.scales = scales.transpose(0, 1).contiguous().bfloat16()
+        into_huge_pages(self.codes.data_ptr(), self.codes.nbytes)
 
     def product(self, x: Tensor) -> Tensor:
         """Of rows [n, in]."""
