@@ -30,6 +30,7 @@ from accessory.parallel.fsdp import wrap
 from accessory.parallel.mesh import ONE_RANK
 from accessory.settings import LoraSection, OptimSection, TuningSection
 from accessory.train.balance import RouterLosses
+from accessory.train.malloc import keep_freed_memory
 from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.step import train_step
@@ -56,6 +57,8 @@ def batch() -> torch.Tensor:
 
 def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]:
     start_one_process()
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     section = TuningSection(lora=LoraSection(rank=lora) if lora else None)
     tuning = resolve(section, SHAPE)

@@ -360,6 +360,7 @@ def run_all_cross_entropies(world, cases):
 
 def run_in_small_chunks(world, chunk, rows):
     cross_entropy.CHUNK["cpu"] = chunk
+    cross_entropy.PART["cpu"] = 5
     return run_cross_entropy(world, torch.float64, (), 1.0, [rows])[rows], run_two_factors(world, rows)
 
 
@@ -405,6 +406,7 @@ def test_cross_entropy_in_many_chunks(world, chunk, rows=23):
 
 def run_bf16_in_small_chunks(chunk, rows):
     cross_entropy.CHUNK["cpu"] = chunk
+    cross_entropy.PART["cpu"] = 5
     return run_cross_entropy(1, torch.bfloat16, (), 1.0, [rows])[rows]
 
 

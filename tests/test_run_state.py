@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import command
+from jobs import Job
 from models import OPTIM, TINY, WORDS, Tensors, assemble, build, make_tokenizer, mesh_for, samples, weights
 from ranks import run_ranks
 from test_commands import MODEL
@@ -18,6 +18,24 @@ from accessory.train.objective import NextToken
 from accessory.train.optim import make_optimizer
 from accessory.train.state import load_moments, save_state
 from accessory.train.step import train_step
+
+PAGES = """
+import resource, torch
+from accessory.train.loop import Trainer
+
+run = Trainer.run
+
+def then_take_memory(self):
+    run(self)
+    made = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**26, dtype=torch.uint8)
+        made.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    open("{file}", "w").write(repr(made))
+
+Trainer.run = then_take_memory
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +57,15 @@ save: {{state_every: 4}}
 out: {home}/run
 """
     )
-    codes, _, err = command("finetune", home / "run.yaml")
-    assert codes == [0], err
+    with Job("finetune", home / "run.yaml", plant=PAGES.replace("{file}", str(home / "pages"))) as job:
+        assert job.codes() == [0], job.err()
     return TrainingState(home / "run/states/step4")
+
+
+def test_memory_that_is_freed_serves_again(state):
+    """On a CPU: of a large block that a run takes and frees again and again no page is made anew in the end, of 16384."""
+    made = json.loads((state.directory.parents[2] / "pages").read_text())
+    assert made[-1] < 1000, made
 
 
 def test_the_rows_that_were_seen(state):

@@ -14,6 +14,8 @@ from accessory.parallel.planned import device_type
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Rows of logits alive at a time: on CPU few enough to stay in cache, on GPU enough to fill it."""
+PART = {"cpu": 2048, "cuda": 2**17}
+"""Tokens of the vocabulary that are multiplied at a time, for the same reason."""
 
 
 def linear_cross_entropy(factors: Sequence[tuple[Tensor, Tensor]], targets: Tensor, mp: Axis) -> Tensor:
@@ -143,14 +145,16 @@ class _Chunk:
 def _chunks(targets: Tensor, mp: Axis, tensors: Sequence[Tensor]) -> Iterator[_Chunk]:
     """All rows, whose logits are the summed products of ``tensors``: x, W, x, W, ..."""
     (hidden, *more), (weight, *more_weights) = tensors[::2], tensors[1::2]
-    wide, size, start = at_least(hidden.dtype), CHUNK[device_type(hidden)], mp.rank * len(weight)
+    wide, device, start = at_least(hidden.dtype), device_type(hidden), mp.rank * len(weight)
+    size = CHUNK[device]
     # one buffer for all chunks, and one in the model's dtype if that is narrower; everything happens in place
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=wide)
     narrow = buffer if hidden.dtype == wide else torch.empty_like(buffer, dtype=hidden.dtype)
     for first in range(0, len(hidden), size):
         rows = slice(first, min(first + size, len(hidden)))
         logits, product = buffer[: rows.stop - first], narrow[: rows.stop - first]
-        torch.mm(hidden[rows], weight.T, out=product)
+        for part, w in zip(product.split(PART[device], 1), weight.split(PART[device]), strict=True):
+            torch.mm(hidden[rows], w.T, out=part)
         for x, w in zip(more, more_weights, strict=True):
             product.addmm_(x[rows], w.T)
         if product.dtype != wide:
@@ -179,7 +183,9 @@ class _Gradients:
             if d_w is not None and d_w.dtype == d_logits.dtype:
                 d_w.addmm_(d_logits.T, x[rows])
             elif d_w is not None:
-                d_w += d_logits.T @ x[rows]
+                size = PART[device_type(d_w)]
+                for part, d_columns in zip(d_w.split(size), d_logits.split(size, 1), strict=True):
+                    part += d_columns.T @ x[rows]
 
     def in_order(self) -> list[Tensor | None]:
         """As the tensors came, each in its tensor's dtype."""

@@ -48,7 +48,8 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
         block.set_modules_to_forward_prefetch([after])
     for module in model.modules():  # gradients are summed: a loss is already divided by what there is on all ranks
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.dp.size > 1:  # a rank alone would divide what has no other summand, into another place
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if mesh.dp_shard.size == 1:
                 module.set_custom_reduce_scatter(_OfOneRank())  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from accessory.train.data import RunData
 from accessory.train.dry_run import dry_run
 from accessory.train.health import Alarms
 from accessory.train.loggers import Loggers, lowest_validation
+from accessory.train.malloc import keep_freed_memory
 from accessory.train.metrics import Window, speed
 from accessory.train.model import RunModel, Start
 from accessory.train.nonfinite import NotFinite, blame
@@ -302,7 +303,10 @@ def finetune(config: RunConfig, launch: Launch) -> None:
     start = Start(config, mesh, launch)
     note_memory(str(start.footprint(config, mesh, launch.device)))
     with claimed(Path(config.out)) if is_main() else nullcontext():
-        Trainer(config, start, mesh, launch).run()
+        trainer = Trainer(config, start, mesh, launch)
+        if launch.device.type == "cpu":
+            keep_freed_memory()
+        trainer.run()
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:

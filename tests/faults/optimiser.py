@@ -84,4 +84,11 @@ FAULTS = (
         "progress = (step.before.rows - max(warmup, plan.done.rows)) /",
         SCHEDULE,
     ),
+    Fault(
+        "what a step on a CPU frees is given back",
+        "accessory/train/loop.py",
+        "            keep_freed_memory()\n",
+        "            pass\n",
+        "tests/test_run_state.py::test_memory_that_is_freed_serves_again",
+    ),
 )

@@ -107,6 +107,13 @@ FAULTS = (
         LOSS,
     ),
     Fault(
+        "all parts of the vocabulary add to the gradient of the first",
+        "accessory/parallel/cross_entropy.py",
+        "part += d_columns.T @ x[rows]",
+        "d_w[: len(part)] += d_columns.T @ x[rows]",
+        LOSS,
+    ),
+    Fault(
         "an adapter is merged in its base's precision",
         "accessory/checkpoint/merge.py",
         "wide = value.to(torch.promote_types(at_least(value.dtype), a.dtype))",
