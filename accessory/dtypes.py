@@ -9,9 +9,12 @@ from accessory.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def get_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"unknown precision '{name}'{nearest(name, list(DTYPES))}")
+def get_dtype(name: str | torch.dtype) -> torch.dtype:
+    """One of DTYPES by its name, or itself. Raises UserError: it is none of them."""
+    if isinstance(name, torch.dtype) and name in DTYPES.values():
+        return name
+    if not isinstance(name, str) or name not in DTYPES:
+        raise UserError(f"unknown precision '{name}'{nearest(str(name), list(DTYPES))}")
     return DTYPES[name]
 
 

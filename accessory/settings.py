@@ -55,6 +55,8 @@ class QuantiseSection:
         if isinstance(given, str):
             given = given if "=" in given else f"experts={given},attention={given}"
             given = dict(part.partition("=")[::2] for part in given.split(","))
+        if not isinstance(given, Mapping):
+            raise UserError(f"quantise: expected a name such as nf4, or a mapping of experts and attention, found {given!r}")
         return from_mapping(cls, given, "quantise")
 
 
@@ -75,9 +77,9 @@ class OffloadSection:
 
     def __post_init__(self) -> None:
         if (self.experts is None) == (self.device_memory is None):
-            raise UserError("offload: say either experts, how many of each layer are on the device, or device_memory")
+            raise UserError("experts, how many of each layer are on the device, or device_memory must be given, not both")
         if self.device_memory is not None:
-            read_bytes(self.device_memory, "offload.device_memory")
+            read_bytes(self.device_memory, "device_memory")
 
     @classmethod
     def read(cls, given: "str | Mapping[str, Any] | OffloadSection | None") -> "OffloadSection | None":
@@ -86,7 +88,11 @@ class OffloadSection:
             return None
         if isinstance(given, OffloadSection):
             return given
-        return from_mapping(cls, apply_overrides({}, given.split(",")) if isinstance(given, str) else given, "offload")
+        if isinstance(given, str) and "=" in given:
+            given = apply_overrides({}, given.split(","))
+        if not isinstance(given, Mapping):
+            raise UserError(f"offload: expected experts=4, device_memory=14GB or a mapping of such keys, found {given!r}")
+        return from_mapping(cls, given, "offload")
 
 
 @dataclass(frozen=True)

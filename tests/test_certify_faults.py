@@ -22,7 +22,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel
 from accessory.model.moe import dispatch, experts, layouts
 from accessory.parallel import fsdp
-from accessory.parallel.fsdp import local_part
+from accessory.parallel.mesh import local_part
 from accessory.train import balance, step
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import MeanOfMeans, NextToken

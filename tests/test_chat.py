@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -14,10 +15,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jobs import command
+from jobs import Job, command
 from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
+from accessory.errors import UserError
 from accessory.model.meta import MetaModel
 from accessory.train.save import save_model
 
@@ -79,8 +81,30 @@ def test_prompts_of_a_file_are_answered_into_a_file(home, answers, tmp_path, mp)
 def test_plain_lines_are_prompts_and_a_seed_gives_the_same_again(home, tmp_path):
     (tmp_path / "in.txt").write_text("\n\n".join(QUESTIONS))
     words = (f"@{tmp_path}/in.txt", *OPTIONS[:-1], 1.5, "--top-k", 20, "--seed")
-    said = [command("generate", home / "model", *words, seed)[1] for seed in (1, 1, 2)]
+    said = [command("generate", home / "model", *words, seed)[1] for seed in (-1, -1, 2)]
     assert said[0] == said[1] != said[2] and all(f"> {question}\n" in said[0] for question in QUESTIONS)
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(1, ["chat"]), (2, ["generate"])], ids=str)
+def test_answers_that_nobody_reads_end_quietly(home, ranks, words):
+    closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+    texts = QUESTIONS if words == ["generate"] else ()
+    with Job(*words, home / "model", *texts, *OPTIONS, ranks=ranks, plant=closed) as job:
+        assert job.codes() == [0] * ranks and job.err() == ""
+
+
+def test_precisions_and_experts_are_named_as_on_the_command_line(home):
+    model = MetaModel.from_pretrained(home / "model", dtype="fp64", device="cpu")
+    assert model.llma.norm.weight.dtype == torch.float64
+    for how, sentence in (
+        ({"dtype": "bfloat16"}, "unknown precision 'bfloat16'; did you mean 'bf16'?"),
+        ({"dtype": 8}, "unknown precision '8'; known: bf16, fp16, fp32, fp64"),
+        ({"offload": 3}, "offload: expected experts=4, device_memory=14GB or a mapping of such keys, found 3"),
+        ({"offload": "3"}, "offload: expected experts=4, device_memory=14GB or a mapping of such keys, found '3'"),
+        ({"quant": 4}, "quantise: expected a name such as nf4, or a mapping of experts and attention, found 4"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            MetaModel.from_pretrained(home / "model", device="cpu", **how)
 
 
 class Terminal:

@@ -11,14 +11,15 @@ from ranks import run_ranks
 
 from accessory.certify.problem import SMALL, Problem
 from accessory.certify.serving import SEVERAL, ServingCell, run_serving, wrong_tokens
+from accessory.checkpoint.quantise import Quantising
 from accessory.infer import decode_graph, engine
 from accessory.infer.sampling import Sampling
-from accessory.model import attention, decoder, triton_here
+from accessory.model import attention, decoder, quantised, triton_here
 from accessory.model.adapter import Adapter
 from accessory.model.args import MoEArgs
 from accessory.model.build import model_without_weights
 from accessory.model.logical import LogicalModel
-from accessory.model.moe.kernels import KERNELS
+from accessory.model.moe.kernels import KERNELS, codes
 from accessory.model.moe.layouts import EXPERT
 from accessory.parallel.mesh import Axis, Mesh
 from accessory.settings import QuantiseSection
@@ -28,14 +29,15 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def recording(kernel, varlen):
-    """A CPU that has graphs, ``kernel`` as a GPU's choice, and its attention over pages if ``varlen``."""
+    """A CPU that has graphs, ``kernel`` as a GPU's choice if one is named, and its attention over pages if ``varlen``."""
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in graphs.CUDA.items():
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(engine, "can_record", lambda model: True)
         patch.setattr(decode_graph, "say", pytest.fail)
         patch.setattr(decoder, "can_pack", lambda *_: False)
-        patch.setitem(KERNELS, kernel, replace(KERNELS[kernel], suits=lambda x: True))
+        if kernel:
+            patch.setitem(KERNELS, kernel, replace(KERNELS[kernel], suits=lambda *_: True, waits=lambda _: False))
         if varlen:
             patch.setattr(attention, "varlen_runs", lambda *_, **__: True)
         graphs.replays.clear()
@@ -87,6 +89,18 @@ def test_experts_of_triton_in_a_graph():
         assert answered(model, 1, graphs=False) == answered(model, 1) and len(graphs.replays) == 8
 
 
+def test_products_by_codes_in_a_graph(monkeypatch):
+    """Of so many rows as are multiplied so: for more the host waits."""
+    args = replace(TINY, n_layers=1, hidden_dim=48, moe=MoEArgs(4, num_experts_per_tok=2))
+    logical = LogicalModel(replace(args, quantise=QuantiseSection("int3-16", "nf4-16")))
+    model = build(logical.args, "mixtral", Quantising(Tensors(weights(args)), logical), dtype=torch.float32)
+    monkeypatch.setattr(quantised, "triton_compiles", lambda x: True)
+    monkeypatch.setattr(codes, "FEW_ROWS", 1)  # of each of four experts, two for a token
+    plain = answered(model, 3, most=4)
+    with recording(None, varlen=True):
+        assert answered(model, 3, most=4) == plain and {*graphs.replays} == {1, 2}
+
+
 def test_without_graphs_where_none_can_be_recorded(monkeypatch):
     """What goes wrong there is said, and answers come all the same."""
     model, said = build(TINY, "mixtral", Tensors(weights()), dtype=torch.float32, kernel="grouped"), []
@@ -117,8 +131,10 @@ MODELS = {  # whether it can; adapters, dtype, kernel, the GPU's capability, qua
     "a loop": (False, {}, torch.bfloat16, "looped", (9, 0), {}, 1),
     "an adapter": (False, BESIDE, torch.bfloat16, "auto", (9, 0), {}, 1),
     "several": (True, SEVERAL_BESIDE, torch.bfloat16, "auto", (9, 0), {}, 1),
-    "quantised experts": (False, {}, torch.bfloat16, "auto", (9, 0), {"experts": "int8"}, 1),
-    "quantised attention": (False, {}, torch.bfloat16, "auto", (9, 0), {"attention": "int8"}, 1),
+    "quantised experts": (True, {}, torch.bfloat16, "auto", (8, 0), {"experts": "int8"}, 1),
+    "without a product by codes": (False, {}, torch.bfloat16, "auto", (7, 5), {"experts": "int8"}, 1),
+    "quantised, and a loop": (False, {}, torch.bfloat16, "looped", (9, 0), {"experts": "int8"}, 1),
+    "quantised attention": (True, {}, torch.bfloat16, "auto", (9, 0), {"attention": "int8"}, 1),
     "two ranks": (False, {}, torch.bfloat16, "auto", (9, 0), {}, 2),
 }
 
@@ -133,5 +149,6 @@ def test_what_can_be_recorded(case, monkeypatch):
     assert not decode_graph.can_record(model), "on a CPU"
     monkeypatch.setattr(decode_graph, "varlen_runs", lambda *_, **__: True)
     monkeypatch.setattr(triton_here, "capability", lambda device: capability)
-    monkeypatch.setitem(KERNELS, "grouped", replace(KERNELS["grouped"], suits=lambda x: True))
+    monkeypatch.setattr(quantised, "triton_compiles", lambda x: capability >= (8, 0))
+    monkeypatch.setitem(KERNELS, "grouped", replace(KERNELS["grouped"], suits=KERNELS["looped"].suits))
     assert decode_graph.can_record(model) == can

@@ -9,11 +9,14 @@ import torch
 from ranks import run_ranks
 
 from accessory.errors import UserError
-from accessory.model import triton_here
+from accessory.model import quantised, triton_here
+from accessory.model.codecs import get_codec
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
 from accessory.model.moe.kernels import KERNELS, _say_picked, pick_kernel
 from accessory.model.moe.kernels import rows as kernel_rows
-from accessory.model.moe.weights import AdaptedWeights, Added, PlainWeights
+from accessory.model.moe.weights import AdaptedWeights, Added, PackedWeights, PlainWeights
+from accessory.model.packed import packed
+from accessory.model.quantised import QuantisedWeights
 from accessory.parallel import cross_entropy
 from accessory.parallel.cross_entropy import CHUNK, linear_cross_entropy, linear_cross_entropy_reference
 from accessory.parallel.mesh import make_mesh
@@ -236,6 +239,7 @@ def rows_on(device, dtype, rows=5):
 
 
 AMPERE, HOPPER, WORKSTATION = (8, 0), (9, 0), (12, 0)
+EXPERTS = 6
 
 
 @pytest.mark.parametrize(
@@ -261,6 +265,20 @@ def test_auto_picks_by_device_dtype_width_and_rows(device, capability, dtype, hi
         assert pick_kernel("auto", rows_on(device, dtype, rows), hidden_dim).name == picked
     said = capsys.readouterr().out
     assert said.count(f"are computed by kernel '{picked}'") == (device != "cpu")
+
+
+def test_auto_picks_by_how_weights_are_held(monkeypatch):
+    """Of quantised ones on a GPU few rows go by codes, many to a kernel that makes the numbers of some experts at a time."""
+    monkeypatch.setattr(quantised, "triton_compiles", lambda x: True)
+    monkeypatch.setattr(triton_here, "capability", lambda _: HOPPER)
+    codec = get_codec("int8")
+    held = [QuantisedWeights(codec, codec.encode(torch.ones(EXPERTS, 24, DIM)), torch.bfloat16)] * 3
+    with torch.no_grad():
+        for rows, picked in ((32 * EXPERTS, "codes"), (32 * EXPERTS + 1, "looped")):
+            assert pick_kernel("auto", rows_on("cuda", torch.bfloat16, rows), 24, held).name == picked
+        laid_out = PackedWeights([packed(torch.ones(24, DIM))])
+        assert pick_kernel("auto", rows_on("cpu", torch.float32), 24, [laid_out, *held[:2]]).name == "packed"
+    assert pick_kernel("auto", rows_on("cuda", torch.bfloat16), 24, held).name == "looped", "gradients"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +310,6 @@ def test_a_kernel_that_cannot_be_had_is_told_in_a_sentence(name, dtype, hidden_d
         pick_kernel(name, rows_on("cpu", dtype), hidden_dim)
 
 
-EXPERTS = 6
 # the experts of some rank, in either layout
 LOCAL = [range(rank * EXPERTS // size, (rank + 1) * EXPERTS // size) for size in (1, 2, 3) for rank in range(size)]
 

@@ -339,8 +339,9 @@ def test_the_command_line(tmp_path):
     for option, sentence in (
         ("experts=1", "a token takes 2"),
         ("device_memory=3kB", "with 2 experts of each layer"),
-        ("device_memory=lots", "expected a size"),
-        ("policy=lru", "say either experts"),
+        ("device_memory=lots", "argument --offload: device_memory: expected a size"),
+        ("policy=lru", "argument --offload: experts, how many"),
+        ("experts", "argument --offload: expected experts=4"),
         ("experts=2,disk=/nowhere", "/nowhere: No such file"),
     ):
         codes, _, refusal = command(*words, "--offload", option)

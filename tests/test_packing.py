@@ -208,7 +208,7 @@ def as_documented_later(query, key, value, *arguments, window_size, enable_gqa=F
 @pytest.mark.parametrize("kernel", [as_documented, as_documented_later])
 def test_what_the_gpu_kernel_is_asked_for(kernel, window, monkeypatch):
     documents = Documents.of(LENGTHS)
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "varlen_runs", lambda *_: True)
     out, expected = (attend(*qkv(), documents, window) for attend in (attention.attend, by_mask))
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

@@ -11,8 +11,8 @@ from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import LossSum, Targets
 from accessory.model.moe.layouts import EXPERT
-from accessory.parallel.fsdp import local_part, wrap
-from accessory.parallel.mesh import ONE_RANK
+from accessory.parallel.fsdp import wrap
+from accessory.parallel.mesh import ONE_RANK, local_part
 from accessory.settings import TuningSection
 from accessory.tuning.spec import resolve
 

@@ -152,6 +152,8 @@ def test_a_call_can_be_asked_for(tagged, listed, tmp_path):
     assert choice.message.content == LISTED.begin
     go = {"type": "function", "function": {"name": "go"}}
     for client in (tagged, listed):
+        first, *chunks = (chunk.choices[0] for chunk in client.chat.completions.create(**ASKED, tool_choice=go, stream=True))
+        assert first.delta.role == "assistant" and all(one.delta.tool_calls or one.finish_reason for one in chunks)
         (choice,) = client.chat.completions.create(**ASKED, tool_choice=go).choices
         ((name, arguments),) = called(choice)
         assert (

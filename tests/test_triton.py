@@ -8,20 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TINY, weights
+from models import TINY, Tensors, build, weights
 
-from accessory.certify import formats
-from accessory.checkpoint.open import Checkpoint
+from accessory.checkpoint.quantise import Quantising
 from accessory.model import norm, quantised, triton_codes, triton_norm
-from accessory.model.build import build_model
+from accessory.model.adapter import Adapter
 from accessory.model.codecs import get_codec
 from accessory.model.decoder import Inputs
 from accessory.model.documents import Documents
 from accessory.model.head import Logits
-from accessory.model.moe import experts, router
+from accessory.model.logical import LogicalModel
+from accessory.model.moe import router
 from accessory.model.moe.kernels import KERNELS, codes, swiglu, triton_products, triton_swiglu
 from accessory.model.moe.kernels.rows import rows_of_experts
-from accessory.model.moe.layouts import EXPERT
 from accessory.model.moe.weights import PlainWeights
 from accessory.settings import QuantiseSection
 
@@ -89,13 +88,13 @@ def test_products_by_codes(name, dtype):
     check(ours, (products, F.linear(x[:3], w[0])), dtype)
 
 
-def test_answers_by_codes(tmp_path, monkeypatch):
-    """A model that a GPU holds quantised multiplies a few rows by its codes, and more by numbers."""
+def test_answers_by_codes(monkeypatch):
+    """A model that a GPU holds quantised multiplies a few rows by its codes, and more by numbers; adapters have none."""
     args = replace(TINY, hidden_dim=48, vocab_size=304)
-    formats.write(tmp_path / "base", weights(args), args, "hf", 1)
-    checkpoint = Checkpoint(tmp_path / "base", quantise=QuantiseSection("int3-16", "nf4-16"))
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "trains": frozenset()}
-    model = build_model(checkpoint.logical, EXPERT, checkpoint, **options)
+    beside = {f"layers.0.feed_forward.experts.{matrix}": Adapter(4, 1.0) for matrix in ("w1", "w2")}
+    logical = LogicalModel(replace(args, quantise=QuantiseSection("int3-16", "nf4-16")), beside)
+    source = Quantising(Tensors(weights(args, adapters=beside)), logical)
+    model = build(logical.args, "mixtral", source, adapters=beside, dtype=torch.float32)
     inputs, many = (Inputs(torch.arange(9 * n), Documents.of([9] * n)) for n in (1, 29))
     with torch.no_grad():
         expected, of_many = (model(each, Logits())[0] for each in (inputs, many))
@@ -105,7 +104,7 @@ def test_answers_by_codes(tmp_path, monkeypatch):
         taken.append(len(x))
         return triton_codes.times_codes
 
-    for module in (quantised, experts, codes):
+    for module in (quantised, codes):
         monkeypatch.setattr(module, "codes_product", product)
     with torch.no_grad():
         assert (model(inputs, Logits())[0] - expected).abs().max() < 1e-5 * expected.abs().max()

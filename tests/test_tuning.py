@@ -31,8 +31,7 @@ from accessory.model.logical import LogicalModel
 from accessory.model.moe.dispatch import SortedRows, make_plan
 from accessory.model.moe.experts import GroupedExperts
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.fsdp import local_part
-from accessory.parallel.mesh import ONE_RANK, make_mesh
+from accessory.parallel.mesh import ONE_RANK, local_part, make_mesh
 from accessory.settings import LoraSection, TuningSection
 from accessory.train.balance import RouterLosses
 from accessory.train.objective import NextToken

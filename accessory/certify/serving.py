@@ -124,7 +124,7 @@ def _request(rng: random.Random, vocabulary: int, beginning: list[int], number: 
     own = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 50))]
     short = own if number % 2 else own[:6]  # from there a window still reaches the pages of a shared beginning
     prompt = beginning + short if number % 3 else own
-    return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(2**40), **EVERY[number % len(EVERY)])
+    return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(-(2**40), 2**40), **EVERY[number % len(EVERY)])
 
 
 def served_model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder:

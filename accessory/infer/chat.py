@@ -2,12 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -17,7 +17,6 @@ from accessory.data.fields import RecordError
 from accessory.data.record_images import IMAGE
 from accessory.data.records import read_question
 from accessory.data.templates import get_template
-from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
 from accessory.infer.grammar import Grammar
@@ -36,14 +35,23 @@ Prompt = str | list[dict[str, Any]]
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """The ``generate`` verb."""
-    start_ranks(arguments.mp)
-    run_job(lambda launch: generate(arguments, launch), ParallelSection.stall_timeout_s)
+    answer_job(generate, arguments)
 
 
 def run_classify(arguments: argparse.Namespace) -> None:
     """The ``classify`` verb."""
+    answer_job(classify, arguments)
+
+
+def answer_job(body: Callable[[argparse.Namespace, Launch], None], arguments: argparse.Namespace) -> NoReturn:
+    """Run a verb that prints what a model says, over the ranks that the command line asks for, and end the process."""
     start_ranks(arguments.mp)
-    run_job(lambda launch: classify(arguments, launch), ParallelSection.stall_timeout_s)
+
+    def until_read(launch: Launch) -> None:
+        with suppress(BrokenPipeError):  # whoever read the output has seen enough
+            body(arguments, launch)
+
+    run_job(until_read, ParallelSection.stall_timeout_s)
 
 
 def load(
@@ -61,7 +69,7 @@ def load(
         with_visual=False if arguments.text_only else None,
         max_seq_len=arguments.max_seq_len,
         mp_group=dist.group.WORLD,
-        dtype=get_dtype(arguments.precision),
+        dtype=arguments.precision,
         device=launch.device,
         quant=arguments.quantise,
         offload=arguments.offload,

@@ -21,16 +21,23 @@ from accessory.model.moe.experts import GroupedExperts
 
 
 def can_record(model: Decoder) -> bool:
-    """Whether nothing in a step of single tokens depends on what the host knows, but for numbers that it has sent before.
+    """Whether nothing in a step of a single token depends on what the host knows, but for numbers that it has sent before.
 
     Not over several ranks: what a collective does in a graph has not been tried.
     """
-    like = model.norm.weight[None]
+    like = model.norm.weight
     if model.mesh.mp.size > 1 or not varlen_runs(like.device, like.dtype, paged=True):
         return False
-    if model.logical.codecs or any(one.bias or ONE_ADAPTER.reach(one) for one in model.logical.adapters.values()):
+    if any(one.bias or ONE_ADAPTER.reach(one) for one in model.logical.adapters.values()):
         return False
-    return not any(layer.waits(like) for layer in model.modules() if isinstance(layer, GroupedExperts))
+    return not host_waits(model, tokens=1)
+
+
+@torch.no_grad()
+def host_waits(model: Decoder, tokens: int) -> bool:
+    """Whether it waits for experts: of quantised ones for many rows, which are multiplied by numbers, not by codes."""
+    rows = model.norm.weight.expand(tokens * model.args.moe.num_experts_per_tok, -1)
+    return any(layer.waits(rows) for layer in model.modules() if isinstance(layer, GroupedExperts))
 
 
 class _Recorded(NamedTuple):
@@ -51,7 +58,7 @@ class DecodeGraphs:
         seen = longest if cache.window is None else min(longest, cache.window + cache.page_size)
         self._model, self._cache, self._most_pages = model, cache, -(-seen // cache.page_size)
         self._device = model.norm.weight.device
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[int, _Recorded | None] = {}  # None: of so many documents none can be
         self._failed = False
         # the graphs' memory is the same, as no two run at a time
         self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
@@ -66,12 +73,15 @@ class DecodeGraphs:
         told = torch.tensor(self._told(plan, size))
         if size not in self._recorded:
             try:
-                self._recorded[size] = self._record(told.to(self._device), size)
+                waits = host_waits(self._model, size)
+                self._recorded[size] = None if waits else self._record(told.to(self._device), size)
             except RuntimeError as error:
                 say(f"answers come more slowly than they could: a step cannot be recorded as a CUDA graph here ({error})")
                 self._failed = True
                 return None
-        numbers, graph, (logits, counts) = self._recorded[size]
+        if (recorded := self._recorded[size]) is None:
+            return None
+        numbers, graph, (logits, counts) = recorded
         numbers.copy_(told)
         graph.replay()
         return logits[:count], counts[:, :count]

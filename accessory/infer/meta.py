@@ -17,6 +17,7 @@ from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.config import from_mapping
 from accessory.data.templates import Template, get_template, model_template
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
+from accessory.dtypes import get_dtype
 from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
@@ -34,7 +35,7 @@ from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
 from accessory.parallel.launch import Launch, join
 from accessory.parallel.mesh import mesh_of
-from accessory.settings import QuantiseSection
+from accessory.settings import OffloadSection, QuantiseSection
 from accessory.visual.vision import count_of_encoders
 
 
@@ -86,7 +87,7 @@ class MetaModel:
         with_visual: bool | None = None,
         max_seq_len: int | None = 4096,
         mp_group: dist.ProcessGroup | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: str | torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
         quant: bool | str | Mapping[str, str | None] | QuantiseSection | None = False,
         offload: Offload = None,
@@ -103,6 +104,7 @@ class MetaModel:
             with_visual: False: a model that sees is loaded without its encoders, for texts; True: it must be one that sees.
             max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
+            dtype: to compute in; or its name on the command line, such as "fp32".
             device: None: this process's GPU if there is one, else the CPU.
             quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4", "int3",
                 "int2" or "int8" for both, or {"experts": "nf4", "attention": "int8"}.
@@ -116,6 +118,7 @@ class MetaModel:
         """
         if not dist.is_initialized():
             join(Launch(0, 1, 0, 1), dist.HashStore())
+        dtype, offload = get_dtype(dtype), OffloadSection.read(offload)
         checkpoint = Checkpoint(pretrained_path, llama_config, strict, QuantiseSection.read(quant))
         if with_visual and not checkpoint.args.visual:
             raise UserError(f"{pretrained_path}: with_visual=True, but this model reads text only")

@@ -14,10 +14,9 @@ Offload = str | Mapping[str, Any] | OffloadSection | None
 
 
 def where_experts_are(
-    given: Offload, max_seq_len: int, plan_of: Callable[[OffloadSection], OffloadPlan]
+    section: OffloadSection | None, max_seq_len: int, plan_of: Callable[[OffloadSection], OffloadPlan]
 ) -> tuple[OffloadPlan | None, int | None]:
-    """What is ``given`` as a plan (None: all are on the device), and how many tokens the cache is to have, if it says so."""
-    section = OffloadSection.read(given)
+    """The ``section`` as a plan (None: all are on the device), and how many tokens the cache is to have, if it says so."""
     if section is None:
         return None, None
     plan = plan_of(section)

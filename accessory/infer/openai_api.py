@@ -218,9 +218,11 @@ class Writer:
         choice = {"index": number, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return self._chunk([choice])
 
-    def part(self, number: int, text: str, choices: Sequence[TokenChoice], end: Running | None) -> dict[str, Any]:
-        """The chunk of what has come to an answer; ``end``: its request, if that is all."""
-        return self._chunk([self._choice(number, text, choices, end, end.finish_reason if end else None, streams=True)])
+    def part(self, number: int, text: str, choices: Sequence[TokenChoice], end: Running | None) -> dict[str, Any] | None:
+        """The chunk of what has come to an answer; ``end``: its request, if that is all. None: nothing of it is told yet."""
+        choice = self._choice(number, text, choices, end, end.finish_reason if end else None, streams=True)
+        told = choice.get("text") or choice.get("delta") or choice["logprobs"] or end
+        return self._chunk([choice]) if told else None
 
     def last(self, requests: Sequence[Running]) -> dict[str, Any]:
         """The chunk that says how much it was."""

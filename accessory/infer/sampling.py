@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from accessory.config import MADE, Bounds, Count, NonNegative, Positive, Seed, Share
+from accessory.config import MADE, Bounds, Count, NonNegative, Positive, Share
 from accessory.infer.grammar import Grammar
 
 TopK = Annotated[int, Bounds(least=-1)]
@@ -34,7 +34,7 @@ class Sampling:
     presence_penalty: Penalty = 0.0  # taken from the logit of what is in the answer
     frequency_penalty: Penalty = 0.0  # the same, for each time
     logit_bias: dict[int, Bias] = field(default_factory=dict)  # added to the logits of tokens
-    seed: Seed | None = None  # None: another one each time
+    seed: int | None = None  # any number; None: another one each time
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
     joined: bool = field(default=False, metadata=MADE)  # the text begins with a blank, if it does behind the prompt
     shown: tuple[str, ...] = field(default=(), metadata=MADE)  # special tokens whose names the text has; else none
@@ -55,7 +55,7 @@ class Sampling:
     def seeded(self, sample: int = 0) -> "Sampling":
         """With a seed of its own for each of several samples."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
-        return replace(self, seed=(seed + sample) % 2**63)
+        return replace(self, seed=seed + sample)
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ async def _events(call: Call, answers: Answers, writer: Writer, limit_s: float) 
         with suppress(StopAsyncIteration):
             while True:
                 news = await asyncio.wait_for(anext(steps), deadline - time.monotonic())
-                for chunk in _chunks(call, news, answers, writer):
+                for chunk in _chunks(news, answers, writer):
                     yield _event(chunk)
         if problem := _problem(answers):
             yield _event(error_body(problem, "server_error"))
@@ -339,15 +339,15 @@ async def _events(call: Call, answers: Answers, writer: Writer, limit_s: float) 
         answers.cancel()
 
 
-def _chunks(call: Call, news: Sequence[News], answers: Answers, writer: Writer) -> list[dict[str, Any]]:
+def _chunks(news: Sequence[News], answers: Answers, writer: Writer) -> list[dict[str, Any]]:
     """One for each answer that anything came to: who reads slowly gets more at a time."""
     chunks = []
     for number in sorted({one.number for one in news}):
         own = [one for one in news if one.number == number]
         text, choices = "".join(one.text for one in own), [one.choice for one in own if one.choice]
         end = answers.requests[number] if own[-1].finish_reason in ("stop", "length") else None
-        if text or end or (choices and call.logprobs is not None):
-            chunks.append(writer.part(number, text, choices, end))
+        if chunk := writer.part(number, text, choices, end):
+            chunks.append(chunk)
     return chunks
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from accessory.errors import UserError, sentence, stop_on_signals
-from accessory.infer.chat import check_template, load, sampling_of, showing
+from accessory.infer.chat import answer_job, check_template, load, sampling_of, showing
 from accessory.infer.meta import MetaModel
 from accessory.infer.offload import tell_offload
 from accessory.infer.sampling import Sampling
-from accessory.parallel.launch import Launch, run_job, start_ranks
-from accessory.settings import ParallelSection
+from accessory.parallel.launch import Launch
 from accessory.visual.images import check_image
 
 HELP = """\
@@ -25,8 +24,7 @@ HELP = """\
 
 def run_chat(arguments: argparse.Namespace) -> None:
     """The ``chat`` verb."""
-    start_ranks(arguments.mp)
-    run_job(lambda launch: chat(arguments, launch), ParallelSection.stall_timeout_s)
+    answer_job(chat, arguments)
 
 
 def chat(arguments: argparse.Namespace, launch: Launch) -> None:

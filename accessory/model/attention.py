@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from accessory.console import say
 from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
@@ -28,6 +27,14 @@ from accessory.parallel.regions import copy_to_model_parallel_region, reduce_fro
 def takes(kernel: Callable[..., Any], argument: str) -> bool:
     """Whether a kernel of torch has an argument, which depends on torch's version."""
     return argument in inspect.signature(kernel).parameters
+
+
+@functools.cache
+def varlen_kernel() -> Callable[..., Any]:
+    """torch's variable-length attention, imported where it runs: that takes half as long as importing torch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 class Attention(nn.Module):
@@ -114,7 +121,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
         reason = f"has no {dtype}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"does not run on {torch.cuda.get_device_name(device)}"
-    elif paged and not takes(varlen_attn, "block_table"):
+    elif paged and not takes(varlen_kernel(), "block_table"):
         reason = "reads no pages before torch 2.13"
     if reason:
         say(f"attention runs document by document: torch's variable-length kernel {reason}")
@@ -124,12 +131,12 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """One kernel over all documents: ``q`` [T, H, head_dim] over ``k``, ``v`` [T, H_kv, head_dim]."""
     shared_heads: dict[str, Any] = {"enable_gqa": True}
-    if not takes(varlen_attn, "enable_gqa"):  # torch 2.11
+    if not takes(varlen_kernel(), "enable_gqa"):  # torch 2.11
         shared_heads = {}
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     span = (-1 if window is None else window - 1, 0)  # keys seen before a token, and behind it; -1: all
     borders, longest = documents.borders, max(documents.lengths)
-    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=span, **shared_heads)
+    out = varlen_kernel()(q, k, v, borders, borders, longest, longest, window_size=span, **shared_heads)
     assert isinstance(out, Tensor)
     return out
 
@@ -137,7 +144,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
 def paged_varlen_attention(q: Tensor, cache: LayerCache) -> Tensor:
     """One kernel over all documents: ``q`` [T, H, head_dim] over the pages of a cache, in which their keys are already."""
     view, window = cache.view, cache.view.cache.window
-    out = varlen_attn(
+    out = varlen_kernel()(
         q,
         cache.keys,
         cache.values,

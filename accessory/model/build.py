@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from accessory.console import listed
 from accessory.dtypes import all_finite
@@ -17,7 +16,7 @@ from accessory.model.holdings import holding_of
 from accessory.model.logical import LogicalModel, Region, Source, check_divides, held_dtype, region_shape
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.plan import OffloadPlan, offload_experts, place_experts
-from accessory.parallel.mesh import ONE_RANK, Mesh
+from accessory.parallel.mesh import ONE_RANK, Mesh, local_part
 from accessory.parallel.watchdog import progressed
 from accessory.settings import Recompute
 
@@ -105,7 +104,7 @@ def fill(model: Decoder, source: Source) -> list[str]:
     """
     damaged = []
     for name, parameter in model.named_tensors():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_part(parameter)
         for rows, box in model.holdings[name].boxes:
             # moved as it is stored: where it lies then is also the faster place to convert it
             local[rows] = source.read(name, box).reshape(local[rows].shape).to(local.device)

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from accessory.model.logical import Cut, Region
-from accessory.parallel.mesh import Mesh
+from accessory.parallel.mesh import Mesh, is_sharded
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def holding_of(tensor: Tensor, cut: Cut, mesh: Mesh) -> Holding:
     region = cut.region(mesh.mp.rank, mesh.mp.size)
     rows, is_first = len(tensor), mesh.dp.rank == 0
     first, last = 0, rows
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         each, is_first = -(-rows // mesh.dp_shard.size), mesh.dp_replicate.rank == 0
         first, last = (min(each * place, rows) for place in (mesh.dp_shard.rank, mesh.dp_shard.rank + 1))
     boxes = tuple(split_rows(region, first, last, merged=tensor.dim() < len(region)))

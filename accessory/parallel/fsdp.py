@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from accessory.dtypes import at_least
-from accessory.parallel.mesh import Axis, Mesh
+from accessory.parallel.mesh import Axis, Mesh, local_part
 from accessory.settings import DataParallel
 
 
@@ -117,11 +116,6 @@ def show_masters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of an FSDP-sharded tensor; a plain tensor is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_grad_norm(model: nn.Module, is_owner: Mapping[str, bool], world: Axis) -> Tensor:

@@ -13,6 +13,17 @@ from accessory.errors import UserError
 from accessory.settings import LONGEST_COLLECTIVE_S
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP has cut it: whether it is a DTensor, asked without their module, whose import takes half a second."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of an FSDP-sharded tensor; a plain tensor is its own."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 @dataclass(frozen=True)
 class Axis:
     """This rank's place among ``size`` ranks that share a task.

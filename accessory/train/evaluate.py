@@ -16,11 +16,11 @@ from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
 from accessory.errors import UserError, needs
 from accessory.files import check_directory, check_writable, replacing
-from accessory.infer.chat import load
+from accessory.infer.chat import answer_job, load
 from accessory.infer.meta import MetaModel
 from accessory.infer.scoring import MOST_TOKENS
-from accessory.parallel.launch import Launch, first_on_each_node, run_job, start_ranks
-from accessory.settings import DataSection, ParallelSection, RunConfig
+from accessory.parallel.launch import Launch, first_on_each_node
+from accessory.settings import DataSection, RunConfig
 from accessory.train.data_check import run_of
 from accessory.train.objective import Classification, Objective, TokenAccuracy
 from accessory.train.validate import mean_loss
@@ -31,8 +31,7 @@ Results = dict[str, dict[str, Any]]
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """The ``evaluate`` verb."""
-    start_ranks(arguments.mp)
-    run_job(lambda launch: evaluate(arguments, launch), ParallelSection.stall_timeout_s)
+    answer_job(evaluate, arguments)
 
 
 def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:

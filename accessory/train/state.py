@@ -33,7 +33,8 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.logical import Region, Shape
-from accessory.parallel.fsdp import local_part, show_masters
+from accessory.parallel.fsdp import show_masters
+from accessory.parallel.mesh import local_part
 from accessory.parallel.watchdog import progressed
 from accessory.settings import RunConfig
 from accessory.train.saver import Save, to_host, wait_for_copies, write_now

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from accessory.data.loader import Batch
 from accessory.model.decoder import Decoder
-from accessory.parallel.fsdp import global_grad_norm, local_part, sync_gradients
+from accessory.parallel.fsdp import global_grad_norm, sync_gradients
+from accessory.parallel.mesh import local_part
 from accessory.train.balance import RouterLosses, z_loss
 from accessory.train.nonfinite import NotFinite
 from accessory.train.objective import Objective

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accessory.errors import UserError
-from accessory.parallel.fsdp import local_part
+from accessory.parallel.mesh import local_part
 
 
 def watch_adapters(model: nn.Module, optimizer: Optimizer, names: Collection[str]) -> None:

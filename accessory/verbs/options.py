@@ -36,6 +36,18 @@ def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Cal
     return convert
 
 
+def of_section(section: Any, name: str) -> Callable[[str], Any]:
+    """What makes a section of settings of an option's text: its name, as errors begin, argparse says already."""
+
+    def make(text: str) -> Any:
+        try:
+            return section.read(text)
+        except UserError as error:
+            raise UserError(str(error).removeprefix(f"{name}: ")) from error
+
+    return checked(Text, make)
+
+
 a_path, a_count, a_fraction = checked(Text, Path), checked(Count), checked(Fraction)
 # at least the 256 bytes, the three special tokens and a letter
 pieces_count = checked(Annotated[int, Bounds(least=260, below=10_000_000)])
@@ -89,14 +101,14 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
     )
     verb.add_argument(
         "--quantise",
-        type=checked(Text, QuantiseSection.read),
+        type=of_section(QuantiseSection, "quantise"),
         metavar="NAME",
         help="hold experts and attention as nf4, int4, int3, int2 or int8; or experts=nf4,attention=int8; default: as "
         "the checkpoint is",
     )
     verb.add_argument(
         "--offload",
-        type=checked(Text, OffloadSection.read),
+        type=of_section(OffloadSection, "offload"),
         metavar="experts=N",
         help="have only N experts of each layer on the device; or device_memory=14GB: as many as fit (docs/offloading.md)",
     )
@@ -115,4 +127,6 @@ def sampling_arguments(verb: argparse.ArgumentParser, temperature: float) -> Non
     verb.add_argument("--top-k", type=checked(WholeNumber), default=0, help="choose among so many; default: all")
     verb.add_argument("--min-p", type=a_fraction, default=0.0, help="least probability, as a share of the likeliest's")
     verb.add_argument("--repetition-penalty", type=checked(Positive), default=1.0, help="default: %(default)s")
-    verb.add_argument("--seed", type=checked(WholeNumber), help="the same answers again; default: others each time")
+    verb.add_argument(
+        "--seed", type=checked(Annotated[int, Bounds()]), help="the same answers again; default: others each time"
+    )

@@ -32,9 +32,9 @@ FAULTS = (
         (
             (
                 FSDP_FILE,
-                "from torch.distributed.tensor import DTensor\n",
+                "from torch.distributed.fsdp import FSDPModule,",
                 "from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter\n"
-                "from torch.distributed.tensor import DTensor\n",
+                "from torch.distributed.fsdp import FSDPModule,",
             ),
         ),
     ),

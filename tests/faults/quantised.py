@@ -5,6 +5,7 @@ from faults.fault import Fault
 CODECS, SOURCES = "accessory/model/codecs.py", "accessory/checkpoint/quantise.py"
 LINEAR, EXPERTS, HELD = (f"accessory/model/{name}.py" for name in ("linear", "moe/experts", "quantised"))
 PACKED, CODES_MULTIPLIED = "accessory/model/packed.py", "tests/test_packed.py::test_products_by_codes_are_those_by_numbers"
+KERNELS = "accessory/model/moe/kernels"
 TRITON_CODES, BY_CODES = "accessory/model/triton_codes.py", "tests/test_triton.py::test_products_by_codes"
 GPTQ, TESTS_GPTQ = "accessory/checkpoint/gptq.py", "tests/test_gptq.py::test_a_directory_of_gptq"
 WRITTEN = "tests/test_gptq.py::test_a_directory_is_written_and_read_back_byte_for_byte"
@@ -299,6 +300,20 @@ FAULTS = (
         "if x.shape[:-1].numel() <= FEW_ROWS else None",
         "",
         "tests/test_triton.py::test_answers_by_codes",
+    ),
+    Fault(
+        "many rows of quantised experts are given to the product of a few",
+        f"{KERNELS}/codes.py",
+        "x.shape[0] <= FEW_ROWS * matrices[0].shape[0] and ",
+        "",
+        "tests/test_triton.py::test_answers_by_codes",
+    ),
+    Fault(
+        "of quantised experts a kernel that takes all at once makes all numbers",
+        f"{KERNELS}/__init__.py",
+        "all(isinstance(w, PlainWeights) for w in matrices) and ",
+        "",
+        "tests/test_kernels.py::test_auto_picks_by_how_weights_are_held",
     ),
     Fault(
         "every expert is rounded for the rows of all",

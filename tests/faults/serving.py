@@ -61,10 +61,17 @@ FAULTS = (
     ),
     Fault(
         "a token that has written nothing yet is not told of",
-        SERVER,
-        "if text or end or (choices and call.logprobs is not None):",
-        "if text or end:",
+        API,
+        'choice.get("delta") or choice["logprobs"] or end',
+        'choice.get("delta") or end',
         LOGPROBS,
+    ),
+    Fault(
+        "of a forced call the stream has a chunk for every token, though it tells nothing",
+        API,
+        "return self._chunk([choice]) if told else None",
+        "return self._chunk([choice])",
+        "tests/test_tool_calls.py::test_a_call_can_be_asked_for",
     ),
     Fault(
         "an answer goes on when its reader has left",

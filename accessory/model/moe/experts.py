@@ -1,5 +1,6 @@
 """The experts' maths: a grouped SwiGLU over rows sorted by expert. Shape suffixes are as in ``accessory.model.moe``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +20,13 @@ from accessory.model.adapter import (
 from accessory.model.codecs import PARTS, Codec
 from accessory.model.few_rows import FEW, few_rows_experts
 from accessory.model.moe.dispatch import SortedRows
-from accessory.model.moe.kernels import OF_CODES, OF_PACKED, ExpertMatmul, Kernel, pick_kernel
+from accessory.model.moe.kernels import ExpertMatmul, Kernel, pick_kernel
 from accessory.model.moe.kernels.swiglu import swiglu, weighted_swiglu
 from accessory.model.moe.offload.experts import OffloadedExperts, OffloadedWeights
 from accessory.model.moe.offload.records import Record
 from accessory.model.moe.weights import AdaptedWeights, Added, ExpertWeights, MaybeAdapted, PackedWeights, PlainWeights
 from accessory.model.packed import packed
-from accessory.model.quantised import FEW_ROWS, QuantisedWeights, codes_product, hold_quantised, packed_codes
+from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes
 from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
@@ -110,10 +111,9 @@ class GroupedExperts(nn.Module):
 
     def _outputs(self, rows: SortedRows) -> Tensor:
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e
-        w1, w2, w3 = (self.expert_weights(matrix, x_nD.dtype) for matrix in ("w1", "w2", "w3"))
-        kernel = self._kernel_for(x_nD, w1.shape[1])
+        w1, w2, w3 = matrices = self._matrices(x_nD.dtype)
+        kernel = self._kernel_for(x_nD, matrices)
         if not any(adapter.bias or rows.adapters.reach(adapter) for adapter in self.adapters.values()):
-            kernel = OF_CODES if self._by_codes(x_nD) else kernel
             return kernel.swiglu(x_nD, w1, w2, w3, weight_n1, ends_e)
         if kernel.adapted and not any(_is_composed(adapter, rows.adapters) for adapter in self.adapters.values()):
             adapted = {matrix: self._adapted(matrix, w) for matrix, w in (("w1", w1), ("w2", w2), ("w3", w3))}
@@ -125,23 +125,15 @@ class GroupedExperts(nn.Module):
         weighted_ne = None if products.bias_ne is None else products.bias_ne * weight_n1
         return self._project("w2", h_nF, replace(products, bias_ne=weighted_ne, bias_share=weight_n1))
 
-    def _kernel_for(self, x_nD: Tensor, hidden_dim: int) -> Kernel:
-        # of quantised weights only a kernel that asks for some experts at a time makes few, and of offloaded ones no other
-        # gets any
-        name = "looped" if (self.codecs or self.offloaded) and self.kernel == "auto" else self.kernel
-        return OF_PACKED if self.packed else pick_kernel(name, x_nD, hidden_dim)
+    def _matrices(self, dtype: torch.dtype) -> list[ExpertWeights]:
+        return [self.expert_weights(matrix, dtype) for matrix in ("w1", "w2", "w3")]
+
+    def _kernel_for(self, x_nD: Tensor, matrices: Sequence[ExpertWeights]) -> Kernel:
+        return pick_kernel(self.kernel, x_nD, matrices[0].shape[1], matrices)
 
     def waits(self, x_nD: Tensor) -> bool:
         """Whether the host waits for a GPU while it has experts without adapters compute rows like these."""
-        if self.offloaded or self.packed or self.codecs:
-            return True
-        return self._kernel_for(x_nD, len(self.w1) // self.num_local).waits(x_nD)
-
-    def _by_codes(self, x_nD: Tensor) -> bool:
-        """Whether these rows are few enough to be multiplied by codes, and can be."""
-        if len(self.codecs) < len(MATRICES) or self.packed or self.offloaded or self.kernel != "auto":
-            return False
-        return len(x_nD) <= FEW_ROWS * self.num_local and codes_product(x_nD) is not None
+        return self._kernel_for(x_nD, self._matrices(x_nD.dtype)).waits(x_nD)
 
     def _adapted(self, matrix: str, weights: ExpertWeights) -> MaybeAdapted:
         """A matrix of all experts with its adapter, if it has one."""

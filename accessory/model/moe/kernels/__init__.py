@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.config import nearest
 from accessory.console import say
 from accessory.errors import UserError
-from accessory.model.moe.kernels.codes import codes_matmul, codes_swiglu
+from accessory.model.moe.kernels.codes import codes_matmul, codes_suit, codes_swiglu
 from accessory.model.moe.kernels.grouped import GROUPED_NEEDS, grouped, grouped_matmul, grouped_runs, grouped_waits
 from accessory.model.moe.kernels.looped import looped, looped_matmul
 from accessory.model.moe.kernels.megablocks import (
@@ -24,7 +24,7 @@ from accessory.model.moe.kernels.megablocks import (
     megablocks_matmul,
     megablocks_runs,
 )
-from accessory.model.moe.kernels.packed import packed_matmul, packed_swiglu
+from accessory.model.moe.kernels.packed import packed_matmul, packed_suit, packed_swiglu
 from accessory.model.moe.kernels.reference import reference, reference_matmul
 from accessory.model.moe.kernels.triton_experts import (
     TRITON_EXPERTS_NEEDS,
@@ -34,30 +34,35 @@ from accessory.model.moe.kernels.triton_experts import (
     triton_experts_suit,
     triton_matmul,
 )
-from accessory.model.moe.weights import ExpertWeights, MaybeAdapted
+from accessory.model.moe.weights import ExpertWeights, MaybeAdapted, PlainWeights
 
 ExpertSwiGLU = Callable[[Tensor, ExpertWeights, ExpertWeights, ExpertWeights, Tensor, Tensor], Tensor]
 AdaptedSwiGLU = Callable[[Tensor, MaybeAdapted, MaybeAdapted, MaybeAdapted, Tensor, Tensor], Tensor]
 ExpertMatmul = Callable[[Tensor, ExpertWeights, Tensor], Tensor]
 
 
-def _runs_any(x: Tensor, hidden_dim: int) -> bool:
-    return True
-
-
 def _here() -> None:
     """Nothing has to be installed."""
+
+
+Matrices = Sequence[ExpertWeights]
+"""The experts' w1, w2 and w3; none: they are plain."""
+
+
+def _plain_where(suits: Callable[[Tensor], bool]) -> Callable[[Tensor, Matrices], bool]:
+    """For weights that are tensors of all experts: of others a kernel that asks for some at a time makes, or gets, few."""
+    return lambda x, matrices: all(isinstance(w, PlainWeights) for w in matrices) and suits(x)
 
 
 def _on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def _anywhere(x: Tensor) -> bool:
+def _always(*_: object) -> bool:
     return True
 
 
-def _never(x: Tensor) -> bool:
+def _never(*_: object) -> bool:
     return False
 
 
@@ -72,10 +77,12 @@ class Kernel:
             products experts with adapters are composed.
         runs: whether it can, by dtype, device and widths of rows [n, D] and this rank's F.
         needs: the same in words.
-        suits: whether "auto" takes it for rows [n, D], if it runs and none before it in the table does.
+        suits: whether "auto" takes it for rows [n, D] and weights that are held so, if it runs and none before it in the
+            table does.
         waits: whether the host waits for a GPU to say where each expert's rows [n, D] end.
         load: imports what the kernel is made of.
         by_triton: whether that is Triton, which may interpret it.
+        trains: whether it has gradients; one without is for "auto" alone, of weights that are held for it.
         adapted: the same as ``swiglu``, of matrices some of which are ``AdaptedWeights``; None: experts with adapters are
             composed of products.
     """
@@ -85,29 +92,49 @@ class Kernel:
     matmul: ExpertMatmul
     runs: Callable[[Tensor, int], bool]
     needs: str
-    suits: Callable[[Tensor], bool] = _never
-    waits: Callable[[Tensor], bool] = _anywhere
+    suits: Callable[[Tensor, Matrices], bool] = _never
+    waits: Callable[[Tensor], bool] = _always
     load: Callable[[], object] = _here
     by_triton: bool = False
+    trains: bool = True
     adapted: AdaptedSwiGLU | None = None
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
+        Kernel("packed", packed_swiglu, packed_matmul, _always, "packed weights", suits=packed_suit, trains=False),
+        Kernel(
+            "codes",
+            codes_swiglu,
+            codes_matmul,
+            _always,
+            "a few rows, and quantised weights on a GPU",
+            suits=codes_suit,
+            waits=_never,
+            trains=False,
+        ),
         Kernel(
             "triton",
             triton_experts,
             triton_matmul,
             triton_experts_run,
             TRITON_EXPERTS_NEEDS,
-            suits=triton_experts_suit,
+            suits=_plain_where(triton_experts_suit),
             waits=_never,
             load=load_triton,
             by_triton=True,
         ),
-        Kernel("grouped", grouped, grouped_matmul, grouped_runs, GROUPED_NEEDS, suits=_on_gpu, waits=grouped_waits),
-        Kernel("looped", looped, looped_matmul, _runs_any, "nothing", suits=_anywhere, adapted=looped),
+        Kernel(
+            "grouped",
+            grouped,
+            grouped_matmul,
+            grouped_runs,
+            GROUPED_NEEDS,
+            suits=_plain_where(_on_gpu),
+            waits=grouped_waits,
+        ),
+        Kernel("looped", looped, looped_matmul, _always, "nothing", suits=_always, adapted=looped),
         Kernel(
             "megablocks",
             megablocks,
@@ -117,31 +144,28 @@ KERNELS = {
             load=load_megablocks,
             by_triton=True,
         ),
-        Kernel("reference", reference, reference_matmul, _runs_any, "nothing"),
+        Kernel("reference", reference, reference_matmul, _always, "nothing"),
     )
 }
 
-# not to be chosen, but of weights that are held so
-OF_CODES = Kernel("codes", codes_swiglu, codes_matmul, _runs_any, "a few rows, and quantised weights on a GPU")
-OF_PACKED = Kernel("packed", packed_swiglu, packed_matmul, _runs_any, "packed weights")
 
-
-def pick_kernel(name: str, x: Tensor, hidden_dim: int) -> Kernel:
-    """The kernel called ``name``; of "auto", the first that is right for these rows [n, D] and this rank's F.
+def pick_kernel(name: str, x: Tensor, hidden_dim: int, matrices: Matrices = ()) -> Kernel:
+    """The kernel called ``name``; of "auto", the first that is right for these rows [n, D], this rank's F and the weights.
 
     Raises:
         UserError: there is none of that name, or it cannot run these, or is not installed.
     """
-    kernel = KERNELS.get(name)
+    named = {kernel.name: kernel for kernel in KERNELS.values() if kernel.trains}
+    kernel = named.get(name)
     if kernel and kernel.runs(x, hidden_dim):
         kernel.load()
         return kernel
-    right = next(each for each in KERNELS.values() if each.suits(x) and each.runs(x, hidden_dim))
+    right = next(each for each in KERNELS.values() if each.suits(x, matrices) and each.runs(x, hidden_dim))
     if name == "auto":
         _say_picked(right.name, x.dtype, x.device)
         return right
     if kernel is None:
-        raise UserError(f"model.kernel: unknown kernel '{name}'{nearest(name, ['auto', *KERNELS])}")
+        raise UserError(f"model.kernel: unknown kernel '{name}'{nearest(name, ['auto', *named])}")
     raise UserError(
         f"model.kernel: '{name}' cannot compute experts of {x.shape[1]} x {hidden_dim} numbers in "
         f"{_name(x.dtype)} on {x.device.type}: it needs {kernel.needs}; '{right.name}' can"

@@ -1,5 +1,7 @@
 """One expert with rows after the other, by matrices that are packed (``accessory.model.packed``); knows no gradients."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,11 @@ from torch import Tensor
 from accessory.model.moe.kernels.rows import rows_of_experts
 from accessory.model.moe.weights import ExpertWeights, PackedWeights
 from accessory.model.packed import PackedCodes, product
+
+
+def packed_suit(x: Tensor, matrices: Sequence[ExpertWeights]) -> bool:
+    """Whatever the rows: packed weights are no others' any more."""
+    return any(isinstance(w, PackedWeights) for w in matrices)
 
 
 def packed_swiglu(
