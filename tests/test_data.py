@@ -612,7 +612,7 @@ def test_the_same_bytes_are_something_else_under_another_name(tmp_path, tokenize
 def test_a_compressed_file_under_another_name_is_not_what_the_cache_has(tmp_path, tokenizer):
     """What was refused as a.jsonl is read once it is called a.jsonl.gz."""
     packed = gzip.compress(lines(GOOD, GOOD).encode())
-    with pytest.raises(UserError, match="a.jsonl:1: not valid UTF-8"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not valid UTF-8"):
         load_mix(write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=packed), tokenizer, 1000, 0)
     assert len(load_mix(write_mix(tmp_path, {"path": "a.jsonl.gz"}, a_jsonl_gz=packed), tokenizer, 1000, 0).training) == 2
 
