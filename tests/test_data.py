@@ -836,6 +836,12 @@ def test_a_mix_that_is_none(content, message, tmp_path, tokenizer):
     assert str(tmp_path / "mix.yaml") in str(error.value)
 
 
+def test_records_in_the_place_of_a_mix(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(GOOD).encode()))
+    with pytest.raises(UserError, match=r"a.jsonl.gz: records, where a YAML mix .*, as META: \[{path: a.jsonl.gz}\]"):
+        load_mix(tmp_path / "a.jsonl.gz", tokenizer, 1000, 0)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{}", "none of 'conversations'"), ("", "holds no record"), ("[]", "holds no record"), ("[1", ":1: not valid JSON")],

@@ -124,6 +124,8 @@ def read_sources(mix: str | Path) -> list[MixSource]:
         UserError: the mix is not one, a path leads nowhere, or a file is named twice.
     """
     mix = Path(mix)
+    if is_readable(mix) and file_kind(mix) != ".json":
+        raise UserError(f"{mix}: records, where a YAML mix is expected that names them, as META: [{{path: {mix.name}}}]")
     values = read_mapping(mix)
     entries = values.get("META")
     if set(values) != {"META"} or not isinstance(entries, list) or not entries:
