@@ -1,7 +1,9 @@
 """What is told to the user in a sentence; any other error is a fault of the program, and keeps its traceback."""
 
+import os
 import re
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,8 +32,9 @@ def needs(extra: str, what: str, install: str = "") -> Iterator[None]:
         raise UserError(f"{what} needs {missing}, which is not installed: {install or by_pip}") from error
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, and what a scheduler sends some time before it kills: SIGTERM, or that of sbatch --signal=USR1@180."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C; what a scheduler sends some time before it kills: SIGTERM, or that of sbatch --signal=USR1@180; and what comes
+when the terminal is closed, or the connection to it lost."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,7 +58,17 @@ def stop_on_signals() -> None:
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
+    leave_closed_terminal()
     raise Stopped(number)
+
+
+def leave_closed_terminal() -> None:
+    """Let output go nowhere that would go to a terminal which is gone: each write would fail, and so what is left to do."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):  # a closed one is no terminal any more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 def sentence(error: BaseException) -> str | None:

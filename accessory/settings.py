@@ -284,7 +284,8 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
     save: SaveSection = field(default_factory=SaveSection)
-    # a directory in OUT/states, or auto: the newest of them, if there is one; null: begin, and refuse to where one is
+    # a directory in OUT/states, or auto: the newest of them, if there is one; null: begin, and refuse to where one is; none
+    # begins where models of another run are
     resume: Text | None = None
 
     def __post_init__(self) -> None:

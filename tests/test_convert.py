@@ -355,6 +355,20 @@ def test_verify_says_what_differs(home, tmp_path, capsys):
     assert "norm_eps: 1e-05 | 1e-06" in capsys.readouterr().out
 
 
+def test_numbers_too_large_for_a_dtype_are_refused(home, tmp_path):
+    """And a file that another program made so is not called the same model."""
+    key = "model.layers.1.self_attn.q_proj.weight"
+    for name in ("large", "halved"):
+        converts(home / "hf", tmp_path / name, "--to", "hf", *(("--dtype", "fp16") if name == "halved" else ()))
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors[key][0, 0] = 1e6
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    told = refused(tmp_path / "large", "--dtype", "fp16")
+    assert "attention.wq.weight holds numbers too large for fp16, 1e+06: choose another --dtype" in told
+    for pair in (("large", "halved"), ("halved", "large")):
+        assert "DIFFERENT: 1 of" in cli("verify", *(tmp_path / name for name in pair))
+
+
 def test_files_that_do_not_belong_together_are_told(home, tmp_path, capsys):
     converts(home / "hf", tmp_path / "out", "--to", "mixtral", "--mp", 2)
     path = tmp_path / "out/consolidated.01-of-02.model.safetensors"

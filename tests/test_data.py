@@ -609,6 +609,14 @@ def test_the_same_bytes_are_something_else_under_another_name(tmp_path, tokenize
     assert len(one) < len(other)
 
 
+def test_a_compressed_file_under_another_name_is_not_what_the_cache_has(tmp_path, tokenizer):
+    """What was refused as a.jsonl is read once it is called a.jsonl.gz."""
+    packed = gzip.compress(lines(GOOD, GOOD).encode())
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not valid UTF-8"):
+        load_mix(write_mix(tmp_path, {"path": "a.jsonl"}, a_jsonl=packed), tokenizer, 1000, 0)
+    assert len(load_mix(write_mix(tmp_path, {"path": "a.jsonl.gz"}, a_jsonl_gz=packed), tokenizer, 1000, 0).training) == 2
+
+
 def test_links_are_followed_and_never_in_circles(tmp_path, tokenizer):
     for name in ("data/deep", "elsewhere/more"):
         (tmp_path / name).mkdir(parents=True)
@@ -698,6 +706,10 @@ def test_a_byte_order_mark_is_no_part_of_the_record(tmp_path, tokenizer):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
     data = load_mix(write_mix(tmp_path, {"path": "*.json*"}), tokenizer, 1000, 0)
     assert len(data.training) == 4
+    for name, encoding in {"a.txt": "utf-8", "b.txt": "utf-8-sig"}.items():
+        (tmp_path / name).write_text("the list of tokens", encoding=encoding)
+    one, other = load_mix(write_mix(tmp_path, {"path": "*.txt"}), tokenizer, 1000, 0).training
+    assert one.tokens.tolist() == other.tokens.tolist()
 
 
 BAD_MIXES = {  # name: (entry, contents of a.jsonl, what the message says)
@@ -783,6 +795,9 @@ def test_a_file_named_twice(tmp_path, tokenizer):
         ("a.json", b"[" * 100000, "a.json: not valid JSON: nested too deeply"),
         ("a.json", b'[{"text": "a"},\n\xff]', "a.json:2: not valid UTF-8"),
         ("a.json", b'[{"text": "a"}, {"text": "' + b"x" * 20_000_000 + b'"}]', r"a.json\[1\]: a record of 20 MB"),
+        ("a.jsonl", b'\n{"text": "a", "text": "b"}', "a.jsonl:2: the key 'text' stands twice"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', "a.json: the key 'text' stands twice"),
+        ("a.csv", b"instruction,output,output\na,b,c\n", "a.csv: several columns are called 'output'"),
         ("a.txt", b"", r"a.txt:1: 'text' is empty"),
         ("a.txt", b"\xff", "a.txt: not valid UTF-8"),
     ],
@@ -819,6 +834,12 @@ def test_a_mix_that_is_none(content, message, tmp_path, tokenizer):
     with pytest.raises(UserError, match=message) as error:
         load_mix(tmp_path / "mix.yaml", tokenizer, 1000, 0)
     assert str(tmp_path / "mix.yaml") in str(error.value)
+
+
+def test_records_in_the_place_of_a_mix(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(GOOD).encode()))
+    with pytest.raises(UserError, match=r"a.jsonl.gz: records, where a YAML mix .*, as META: \[{path: a.jsonl.gz}\]"):
+        load_mix(tmp_path / "a.jsonl.gz", tokenizer, 1000, 0)
 
 
 @pytest.mark.parametrize(

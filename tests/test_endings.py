@@ -146,7 +146,9 @@ def test_no_memory_left(home):
 LONG = ["train.epochs=9999", "train.max_steps=null", "save.every_epochs=9999", "log.every=1"]
 
 
-@pytest.mark.parametrize("number, asked", [(signal.SIGINT, [0, 1]), (signal.SIGTERM, [1]), (signal.SIGUSR1, [0])])
+@pytest.mark.parametrize(
+    "number, asked", [(signal.SIGINT, [0, 1]), (signal.SIGTERM, [1]), (signal.SIGUSR1, [0]), (signal.SIGHUP, [1])]
+)
 def test_a_signal_ends_a_run_with_a_state_to_resume_from(home, tmp_path, number, asked):
     """Also if only one rank gets it, and a scheduler sends it twice."""
     name = "Ctrl-C" if number == signal.SIGINT else number.name
@@ -165,6 +167,28 @@ def test_a_signal_ends_a_run_with_a_state_to_resume_from(home, tmp_path, number,
     codes, out, err = command("finetune", home / "run.yaml", f"out={tmp_path}/run", *more, ranks=2)
     assert codes == [0, 0], err
     assert f"resumed from {tmp_path}/run/states/step{stopped}" in out
+
+
+def test_a_terminal_that_is_closed_ends_a_run_with_a_state(home, tmp_path):
+    """As an ssh session that is lost: what is written from then on goes nowhere, and saving goes on."""
+    plant = """
+import fcntl, os, pty, termios, threading
+mine, terminal = pty.openpty()
+os.setsid()
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for stream in (1, 2):
+    os.dup2(terminal, stream)
+def close():
+    read = b""
+    while b"step     3/" not in read:
+        read += os.read(mine, 4096)
+    os.close(mine)
+threading.Thread(target=close, daemon=True).start()
+"""
+    with Job("finetune", home / "run.yaml", f"out={tmp_path}/run", *LONG, plant=plant) as job:
+        assert job.codes() == [128 + signal.SIGHUP]
+    (state,) = (tmp_path / "run/states").iterdir()
+    assert int(state.name.removeprefix("step")) >= 3
 
 
 def test_a_signal_where_no_states_are_kept(home, tmp_path):

@@ -185,6 +185,20 @@ def test_what_does_not_fit_is_refused(home, whole, tmp_path):
     assert codes == [0] and "this run is over" in out
 
 
+def test_the_models_of_another_run_are_not_written_over(home, whole, tmp_path):
+    """Where no states are kept, either; the same run makes the same again, in any partition."""
+    run = tmp_path / "run"
+    short = ("train.max_steps=1", "save.state_every=null")
+    assert finetune(home, run, *short)[0] == [0]
+    before = (run / "epoch0-iter1/consolidated.00-of-01.model.safetensors").read_bytes()
+    for changed in (["optim.lr=1e-3"], ["optim.lr=1e-3", "resume=auto"], ["optim.lr=1e-3", f"resume={whole}/states/step15"]):
+        said = refused(home, run, *short, *changed)
+        assert "epoch0-iter1: the model of a run with another optim.lr, which this run would write over: set another" in said
+    assert "epoch0-iter1: the model" in refused(home, run, *short, "tuning.train=[norms]", "--dry-run")
+    assert finetune(home, run, *short, "parallel.data_parallel=ddp", "log.every=2")[0] == [0]
+    assert (run / "epoch0-iter1/consolidated.00-of-01.model.safetensors").read_bytes() == before
+
+
 def test_a_state_belongs_to_its_data_and_its_model(home, whole, tmp_path):
     state = f"resume={whole}/states/step15"
     other = home / "other"

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 (home is a fixture)
 
+import os
 import re
 import socket
 
@@ -9,6 +10,9 @@ import pytest
 import torch.distributed as dist
 from jobs import Job
 from test_watchdog import HOST, STALL, errors, home, run  # noqa: F401
+
+from accessory.errors import UserError
+from accessory.parallel.launch import Launch, read_environment
 
 END = STALL + 90
 """Seconds from the start of the processes, which a busy machine forks late, to their end."""
@@ -193,3 +197,56 @@ def test_what_is_wrong_in_the_run_file_is_said_once(home, tmp_path):
         assert job.codes() == [1, 1, 1]
         (error,) = errors(job.err())
         assert "did you mean 'train.epochs'" in error
+
+
+STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "2", "SLURM_JOB_ID": "30", "SLURM_LOCALID": "1"}
+
+
+def place(monkeypatch, **environment):
+    """(this process's place in the job, MASTER_ADDR and MASTER_PORT), as ``environment`` says."""
+    for name in {*os.environ, "MASTER_ADDR", "MASTER_PORT"}:
+        if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")):
+            monkeypatch.setenv(name, "")  # so that what is set now is undone, too
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = read_environment()
+    return launch, os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n[3-4],m[1-9]", "n3"),
+        ("gpu-a-[001-004,7],login", "gpu-a-001"),
+        ("rack[2-3]n[08,10-12],x", "rack2n08"),
+    ],
+)
+def test_ranks_of_a_slurm_step_meet_on_the_first_of_its_own_nodes(monkeypatch, nodes, first):
+    """Not on the job's, of which a step may have some alone; without scontrol, which a container does not have."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    lists = {"SLURM_JOB_NODELIST": "n[0-9]", "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    assert place(monkeypatch, **STEP, **lists) == (Launch(5, 8, 1, 4), first, "20032")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set in the environment and WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 by the environment"),
+        ({**STEP, "SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
+        ({key: value for key, value in STEP.items() if key != "SLURM_JOB_ID"}, "SLURM_JOB_ID is not"),
+    ],
+)
+def test_an_environment_that_places_no_rank_is_told(monkeypatch, environment, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        place(monkeypatch, **environment)
+
+
+def test_a_port_that_is_none_is_told(home, tmp_path):
+    with run(home, tmp_path, plant="import os\nos.environ['MASTER_PORT'] = '999999'") as job:
+        assert job.codes(timeout=END) == [1, 1], job.err()
+        assert "MASTER_PORT is 999999 in the environment; ports are from 1 to 65535" in job.err(0)

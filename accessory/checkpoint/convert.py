@@ -23,7 +23,7 @@ from accessory.checkpoint.storage import TensorWriter, lay_out
 from accessory.checkpoint.tiles import Files, PlannedTensor, planned_tensors
 from accessory.console import listed, progress, say
 from accessory.data.tokenizer import Tokenizer, check_vocabulary
-from accessory.dtypes import all_finite, at_least
+from accessory.dtypes import DTYPES, all_finite, at_least
 from accessory.errors import UserError
 from accessory.model.adapter import adapter_name
 from accessory.model.args import ModelArgs
@@ -266,7 +266,11 @@ def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:
 
 
 def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[str, dict[str, str]]) -> None:
-    """Write every file, with its ``notes``. Values that are no numbers are told, not refused."""
+    """Write every file, with its ``notes``. Values that are no numbers are told, not refused.
+
+    Raises:
+        UserError: numbers are too large for the dtype that they are to be written in.
+    """
     damaged: dict[str, None] = {}
     with progress(total=_nbytes(files), unit="B", unit_scale=True, desc="writing") as bar:
         for file, tensors in files.items():
@@ -276,12 +280,23 @@ def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[s
                 for key, tensor in tensors.items():
                     stored = tensor.filled(source)
                     if not all_finite(stored):
+                        _refuse_overflow(source, tensor)
                         damaged |= {tile.name: None for tile in tensor.tiles}
                     out.write(key, stored)
                     bar.update(stored.nbytes)
                     del stored  # before the next is read
     if damaged:
         say(f"warning: {len(damaged)} tensors hold NaN or infinite values: {listed([*damaged])}")
+
+
+def _refuse_overflow(source: Source, tensor: PlannedTensor) -> None:
+    """Raise UserError if what is infinite as ``tensor`` is a number in ``source``."""
+    for tile in tensor.tiles:
+        read = source.read(tile.name, tile.region)
+        if (read.isfinite() & ~read.to(tensor.dtype).isfinite()).any():
+            name = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+            most = f"{read.abs().max():.2g}"
+            raise UserError(f"{tile.name} holds numbers too large for {name}, {most}: choose another --dtype")
 
 
 def _nbytes(files: Files) -> int:

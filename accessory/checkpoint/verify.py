@@ -21,7 +21,8 @@ _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
 class Comparison:
     """One logical tensor of two checkpoints.
 
-    ``exact``: bit for bit the same. ``rounded``: equal once the wider of the two dtypes is rounded to the narrower.
+    ``exact``: bit for bit the same. ``rounded``: equal once the wider of the two dtypes is rounded to the narrower, which
+    makes no number infinite.
     ``error``: largest difference, relative to the largest value (NaN if either holds one).
     """
 
@@ -39,7 +40,7 @@ class Comparison:
     def add(self, a: Tensor, b: Tensor) -> None:
         narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
         self.exact &= a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
-        self.rounded &= torch.equal(_bits(a.to(narrow)), _bits(b.to(narrow)))
+        self.rounded &= torch.equal(_bits(a.to(narrow)), _bits(b.to(narrow))) and torch.equal(a.isfinite(), b.isfinite())
         if not self.exact:
             wide_a, wide_b = at_least_fp32(a), at_least_fp32(b)
             self.difference = _largest(self.difference, (wide_a - wide_b).abs().max().item())

@@ -11,7 +11,8 @@ from accessory.errors import UserError
 
 METADATA = frozenset(
     (
-        *("id", "_id", "idx", "index", "uid", "uuid", "hash", "__index_level_0__"),
+        *("id", "_id", "idx", "index", "uid", "uuid", "hash"),
+        *("__index_level_0__", "Unnamed: 0", ""),  # what pandas calls its index, in parquet, read from csv, and in csv
         *("prompt_id", "question_id", "answer_id", "task_id", "message_id", "sample_id", "doc_id", "turn_id", "turn"),
         *("conversation_id", "conversation_hash", "num_turns", "num_tokens", "n_tokens", "token_count"),
         *("source", "sources", "data_source", "origin", "dataset", "dataset_name", "split", "subset", "dump", "version"),

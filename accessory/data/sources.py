@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,6 +124,8 @@ def read_sources(mix: str | Path) -> list[MixSource]:
         UserError: the mix is not one, a path leads nowhere, or a file is named twice.
     """
     mix = Path(mix)
+    if is_readable(mix) and file_kind(mix) != ".json":
+        raise UserError(f"{mix}: records, where a YAML mix is expected that names them, as META: [{{path: {mix.name}}}]")
     values = read_mapping(mix)
     entries = values.get("META")
     if set(values) != {"META"} or not isinstance(entries, list) or not entries:
@@ -208,6 +211,11 @@ def file_kind(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
 
+def how_read(file: Path) -> str:
+    """All of a file's name that its records depend on."""
+    return file_kind(file) + (file.suffix if file.suffix in COMPRESSED else "")
+
+
 @dataclass(frozen=True)
 class SourceRow:
     """One record as it stands in its file: a parsed value, or bytes still to be parsed (``parse``), at a place."""
@@ -227,13 +235,22 @@ class SourceRow:
         if not isinstance(self.value, bytes):
             return self.value
         try:
-            return json.loads(self.value.decode("utf-8"))
+            return json.loads(self.value.decode("utf-8"), object_pairs_hook=_each_key_once)
         except UnicodeDecodeError as error:
             raise ValueError(f"not valid UTF-8: {error.reason}") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON: {error.msg}") from error
         except RecursionError as error:
             raise ValueError("not valid JSON: nested too deeply") from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if it says a key twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key '{twice}' stands twice in one object")
+    return found
 
 
 def _size(value: Any) -> int:
@@ -287,7 +304,7 @@ def _json(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
         return
     text = stream.read()
     try:
-        records = json.loads(text.decode("utf-8-sig"))
+        records = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         line = 1 + text[: error.start].count(b"\n")
         raise UserError(f"{file}:{line}: not valid UTF-8: {error.reason}") from error
@@ -295,6 +312,8 @@ def _json(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from error
     except RecursionError as error:
         raise UserError(f"{file}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
     yield from (SourceRow(-1 - number, record) for number, record in enumerate(records))
 
 
@@ -310,6 +329,8 @@ def _table(delimiter: str) -> Any:
         csv.field_size_limit(MAX_RECORD)
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+                raise UserError(f"{file}: several columns are called '{twice[0]}'")
             for record in reader:
                 if None in record or None in record.values():
                     raise UserError(
@@ -324,7 +345,7 @@ def _table(delimiter: str) -> Any:
 
 def _text(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
     try:
-        yield SourceRow(1, {"text": stream.read().decode("utf-8")})
+        yield SourceRow(1, {"text": stream.read().decode("utf-8-sig")})
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid UTF-8: {error.reason}") from error
 

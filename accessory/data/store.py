@@ -29,12 +29,12 @@ import numpy as np
 
 from accessory.config import read_mapping, write_json
 from accessory.data.placement import PLACE
-from accessory.data.sources import SourceRow, content_digest, file_kind, place_name, read_rows
+from accessory.data.sources import SourceRow, content_digest, how_read, place_name, read_rows
 from accessory.errors import UserError
 from accessory.parallel.forkserver import Killed, NotStarted, fork_server, map_in_processes
 from accessory.visual.images import ImageError, is_data_uri
 
-VERSION = 6
+VERSION = 7
 """Of the files and of how samples are made; part of the key."""
 FILES = (
     *("tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32"),
@@ -247,7 +247,7 @@ def make_store(
         bar: told the number of records as they are done.
         folder: where the paths of images begin; None: beside the file.
     """
-    described = {"version": VERSION, "suffix": file_kind(file), "content": content_digest(file), **settings}
+    described = {"version": VERSION, "suffix": how_read(file), "content": content_digest(file), **settings}
     directory = cache() / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     if directory.exists() and _is_outdated(directory):
         shutil.rmtree(directory, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -82,24 +83,53 @@ def hold_port() -> socket.socket:
 
 
 def read_environment() -> Launch:
-    """Find rank and world size; set MASTER_ADDR and MASTER_PORT under srun. RANK, where set (torchrun), wins."""
+    """Find rank and world size; set MASTER_ADDR and MASTER_PORT under srun. RANK, where set (torchrun), wins.
+
+    Raises:
+        UserError: a variable that says so is missing, or says what cannot be.
+    """
     env = os.environ
     if "RANK" in env:
-        world = int(env["WORLD_SIZE"])
-        return Launch(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world)))
+        world = _number("WORLD_SIZE", beside="RANK")
+        rank, local_world = _number("RANK"), _number("LOCAL_WORLD_SIZE", default=world)
+        launch = Launch(rank, world, _number("LOCAL_RANK", default=0), local_world)
     # a shell inside an allocation (salloc) has SLURM_NTASKS as well, but is no task of a step
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
-        world = int(env["SLURM_NTASKS"])
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000))
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _number("SLURM_NTASKS", default=1) > 1:
+        world = _number("SLURM_NTASKS")
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")  # a step may have some of the job's alone
+        if nodes:
+            env.setdefault("MASTER_ADDR", _first_host(nodes))
+        port = 20000 + (_number("SLURM_JOB_ID", beside="SLURM_STEP_ID") + _number("SLURM_STEP_ID")) % 20000
+        env.setdefault("MASTER_PORT", str(port))
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", str(world)))
-        return Launch(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), int(per_node.split("(")[0].split(",")[0]))
-    return Launch(0, 1, 0, 1)
+        local_rank = _number("SLURM_LOCALID", beside="SLURM_PROCID")
+        launch = Launch(_number("SLURM_PROCID"), world, local_rank, int(re.split("[(,]", per_node)[0]))
+    else:
+        return Launch(0, 1, 0, 1)
+    if launch.rank >= launch.world:
+        raise UserError(
+            f"this is rank {launch.rank} of {launch.world} by the environment, where ranks are counted from 0: start it "
+            "with torchrun or srun, or unset RANK and WORLD_SIZE"
+        )
+    return launch
+
+
+def _number(name: str, default: int | None = None, beside: str = "") -> int:
+    """What an environment variable says, a whole number from 0; ``default`` where it is not set."""
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(f"{beside} is set in the environment and {name} is not: start it with torchrun or srun, or unset it")
+    if not value.strip().isdecimal():
+        raise UserError(f"{name} is '{value}' in the environment, where a whole number is expected")
+    return int(value)
 
 
 def _first_host(nodelist: str) -> str:
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return hosts.stdout.split()[0]
+    """The first of Slurm's list of nodes, as ``rack[1-2]n[08-12,20],login``; by hand, for a container has no scontrol."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", nodelist)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
 
 
 def reach_store(launch: Launch, patience_s: float) -> dist.Store:
@@ -116,7 +146,9 @@ def reach_store(launch: Launch, patience_s: float) -> dist.Store:
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         place = f"this is rank {launch.rank} of {launch.world}"
         raise UserError(f"{place}, but {missing[0]} is not set: start it with torchrun or srun, or set it")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT is {port} in the environment; ports are from 1 to 65535")
     opens = launch.rank == 0 and not torchrun_holds_store()
     longer = timedelta(seconds=2 * LONGEST_COLLECTIVE_S)
     give_up = threading.Timer(patience_s, _end_unreachable, [launch, patience_s])

@@ -44,7 +44,7 @@ def dry_run(config: RunConfig, launch: Launch, world: int | None, memory_gib: fl
     start = Start(config, mesh, launch)
     out = Path(config.out)
     with claimed(out) if is_main() else nullcontext():
-        state = find_state(out / "states", config.resume, dry=True)
+        state = find_state(config, dry=True)
         train = config.train
         data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         if state:

@@ -57,7 +57,7 @@ class Trainer:
         if is_main():
             for unfinished in (self.out / "states").glob(".step*"):  # of a job that was killed while it saved
                 shutil.rmtree(unfinished)
-        self.state = find_state(self.out / "states", config.resume)
+        self.state = find_state(config)
         self.data = RunData(config.data, start.tokenizer, start.width, start.args, train.epochs, train.seed, launch)
         self.built = RunModel(config, start, self.state, self.data.digest, mesh, launch)
         if start.args.visual and FILE not in start.companions:

@@ -27,7 +27,8 @@ from accessory.checkpoint.state import (
     write_notes,
     write_part,
 )
-from accessory.console import is_main, say
+from accessory.config import read_mapping
+from accessory.console import is_main, listed, say
 from accessory.data.packing import Rows
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
@@ -40,17 +41,16 @@ from accessory.settings import RunConfig
 from accessory.train.saver import Save, to_host, wait_for_copies, write_now
 
 
-def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingState | None:
+def find_state(config: RunConfig, dry: bool = False) -> TrainingState | None:
     """The training state that a run is to go on from, checked against its checksums (a collective).
 
-    Args:
-        states: where the run keeps its own. resume: a directory; "auto": the newest of the run's that is whole, if there is
-            one; damaged ones of more steps get another name, for the run will come to their steps again.
-        dry: nothing is renamed.
+    Of ``resume=auto`` it is the newest of the run's that is whole, if there is one; damaged ones of more steps get another
+    name, for the run will come to their steps again; ``dry``: nothing is renamed.
 
     Raises:
-        UserError: it is damaged, or all are, or a run is to begin where an earlier one left its state.
+        UserError: it is damaged, or all are, or a run is to begin where an earlier one left its state, or another its model.
     """
+    states, resume = Path(config.out) / "states", config.resume
     given = [[str(path) for path in reversed(states_in(states))]]
     dist.broadcast_object_list(given)  # a node may see another rank's directories late
     newest_first = [Path(path) for path in given[0]]
@@ -60,6 +60,7 @@ def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingS
                 f"{newest_first[0]}: an earlier run left its training state here; resume=auto goes on from it. To begin "
                 f"anew, set another out, or remove {states}"
             )
+        _keep_models(config)
         return None
     if resume != "auto":
         directory = Path(resume).resolve()
@@ -68,6 +69,8 @@ def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingS
                 f"{directory}: {newest_first[0]} is of more steps, and resume=auto would go on from that one: remove it to "
                 "go on from here, or set another out"
             )
+        if not newest_first:
+            _keep_models(config)
         return _whole_state(directory)
     damaged: dict[Path, UserError] = {}
     for path in newest_first:
@@ -81,8 +84,29 @@ def find_state(states: Path, resume: str | None, dry: bool = False) -> TrainingS
         return state
     for damage in damaged.values():
         raise damage
+    _keep_models(config)
     say(f"resume=auto: no training state in {states}, the run begins")
     return None
+
+
+def _keep_models(config: RunConfig) -> None:
+    """Raise UserError if a run that begins would write over the models of another one; the same run makes the same again."""
+    out = Path(config.out)
+    models, said = sorted(out.glob("epoch*")), out / "config.yaml"
+    if not is_main() or not models or not said.is_file():
+        return
+    was, now = read_mapping(said), json.loads(json.dumps(dataclasses.asdict(config)))
+    others = [
+        f"{section}.{name}"
+        for section in ("data", "model", "tuning", "optim", "train")
+        for name, value in now[section].items()
+        if was.get(section, {}).get(name, value) != value
+    ]
+    if others:
+        raise UserError(
+            f"{models[-1]}: the model of a run with another {listed(others)}, which this run would write over: set another "
+            f"out, or remove {out}"
+        )
 
 
 def _whole_state(directory: Path) -> TrainingState:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 while a run trains: all ranks end after the same step, and what they learnt can be kept."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP while a run trains: all ranks end after the same step, and keep what they learnt."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from types import FrameType
 import torch
 
 from accessory.console import is_main
-from accessory.errors import STOPS, Stopped, stop_on_signals
+from accessory.errors import STOPS, Stopped, leave_closed_terminal, stop_on_signals
 from accessory.parallel.mesh import Axis
 
 
@@ -27,6 +27,7 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self._noted and number == signal.SIGINT:
             raise Stopped(number)
+        leave_closed_terminal()
         self._noted = number
         if number == signal.SIGINT and is_main():  # a person waits; not by print, which may be what was interrupted
             os.write(2, b"accessory: Ctrl-C: the run ends after this step; once more, and it ends at once\n")

@@ -15,7 +15,8 @@ def training_verbs(verbs: Verbs) -> None:
     start = "Start it with torchrun or srun, a process for each GPU, or plainly for a single one."
     writes = (
         "It writes the run directory OUT: the model (accessory convert gives it any format), states to resume from, "
-        "metrics.jsonl, report.png. Ctrl-C, SIGTERM and SIGUSR1 end it after the step at hand, with a state to resume from."
+        "metrics.jsonl, report.png. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end it after the step at hand, with a state to go "
+        "on from."
     )
     finetune = add_verb(
         verbs,
