@@ -5,7 +5,7 @@ import re
 import signal
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -65,10 +65,11 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 def leave_closed_terminal() -> None:
     """Let output go nowhere that would go to a terminal which is gone: each write would fail, and so what is left to do."""
     for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):  # a closed one is no terminal any more
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream)
-            os.close(nowhere)
+        with suppress(OSError):  # it was closed from the beginning
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):  # what is gone is no terminal any more
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def sentence(error: BaseException) -> str | None:
