@@ -25,6 +25,7 @@ ask() {  # the first of what the base learns, the others of what the adapter lea
 
 title "1. questions and a tokenizer, from the standard library's documentation"
 python exps/quickstart_questions.py write $run/data
+rm -f $run/data/tokenizer.model
 accessory data tokenizer $run/data/later.yaml $run/data/tokenizer.model --vocab-size 2048
 
 # no alarms: no router is balanced in its first steps

@@ -13,6 +13,7 @@ title() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
 title "1. the digits that scikit-learn carries, and a tokenizer of their question and answers"
 python exps/see_digits.py write $run/data
+rm -f $run/data/tokenizer.model
 accessory data tokenizer $run/data/mix.yaml $run/data/tokenizer.model --vocab-size 300
 accessory data show configs/finetune/see.yaml -n 1
 

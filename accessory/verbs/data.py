@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from accessory.config import Positive, WholeNumber
+from accessory.errors import UserError
 from accessory.verbs.options import (
     Verbs,
     a_count,
@@ -84,5 +85,7 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
     from accessory.data.mix import mix_texts
     from accessory.data.tokenizer import Tokenizer, train_tokenizer
 
+    if arguments.out.is_file():  # models may have been trained with it
+        raise UserError(f"{arguments.out}: exists already; name another file, or remove it")
     out = train_tokenizer(mix_texts(arguments.mix), arguments.out, arguments.vocab_size)
     print(f"{out}: {Tokenizer(out).n_words} pieces")
