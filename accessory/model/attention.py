@@ -15,12 +15,12 @@ from accessory.model.adapter import ONE_ADAPTER, TokenAdapters
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.documents import Documents
-from accessory.model.few_rows import FEW, addresses, few_rows_attend, few_rows_attention, runs
+from accessory.model.few_rows import few_rows_attend, runs
 from accessory.model.linear import ColumnParallelLinear, RowParallelLinear
 from accessory.model.rope import rotate
 from accessory.parallel.mesh import Axis
 from accessory.parallel.planned import is_planned
-from accessory.parallel.regions import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from accessory.parallel.regions import copy_to_model_parallel_region
 
 
 @functools.cache
@@ -44,7 +44,6 @@ class Attention(nn.Module):
     """
 
     few_rows = False
-    places: Any = None  # of its matrices, where few_rows.c can multiply by them
 
     def __init__(self, args: ModelArgs, mp: Axis):
         super().__init__()
@@ -55,12 +54,8 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, mp)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """For a model that no longer trains, whose matrices are packed."""
-        matrices = self.wq, self.wk, self.wv, self.wo
+        """For a model that no longer trains."""
         self.few_rows = runs(dtype)
-        if all(matrix.lies_in_panels for matrix in matrices):
-            self.places = addresses([matrix.weight for matrix in matrices])
-            self.adapters = {matrix.adapter for matrix in matrices}
 
     def forward(
         self,
@@ -72,12 +67,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
         x = copy_to_model_parallel_region(x, self.mp)
-        singles = cache.of_singles if self.few_rows and cache is not None else None
-        if singles and self._takes_few(len(x), adapters):
-            y = few_rows_attention(x, self.places, len(self.wq.weight) // self.head_dim, rotation, *singles)
-            return reduce_from_model_parallel_region(y, self.mp)
         q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if singles:
+        if self.few_rows and cache is not None and (singles := cache.of_singles):
             return self.wo(few_rows_attend(q, k, v, rotation, *singles).flatten(1), adapters)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
@@ -89,9 +80,6 @@ class Attention(nn.Module):
         else:
             out = cache.attend(q)
         return self.wo(out.flatten(1), adapters)
-
-    def _takes_few(self, rows: int, adapters: TokenAdapters) -> bool:
-        return self.places is not None and rows <= FEW and not any(map(adapters.reach, self.adapters))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

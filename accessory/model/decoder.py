@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from accessory.model.attention import Attention
 from accessory.model.cache import CacheView, LayerCache, PagedCache
 from accessory.model.connector import Connector
 from accessory.model.documents import Documents
+from accessory.model.few_rows import FEW, BlockWeights, address, few_rows_block, lies_in_panels
 from accessory.model.head import Head
 from accessory.model.holdings import Holding
 from accessory.model.linear import ColumnParallelLinear, ParallelEmbedding, Quantisable, RowParallelLinear
@@ -54,8 +56,11 @@ class Inputs:
 class Block(nn.Module):
     """Pre-norm transformer block; the names are those of the reference's checkpoints."""
 
+    few_rows: BlockWeights | None = None
+
     def __init__(self, args: ModelArgs, layout: Layout, mp: Axis, kernel: str):
         super().__init__()
+        self.mp = mp
         self.attention = Attention(args, mp)
         self.feed_forward = MoE(args, layout, mp, kernel)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
@@ -65,9 +70,34 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, adapters: TokenAdapters
     ) -> tuple[Tensor, Routing]:
         """``x`` [T, D] -> [T, D], and which experts made it; the rest is as ``Attention`` takes it."""
+        singles = cache.of_singles if self.few_rows and cache is not None and len(x) <= FEW else None
+        if self.few_rows and singles and not any(map(adapters.reach, self.adapters)):
+            x, routing = few_rows_block(self.few_rows, x, rotation, *singles)
+            return x, Routing(*routing)
         x = x + self.attention(self.attention_norm(x), rotation, documents, cache, adapters)
         y, routing = self.feed_forward(self.ffn_norm(x), adapters)
         return x + y, routing
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """For a model that no longer trains, whose matrices are packed: few_rows.c may run it whole."""
+        attention, gate, experts = self.attention, self.feed_forward.gate, self.feed_forward.experts
+        linears = attention.wq, attention.wk, attention.wv, attention.wo
+        self.adapters = {*(layer.adapter for layer in (*linears, gate)), *experts.adapters.values()}
+        biased = any(adapter.bias for adapter in self.adapters)
+        if self.mp.size > 1 or biased or any(layer.codec for layer in linears) or experts.places is None:
+            return
+        matrices, bias = [layer.weight for layer in (*linears, gate)], gate.score_bias
+        if all(lies_in_panels(matrix.shape, matrix.dtype) for matrix in matrices):
+            heads, shared = (len(matrix) // attention.head_dim for matrix in matrices[:2])
+            self.few_rows = BlockWeights(
+                *(norm.weight.data_ptr() for norm in (self.attention_norm, self.ffn_norm)),
+                *map(address, matrices),
+                None if bias is None else bias.data_ptr(),
+                *experts.places,
+                self.ffn_norm.eps,
+                *(matrices[0].shape[1], heads, shared, attention.head_dim),
+                *(experts.num_local, gate.top_k, experts.packed["w1"].shape[1]),
+            )
 
 
 class Decoder(nn.Module):
@@ -139,8 +169,8 @@ class Decoder(nn.Module):
         After it, this model can be neither trained nor saved nor filled.
         """
         if can_pack(self.norm.weight.dtype, self.norm.weight.device):
-            packs = ColumnParallelLinear | RowParallelLinear | Router | GroupedExperts | Attention | RMSNorm
-            for module in reversed(list(self.modules())):  # a layer behind its matrices
+            packs = ColumnParallelLinear | RowParallelLinear | Router | GroupedExperts | Attention | RMSNorm | Block
+            for module in reversed(list(self.modules())):  # a block behind its matrices
                 if isinstance(module, packs):
                     module.pack(self.norm.weight.dtype)
 

@@ -9,6 +9,7 @@
 #ifndef T
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -97,6 +98,19 @@ static inline float total_of(lanes x) {
 #define PLACE(at) (table[n * most + (at) / page] * page + (at) % page)
 #define FETCH(from, size) \
     for (long i = 0; i < (size); i += 64 / sizeof *(from)) __builtin_prefetch((from) + i);
+
+/* of the memory that is left `at` what so many take */
+#define LINES(type, count) (((count) * (long)sizeof(type) + 63) / 64 * 64)
+#define TAKE(type, count) (type *)((at += LINES(type, count)) - LINES(type, count))
+
+/* a block of the decoder that is whole on one rank: where its weights lie, and its sizes */
+typedef struct {
+    const void *attention_norm, *ffn_norm, *wq, *wk, *wv, *wo;
+    const float *gate, *bias; /* NULL: the choice has none */
+    const void *const *w1, *const *w2, *const *w3; /* [experts] */
+    double eps;
+    long dim, heads, shared, size, experts, top, hidden;
+} Block;
 
 #define T float
 #define OF(name) name##_f32
@@ -208,7 +222,7 @@ void OF(norm)(const T *x, const T *weight, T *y, double eps, long rows, long dim
 
 /* The decision for n rows: logits and probs [n, experts]; of the `top` of highest probs, or probs + bias if there is one,
  * their numbers and what they count [n, top]. gate [experts, dim]; scratch: wide_x [n, dim] */
-void OF(route)(const float *gate, const float *bias, const T *x, float *wide_x, float *logits, float *probs, float *weight,
+static void OF(route)(const float *gate, const float *bias, const T *x, float *wide_x, float *logits, float *probs, float *weight,
                int64_t *chosen, long n, long dim, long experts, long top, int threads) {
     for (long i = 0; i < n * dim; i++) wide_x[i] = OF(wide)(x[i]);
     product_f32(gate, wide_x, logits, n, experts, dim, threads);
@@ -293,17 +307,37 @@ void OF(attend)(const T *q, const T *k, const T *v, const float *turns, T *keys,
         }
 }
 
-/* y [n, dim] = what the n rows x [n, dim] see, by the matrices w of queries, keys, values and of the output;
- * scratch: q, out [n, heads, size], k, v [n, shared, size]; the rest is as `attend` has it */
-void OF(attention)(const T *const *w, const T *x, const float *turns, T *keys, T *values, const int64_t *places,
-                   const int *table, const int *used, T *q, T *k, T *v, float *scores, T *out, T *y, long n, long dim,
-                   long heads, long shared, long size, long page, long most, long window, int threads) {
-    OF(product)(w[0], x, q, n, heads * size, dim, threads);
-    OF(product)(w[1], x, k, n, shared * size, dim, threads);
-    OF(product)(w[2], x, v, n, shared * size, dim, threads);
-    OF(attend)(q, k, v, turns, keys, values, places, table, used, scores, out, n, heads, shared, size, page, most, window,
-               threads);
-    OF(product)(w[3], out, y, n, dim, heads * size, threads);
+/* y: the rows x [n, dim] behind block b; of its router logits, probs, weight and chosen as `route` has them, the rest as
+ * `attend` does */
+void OF(block)(const Block *b, const T *x, const float *turns, T *keys, T *values, const int64_t *places, const int *table,
+               const int *used, float *logits, float *probs, float *weight, int64_t *chosen, T *y, long n, long page,
+               long most, long window, int threads) {
+    const long dim = b->dim, all = b->heads * b->size, shared = b->shared * b->size, choices = n * b->top;
+    const long scores = n * b->heads * most * page;
+    char *memory = malloc(13 * 64 + sizeof(float) * (n * (5 * dim + 2 * all + 2 * shared) + scores +
+                                                     choices * (dim + b->hidden + 1) + b->experts));
+    char *at = memory;
+    T *normed = TAKE(T, n * dim), *seen = TAKE(T, n * dim), *middle = TAKE(T, n * dim);
+    T *q = TAKE(T, n * all), *k = TAKE(T, n * shared), *v = TAKE(T, n * shared), *out = TAKE(T, n * all);
+    T *xs = TAKE(T, choices * dim), *hs = TAKE(T, choices * b->hidden);
+    float *score = TAKE(float, scores), *wide_x = TAKE(float, n * dim), *sums = TAKE(float, n * dim);
+    int *rows = TAKE(int, choices + b->experts);
+
+    OF(norm)(x, b->attention_norm, normed, b->eps, n, dim, threads);
+    OF(product)(b->wq, normed, q, n, all, dim, threads);
+    OF(product)(b->wk, normed, k, n, shared, dim, threads);
+    OF(product)(b->wv, normed, v, n, shared, dim, threads);
+    OF(attend)(q, k, v, turns, keys, values, places, table, used, score, out, n, b->heads, b->shared, b->size, page, most,
+               window, threads);
+    OF(product)(b->wo, out, seen, n, dim, all, threads);
+    for (long i = 0; i < n * dim; i++) middle[i] = OF(narrow)(OF(wide)(x[i]) + OF(wide)(seen[i]));
+
+    OF(norm)(middle, b->ffn_norm, normed, b->eps, n, dim, threads);
+    OF(route)(b->gate, b->bias, normed, wide_x, logits, probs, weight, chosen, n, dim, b->experts, b->top, threads);
+    OF(experts)((const T *const *)b->w1, (const T *const *)b->w2, (const T *const *)b->w3, normed, chosen, weight, rows, xs,
+                hs, sums, seen, n, b->top, 0, b->experts, dim, b->hidden, threads);
+    for (long i = 0; i < n * dim; i++) y[i] = OF(narrow)(OF(wide)(middle[i]) + OF(wide)(seen[i]));
+    free(memory);
 }
 
 #endif

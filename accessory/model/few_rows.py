@@ -132,17 +132,6 @@ def few_rows_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def few_rows_routing(x: Tensor, gate: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of ``x`` [n, D] what ``Routing`` has, by a packed fp32 ``gate`` [E, D] and ``bias`` [E] of the choice."""
-    (experts, dim), rows, x = gate.shape, len(x), x.contiguous()
-    wide, logits, probs, weights = (x.new_empty(rows, size, dtype=gate.dtype) for size in (dim, experts, experts, top_k))
-    chosen = x.new_empty(rows, top_k, dtype=torch.int64)
-    tensors = (tensor.data_ptr() for tensor in (x, wide, logits, probs, weights, chosen))
-    fixed = address(gate), None if bias is None else bias.data_ptr()
-    _function("route", x.dtype, 8, 4)(*fixed, *tensors, rows, dim, experts, top_k, torch.get_num_threads())
-    return logits, probs, weights, chosen
-
-
 def few_rows_attend(
     q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, kept: Kept, documents: Places, window: int | None
 ) -> Tensor:
@@ -159,18 +148,25 @@ def few_rows_attend(
     return y
 
 
-def few_rows_attention(
-    x: Tensor, places: Any, heads: int, rotation: Tensor, kept: Kept, documents: Places, window: int | None
-) -> Tensor:
-    """The same of ``x`` [n, D] behind the norm: [n, D] to be added to the residual.
+class BlockWeights(ctypes.Structure):
+    """A block of the decoder that is whole on this rank, as few_rows.c knows it: where its weights lie, and its sizes."""
 
-    ``places``: the ``addresses`` of wq, wk, wv and wo.
-    """
-    x, (rows, dim), (page, shared, size), most = x.contiguous(), x.shape, kept[0].shape[1:], documents[1].shape[1]
-    scores = x.new_empty(rows * heads * most * page, dtype=torch.float32)
-    q, k, v, out = (x.new_empty(rows, count * size) for count in (heads, shared, shared, heads))
-    y = torch.empty_like(x)
-    tensors = (tensor.data_ptr() for tensor in (x, rotation, *kept, *documents, q, k, v, scores, out, y))
-    function = _function("attention", x.dtype, 14, 8)
-    function(places, *tensors, rows, dim, heads, shared, size, page, most, window or 0, torch.get_num_threads())
-    return y
+    _fields_ = [
+        *((name, Pointer) for name in ("attention_norm", "ffn_norm", "wq", "wk", "wv", "wo", "gate", "bias")),
+        *((name, ctypes.POINTER(Pointer)) for name in ("w1", "w2", "w3")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_long) for name in ("dim", "heads", "shared", "size", "experts", "top", "hidden")),
+    ]
+
+
+def few_rows_block(
+    block: BlockWeights, x: Tensor, rotation: Tensor, kept: Kept, documents: Places, window: int | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``x`` [n, D], the only new token of each of n documents, behind the block; and what ``Routing`` has."""
+    x, rows, page, most = x.contiguous(), len(x), kept[0].shape[1], documents[1].shape[1]
+    logits, probs, weights = (x.new_empty(rows, n, dtype=torch.float32) for n in (block.experts, block.experts, block.top))
+    chosen, y = x.new_empty(rows, block.top, dtype=torch.int64), torch.empty_like(x)
+    tensors = (t.data_ptr() for t in (x, rotation, *kept, *documents, logits, probs, weights, chosen, y))
+    function = _function("block", x.dtype, 13, 4)
+    function(ctypes.addressof(block), *tensors, rows, page, most, window or 0, torch.get_num_threads())
+    return y, (logits, probs, weights, chosen)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, Adapter, TokenAdapters, add_parameters, dropped, scaled
 from accessory.model.codecs import Codec
-from accessory.model.few_rows import lies_in_panels
 from accessory.model.packed import PackedCodes, packed, product
 from accessory.model.quantised import QuantisedWeights, hold_quantised, packed_codes, quantised_linear
 from accessory.parallel.mesh import Axis
@@ -39,12 +38,6 @@ class Quantisable(Adaptable):
         else:
             codes = packed_codes(self, "weight", self.codec, 1, dtype)
             self.packed_codes = codes[0] if codes else None
-
-    @property
-    def lies_in_panels(self) -> bool:
-        """Whether few_rows.c can multiply by the matrix, and nothing is always added to that."""
-        plain = self.codec is None and self.bias is None and self.weight.is_mkldnn
-        return plain and lies_in_panels(self.weight.shape, self.weight.dtype)
 
 
 class ColumnParallelLinear(Quantisable):

@@ -275,20 +275,16 @@ FAULTS = (
     ),
     Fault("few rows: one expert is chosen twice", FEW_ROWS, "if (!taken && (best", "if ((best", FEW),
     Fault("few rows: routing weights do not sum to 1", FEW_ROWS, "weight[k] /= sum;", "weight[k] /= 1;", FEW),
-    Fault("few rows: values are made as keys are", FEW_ROWS, "(w[2], x, v,", "(w[1], x, v,", FEW),
+    Fault("few rows: values are made as keys are", FEW_ROWS, "(b->wv, normed, v,", "(b->wk, normed, v,", FEW),
     Fault(
-        "few rows: attention leaves adapters out",
-        "accessory/model/attention.py",
-        " and not any(map(adapters.reach, self.adapters))",
-        "",
+        "few rows: a block leaves adapters out",
+        "accessory/model/decoder.py",
+        "if self.few_rows and singles and not any(map(adapters.reach, self.adapters)):",
+        "if self.few_rows and singles:",
         FEW,
     ),
     Fault(
-        "few rows: the router leaves its adapter out",
-        "accessory/model/moe/router.py",
-        "<= FEW and not adapted:",
-        "<= FEW:",
-        FEW,
+        "few rows: a block forgets what comes in", FEW_ROWS, "OF(narrow)(OF(wide)(x[i]) + OF(wide)(seen[i]))", "seen[i]", FEW
     ),
     Fault(
         "packed: gate and up change places",

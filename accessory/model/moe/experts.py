@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class GroupedExperts(nn.Module):
         self.whole: set[str] = set()  # adapter tensors that are whole on every rank
         self.codecs: dict[str, Codec] = {}  # of matrices that are held quantised
         self.packed: dict[str, PackedWeights] = {}
+        self.places: list[Any] | None = None  # of w1, w2 and w3, where few_rows.c can multiply by all of them
         self.offloaded: OffloadedExperts | None = None
         self.w1 = nn.Parameter(torch.empty(num_local * hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_local * dim, hidden_dim))
@@ -89,6 +91,8 @@ class GroupedExperts(nn.Module):
                 continue
             self.packed[matrix] = PackedWeights([packed(of_expert) for of_expert in self._stack(matrix)])
             delattr(self, matrix)
+        places = [self.packed[matrix].places for matrix in ("w1", "w2", "w3")] if len(self.packed) == len(MATRICES) else []
+        self.places = places if places and all(places) else None
 
     def forward(self, rows: SortedRows) -> Tensor:
         """The outputs of each row's expert, times its routing weight [n, D]."""
@@ -98,16 +102,14 @@ class GroupedExperts(nn.Module):
 
     def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
         """Whether ``few`` takes so many."""
-        if len(self.packed) < len(MATRICES) or choices > FEW * self.num_local:
+        if self.places is None or choices > FEW * self.num_local:
             return False
-        if any(adapter.bias or adapters.reach(adapter) for adapter in self.adapters.values()):
-            return False
-        return all(matrices.places for matrices in self.packed.values())
+        return not any(adapter.bias or adapters.reach(adapter) for adapter in self.adapters.values())
 
     def few(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: range) -> Tensor:
         """Of a few tokens each one's sum over its choices that are ``local`` [T, D], without sorting rows first."""
-        w1, w2, w3 = (self.packed[matrix] for matrix in ("w1", "w2", "w3"))
-        return few_rows_experts(x_TD, experts_TK, weights_TK, local, [w.places for w in (w1, w2, w3)], w1.shape[1])
+        assert self.places is not None
+        return few_rows_experts(x_TD, experts_TK, weights_TK, local, self.places, self.packed["w1"].shape[1])
 
     def _outputs(self, rows: SortedRows) -> Tensor:
         x_nD, weight_n1, ends_e = rows.x_nD, rows.weight_n1, rows.ends_e

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from accessory.dtypes import at_least_fp32
 from accessory.model.adapter import ONE_ADAPTER, Adaptable, TokenAdapters, dropped, scaled
 from accessory.model.documents import Documents
-from accessory.model.few_rows import FEW, few_rows_routing, lies_in_panels, runs
 from accessory.model.packed import packed, product
 from accessory.model.recompute import decided
 
@@ -70,7 +69,6 @@ class Router(Adaptable):
     """
 
     needs_fp32 = True
-    few_rows = False
     score_bias: Tensor | None
 
     def __init__(self, dim: int, num_experts: int, top_k: int, score_bias: bool = False):
@@ -82,13 +80,10 @@ class Router(Adaptable):
     def pack(self, dtype: torch.dtype) -> None:
         """For a model that no longer trains."""
         self.weight = packed(at_least_fp32(self.weight))
-        self.few_rows = runs(dtype) and lies_in_panels(self.weight.shape, self.weight.dtype)
 
     def forward(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Routing:
         """``x`` [T, D] -> Routing."""
         adapted = adapters.reach(self.adapter)
-        if self.few_rows and len(x) <= FEW and not adapted:
-            return Routing(*few_rows_routing(x, self.weight, self.score_bias, self.top_k))
         if adapted:
             x = at_least_fp32(x)  # here, so that its two gradients are added before they are rounded
         logits = product(at_least_fp32(x), self.weight) if self.weight.is_mkldnn else _WideLinear.apply(x, self.weight)
