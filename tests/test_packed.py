@@ -117,7 +117,7 @@ def test_products_by_codes_are_those_by_numbers(name):
 def answered(world, layout, tuning, dtype, window):
     """Logits of sixteen tokens behind prompts of different lengths: by a model as it is, packed, and packed each alone."""
     problem = replace(Problem(), dtype=dtype)
-    moe = replace(problem.args.moe, score_bias=window is not None)
+    moe = replace(problem.args.moe, score_bias=window is None)
     problem = replace(problem, args=replace(problem.args, sliding_window=window, moe=moe))
     cell = ServingCell(world, layout, tuning)
     pasts, page = [0, 1, 5, 16, 37, 70, *range(10, 20)], 16
@@ -158,6 +158,7 @@ def answered(world, layout, tuning, dtype, window):
     ("world", "layout", "tuning", "window"),
     [
         (1, "mixtral", "full", None),
+        (1, "mixtral_sparse", "full", 8),
         (2, "mixtral", "full", 8),
         (2, "mixtral_sparse", "full", 8),
         (1, "mixtral", SEVERAL, None),
