@@ -109,7 +109,7 @@ static inline __attribute__((always_inline)) void sums_bf16(
         }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \
-    /* y [n, dim] = the sum over each row's choices of weight * w2(silu(w1 x) * (w3 x)), the experts from `first` on alone.\
+    /* y [n, dim] = the sum over each row's choices of weight * w2(silu(w1 x) * (w3 x)), the experts from `first` on alone. \
      * chosen, weight [n, top]: experts and what they count; w1, w2, w3 [experts]: where theirs lie;                     \
      * scratch: rows, ends [n * top + experts], xs [n * top, dim], hs [n * top, hidden], sums [n, dim] */                \
     void experts_##D(const T *const *w1, const T *const *w2, const T *const *w3, const T *x, const int64_t *chosen,      \
@@ -139,7 +139,7 @@ static inline __attribute__((always_inline)) void sums_bf16(
                     for (long m = 0; m < some; m++)                                                                      \
                         for (long j = 0; j < width; j++)                                                                 \
                             hs[(r + m) * hidden + begin + j] =                                                           \
-                                narrow_##D(gate[m][j] / (1.0f + exponential(-gate[m][j])) * up[m][j]);                          \
+                                narrow_##D(gate[m][j] / (1.0f + exponential(-gate[m][j])) * up[m][j]);                   \
                 }                                                                                                        \
             }                                                                                                            \
             _Pragma("omp for schedule(static)")                                                                          \
@@ -200,7 +200,7 @@ static inline float total_of(lanes x) {
     void attend_##D(const T *q, const T *k, const T *v, const float *turns, T *keys, T *values, const int64_t *places,   \
                     const int *table, const int *used, float *scores, T *y, long rows, long heads, long shared,          \
                     long size, long page, long most, long window, int threads) {                                         \
-        const long group = heads / shared, blocks = (size + 15) / 16;                                                                            \
+        const long group = heads / shared, blocks = (size + 15) / 16;                                                    \
         const float scaling = 1.0f / sqrtf(size);                                                                        \
         _Pragma("omp parallel for collapse(2) schedule(static) num_threads(threads)")                                    \
         for (long n = 0; n < rows; n++)                                                                                  \
