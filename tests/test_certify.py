@@ -218,5 +218,6 @@ def test_the_description_of_files_says_what_differs(tmp_path):
 
 def test_what_cannot_be_judged_fails(monkeypatch, capsys):
     monkeypatch.setattr(command, "run_jobs", lambda world, device, body, jobs: ((job, [{}]) for job in jobs))
-    assert cli("certify", "--quick", "--world", "1") == 1
+    words = [f"{name}={value}" for name, value in training_cells([1], 2)[0].settings().items()]
+    assert cli("certify", "--quick", "--world", "1", "--only", *words) == 1
     assert "FAIL cannot be judged: KeyError: 'steps'" in capsys.readouterr().out
