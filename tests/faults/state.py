@@ -166,4 +166,11 @@ FAULTS = (
         "(temporary,)",
         "tests/test_state.py::test_a_directory_is_on_the_disk_before_it_has_its_name",
     ),
+    Fault(
+        "a run with other settings begins where models of another are",
+        "accessory/train/state.py",
+        "    if others:\n",
+        "    if not others:\n",
+        "tests/test_resume.py::test_the_models_of_another_run_are_not_written_over",
+    ),
 )
