@@ -95,6 +95,7 @@ def command(*words, ranks=1, timeout=120):
 
 def _main(words, environment, files, plant, rank):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
     for stream, file in zip((1, 2), files, strict=True):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, stream)
