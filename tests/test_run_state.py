@@ -28,9 +28,9 @@ run = Trainer.run
 def then_take_memory(self):
     run(self)
     made = []
-    for _ in range(4):
+    for size in range(128, 60, -16):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**26, dtype=torch.uint8)
+        torch.ones(size * 2**20, dtype=torch.uint8)
         made.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     open("{file}", "w").write(repr(made))
 
@@ -63,9 +63,9 @@ out: {home}/run
 
 
 def test_memory_that_is_freed_serves_again(state):
-    """On a CPU: of a large block that a run takes and frees again and again no page is made anew in the end, of 16384."""
-    made = json.loads((state.directory.parents[2] / "pages").read_text())
-    assert made[-1] < 1000, made
+    """On a CPU: of a large block, where a larger one was freed before, no page is made anew, of 16384 at least."""
+    _, *made = json.loads((state.directory.parents[2] / "pages").read_text())
+    assert max(made) < 1000, made
 
 
 def test_the_rows_that_were_seen(state):

@@ -61,8 +61,10 @@ class Loggers:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; the last one of a run that was killed may not be whole, and is left out."""
     try:
-        *lines, last = path.read_text().splitlines() or ["{}"]
-        return [json.loads(line) for line in (*lines, *([last] if last.endswith("}") else []))]
+        lines = path.read_text().splitlines()
+        if lines and not lines[-1].endswith("}"):
+            lines.pop()
+        return [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{path}: not the metrics of a run ({error})") from error
 
