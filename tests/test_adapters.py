@@ -460,7 +460,9 @@ def test_what_of_peft_is_not_done_here(change, base, from_peft, tmp_path):
     shutil.copytree(from_peft[0] / "rslora, one layer", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text()) | change
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert str(adapter / "adapter_config.json") in refusal(base, adapter)
+    message = refusal(base, adapter)
+    assert str(adapter / "adapter_config.json") in message
+    assert ("merge_and_unload" in message) == ("lora_alpha" not in change)
 
 
 def test_lists_that_make_no_sense(base, adapter):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -489,7 +490,13 @@ def test_a_tokenizer_of_another_model(sound, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("hidden_act", "gelu"), ("quantization_config", {"bits": 4}), ("model_type", "llama")]
+    "key, value",
+    [
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"bits": 4}),
+        ("model_type", "llama"),
+        ("tie_word_embeddings", True),
+    ],
 )
 def test_what_this_decoder_does_not_do(key, value, home, tmp_path):
     converts(home / "hf", tmp_path / "hf", "--to", "hf")
@@ -552,6 +559,14 @@ def test_an_index_says_where_a_tensor_is(home, tmp_path):
         content["weight_map"]["lm_head.weight"] = value
         index.write_text(json.dumps(content))
         assert "weight_map" in refused(directory)
+
+
+def test_one_file_beside_several(home, tmp_path):
+    """Which of the two is meant cannot be known."""
+    directory = tmp_path / "both"
+    converts(home / "hf", directory, "--to", "hf", "--shard-gb", 1e-4)
+    shutil.copy(home / "hf/model.safetensors", directory)
+    assert "keep one set" in refused(directory)
 
 
 @pytest.mark.parametrize("name", ["quantised", "old"])

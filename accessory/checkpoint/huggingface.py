@@ -86,9 +86,12 @@ class HuggingFaceDirectory(Directory):
 
     @classmethod
     def find(cls, directory: Path) -> "HuggingFaceDirectory | None":
-        if (directory / "model.safetensors").is_file():
+        one, several = (directory / "model.safetensors").is_file(), (directory / INDEX).is_file()
+        if one and several:
+            raise UserError(f"{directory}: holds model.safetensors, and {INDEX} of several files; keep one set")
+        if one:
             return cls(directory, index_file(directory / "model.safetensors").tensors)
-        if (directory / INDEX).is_file():
+        if several:
             return cls(directory, _indexed(directory))
         shards = [re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", path.name) for path in directory.iterdir()]
         counts = {match[1] for match in shards if match}
@@ -242,9 +245,10 @@ def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: a key is missing that the tensors do not tell, or asks for what this decoder does not do.
     """
     expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False}
+    advice = {"tie_word_embeddings": "; save it with a copy of its embeddings as lm_head.weight, and the key false"}
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]!r}, this decoder does {value!r}")
+            raise UserError(f"{where}: {key} is {config[key]!r}, this decoder does {value!r}{advice.get(key, '')}")
     for key in ("rms_norm_eps", "max_position_embeddings", "num_attention_heads", "num_experts_per_tok"):
         if config.get(key) is None:
             raise UserError(f"{where}: the key '{key}' is missing")

