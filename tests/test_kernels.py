@@ -14,6 +14,7 @@ from accessory.model.codecs import get_codec
 from accessory.model.moe.dispatch import make_plan, rows_of_tokens, tokens_of_rows
 from accessory.model.moe.kernels import KERNELS, _say_picked, pick_kernel
 from accessory.model.moe.kernels import rows as kernel_rows
+from accessory.model.moe.kernels.reference import reference, reference_matmul
 from accessory.model.moe.weights import AdaptedWeights, Added, PackedWeights, PlainWeights
 from accessory.model.packed import packed
 from accessory.model.quantised import QuantisedWeights
@@ -104,6 +105,22 @@ def test_kernel_equals_the_definition(kernel, dtype, tolerance, rows):
     for name, tensor in expected.items():
         assert ours[name].dtype == dtype
         assert_close(ours[name], tensor, tolerance, name)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_packed_experts_equal_the_definition(dtype, tolerance, rows):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(rows), DIM), (len(rows), HIDDEN, DIM), (len(rows), DIM, HIDDEN), (len(rows), HIDDEN, DIM), (sum(rows), 1)]
+    x, *ws, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    ends, kernel = torch.tensor(rows).cumsum(0).int(), KERNELS["packed"]
+    laid_out = [PackedWeights([packed(matrix.to(dtype)) for matrix in w]) for w in ws]
+    with torch.no_grad():
+        ours = kernel.swiglu(x.to(dtype), *laid_out, weight.to(dtype), ends), kernel.matmul(x.to(dtype), laid_out[0], ends)
+    plain = [PlainWeights(w.double()) for w in ws]
+    expected = reference(x.double(), *plain, weight.double(), ends), reference_matmul(x.double(), plain[0], ends)
+    for what in zip(ours, expected, strict=True):
+        assert_close(*what, tolerance)
 
 
 @pytest.mark.parametrize("frozen", [("w1", "w2", "w3"), ("w2",), ("w1", "w3", "weight")], ids="-".join)

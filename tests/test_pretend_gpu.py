@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pretend_gpu
 import pytest
+import torch
 from jobs import command
 from seeing import MODEL, saved_in, seeing, write_run
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPUs that are not there need a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="GPUs that are not there need a C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for GPUs that are there"),
+]
 
 FP64 = "parallel.precision=fp64"
 LORA = "tuning={lora: {rank: 4, dropout: 0.1, targets: [attention, experts, router, embeddings, output]}, bias: true}"

@@ -104,6 +104,13 @@ FAULTS = (
         KERNEL,
     ),
     Fault(
+        "rows that pad an expert's own to an even number are not zero",
+        LOOPED,
+        "own[:count], own[count:] = rows, 0",
+        "own[:count], own[count:] = rows, 1",
+        KERNEL,
+    ),
+    Fault(
         "the looped kernel asks for experts without rows",
         LOOPED,
         "if rows.start == rows.stop:",
@@ -296,9 +303,16 @@ FAULTS = (
     Fault(
         "packed: every row is multiplied by the first expert's matrix",
         f"{KERNELS}/packed.py",
-        "y[rows] = product(x[rows], _matrix(w, expert))",
-        "y[rows] = product(x[rows], _matrix(w, 0))",
+        "y[rows] = product(x[some], _matrix(w, expert))",
+        "y[rows] = product(x[some], _matrix(w, 0))",
         AS_BEFORE,
+    ),
+    Fault(
+        "packed: the neighbours' rows, which make a number even, are taken for an expert's own",
+        f"{KERNELS}/packed.py",
+        "slice(rows.start - start, rows.stop - start)",
+        "slice(0, rows.stop - rows.start)",
+        "tests/test_kernels.py::test_packed_experts_equal_the_definition",
     ),
     Fault(
         "packed: a product leaves the bias out",

@@ -12,14 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from accessory.model.moe.kernels.rows import rows_in_cache, rows_of_experts
+from accessory.model.moe.kernels.rows import MEMORY_BOUND_ROWS, even_count, rows_in_cache, rows_of_experts
 from accessory.model.moe.weights import NOTHING_ADDED, AdaptedWeights, ExpertWeights, MaybeAdapted
 from accessory.model.recompute import is_rerun
-
-MEMORY_BOUND_ROWS = 64
-"""Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
 
 
 def looped(x: Tensor, w1: MaybeAdapted, w2: MaybeAdapted, w3: MaybeAdapted, weight: Tensor, row_ends: Tensor) -> Tensor:
@@ -39,7 +35,7 @@ class _Block:
     Attributes:
         experts: they, k of them; each has rows.
         rows: theirs, among all sorted rows.
-        row_counts: rows of each expert; R is the most of them, to which the others' are padded with zeros.
+        row_counts: rows of each expert.
         padded_rows: where its k * R padded rows are among those of all blocks.
     """
 
@@ -48,47 +44,56 @@ class _Block:
     row_counts: list[int]
     padded_rows: slice
 
+    @property
+    def padded_count(self) -> int:
+        """R: to so many rows those of each expert are padded with zeros."""
+        return (self.padded_rows.stop - self.padded_rows.start) // len(self.row_counts)
+
     def pad(self, x: Tensor) -> Tensor:
         """This block's rows of ``x`` [n, W], as [k, R, W]."""
-        if min(self.row_counts) == max(self.row_counts):
-            return x[self.rows].reshape(len(self.row_counts), self.row_counts[0], x.shape[1])
-        return pad_sequence(x[self.rows].split(self.row_counts), batch_first=True)
+        shape = (len(self.row_counts), self.padded_count, x.shape[1])
+        if min(self.row_counts) == self.padded_count:
+            return x[self.rows].reshape(shape)
+        padded = x.new_empty(shape)
+        for own, count, rows in zip(padded, self.row_counts, x[self.rows].split(self.row_counts), strict=True):
+            own[:count], own[count:] = rows, 0
+        return padded
 
     def fill(self, out: Tensor, make: Callable[[Tensor | None], Tensor]) -> None:
         """Have this block's rows of ``out`` [n, W] be what ``make`` gives, [k, R, W], in the place it is told, if any."""
-        count, most = len(self.row_counts), max(self.row_counts)
-        if min(self.row_counts) == most:
-            make(out[self.rows].view(count, most, out.shape[1]))
+        if min(self.row_counts) == self.padded_count:
+            make(out[self.rows].view(len(self.row_counts), self.padded_count, out.shape[1]))
         else:
             batch = make(None)
             torch.cat([rows[:count] for rows, count in zip(batch, self.row_counts, strict=True)], out=out[self.rows])
 
     def view(self, padded: Tensor) -> Tensor:
         """This block's part of ``padded`` [padded rows of all blocks, W], as [k, R, W]."""
-        return padded[self.padded_rows].view(len(self.row_counts), max(self.row_counts), padded.shape[1])
+        return padded[self.padded_rows].view(len(self.row_counts), self.padded_count, padded.shape[1])
 
 
-def _blocks(row_ends: Tensor, total: int, max_rows: int, *matrices: ExpertWeights) -> list[_Block]:
-    """All experts with some of the ``total`` rows, in blocks of as many as ``matrices`` are to be asked for at once, and of
-    up to ``max_rows`` padded rows, where those of one expert are not more already."""
-    at_once = min(w.at_once for w in matrices)
+def _blocks(row_ends: Tensor, x: Tensor, width: int, *matrices: ExpertWeights) -> list[_Block]:
+    """All experts with some of the rows ``x``, in blocks of as many as ``matrices`` are to be asked for at once, and of as
+    many padded rows of ``width`` as stay in cache, where those of one expert are not more already."""
+    at_once, max_rows = min(w.at_once for w in matrices), rows_in_cache(x, width)
+    padded_count = even_count if x.element_size() == 2 and x.device.type == "cpu" else int  # MKL takes any number as it is
     blocks: list[_Block] = []
-    for expert, rows in enumerate(rows_of_experts(row_ends, total)):
+    for expert, rows in enumerate(rows_of_experts(row_ends, len(x))):
         if rows.start == rows.stop:
             continue
         is_neighbour = blocks and blocks[-1].experts.stop == expert and len(blocks[-1].row_counts) < at_once
-        if is_neighbour and (joined := _join(blocks[-1], rows, max_rows)):
+        if is_neighbour and (joined := _join(blocks[-1], rows, max_rows, padded_count)):
             blocks[-1] = joined
         else:
             first, count = blocks[-1].padded_rows.stop if blocks else 0, rows.stop - rows.start
-            blocks.append(_Block(slice(expert, expert + 1), rows, [count], slice(first, first + count)))
+            blocks.append(_Block(slice(expert, expert + 1), rows, [count], slice(first, first + padded_count(count))))
     return blocks
 
 
-def _join(block: _Block, rows: slice, max_rows: int) -> _Block | None:
+def _join(block: _Block, rows: slice, max_rows: int, padded_count: Callable[[int], int]) -> _Block | None:
     """``block`` and the next expert, if its ``rows`` fit without too much padding."""
     row_counts = [*block.row_counts, rows.stop - rows.start]
-    real, padded = rows.stop - block.rows.start, len(row_counts) * max(row_counts)
+    real, padded = rows.stop - block.rows.start, len(row_counts) * padded_count(max(row_counts))
     if padded > max_rows or (max(row_counts) > MEMORY_BOUND_ROWS and padded > 1.125 * real):
         return None
     first = block.padded_rows.start
@@ -199,7 +204,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         """``trained``: of each of the ``matrices``, for autograd to see."""
         m1, m2, m3 = ctx.matrices = matrices
         hidden_dim = m1.w.shape[1]
-        ctx.blocks = _blocks(row_ends, len(x), rows_in_cache(x, hidden_dim), *(m.w for m in matrices))
+        ctx.blocks = _blocks(row_ends, x, hidden_dim, *(m.w for m in matrices))
         rerun = is_rerun()
         _prefetch(ctx.blocks, m1.w, m3.w, *(() if rerun else (m2.w,)))
         padded = ctx.blocks[-1].padded_rows.stop if ctx.blocks else 0
@@ -250,7 +255,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 class _LoopedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_ends: Tensor, w: ExpertWeights, trained: Tensor | None) -> Tensor:
-        ctx.w, ctx.blocks = w, _blocks(row_ends, len(x), rows_in_cache(x, max(w.shape[1:])), w)
+        ctx.w, ctx.blocks = w, _blocks(row_ends, x, max(w.shape[1:]), w)
         _prefetch(ctx.blocks, w)
         y = x.new_empty(len(x), w.shape[1])
         for block in ctx.blocks:

@@ -9,6 +9,19 @@ from accessory.parallel.planned import borders_on_host
 CACHE_BYTES = 2**22
 """Size of one intermediate value [rows, F] that still stays in cache through several passes over it."""
 
+MEMORY_BOUND_ROWS = 64
+"""Rows up to which a product takes the time of reading its matrix, so that padding costs nothing."""
+EVEN = 16
+
+
+def even_count(rows: int) -> int:
+    """So many rows, or the next multiple of EVEN where they are many.
+
+    oneDNN prepares a product for each number of rows that it meets, which takes about as long as to multiply 100 rows: with
+    all the numbers that a router comes to it would prepare most of them anew in every step.
+    """
+    return rows if rows <= MEMORY_BOUND_ROWS else -(-rows // EVEN) * EVEN
+
 
 def rows_of_experts(row_ends: Tensor, rows: int) -> list[slice]:
     """The rows of each expert, of so many; waits for ``row_ends`` on the host."""
