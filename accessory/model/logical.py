@@ -36,9 +36,9 @@ Adapters = Mapping[str, Adapter]
 """The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
 EMBEDDING = "tok_embeddings.weight"
 SCORE = "score.weight"
+"""A classifier's layer in place of the output layer. It never has an adapter: it is new, and small."""
 CONNECTOR = "connector."
 """What the names of a visual model's connector begin with."""
-"""Of a classifier, in the place of the output layer: never adapted, for it is new and small."""
 
 
 class Source(Protocol):

@@ -34,10 +34,10 @@ def memory_of(device: torch.device) -> int:
     return there
 
 
-def share_of_a_rank(
+def weight_bytes(
     logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype, without_experts: bool = False
 ) -> float:
-    """Bytes of one rank's part of a model that is only used."""
+    """Bytes of one rank's weights, for a model that does not train."""
     shares = shares_of_rank(logical, layout, model_parallel, without_experts).items()
     return sum(prod(logical.shapes[name]) * held_dtype(name, dtype).itemsize * share for name, share in shares)
 

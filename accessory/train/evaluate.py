@@ -14,7 +14,7 @@ from accessory.data.image_reader import ImageReader
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
-from accessory.errors import UserError, needs
+from accessory.errors import UserError, extra, needs
 from accessory.files import check_directory, check_writable, replacing
 from accessory.infer.chat import answer_job, load
 from accessory.infer.meta import MetaModel
@@ -64,7 +64,7 @@ def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:
 def _find_tasks(arguments: argparse.Namespace) -> Any:
     if arguments.include:
         check_directory(arguments.include, "a directory of YAML task files")
-    with needs("evaluate", "--tasks"):
+    with needs("--tasks", extra("evaluate")):
         from accessory.infer.lm_eval import find_tasks
 
     return find_tasks(arguments.tasks, arguments.include)
