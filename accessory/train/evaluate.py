@@ -96,9 +96,19 @@ def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch)
     seed, labels = run.train.seed if run else 0, model.llma.args.labels
     max_seq_len = section.max_seq_len or model.max_seq_len
     visual = model.llma.sight
-    reads = section.validation, section.bad_records, labels, visual
-    arguments = (section.mix, model.tokenizer, max_seq_len, seed, *reads)
-    data = first_on_each_node(lambda: load_mix(*arguments), launch)
+    data = first_on_each_node(
+        lambda: load_mix(
+            section.mix,
+            model.tokenizer,
+            max_seq_len,
+            seed,
+            validation=section.validation,
+            bad_records=section.bad_records,
+            labels=labels,
+            visual=visual,
+        ),
+        launch,
+    )
     samples = data.validation or data.training
     lengths = sample_lengths(samples)
     say(f"{path}: {len(samples)} {'held-out ' if data.validation else ''}samples, {lengths.sum():,} tokens")
