@@ -15,21 +15,22 @@ class UserError(ValueError):
 
 
 @contextmanager
-def needs(extra: str, what: str, install: str = "") -> Iterator[None]:
-    """What is imported meanwhile comes with an extra of this package, and ``what`` needs it.
-
-    Args:
-        install: how to, if the extra alone does not bring it.
+def needs(what: str, install: str) -> Iterator[None]:
+    """Inside, imports may fail: ``what`` needs them, and ``install`` is the command that installs them.
 
     Raises:
-        UserError: it is not installed.
+        UserError: a package is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
-        by_pip = f'pip install "accessory-moe[{extra}]", or, where this program\'s sources are, pip install -e ".[{extra}]"'
-        raise UserError(f"{what} needs {missing}, which is not installed: {install or by_pip}") from error
+        raise UserError(f"{what} needs {missing}, which is not installed: {install}") from error
+
+
+def extra(name: str) -> str:
+    """How to install an extra of this package (see ``needs``)."""
+    return f'pip install "accessory-moe[{name}]", or, where this program\'s sources are, pip install -e ".[{name}]"'
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -10,6 +10,8 @@ from accessory.certify import harness, reference
 from accessory.certify.harness import Tensors
 from accessory.certify.problem import SMALL
 from accessory.certify.serving import Numbers
+from accessory.checkpoint import adapter
+from accessory.checkpoint.storage import TensorWriter
 from accessory.data.mix import Sample
 from accessory.data.tokenizer import train_tokenizer
 from accessory.infer.engine import Engine
@@ -56,6 +58,16 @@ def weights(args=TINY, seed=0, scale=10.0, dtype=torch.float64, adapters=None):
         if name.endswith(("lora_b", "bias")):
             tensor.normal_(0.0, 0.1, generator=generator)
     return result
+
+
+def write_adapter(directory, logical, tensors, base):
+    """An adapter directory as a run saves it: ``tensors`` beside the model whose fingerprint is ``base``."""
+    adapter.lay_out_adapter(directory, logical, {name: tensor.dtype for name, tensor in tensors.items()})
+    with TensorWriter(directory / adapter.TENSORS) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+    digests = {name: adapter.digest(tensor) for name, tensor in tensors.items()}
+    adapter.write_manifest(directory, logical, digests, {"fingerprint": base})
 
 
 def samples(count, seed, args=TINY, longest=14):

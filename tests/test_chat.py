@@ -1,6 +1,7 @@
 """The commands that answer: generate with files, and chat in a terminal, on one process and on its own ranks."""
 
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +22,7 @@ from models import TINY, Tensors, build, make_tokenizer, weights
 from ranks import run_ranks
 
 from accessory.errors import UserError
+from accessory.infer.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.train.save import save_model
 
@@ -105,6 +108,18 @@ def test_precisions_and_experts_are_named_as_on_the_command_line(home):
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             MetaModel.from_pretrained(home / "model", device="cpu", **how)
+
+
+def test_a_model_that_is_let_go_takes_no_memory(home):
+    """Another one may need it: evaluate --against has one model after the other, a notebook as many as it likes."""
+    model = MetaModel.from_pretrained(home / "model", dtype="fp64", device="cpu")
+    model.chat(QUESTIONS[:1], max_gen_len=2)
+    model.engine.submit([1], Sampling(max_tokens=2, grammar=model.grammars_of(None).regex("a+")))
+    assert list(model.engine.run())
+    decoder = weakref.ref(model.llma)
+    del model
+    gc.collect()
+    assert decoder() is None
 
 
 class Terminal:

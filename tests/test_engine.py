@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
-def small(window=None, **changes):
-    return build(replace(TINY, sliding_window=window, **changes), "mixtral", Tensors(weights()))
+def small(window=None):
+    return build(replace(TINY, sliding_window=window), "mixtral", Tensors(weights()))
 
 
 def engine(model=None, max_seq_len=64, **options):

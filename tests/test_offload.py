@@ -285,7 +285,10 @@ def test_training_brings_each_expert_twice_and_stays_within_the_memory(recompute
     assert peaks[1] <= peaks[0] - 0.95 * spared
     tokens = 2 * 14  # of a micro-batch at most
     reckoned = footprint(
-        *(logical, EXPERT, ONE_RANK, ParallelSection(recompute=recompute), torch.float64, logical.added, tokens),
+        *(logical, EXPERT, ONE_RANK, ParallelSection(recompute=recompute)),
+        compute=torch.float64,
+        trains=logical.added,
+        tokens=tokens,
         accumulation=2,
         device_type="cpu",
         slot_bytes=sum(layer.on_device.nbytes for layer in model.offloaded),

@@ -15,7 +15,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 from jobs import command
-from models import WORDS, make_tokenizer, weights
+from models import WORDS, make_tokenizer, weights, write_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
@@ -25,7 +25,6 @@ from test_resume import box
 from test_transformers import by_logical_name, transformers_model
 from transformers.models.mixtral import modeling_mixtral
 
-from accessory.checkpoint.adapter import write_adapter
 from accessory.checkpoint.open import Checkpoint
 from accessory.model.args import ModelArgs, MoEArgs
 from accessory.settings import LoraSection, TuningSection
@@ -123,10 +122,8 @@ def finetune(case, w, home, folder):
     given, tuning = folder / "base", ""
     if case.lora:
         trained = {name: t for name, t in w.items() if "lora_" in name}
-        dtypes = {name: t.dtype for name, t in trained.items()}
-        base = {"fingerprint": Checkpoint(folder / "base").fingerprint}
         (folder / "adapter").mkdir()
-        write_adapter(folder / "adapter", spec_of(case).logical, dtypes, trained.items(), base)
+        write_adapter(folder / "adapter", spec_of(case).logical, trained, Checkpoint(folder / "base").fingerprint)
         given = f"[{folder}/base, {folder}/adapter]"
         tuning = f"tuning: {{lora: {{rank: {RANK}, alpha: {ALPHA}, targets: [{', '.join(TARGETS)}]}}}}"
     (folder / "run.yaml").write_text(

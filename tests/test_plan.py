@@ -135,12 +135,17 @@ def test_flops_are_those_of_the_model(full_size):
     assert 0.18 < again / expected < 0.25
 
 
+def told_at_once(logical, layout, mesh, parallel, trains, tokens, accumulation):
+    run = {"trains": trains, "tokens": tokens, "accumulation": accumulation}
+    return footprint(logical, layout, mesh, parallel, compute=torch.bfloat16, device_type="cuda", **run)
+
+
 def test_what_is_told_at_once_is_near_what_is_counted(full_size):
     """``footprint``, which a run and its --dry-run tell without tracing anything."""
     logical = LogicalModel(MIXTRAL)
     for name, layout, parallel in (("fsdp", EXPERT, cut()), ("once", SPARSE, cut(8, "sdp"))):
         mesh = plan_mesh(32, parallel.model_parallel)
-        told = footprint(logical, layout, mesh, parallel, torch.bfloat16, set(logical.shapes), 4 * 4096, 2, "cuda")
+        told = told_at_once(logical, layout, mesh, parallel, set(logical.shapes), 4 * 4096, 2)
         assert told.total == pytest.approx(full_size[name][Figure("peak")], rel=0.15), name
 
 
@@ -153,9 +158,7 @@ def test_what_is_told_of_8x22b_is_near_what_is_counted():
         with planned_job(world):
             run = PlannedRun(args, tuning, "mixtral_sparse", parallel, rows, accumulation, 4096)
             peak = run.figures()[Figure("peak")]
-        told = footprint(
-            trained.logical, SPARSE, mesh, parallel, torch.bfloat16, trained.trains, rows * 4096, accumulation, "cuda"
-        )
+        told = told_at_once(trained.logical, SPARSE, mesh, parallel, trained.trains, rows * 4096, accumulation)
         assert told.total == pytest.approx(peak, rel=0.15)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from models import TINY, Numbers, Tensors, make_tokenizer, weights
+from models import TINY, Numbers, Tensors, make_tokenizer, weights, write_adapter
 from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
 from test_adapters import peft_file
@@ -15,7 +15,6 @@ from test_convert import ARGS, TOKENS, transformers_model
 from transformers import MixtralForCausalLM
 
 from accessory.certify import harness, reference
-from accessory.checkpoint.adapter import write_adapter
 from accessory.checkpoint.open import Checkpoint
 from accessory.checkpoint.side_by_side import SideBySide, open_adapters
 from accessory.errors import UserError
@@ -38,9 +37,8 @@ def save_adapter(base, directory, section, seed, args=ARGS, **changed):
     directory.mkdir()
     spec = resolve(section, args)
     tensors = weights(args, seed=seed, dtype=torch.float32, adapters=spec.logical.adapters) | changed
-    source = [(name, tensors[name]) for name in sorted(spec.trains)]
-    dtypes = {name: tensor.dtype for name, tensor in source}
-    write_adapter(directory, spec.logical, dtypes, source, {"fingerprint": Checkpoint(base).fingerprint})
+    trained = {name: tensors[name] for name in sorted(spec.trains)}
+    write_adapter(directory, spec.logical, trained, Checkpoint(base).fingerprint)
 
 
 def save_with_peft(base, directory):

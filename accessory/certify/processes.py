@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from accessory.parallel.forkserver import end_with_parent, fork_server
+from accessory.parallel.launch import own_cores
 
 Job = TypeVar("Job")
 Body = Callable[[Any, torch.device, Path], Any]
@@ -107,7 +108,7 @@ def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], f
     os.dup2(log, 1)
     os.dup2(log, 2)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a killed one would leave behind
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (world + 1)))  # the parent computes as well
+    torch.set_num_threads(max(1, own_cores() // (world + 1)))  # the parent computes as well
     place = torch.device("cpu")
     if device == "cuda":
         place = torch.device("cuda", rank)

@@ -9,14 +9,14 @@ has no A of its own: it is w1's.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.storage import Stored, TensorWriter, index_file, lay_out
+from accessory.checkpoint.storage import Stored, index_file, lay_out
 from accessory.checkpoint.tiles import Directory, Tile
 from accessory.config import from_mapping, read_mapping, write_json
 from accessory.errors import UserError
@@ -96,28 +96,6 @@ def _is_sound(adapter: Adapter) -> bool:
 
 def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:32]
-
-
-def write_adapter(
-    directory: Path,
-    logical: LogicalModel,
-    dtypes: Mapping[str, torch.dtype],
-    source: Iterable[tuple[str, Tensor]],
-    base: Mapping[str, Any],
-) -> None:
-    """Write an adapter directory.
-
-    Args:
-        dtypes: of every tensor, by logical name. source: those tensors, one after the other, whole.
-        base: the fingerprint of the model that it belongs to, and whatever a person wants to know of it.
-    """
-    digests: dict[str, str] = {}
-    lay_out_adapter(directory, logical, dtypes)
-    with TensorWriter(directory / TENSORS) as file:
-        for name, tensor in source:
-            file.write(name, tensor)
-            digests[name] = digest(tensor)
-    write_manifest(directory, logical, digests, base)
 
 
 def lay_out_adapter(directory: Path, logical: LogicalModel, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -30,6 +30,7 @@ from accessory.model.moe.kernels.swiglu import weighted_swiglu
 from accessory.model.moe.layouts import EXPERT
 from accessory.model.rope import rotations
 from accessory.model.rounding import encode_for_rows
+from accessory.parallel.launch import own_device
 from accessory.parallel.mesh import ONE_RANK
 
 LEAST_ROWS = 256
@@ -65,7 +66,7 @@ class Calibrated:
 
     def __init__(self, original: Checkpoint, logical: LogicalModel, batches: Sequence[Batch]):
         self.original, self.logical = original, logical
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         whole = LogicalModel(replace(logical.args, quantise=None))
         dtype = at_least(original.dtype(EMBEDDING))
         self._model = model_without_weights(whole, EXPERT, ONE_RANK, dtype)

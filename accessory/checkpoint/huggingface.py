@@ -285,11 +285,11 @@ def _labels(config: dict[str, Any], where: str) -> list[Any]:
     return [names[str(number)] for number in range(len(names))]
 
 
-def _label_settings(labels: Sequence[str], template: Mapping[str, Any], special_ids: Mapping[str, int]) -> dict[str, Any]:
+def _label_settings(labels: Sequence[str], hf_config: Mapping[str, Any], special_ids: Mapping[str, int]) -> dict[str, Any]:
     """What config.json says of a classifier. transformers classifies by the last token that is not the padding's, so that
     must be none that ends a text."""
     ends = special_ids.get("eos_token_id", 2)
-    padding = template.get("pad_token_id")
+    padding = hf_config.get("pad_token_id")
     return {
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
@@ -302,7 +302,7 @@ def write_description(
     directory: Path,
     args: ModelArgs,
     dtype: torch.dtype,
-    template: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
     quantisation: Mapping[str, Any],
     special_ids: Mapping[str, int],
     files: Mapping[str, Iterable[str]],
@@ -311,17 +311,17 @@ def write_description(
     """config.json, what transformers needs beside it, and the index where there are several files.
 
     Args:
-        template: settings of a Hugging Face source, which stay where this decoder does not know them.
+        hf_config: config.json of a Hugging Face source; keys that this decoder does not know are kept.
         quantisation: the ``quantization_config``, where matrices are written quantised.
         special_ids: bos_token_id and eos_token_id, where there is a tokenizer.
         files: file -> its keys.
         nbytes: of all tensors.
     """
     ids = {"bos_token_id": 1, "eos_token_id": 2, **special_ids}
-    ids |= {key: template[key] for key in ids if key in template}
+    ids |= {key: hf_config[key] for key in ids if key in hf_config}
     kept = {
         k: v
-        for k, v in template.items()
+        for k, v in hf_config.items()
         if k not in ("rope_parameters", "dtype", "transformers_version", "quantization_config")
     }
     named = {key: getattr(args, name) for key, name in _CONFIG.items()}
@@ -338,7 +338,7 @@ def write_description(
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         **ids,
-        **(_label_settings(args.labels, template, ids) if args.labels else {}),
+        **(_label_settings(args.labels, hf_config, ids) if args.labels else {}),
         "torch_dtype": str(dtype).removeprefix("torch."),
         **({"quantization_config": quantisation} if quantisation else {}),
     }

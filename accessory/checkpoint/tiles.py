@@ -27,9 +27,9 @@ from accessory.settings import QuantiseSection
 
 @dataclass(frozen=True)
 class Tile:
-    """Where ``region`` of logical tensor ``name`` is stored: under ``key`` of ``file``, as ``encoding`` says.
+    """Where ``region`` of the logical tensor ``name`` is stored: under ``key`` of ``file``, laid out as ``encoding`` says.
 
-    What lies under a key is one tile, or several side by side.
+    A stored tensor is one tile, or several side by side.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Tile:
 
 @dataclass
 class PlannedTensor:
-    """A stored tensor that is to be written, and the tiles in it; what they leave free is zero."""
+    """A stored tensor that is to be written, and its tiles; where no tile lies it is zero."""
 
     shape: Shape
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def filled(self, source: Source) -> Tensor:
-        """It, with what ``source`` has."""
+        """The tensor, filled with the values of ``source``."""
         if len(self.tiles) == 1 and self.tiles[0].encoding.keeps_order:  # the box itself: nothing is copied
             (tile,) = self.tiles
             return source.read(tile.name, tile.region).to(self.dtype).reshape(self.shape)
@@ -74,7 +74,8 @@ Files = dict[str, dict[str, PlannedTensor]]
 
 
 def planned_tensors(tiles: Iterable[Tile], dtypes: Mapping[str, torch.dtype]) -> Files:
-    """What tiles make together. ``dtypes``: of the logical tensors; what several share is in one that holds them all."""
+    """The stored tensors of ``tiles``. ``dtypes``: of the logical tensors; where several are stored in one, its dtype holds
+    the values of all."""
     files: Files = defaultdict(dict)
     for tile in tiles:
         dtype = dtypes[tile.name]
@@ -91,26 +92,26 @@ class Directory:
     layout: Layout = EXPERT  # how its experts are cut
     size = 1  # into how many model-parallel parts
     adds = False  # its values are to be added to another checkpoint's
-    may_lack = True  # behind a base, it need not hold all that the format has a place for
+    may_lack = True  # laid over a base, it may lack tensors that the format has a place for
     fingerprint: str | None = None  # of the base that it belongs to, if it says so
-    quantise: QuantiseSection | None = None  # how that was held
-    labels: tuple[str, ...] = ()  # of the classifier that it makes of a base
-    visual: VisualArgs | None = None  # how the model sees, as far as the files tell
-    encoders: Mapping[str, Stored] = MappingProxyType({})  # of what it sees with, among the files of the model
+    quantise: QuantiseSection | None = None  # how that base was quantised
+    labels: tuple[str, ...] = ()  # of the classifier into which it turns a base
+    visual: VisualArgs | None = None  # how the model sees images, as far as the files tell
+    encoders: Mapping[str, Stored] = MappingProxyType({})  # the encoders' tensors, if they are among the model's files
     directory: Path
     stored: dict[str, dict[str, Stored]]  # file -> key -> tensor
 
     @classmethod
     def find(cls, directory: Path) -> "Directory | None":
-        """What ``directory`` is in this format, if it is."""
+        """``directory`` opened in this format; None: it is of another format."""
         raise NotImplementedError
 
     def adapters(self, base: LogicalModel) -> Adapters:
-        """What it adds to the matrices of a model."""
+        """The adapters that it adds to the matrices of a model."""
         return {}
 
     def tiles(self, logical: LogicalModel) -> Iterator[Tile]:
-        """Where the tensors of the model with these adapters are."""
+        """Where the tensors of a model, adapters included, are stored."""
         raise NotImplementedError
 
 
@@ -123,7 +124,7 @@ _CONNECTOR = re.compile(r"(^|\.)(clip_proj|visual_proj|qformer_proj|multi_modal_
 
 
 class TileReader:
-    """Logical tensors read from stored ones; only what is asked for leaves the disk.
+    """Reads logical tensors from stored ones; only what is asked for is read from the disk.
 
     Args:
         where: the checkpoint's name in messages.
@@ -131,7 +132,7 @@ class TileReader:
         stored: file -> key -> tensor, as the tiles name them.
 
     Attributes:
-        tiles: those that are there, by logical name. complete: the logical tensors that they fill.
+        tiles: the tiles that are stored, by logical name. complete: the logical tensors that they fill entirely.
     """
 
     def __init__(self, where: str, tiles: Iterable[Tile], stored: Mapping[str, Mapping[str, Stored]]):
@@ -168,7 +169,7 @@ class TileReader:
         }
 
     def problems(self, partial: bool, most: int | None) -> Iterator[str]:
-        """What does not fit the table, a clause each, with at most ``most`` names. ``partial``: nothing has to be there."""
+        """What does not fit the table, a clause each, with at most ``most`` names. ``partial``: tensors may be missing."""
         for verb, places in (("lacks", [] if partial else self.missing), ("holds unexpected", self.unexpected)):
             by_file: dict[str, list[str]] = defaultdict(list)
             for file, key in places:
@@ -203,7 +204,7 @@ class TileReader:
         return out
 
     def lay_over(self, out: Tensor, name: str, region: Region, adds: bool) -> int:
-        """Copy into ``out``, which stands for ``region``, what is there of it (or add it); returns how many values."""
+        """Copy what is stored of ``region`` into ``out`` (``adds``: add it); returns the number of values."""
         filled = 0
         for tile in self.tiles[name]:
             common = _common(tile.region, region)

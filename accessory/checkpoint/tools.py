@@ -20,10 +20,10 @@ from accessory.data.tokenizer import Tokenizer, check_vocabulary
 from accessory.dtypes import all_finite, get_dtype
 from accessory.errors import UserError
 from accessory.files import check_directory
-from accessory.model.answering import USUAL_TOKENS, WAYS, fits_of
+from accessory.model.answering import USUAL_TOKENS, WAYS, cache_bytes_of_token, fits_of
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel, allowed_sizes, check_divides
-from accessory.model.memory import share_of_a_rank
+from accessory.model.memory import weight_bytes
 from accessory.model.moe.layouts import LAYOUTS
 from accessory.settings import QuantiseSection
 from accessory.tuning.spec import PRESETS, matches
@@ -202,9 +202,8 @@ def _print_fit(checkpoint: Checkpoint, card: float) -> None:
             except UserError:  # blocks do not come out even
                 cells.append("-")
                 continue
-            share = share_of_a_rank(logical, layout, size, torch.bfloat16)
-            token = 4 * args.n_layers * args.head_dim * max(1, args.n_kv_heads // size)
-            room = int(ROOM * card - share) // token
+            share = weight_bytes(logical, layout, size, torch.bfloat16)
+            room = int(ROOM * card - share) // cache_bytes_of_token(args, size, torch.bfloat16)
             cells.append(f"{share / 1e9:.2f} " + (f"{room:,}" if room > 0 else "no"))
         print(f"  {in_words(way):<40}" + "".join(f"{cell:>22}" for cell in cells))
     tokens, budget = min(USUAL_TOKENS, args.max_seq_len), ROOM * card

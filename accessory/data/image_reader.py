@@ -1,6 +1,5 @@
 """The pixels of samples' images, decoded by threads: Pillow works without Python's lock."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 from accessory.console import say
 from accessory.data.store import Sample
 from accessory.errors import UserError
+from accessory.parallel.launch import own_cores
 from accessory.visual.images import ImageError, open_image
 from accessory.visual.views import padded_resize
 
@@ -27,7 +27,7 @@ class ImageReader:
 
     def __init__(self, size: int, skips_bad: bool = False):
         self.size, self._skips_bad = size, skips_bad
-        self._threads = ThreadPoolExecutor(os.cpu_count(), "images")
+        self._threads = ThreadPoolExecutor(own_cores(), "images")
 
     def read(self, samples: Sequence[Sample], places: Sequence[str]) -> tuple[list[Sample], Tensor]:
         """The samples that are to be learnt, and the pixels of all their images [n, 3, size, size] uint8.

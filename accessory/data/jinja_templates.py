@@ -8,7 +8,6 @@ and ``apart`` are what has to be written there, so that the tokens are those of 
 from itertools import product
 
 from accessory.data.chat_template import chat_template
-from accessory.data.fields import RecordError
 from accessory.data.records import Conversation, Turn
 from accessory.data.templates import ALPACA, ALPACA_CONTEXT, DIALOG_SYSTEM, PROMPTS, VICUNA_SYSTEM, Template
 from accessory.data.tokenizer import Tokenizer
@@ -51,14 +50,13 @@ _JINJA = {
         r"' ' + turn['content'] + '\n###'",
         before=f"{{{{ blank + (system or {DIALOG_SYSTEM!r}) + '\\n\\n###' }}}}",
     ),
-    "alpaca": _NO_SYSTEM
-    + _of_two(
+    "alpaca": _of_two(
         f"blank + (({ALPACA.format(context=ALPACA_CONTEXT)!r} if turn['input'] else {ALPACA.format(context='')!r}) "
         r"if loop.first else '\n\n') + '### Instruction:\n' + turn['content'] + '\n\n' "
         r"+ ('### Input:\n' + turn['input'] + '\n\n' if turn['input'] else '') + '### Response:'",
         "turn['content'] + eos_token",
     ),
-    "bare": _NO_SYSTEM + _of_two("blank + turn['content']", "apart + turn['content'] + eos_token"),
+    "bare": _of_two("blank + turn['content']", "apart + turn['content'] + eos_token"),
     "chatml": _CHATML,
     "vicuna": _of_two(
         "('' if loop.first else blank) + 'USER: ' + turn['content'] + ' ASSISTANT:'",
@@ -66,8 +64,7 @@ _JINJA = {
         before=f"{{{{ blank + (system or {VICUNA_SYSTEM!r}) + ' ' }}}}",
     ),
     **{
-        name: _NO_SYSTEM
-        + _of_two(
+        name: _of_two(
             rf"blank + ('' if loop.first else '\n\n') + {before!r} + turn['content'] + {behind!r}",
             "turn['content'] + eos_token",
         )
@@ -88,9 +85,11 @@ def as_chat_template(template: Template, trained: Tokenizer, read: Tokenizer) ->
     Returns:
         None if there is none: the template is for documents, or ``read`` makes other tokens of any text.
     """
+    begin = _BEGIN.lstrip() + ("" if template.system else _NO_SYSTEM)
+    examples = [example for example in _EXAMPLES if template.system or not example.system]
     for blank, apart in product(("", " "), repeat=2) if template.name in _JINJA else ():
-        text = f"{{%- set blank, apart = '{blank}', '{apart}' -%}}" + _BEGIN.lstrip() + _JINJA[template.name].lstrip()
-        if all(_same(template, text, trained, read, example) for example in _EXAMPLES):
+        text = f"{{%- set blank, apart = '{blank}', '{apart}' -%}}" + begin + _JINJA[template.name].lstrip()
+        if all(_same(template, text, trained, read, example) for example in examples):
             return text
     return None
 
@@ -98,10 +97,7 @@ def as_chat_template(template: Template, trained: Tokenizer, read: Tokenizer) ->
 def _same(template: Template, text: str, trained: Tokenizer, read: Tokenizer, example: Conversation) -> bool:
     try:
         expected = trained.encode_segments(list(template.write(example)))[0]
-    except UserError as error:
-        return isinstance(error, RecordError)  # it has no place for a system prompt
-    try:
         write, _ = chat_template(read, text)
         return read.encode_segments(list(write(example)))[0] == expected
-    except UserError:
+    except UserError:  # a tokenizer lacks a special token
         return False

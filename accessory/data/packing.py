@@ -1,4 +1,4 @@
-"""Which samples share a row: decided from their order and lengths alone, so it is the same for every parallel size."""
+"""Packing: which samples share a row. It depends on their order and lengths only: the same for any parallel size."""
 
 from bisect import bisect_left, bisect_right, insort
 from itertools import accumulate
@@ -12,9 +12,9 @@ WINDOW = 1024
 
 
 class Rows:
-    """The rows of an epoch in their order, each the numbers of its samples.
+    """The rows of an epoch in order, each a list of the numbers of its samples.
 
-    A window's rows are made when one of them is read; kept is only how many rows there are before each window.
+    The rows of a window are made when one of them is read; only the number of rows before each window is kept.
     """
 
     def __init__(self, order: Order, lengths: np.ndarray | None, width: int):
@@ -45,7 +45,7 @@ class Rows:
         return self._made[row - self._starts[window]]
 
     def tokens(self, lengths: np.ndarray) -> int:
-        """Of all rows together."""
+        """The number of tokens in all rows."""
         return sum(int(lengths[self._numbers(window)].sum()) for window in range(len(self._borders) - 1))
 
     def _numbers(self, window: int) -> np.ndarray:

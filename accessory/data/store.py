@@ -32,6 +32,7 @@ from accessory.data.placement import PLACE
 from accessory.data.sources import SourceRow, content_digest, how_read, place_name, read_rows
 from accessory.errors import UserError
 from accessory.parallel.forkserver import Killed, NotStarted, fork_server, map_in_processes
+from accessory.parallel.launch import own_cores
 from accessory.visual.images import ImageError, is_data_uri
 
 VERSION = 7
@@ -311,10 +312,9 @@ def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) 
     second = next(chunks, None)
     if second is None:
         return
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     encode = partial(_make_encode, make_encoder, max_seq_len)
     try:
-        yield from map_in_processes(fork_server(__name__), encode, itertools.chain([second], chunks), workers)
+        yield from map_in_processes(fork_server(__name__), encode, itertools.chain([second], chunks), own_cores())
     except Killed as error:
         raise UserError(f"{file}: a process that tokenised it was killed; is there too little memory?") from error
     except NotStarted as error:

@@ -31,6 +31,7 @@ class Template:
         stop: what ends an answer, if not ``</s>``; where generation stops.
         documents: whether it writes documents rather than conversations.
         tools: what it has a place for of a conversation's tools, the calls of them, and what they give.
+        system: whether it has a place for a system prompt.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Template:
     stop: tuple[str, ...] = ()
     documents: bool = False
     tools: ToolPlaces = "none"
+    system: bool = True
 
     def render(self, record: Record, train_on: TrainOn = "answers") -> list[Segment]:
         """The segments of a record to be trained on.
@@ -54,7 +56,7 @@ class Template:
         _refuse_images(record)
         if isinstance(record, Document):
             return list(self.write(record))
-        self._check_tools(record)
+        self._check_places(record)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = tuple(
             replace(turn, train=turn.train and (number == last or train_on != "last_answer"))
@@ -71,11 +73,15 @@ class Template:
             return [_begin(), Segment(asked.text, False)]
         if self.documents or isinstance(asked, Document):
             raise UserError(f"the template '{self.name}' is for documents, not for questions: continue the raw text instead")
-        self._check_tools(asked)
+        self._check_places(asked)
         return list(self.write(asked))
 
-    def _check_tools(self, conversation: Conversation) -> None:
+    def _check_places(self, conversation: Conversation) -> None:
         turns = conversation.turns
+        if conversation.system and not self.system:
+            raise RecordError(
+                f"the template '{self.name}' has no place for a system prompt", ": name another one in the mix entry"
+            )
         if self.tools != "all" and any(turn.calls for turn in turns):
             what = "a tool's call"
         elif self.tools != "all" and conversation.tools:
@@ -153,8 +159,6 @@ ALPACA_CONTEXT = ", paired with an input that provides further context"
 
 def _alpaca(conversation: Conversation) -> Iterator[Segment]:
     """Stanford Alpaca's, as the reference project has it; what follows an answer begins with a blank line."""
-    if conversation.system:
-        _refuse_system("alpaca")
     first = conversation.turns[0]
     yield _begin()
     before = ALPACA.format(context=ALPACA_CONTEXT if first.context else "")
@@ -181,8 +185,6 @@ PROMPTS = {
 
 def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
     """By one of PROMPTS; what follows an answer begins with a blank line."""
-    if conversation.system:
-        _refuse_system(name)
     before, behind = PROMPTS[name]
     yield _begin()
     for number, turn in enumerate(conversation.turns):
@@ -195,8 +197,6 @@ def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
 
 def _bare(conversation: Conversation) -> Iterator[Segment]:
     """Nothing but what is said, encoded apart: no blank tells where the answer begins."""
-    if conversation.system:
-        _refuse_system("bare")
     yield _begin()
     for turn in conversation.turns:
         yield Segment(turn.question, turn.train, apart=turn.role == "assistant")
@@ -261,10 +261,6 @@ def _plain(document: Document) -> Iterator[Segment]:
         yield Segment(EOS, True, special=True)
 
 
-def _refuse_system(name: str) -> None:
-    raise RecordError(f"the template '{name}' has no place for a system prompt", ": name another one in the mix entry")
-
-
 def _begin() -> Segment:
     return Segment(BOS, False, special=True)
 
@@ -274,11 +270,11 @@ TEMPLATES = {
     for template in (
         Template("mixtral-instruct", _mixtral_instruct),
         Template("dialog", _dialog, (DIALOG_STOP,)),
-        Template("alpaca", _alpaca),
+        Template("alpaca", _alpaca, system=False),
         Template("chatml", _chatml, ("<|im_end|>",), tools="results"),
         Template("vicuna", _vicuna),
-        *(Template(name, partial(_prompted, name)) for name in PROMPTS),
-        Template("bare", _bare),
+        *(Template(name, partial(_prompted, name), system=False) for name in PROMPTS),
+        Template("bare", _bare, system=False),
         Template("plain", _plain, documents=True),
     )
 }

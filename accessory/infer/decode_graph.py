@@ -1,6 +1,6 @@
-"""Tokens of answers on a GPU: what a step launches is recorded once, as a CUDA graph, and then launched as one.
+"""CUDA graphs for decoding: the kernels of a step are recorded once, and then launched together.
 
-Of hundreds of kernels, each of which takes a few microseconds, the host cannot launch one as fast as the last is done.
+A step has hundreds of kernels of a few microseconds each, and the host cannot launch them as fast as the GPU runs them.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from accessory.model.moe.experts import GroupedExperts
 
 
 def can_record(model: Decoder) -> bool:
-    """Whether nothing in a step of a single token depends on what the host knows, but for numbers that it has sent before.
+    """Whether the decoding steps of this model can be recorded: no kernel may depend on a value that the host must wait for.
 
-    Not over several ranks: what a collective does in a graph has not been tried.
+    Not over several ranks: collectives in a graph have not been tried.
     """
     like = model.norm.weight
     if model.mesh.mp.size > 1 or not varlen_runs(like.device, like.dtype, paged=True):
@@ -35,7 +35,7 @@ def can_record(model: Decoder) -> bool:
 
 @torch.no_grad()
 def host_waits(model: Decoder, tokens: int) -> bool:
-    """Whether it waits for experts: of quantised ones for many rows, which are multiplied by numbers, not by codes."""
+    """Whether a step of so many tokens has the host wait for the experts' rows, as quantised experts with many rows do."""
     rows = model.norm.weight.expand(tokens * model.args.moe.num_experts_per_tok, -1)
     return any(layer.waits(rows) for layer in model.modules() if isinstance(layer, GroupedExperts))
 
@@ -47,10 +47,10 @@ class _Recorded(NamedTuple):
 
 
 class DecodeGraphs:
-    """Of one model and cache: a graph for steps of 1, 2, 4, ... documents, each recorded when it is needed first.
+    """The graphs of one model and cache, for steps of 1, 2, 4, ... documents; each is recorded when it is first needed.
 
-    A step of another size has more rows, which are that of the shortest document once more: so they take no other experts,
-    and see little. Their keys go to page 0.
+    A step of another size is padded with copies of the shortest document's row: these need no further experts, and attend to
+    few tokens. Their keys go to page 0, which nobody reads.
     """
 
     def __init__(self, model: Decoder, cache: PagedCache, longest: int):
@@ -64,7 +64,7 @@ class DecodeGraphs:
         self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
 
     def run(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
-        """Logits and counts, as the engine runs a plan, to be read before the next step; None: that is for the engine."""
+        """Logits and counts as ``Engine._run`` returns them, valid until the next step; None: the plan has no graph."""
         single = all(len(tokens) == 1 and tokens[0] >= 0 for tokens in plan.tokens)
         if self._failed or not single or any(plan.members) or len(plan.ends) < len(plan.tokens):
             return None
@@ -87,8 +87,8 @@ class DecodeGraphs:
         return logits[:count], counts[:, :count]
 
     def _told(self, plan: StepPlan, size: int) -> list[int]:
-        """Of ``size`` rows the tokens, their positions, where their keys go, and how many tokens each sees the pages of;
-        then the pages."""
+        """The graph's input for ``size`` rows: all tokens, all positions, all places of keys, the number of tokens in each
+        row's pages; then each row's pages."""
         own = range(len(plan.tokens))
         before = [past - begin for past, begin in zip(plan.past, plan.begins, strict=True)]
         rows = [*own, *[min(own, key=before.__getitem__)] * (size - len(own))]

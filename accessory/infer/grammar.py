@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accessory.data.tokenizer import Tokenizer
-from accessory.errors import UserError, needs
+from accessory.errors import UserError, extra, needs
 
 
 class Grammar:
@@ -58,7 +58,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int] = ()):
-        with needs("serve", "an answer of a given form"):
+        with needs("an answer of a given form", extra("serve")):
             import llguidance
         self._compiler = llguidance.LLMatcher
         words = llguidance.TokenizerWrapper(_Words(tokenizer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +33,7 @@ from accessory.model.documents import Documents
 from accessory.model.head import Logits
 from accessory.model.memory import check_memory
 from accessory.model.moe.layouts import get_layout
-from accessory.parallel.launch import Launch, join
+from accessory.parallel.launch import Launch, join, own_device
 from accessory.parallel.mesh import mesh_of
 from accessory.settings import OffloadSection, QuantiseSection
 from accessory.visual.vision import count_of_encoders
@@ -62,6 +62,7 @@ class MetaModel:
         """
         self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
         self._trained_templates, self._cache_tokens = trained_templates, cache_tokens
+        self._templates, self._grammars = dict[str | None, Template](), dict[str | None, Grammars]()  # by adapter
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -72,10 +73,11 @@ class MetaModel:
     def template(self) -> Template:
         return self.template_of(None)
 
-    @cache  # noqa: B019  (a model lives as long as its process)
     def template_of(self, adapter: str | None) -> Template:
-        """What an adapter is asked in unless another is named, as ``template`` is what the base is."""
-        return model_template(self._trained_templates.get(adapter), self.tokenizer)
+        """The template that an adapter (None: the base) is asked in unless another is named."""
+        if adapter not in self._templates:
+            self._templates[adapter] = model_template(self._trained_templates.get(adapter), self.tokenizer)
+        return self._templates[adapter]
 
     @classmethod
     def from_pretrained(
@@ -99,8 +101,7 @@ class MetaModel:
         Args:
             pretrained_path: a directory, or several in order: a base, then what changes it (see ``Checkpoint``).
             llama_type: layout to run in, "mixtral" or "mixtral_sparse"; None: the checkpoint's own.
-            llama_config: another config.json than the directory's.
-            tokenizer_path: another tokenizer.model or tokenizer.json than the directory's.
+            llama_config, tokenizer_path: config.json, and tokenizer.model or tokenizer.json, in place of the directory's.
             with_visual: False: a model that sees is loaded without its encoders, for texts; True: it must be one that sees.
             max_seq_len: tokens of prompt and answer together; None: as many as the model was made for.
             mp_group: the ranks that hold the model together, each of which must call this; None: this rank alone.
@@ -109,7 +110,7 @@ class MetaModel:
             quant: how experts and attention are held, quantised as they are read: "nf4" (True is that), "int4", "int3",
                 "int2" or "int8" for both, or {"experts": "nf4", "attention": "int8"}.
             offload: which experts are on the device: "experts=4", or {"device_memory": "14GB"} (docs/offloading.md).
-            strict: False: go on if tensors are missing (random values), of another shape (likewise) or unexpected.
+            strict: False: go on if tensors are missing or misshapen (they get random values) or unexpected.
             adapters: directories of any format of adapters, by names under which each request can choose one of them.
 
         Raises:
@@ -129,9 +130,8 @@ class MetaModel:
             raise UserError(f"{pretrained_path}: no tokenizer.model or tokenizer.json in it; give tokenizer_path")
         tokenizer = Tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
-        default = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         layout = get_layout(llama_type) if llama_type else checkpoint.layout
-        where = torch.device(device) if device is not None else default
+        where = torch.device(device) if device is not None else own_device()
         mesh = mesh_of(mp_group)
         source: Checkpoint | SideBySide = checkpoint
         if named:
@@ -142,8 +142,7 @@ class MetaModel:
         beside = count_of_encoders(sees)
         held = source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside
         plan, cache_tokens = where_experts_are(offload, max_seq_len, lambda section: plan_answers(section, *held))
-        slot_bytes = plan.slot_bytes if plan else None
-        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=slot_bytes)
+        check_memory(source.logical, layout, mesh, where, dtype, beside=beside, slot_bytes=plan.slot_bytes if plan else None)
         llma = build_model(
             source.logical, layout, source, mesh=mesh, dtype=dtype, device=where, trains=frozenset(), offload=plan
         )
@@ -198,11 +197,12 @@ class MetaModel:
         messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         return ask_for(messages, tools, chosen, self.tokenizer, self.llma.sight), chosen.stop
 
-    @cache  # noqa: B019
     def grammars_of(self, adapter: str | None) -> Grammars:
-        """What makes the forms that an adapter's answers are held to (``Sampling.grammar``), ending as its template says."""
-        special = self.tokenizer.special
-        return Grammars(self.tokenizer, [special[stop] for stop in self.template_of(adapter).stop if stop in special])
+        """Compiles the grammars (``Sampling.grammar``) of an adapter's answers, which end as its template says."""
+        if adapter not in self._grammars:
+            special, stops = self.tokenizer.special, self.template_of(adapter).stop
+            self._grammars[adapter] = Grammars(self.tokenizer, [special[stop] for stop in stops if stop in special])
+        return self._grammars[adapter]
 
     def generate(
         self,
@@ -295,8 +295,8 @@ class MetaModel:
     def make_engine(self, cache_tokens: int | None = None) -> Engine:
         """``cache_tokens``: see ``Engine``."""
         self._refuse_classifier()
-        tokens = cache_tokens or self._cache_tokens
-        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=tokens)
+        cache_tokens = cache_tokens or self._cache_tokens
+        return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=cache_tokens)
 
     def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
         """``states`` as the first rank has them."""

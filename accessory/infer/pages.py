@@ -1,17 +1,17 @@
-"""Who has which pages of a cache, and which pages hold a beginning that several sequences share."""
+"""The pages of the key-value cache: which sequences hold them, and which can be shared (prefix caching)."""
 
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 Key = bytes
-"""Says what a full page holds: all tokens up to its end."""
+"""Identifies the content of a full page: a hash of all tokens up to its end."""
 
 
 def page_keys(tokens: Sequence[int], page_size: int, before: Key = b"") -> Iterator[Key]:
-    """The key of each full page of ``tokens``, behind a page with key ``before``.
+    """The key of each full page of ``tokens``, which follow a page with the key ``before``.
 
-    Of a sequence's first page, ``before`` stands for whatever else its keys and values depend on.
+    For the first page of a sequence, ``before`` names what else its keys and values depend on (the adapter).
     """
     for end in range(page_size, len(tokens) + 1, page_size):
         before = hashlib.sha256(before + repr(list(tokens[end - page_size : end])).encode()).digest()
@@ -19,24 +19,24 @@ def page_keys(tokens: Sequence[int], page_size: int, before: Key = b"") -> Itera
 
 
 class PagePool:
-    """Pages 1 to ``count``. A page is used by as many sequences as hold it; one that nobody holds, but whose content is
-    known, is kept until its place is needed.
+    """Pages 1 to ``count``, each held by any number of sequences. A full page that nobody holds any more keeps its content,
+    for others to share, until the page is needed.
 
     Attributes:
-        reserved: pages promised to sequences that have not taken them yet.
+        reserved: pages that are promised to sequences and not taken yet.
     """
 
     def __init__(self, count: int):
         self.count, self.reserved = count, 0
-        self._blank = list(range(count, 0, -1))  # the next to be taken comes last
+        self._blank = list(range(count, 0, -1))  # the next one to take is last
         self._holders: Counter[int] = Counter()
         self._known: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # known, and held by nobody: the oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, but with known content; the oldest first
 
     @property
     def free(self) -> int:
-        """Pages that can still be promised."""
+        """How many pages can still be promised."""
         return len(self._blank) + len(self._idle) - self.reserved
 
     def is_known(self, key: Key) -> bool:
@@ -58,7 +58,7 @@ class PagePool:
         return pages
 
     def take(self) -> int:
-        """One of the reserved pages, its content to be written anew."""
+        """Take one of the reserved pages, for new content."""
         self.reserved -= 1
         if self._blank:
             page = self._blank.pop()
@@ -69,7 +69,7 @@ class PagePool:
         return page
 
     def learn(self, page: int, key: Key) -> None:
-        """``page`` is full: whoever begins with what ``key`` says can share it."""
+        """``page`` is full: sequences that begin with the tokens of ``key`` can share it from now on."""
         if key not in self._known:
             self._known[key], self._keys[page] = page, key
 

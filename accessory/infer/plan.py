@@ -1,4 +1,4 @@
-"""What the first rank tells the others to run, as a row of numbers."""
+"""The plan of a step, which the first model-parallel rank sends to the others as a list of numbers."""
 
 import itertools
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class StepPlan(NamedTuple):
-    """What a model's ranks run in a step: of each document its new tokens, and where in the cache it is."""
+    """What the ranks run in a step. All but ``ends`` and ``new`` have an entry for each document."""
 
-    members: list[int]  # see ``LogicalModel.member``
-    tokens: list[list[int]]  # those in an image's places are its number, negative
-    past: list[int]
-    begins: list[int]
-    pages: list[list[int]]
+    members: list[int]  # its adapter's number, see ``LogicalModel.member``
+    tokens: list[list[int]]  # its new tokens; in the places of an image, the image's number, negated
+    past: list[int]  # how many tokens it has had before
+    begins: list[int]  # where its pages begin, see ``PagedCache.at``
+    pages: list[list[int]]  # its pages of the cache
     ends: list[int]  # the documents whose next token is wanted
-    shown: list[int]  # of each document, how many places of images it has had before
+    shown: list[int]  # how many places of images it has had before
     new: list[int]  # the images whose pixels come with the plan
 
     def to_numbers(self) -> list[int]:

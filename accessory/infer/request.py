@@ -1,4 +1,4 @@
-"""What the engine answers: a request, and how far it has come."""
+"""A request to the engine, and its state while it is answered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass
 class Running:
-    """A request, and how far it has come.
+    """A request, and its state while it is answered.
 
     Attributes:
-        prompt, answer: token ids; of an image, whose pixels are in ``images``, its number, negative, in each of its places.
-        text: the answer's. choices: its tokens, with what is told of them.
-        adapter: the name of the one that answers; None: the base alone.
-        finish_reason: None while it goes on; "error": its grammar could not be followed.
-        expert_load: [L, E] int64, its tokens that were run by each expert, if ``sampling`` asks for it.
-        admitted: when it was let in, by ``time.monotonic``.
-        in_cache: how many of its tokens the cache has. pages, begin: where (see ``PagedCache.at``).
-        keys: of its full pages, the prompt's at first. promised: pages that it may still take.
+        prompt, answer: token ids; in the places of an image, its number, negated. images: their pixels, by number.
+        text: the answer's text so far. choices: the answer's tokens, with their log-probabilities if these are asked for.
+        adapter: the name of the adapter that answers; None: the base alone.
+        finish_reason: None while the answer goes on; "error": its grammar could not be followed.
+        expert_load: [L, E] int64 how many of its tokens each expert has run, if ``sampling`` asks for it.
+        admitted: when it joined the running batch, by ``time.monotonic``; None: it still waits.
+        in_cache: how many of its tokens are in the cache. pages, begin: where they are (see ``PagedCache.at``).
+        keys: the keys of its full pages; at first of those that its prompt fills. promised: pages that it may still take.
     """
 
     id: int
@@ -57,17 +57,18 @@ class Running:
 
     @property
     def places_behind(self) -> int:
-        """How many places of images the cache has."""
+        """How many of the tokens in the cache are places of images."""
         return sum(token < 0 for token in self.prompt[: self.in_cache]) if self.images else 0
 
     @property
     def root(self) -> Key:
-        """What stands before its first page: under another adapter, the same tokens have other keys and values."""
+        """The key before its first page. It names the adapter, since with another one the same tokens have other keys and
+        values."""
         return repr(self.adapter).encode()
 
 
 class Progress(NamedTuple):
-    """What a step added to a request: a token, unless it ended the answer, and text, which can lag behind."""
+    """What a step added to a request: a token (None: the answer ended), and new text, which can lag behind the tokens."""
 
     request: Running
     text: str

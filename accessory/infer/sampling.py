@@ -1,4 +1,4 @@
-"""How the next token is chosen: a function of the logits, the request and the place in its answer, and of nothing else."""
+"""Sampling: the next token is a function of the logits, the request and the place in its answer, and of nothing else."""
 
 import hashlib
 import math
@@ -27,40 +27,40 @@ class Sampling:
 
     max_tokens: Count = 512
     temperature: NonNegative = 0.0  # 0: the likeliest token
-    top_k: TopK = 0  # choose among so many; 0, or -1 as vLLM's clients say it: all
-    top_p: TopP = 1.0  # choose among the likeliest whose probabilities reach this sum
-    min_p: Share = 0.0  # choose among those at least so probable, as a share of the likeliest one
+    top_k: TopK = 0  # choose among the k likeliest; 0, or -1 as vLLM's clients say it: all
+    top_p: TopP = 1.0  # choose among the likeliest tokens whose probabilities add up to this
+    min_p: Share = 0.0  # choose among tokens with at least this share of the likeliest one's probability
     repetition_penalty: Positive = 1.0  # divides (negative: multiplies) the logit of what is in the prompt or the answer
-    presence_penalty: Penalty = 0.0  # taken from the logit of what is in the answer
-    frequency_penalty: Penalty = 0.0  # the same, for each time
+    presence_penalty: Penalty = 0.0  # subtracted from the logit of each token in the answer
+    frequency_penalty: Penalty = 0.0  # the same, once for each time that it occurs
     logit_bias: dict[int, Bias] = field(default_factory=dict)  # added to the logits of tokens
     seed: int | None = None  # any number; None: another one each time
     stop: tuple[str, ...] = ()  # texts, or names of special tokens, that end the answer and are cut off
-    joined: bool = field(default=False, metadata=MADE)  # the text begins with a blank, if it does behind the prompt
-    shown: tuple[str, ...] = field(default=(), metadata=MADE)  # special tokens whose names the text has; else none
-    logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of so many likeliest
+    joined: bool = field(default=False, metadata=MADE)  # keep the space with which the text may continue the prompt
+    shown: tuple[str, ...] = field(default=(), metadata=MADE)  # special tokens that the text shows by name
+    logprobs: Annotated[int, Bounds(least=0, most=MOST_LOGPROBS)] | None = None  # of each token, and of the n likeliest
     grammar: Grammar | None = field(default=None, metadata=MADE)  # what the answer must be
     expert_load: bool = False  # count how many of the request's tokens went to each expert of each layer
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether each token is the likeliest by the logits as they are."""
+        """Whether this is plain greedy decoding: the argmax of the unchanged logits."""
         bent = self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return self.temperature == 0 and not bent
 
     def stopping_at(self, stops: Sequence[str]) -> "Sampling":
-        """With these among its stops."""
+        """The same with further stops."""
         return replace(self, stop=(*self.stop, *stops))
 
     def seeded(self, sample: int = 0) -> "Sampling":
-        """With a seed of its own for each of several samples."""
+        """The same with a seed for one of several samples: the request's (or a random one) plus the sample's number."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
         return replace(self, seed=seed + sample)
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """A token, its log-probability, and those of the likeliest (token, log-probability), as far as they are asked for."""
+    """A chosen token, with its log-probability and the likeliest (token, log-probability) if these are asked for."""
 
     token: int
     logprob: float | None = None
@@ -88,7 +88,7 @@ def choose(
 
 
 def _choose_bent(scores: Tensor, asked: Sequence[tuple[Sequence[int], Sequence[int], Sampling, Tensor | None]]) -> Tensor:
-    """[n] tokens by ``scores`` [n, V], changed in place; of each its prompt, its answer, how, and what is allowed."""
+    """[n] tokens from ``scores`` [n, V], changed in place; ``asked``: each one's prompt, answer, sampling, ``allowed``."""
     for row, (prompt, answer, sampling, possible) in zip(scores, asked, strict=True):
         _adjust(row, prompt, answer, sampling)
         if possible is not None:
@@ -103,7 +103,7 @@ def _choose_bent(scores: Tensor, asked: Sequence[tuple[Sequence[int], Sequence[i
 
 
 def _adjust(row: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> None:
-    """Bias and penalties, in place, on a row of logits."""
+    """Apply bias and penalties to a row of logits, in place."""
     for token, bias in sampling.logit_bias.items():
         row[token] += bias
     if sampling.repetition_penalty != 1:
@@ -117,7 +117,8 @@ def _adjust(row: Tensor, prompt: Sequence[int], answer: Sequence[int], sampling:
 
 
 def _draw(scores: Tensor, places: Sequence[float], how: Sequence[Sampling]) -> Tensor:
-    """[n] tokens: those at ``places`` of the distributions, the likeliest first, that are left of ``scores`` [n, V]."""
+    """[n] tokens drawn from ``scores`` [n, V] after temperature, top-k, top-p and min-p. ``places`` in [0, 1) say where in
+    each cumulative distribution, the likeliest token first."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
@@ -140,7 +141,7 @@ def _draw(scores: Tensor, places: Sequence[float], how: Sequence[Sampling]) -> T
 
 
 def _uniform(seed: int | None, place: int) -> float:
-    """A number in [0, 1) for each place of an answer with this seed."""
+    """A uniform number in [0, 1), a function of the seed and the place in the answer."""
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 

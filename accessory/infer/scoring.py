@@ -1,4 +1,4 @@
-"""How likely texts are to a model."""
+"""Scoring: the log-probabilities that a model gives to texts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -19,12 +19,12 @@ MOST_TOKENS = 8192
 
 
 class ScorePlan(NamedTuple):
-    """Documents that a model's ranks run together, each from its beginning, and which tokens are asked for there.
+    """Whole documents that a model's ranks run together, and the tokens to be scored in them.
 
     Attributes:
-        lengths: of the documents. tokens: theirs, one behind the other.
-        rows, targets: places among ``tokens``, and the tokens that are to follow there; a place can stand several times.
-            Without any, the mean of each document's hidden states is wanted.
+        lengths: of the documents. tokens: of all documents, one after the other.
+        rows, targets: places among ``tokens``, and the token to be scored behind each; places may repeat. If empty, the mean
+            of each document's hidden states is wanted.
     """
 
     lengths: list[int]
@@ -44,7 +44,7 @@ class ScorePlan(NamedTuple):
 
     @torch.inference_mode()
     def run(self, model: Decoder) -> Tensor:
-        """[2, n] as ``Predictions`` has it, of each of the targets; without any what ``Means`` has."""
+        """[2, n] the result of ``Predictions`` for the targets; without targets [documents, D], that of ``Means``."""
         device = model.norm.weight.device
         documents = Documents.of(self.lengths).to(device)
         inputs = Inputs(torch.tensor(self.tokens, device=device), documents)
@@ -55,7 +55,7 @@ class ScorePlan(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of a continuation: the sum of its tokens' log-probabilities, and whether each is the likeliest."""
+    """A continuation's log-probability, and whether greedy decoding would write it."""
 
     log_prob: float
     is_greedy: bool
@@ -108,7 +108,7 @@ def scored_from(examples: Sequence[Sequence[int]], contexts: Sequence[Sequence[i
 
 
 def score_example(tokens: Sequence[int], logits: Tensor) -> dict[str, Any]:
-    """What the reference's ``evaluate_examples`` tells of the tokens that are to follow at each of ``logits`` [n, V]."""
+    """The scores of LLaMA2-Accessory's ``evaluate_examples``, of the ``tokens`` predicted by ``logits`` [n, V]."""
     labels = torch.tensor(tokens, device=logits.device)
     losses = F.cross_entropy(logits, labels, reduction="none")
     return {

@@ -1,4 +1,4 @@
-"""An engine for many clients at once: it steps in the main thread, and is asked from an event loop in another."""
+"""An engine for many clients: it steps in the main thread, and an event loop in another thread asks it."""
 
 import asyncio
 import math
@@ -23,10 +23,10 @@ STALLED_S = 60.0
 
 
 class Busy(Exception):
-    """As many requests wait as may.
+    """The queue is full.
 
     Attributes:
-        retry_after: seconds.
+        retry_after: seconds after which to try again.
     """
 
     def __init__(self, retry_after: int):
@@ -35,11 +35,11 @@ class Busy(Exception):
 
 
 class Closing(Exception):
-    """The service ends, and takes nothing new."""
+    """The service is shutting down and takes no new requests."""
 
 
 class News(NamedTuple):
-    """What a step brought to one of a call's answers, ``number`` counts them; see ``Progress``."""
+    """What a step added to answer ``number`` of a call (see ``Progress``)."""
 
     number: int
     text: str
@@ -49,7 +49,7 @@ class News(NamedTuple):
 
 @dataclass
 class Listener:
-    """Who waits for a request of the engine's."""
+    """Which answer of which call a request of the engine belongs to."""
 
     answers: "Answers"
     number: int
@@ -57,7 +57,7 @@ class Listener:
 
 
 class Answers:
-    """The answers to one call: an iterator over what comes, in lists, until all of them have ended."""
+    """The answers to one call: an asynchronous iterator over lists of news, until all answers have ended."""
 
     def __init__(self, service: "Service") -> None:
         self.requests: list[Running] = []
@@ -78,20 +78,21 @@ class Answers:
             yield news
 
     def cancel(self) -> None:
-        """End those that go on: nobody listens any more."""
+        """End the answers that are not done yet: nobody listens any more."""
         self._service.calls.put(lambda: self._service.forget(self.requests))
 
 
 class Service:
-    """``run`` is called by the main thread, ``ask`` and ``problem`` in an event loop.
+    """Carries requests from an event loop to the engine, and results back. ``run`` and ``forget`` are for the main thread,
+    ``ask``, ``embed`` and ``problem`` for the event loop.
 
     Attributes:
-        calls: what the main thread has to do between two steps; what goes wrong in it ends ``run``.
-        cut_off: answers that were not done when the service had to end.
+        calls: functions that the main thread calls between two steps; an exception in one ends ``run``.
+        cut_off: how many answers were not done when the service ended.
 
     Args:
-        most_waiting: requests that may wait to be let in; one that comes beyond is refused.
-        grace_s: how long answers that were begun may take when the service closes.
+        most_waiting: requests that may wait to join the batch; further ones are refused.
+        grace_s: seconds that running answers get to end when the service closes.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, *, most_waiting: int, grace_s: float):
@@ -104,7 +105,7 @@ class Service:
         self.cut_off = 0
 
     def run(self) -> None:
-        """Answer until the service is closed, and what was begun is done or its time is over."""
+        """Answer requests until the service is closed and all answers are done, or the grace period is over."""
         engine = self.engine
         while not (self.is_closing and (engine.is_idle or time.monotonic() > self._closes_at)):
             self._do_calls(wait=engine.is_idle)
@@ -118,7 +119,7 @@ class Service:
             self._tell([Progress(request, engine.cancel(request), None)])
 
     def close(self, *_: Any) -> None:
-        """Take nothing new and end ``run``; asked for again, at once. Fit to handle a signal."""
+        """Take no new requests and end ``run``; a second call ends it at once. Can be used as a signal handler."""
         self._closes_at = time.monotonic() + (0 if self.is_closing else self._grace_s)
         self.calls.put(lambda: None)
 
@@ -128,7 +129,7 @@ class Service:
 
     @property
     def problem(self) -> str:
-        """Why nothing new should be asked here; empty: nothing is wrong."""
+        """Why the service is not healthy; empty: it is."""
         if self.is_closing:
             return "the server is shutting down"
         stands = time.monotonic() - self._stepping_since
@@ -138,7 +139,8 @@ class Service:
         """Ask an adapter (None: the base) for an answer to each of some prompts, which are taken together or not at all.
 
         Raises:
-            UserError: one of them cannot be answered. Busy, Closing.
+            UserError: one of them cannot be answered.
+            Busy: too many requests wait already. Closing: the service is shutting down.
         """
         answers, asked = Answers(self), time.monotonic()
 
@@ -172,10 +174,10 @@ class Service:
         return answers
 
     async def embed(self, tokens: Sequence[int]) -> Tensor:
-        """Of a text, what ``Means`` has: [D].
+        """The mean of a text's last hidden states, [D] (see ``Means``).
 
         Raises:
-            Closing.
+            Closing: the service is shutting down.
         """
         done: Future[Tensor] = Future()
 
@@ -189,14 +191,14 @@ class Service:
         return await asyncio.wrap_future(done)
 
     def forget(self, requests: Sequence[Running]) -> None:
-        """Cancel requests that nobody waits for; for the main thread."""
+        """Cancel requests that nobody waits for any more; called by the main thread."""
         for request in requests:
             if listener := self._listeners.pop(request.id, None):
                 self.engine.cancel(request)
                 self.metrics.ended(request, listener.times)
 
     def _do_calls(self, wait: bool) -> None:
-        """Make the calls that have come; ``wait``: for one, as long as the other ranks can be without a plan."""
+        """Make the calls that have come; ``wait``: first wait for one, at most as long as the other ranks can wait."""
         try:
             while True:
                 self.calls.get(block=wait, timeout=BEAT_S)()
@@ -206,7 +208,7 @@ class Service:
                 self.engine.beat()
 
     def _tell(self, step: Sequence[Progress]) -> None:
-        """Let each call hear what a step brought: once, whatever the number of its answers."""
+        """Tell each call what the step added to its answers, in one message."""
         told: dict[Answers, list[News]] = {}
         for request, text, choice in step:
             listener = self._listeners[request.id]

@@ -1,4 +1,4 @@
-"""Tokens to text, one by one: no character in pieces, no text behind a stop, and nothing decoded twice over."""
+"""Incremental detokenisation: whole characters only, no text behind a stop string, and no answer decoded all over again."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,11 +20,11 @@ class TextStream:
     """The text of a growing answer.
 
     Attributes:
-        text: what has been given out. stopped: whether a stop string has ended it.
+        text: what has been returned so far. stopped: whether a stop string has ended it.
 
     Args:
-        shown: special tokens whose names the text has; others write nothing.
-        joined: whether the text has the blank that its first token may write behind others, and not by itself.
+        shown: special tokens that the text shows by name; others write nothing.
+        joined: keep the space of the first token, which SentencePiece drops at the beginning of a text.
     """
 
     def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = (), shown: Sequence[str] = (), joined: bool = False):
@@ -32,26 +32,27 @@ class TextStream:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._shown = {tokenizer.special[name]: name for name in shown if name in tokenizer.special}
         self._ids: list[int] = []
-        self._begin = self._decoded = 0  # the tokens between give context: how a piece is written depends on those before
+        # the ids from _begin to _decoded are context: how a token is written depends on those before
+        self._begin = self._decoded = 0
         self._held = ""  # decoded, but it could become a stop string
 
     def add(self, token: int) -> str:
-        """What of the text can be given out with this token."""
+        """The text that this token completes."""
         if token in self._shown:
             before = self._decode(last=True)
             self._ids, self._begin, self._decoded = [], 0, 0
             return self._give(before + self._shown[token], last=False)
         if self._joined and not self._ids:
-            self._ids, self._decoded = [token], 1  # behind any other, be it itself
+            self._ids, self._decoded = [token], 1  # as if it followed a token, here itself
         self._ids.append(token)
         return self._give(self._decode(), last=False)
 
     def finish(self) -> str:
-        """What is left."""
+        """The rest of the text, at the answer's end."""
         return self._give(self._decode(last=True), last=True)
 
     def _decode(self, last: bool = False) -> str:
-        """The text of tokens not decoded yet; nothing while it may end in a character that is not whole."""
+        """The text of the tokens not decoded yet; empty while it may end in an incomplete character."""
         before = self._tokenizer.decode(self._ids[self._begin : self._decoded])
         text = self._tokenizer.decode(self._ids[self._begin :])
         if len(text) <= len(before) or (text.endswith(BROKEN) and not last):
@@ -74,5 +75,5 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` can be the beginning of ``stop``."""
+    """The length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,8 @@
-"""What is added to a matrix W that stays as it is: ``y = W x + scaling * B (A dropout(x)) + bias``.
+"""Adapters, LoRA and biases, on a matrix W that does not train: ``y = W x + scaling * B (A dropout(x)) + bias``.
 
-A [R, in], B [out, R] and the bias [out] are cut over model-parallel ranks where W is: A with W's input, B and the bias
-with W's output. What is then whole on every rank, while the ranks compute different parts, has a gradient that is partial
-on each: A of a matrix whose output is cut, B of one whose input is. Those enter through ``copy_to_model_parallel_region``.
+A [R, in] is cut over model-parallel ranks if W is cut along its input; B [out, R] and the bias [out] if W is cut along its
+output. The other of A and B is whole on every rank, but each rank uses it for another part of the computation, so its
+gradient is partial on each rank. It therefore enters through ``copy_to_model_parallel_region``, which sums the gradients.
 """
 
 import functools
@@ -17,13 +17,15 @@ from accessory.dtypes import at_least
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one matrix gets; ``rank`` 0 is no LoRA. ``seed`` sets this matrix' dropout apart from the others'.
+    """The adapter of one matrix.
 
-    ``tied``: of the experts' w3, whose A is that of w1; its gradient is then the sum of both uses. So PEFT has it.
-
-    ``members``: several adapters of the matrix side by side, of which each token has one or none; empty: all have this one.
-    Their A stand one above the other and their B next to each other, so that ``rank`` is the sum of theirs; each token keeps
-    of A x what is its own member's. A member's bias is a column of B, whose row of A is zero.
+    Attributes:
+        rank: of LoRA; 0: no LoRA, only a bias.
+        seed: makes the dropout of this matrix differ from that of others.
+        tied: of the experts' w3: it has no A but uses that of w1, whose gradient is then the sum of both uses (as in PEFT).
+        members: several adapters stacked into one, of which each token uses one or none; empty: all tokens use this one.
+            Their A are stacked by rows and their B by columns, so ``rank`` is the sum of their ranks, and each token keeps
+            only its own member's part of A x. A member's bias is a column of B whose row of A is zero.
     """
 
     rank: int = 0
@@ -36,12 +38,12 @@ class Adapter:
 
     @classmethod
     def side_by_side(cls, members: Sequence["Adapter"]) -> "Adapter":
-        """Of ``members``; where one has none of this matrix, ``Adapter()`` stands for it."""
+        """``members`` as one adapter; ``Adapter()`` stands for a member that does not adapt this matrix."""
         rank = sum(member.rank + member.bias for member in members)
-        return cls(rank=-(-rank // 8) * 8, members=tuple(members))  # 16 bytes: what grouped products on a GPU take
+        return cls(rank=-(-rank // 8) * 8, members=tuple(members))  # grouped products on a GPU need rows of 16 bytes
 
     def shapes(self, matrix: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of its tensors, beside a ``matrix`` [..., out, in]."""
+        """The shapes of its tensors, for a ``matrix`` [..., out, in]."""
         *groups, out, inner = matrix
         shapes = {"bias": (*groups, out)} if self.bias else {}
         if self.rank:
@@ -55,31 +57,31 @@ class TokenAdapters:
     """What adapters need to know of each of n tokens.
 
     Attributes:
-        dropout_draw: [n] int64 from ``dropout_draws``: what decides its dropout; None: nothing is dropped.
-        member: [n] int64 which of several adapters (``Adapter.members``) it has, from 1, or 0; None: no token has one.
+        dropout_draw: [n] int64 the random numbers of its dropout, from ``dropout_draws``; None: no dropout.
+        member: [n] int64 which of ``Adapter.members`` it uses, from 1; 0: none; None: no token uses one.
     """
 
     dropout_draw: Tensor | None = None
     member: Tensor | None = None
 
     def of(self, tokens: Tensor | slice) -> "TokenAdapters":
-        """Of these tokens, by their numbers."""
+        """The same for some of the tokens."""
         return TokenAdapters(*(None if x is None else x[tokens] for x in (self.dropout_draw, self.member)))
 
     def reach(self, adapter: Adapter) -> bool:
-        """Whether some token has LoRA of this adapter."""
+        """Whether any token uses this adapter's LoRA."""
         return adapter.rank > 0 and (not adapter.members or self.member is not None)
 
 
 ONE_ADAPTER = TokenAdapters()
-"""All tokens have the one there is, if there is one, and nothing is dropped."""
+"""All tokens use a matrix' one adapter, if it has one, without dropout."""
 
 
 def scaled(low: Tensor, adapter: Adapter, tokens: TokenAdapters, bias_share: Tensor | float = 1.0) -> Tensor:
-    """What B multiplies: ``low`` = A x [n, R], scaled; of several adapters side by side as much as is each token's own.
+    """The input of B: ``low`` = A x [n, R], scaled. Of several adapters, each token keeps only its own member's columns.
 
     Args:
-        bias_share: how much each token gets of its member's bias, a number or [n, 1].
+        bias_share: the share of its member's bias that each token gets, a number or [n, 1].
     """
     if not adapter.members:
         return low * adapter.scaling
@@ -92,7 +94,7 @@ def scaled(low: Tensor, adapter: Adapter, tokens: TokenAdapters, bias_share: Ten
 
 @functools.cache
 def _of_members(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For no member and each member [members + 1, R] what a column of A x is multiplied by, and what is added to it."""
+    """The factor and the summand of each column of A x, for no member (row 0) and for each member: [members + 1, R]."""
     scalings, biases = torch.zeros(2, len(adapter.members) + 1, adapter.rank, dtype=dtype)
     first = 0
     for number, member in enumerate(adapter.members, 1):
@@ -104,7 +106,8 @@ def _of_members(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> t
 
 
 def adapter_cut_dims(dims: int, cut: int | None) -> dict[str, int | None]:
-    """Where of each adapter tensor is cut, if its matrix [..., out, in] of ``dims`` dimensions is along ``cut``."""
+    """The dimension along which each adapter tensor is cut, if its matrix [..., out, in] of ``dims`` dimensions is along
+    ``cut``; None: it is whole."""
     out, inner = dims - 2, dims - 1
     with_output = None if cut == inner else cut
     return {"bias": with_output, "lora_a": None if cut == out else cut, "lora_b": with_output}
@@ -116,14 +119,14 @@ def adapter_name(matrix: str, part: str) -> str:
 
 
 def name_of_a(matrix: str, adapter: Adapter) -> str:
-    """Of the A that the matrix' adapter multiplies with."""
+    """The name of the A that the matrix' adapter uses."""
     return adapter_name(matrix.removesuffix("w3") + "w1" if adapter.tied else matrix, "lora_a")
 
 
 def add_parameters(layer: nn.Module, matrix: str, adapter: Adapter, shape: Sequence[int]) -> None:
     """Give ``layer`` the adapter's parameters for its ``matrix`` of ``shape`` [out, in].
 
-    Those of several matrices, [groups, out, in], are stacked: ``lora_a`` [groups * R, in].
+    Adapters of several matrices, [groups, out, in], are stacked by rows: ``lora_a`` [groups * R, in].
     """
     for part, part_shape in adapter.shapes(shape).items():
         stacked = torch.empty(part_shape).flatten(0, len(shape) - 2)
@@ -169,13 +172,13 @@ def dropped(x: Tensor, adapter: Adapter, dropout_draw: Tensor | None, first_colu
 
 
 def dropout_draws(keys: Tensor, positions: Tensor) -> Tensor:
-    """What decides the dropout of each token: a function of its document's key and its position in it, each [...]."""
+    """The random numbers of each token's dropout, [...]: a function of its document's key and its position in it."""
     return _scramble(_scramble(keys & _BITS) ^ _scramble(positions))
 
 
 _BITS = 2**32 - 1
 HASHED = 2**22
-"""Entries whose dropout is drawn at a time: of a hash each takes 8 bytes, and those of all of a batch's rows gigabytes."""
+"""Entries whose dropout is drawn at a time: a hash takes 8 bytes an entry, gigabytes for all rows of a batch at once."""
 
 
 def _scramble(x: Tensor) -> Tensor:

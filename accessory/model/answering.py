@@ -12,7 +12,7 @@ from accessory.console import in_bytes
 from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.logical import LogicalModel, check_divides
-from accessory.model.memory import saved_bytes, share_of_a_rank
+from accessory.model.memory import saved_bytes, weight_bytes
 from accessory.model.moe.layouts import Layout
 from accessory.model.moe.offload.plan import OffloadPlan, decoded_bytes, plan_offload
 from accessory.settings import OffloadSection, QuantiseSection
@@ -32,6 +32,11 @@ def in_pages(tokens: int) -> int:
     return -(-tokens // GPU_PAGE) * GPU_PAGE
 
 
+def cache_bytes_of_token(args: ModelArgs, size: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token, on one of ``size`` ranks."""
+    return 2 * args.n_layers * max(1, args.n_kv_heads // size) * args.head_dim * dtype.itemsize
+
+
 def beside_experts(
     logical: LogicalModel, layout: Layout, size: int, dtype: torch.dtype, max_seq_len: int, encoders: int = 0
 ) -> dict[str, float]:
@@ -43,11 +48,9 @@ def beside_experts(
         encoders: numbers of what it sees with, whole on every rank.
     """
     args = logical.args
-    kv_heads = max(1, args.n_kv_heads // size)
-    of_a_token = 2 * args.n_layers * kv_heads * args.head_dim * dtype.itemsize  # its keys and values
     return {
-        "weights": share_of_a_rank(logical, layout, size, dtype, without_experts=True) + encoders * dtype.itemsize,
-        "cache": (in_pages(max_seq_len) + GPU_PAGE) * of_a_token,
+        "weights": weight_bytes(logical, layout, size, dtype, without_experts=True) + encoders * dtype.itemsize,
+        "cache": (in_pages(max_seq_len) + GPU_PAGE) * cache_bytes_of_token(args, size, dtype),
         # of a block at work, and what it makes of that
         "step": 2 * CHUNK_TOKENS * saved_bytes(args, size, dtype, "none"),
     }

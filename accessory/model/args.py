@@ -12,12 +12,12 @@ from accessory.model.visual import VisualArgs
 from accessory.settings import QuantiseSection
 
 FewThousand = Annotated[int, Bounds(least=1, below=10_000)]
-"""Of what a checkpoint has separate tensors of: to list those of a billion layers would take hours."""
+"""A count of layers or experts. Each has tensors of its own, and listing those of a billion would take hours."""
 
 
 @dataclass(frozen=True)
 class MoEArgs:
-    """``score_bias``: each router adds a vector [E] to its probabilities where it chooses experts (Wang et al. 2024)."""
+    """``score_bias``: each router adds a vector [E] to its probabilities to choose experts (Wang et al. 2024)."""
 
     num_experts: FewThousand
     num_experts_per_tok: Count
@@ -26,12 +26,15 @@ class MoEArgs:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """A Mixtral-class decoder. Its sizes have no defaults; those of the others are LLaMA2-Accessory's.
+    """A Mixtral-class decoder. Sizes have no defaults; the other defaults are LLaMA2-Accessory's.
 
-    ``rope_scaling`` multiplies positions; ``sliding_window`` is the number of keys a query sees, itself included;
-    ``load_balancing_weight`` scales the balance loss (1.0 = balanced routing) in the training loss. A model with ``labels``
-    says which of them a document has, rather than its next token: their order is that of its logits. ``quantise``: how
-    some of its matrices are held (``model/codecs.py``). ``visual``: how it sees; None: it reads text alone.
+    Attributes:
+        rope_scaling: multiplies positions; None: 1.
+        sliding_window: keys that a query sees, its own token's included; None: all.
+        load_balancing_weight: of the balance loss (1.0 = balanced routing) in the training loss.
+        labels: of a classifier, in the order of its logits; empty: the model predicts the next token.
+        quantise: how some of the matrices are quantised (``model/codecs.py``); None: none is.
+        visual: how the model sees images; None: it reads text only.
     """
 
     dim: Count
@@ -68,7 +71,7 @@ class ModelArgs:
             self._check_quantised(self.quantise)
 
     def _check_quantised(self, quantise: QuantiseSection) -> None:
-        """Raise UserError if the rows of a matrix do not come out even in blocks."""
+        """Raise UserError if the rows of a quantised matrix are not whole blocks."""
         widths = {
             "experts": {"dim": self.dim, "hidden_dim": self.hidden_dim},
             "attention": {"dim": self.dim, "n_heads x head_dim": self.n_heads * self.head_dim},
@@ -90,7 +93,7 @@ class ModelArgs:
         return from_mapping(cls, read_mapping(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it; what other programs do not know stands there only if it is used."""
+        """The content of config.json. Keys that other programs do not know are written only if they are used."""
         values = dataclasses.asdict(self)
         if not self.moe.score_bias:
             del values["moe"]["score_bias"]
@@ -104,7 +107,7 @@ class ModelArgs:
         return values
 
     def active_parameters(self) -> int:
-        """Parameters that one token meets, embedding look-up excluded (FLOPs per trained token = 6 x this + attention)."""
+        """Parameters used for one token, without the embedding (FLOPs per trained token = 6 x this + attention)."""
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
         experts = 3 * self.moe.num_experts_per_tok * self.dim * self.hidden_dim
         outputs = len(self.labels) or self.vocab_size

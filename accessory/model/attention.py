@@ -25,22 +25,23 @@ from accessory.parallel.regions import copy_to_model_parallel_region
 
 @functools.cache
 def takes(kernel: Callable[..., Any], argument: str) -> bool:
-    """Whether a kernel of torch has an argument, which depends on torch's version."""
+    """Whether this version of torch gives its kernel this argument."""
     return argument in inspect.signature(kernel).parameters
 
 
 @functools.cache
 def varlen_kernel() -> Callable[..., Any]:
-    """torch's variable-length attention, imported where it runs: that takes half as long as importing torch."""
+    """torch's variable-length attention, imported on first use: importing it takes half as long as importing torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
 
 
 class Attention(nn.Module):
-    """``wo(softmax(q k^T / sqrt(head_dim)) v)`` with n_kv_heads shared by n_heads (GQA).
+    """``wo(softmax(q k^T / sqrt(head_dim)) v)``, n_heads query heads sharing n_kv_heads key-value heads (GQA).
 
-    More ranks than n_kv_heads share these: a head is computed by several, each for its own query heads.
+    If there are more model-parallel ranks than n_kv_heads, several ranks compute the same key-value head, each for its own
+    query heads.
     """
 
     few_rows = False
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         adapters: TokenAdapters = ONE_ADAPTER,
     ) -> Tensor:
-        """``x`` [T, D] -> [T, D]. ``rotation`` [T, head_dim / 2] is its tokens'."""
+        """``x`` [T, D] -> [T, D]; ``rotation`` [T, head_dim / 2]: the tokens' rotary embedding (``rope.rotations``)."""
         x = copy_to_model_parallel_region(x, self.mp)
         q, k, v = (w(x, adapters).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.few_rows and cache is not None and (singles := cache.of_singles):
@@ -101,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
 
 @functools.cache
 def varlen_runs(device: torch.device, dtype: torch.dtype, paged: bool = False) -> bool:
-    """Whether torch's variable-length attention does, over a cache's pages; says so once where a GPU must do without."""
+    """Whether torch's variable-length attention runs here (``paged``: over a cache's pages). A GPU's no is printed once."""
     if device.type != "cuda":
         return False
     reason = None

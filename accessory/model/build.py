@@ -1,4 +1,4 @@
-"""Make a model without a throw-away full copy: on the meta device first, then each rank fills only its own slices."""
+"""Build a model without a full copy: on the meta device first, then each rank allocates and fills only its own slices."""
 
 import hashlib
 import sys
@@ -40,19 +40,18 @@ def build_model(
     """Build a decoder cut over ``mesh`` and fill it from ``source``.
 
     Args:
-        logical: which tensors it has.
-        source: where they are read from; each rank reads only its own boxes.
-        mesh: by default this rank is alone.
-        dtype: dtype of the parameters (the masters, if ``shard`` sets a narrower compute dtype); the router's are in fp32
-            at least.
+        logical: the model's tensors.
+        source: where their values are read from; each rank reads only its own boxes.
+        mesh: default: this rank alone.
+        dtype: of the parameters (the masters, if ``shard`` sets a narrower compute dtype); the router's are at least fp32.
         trains: names of the parameters that train; None: all.
-        frozen_dtype: dtype of the others, which need no masters; None: ``dtype``.
-        shard: applied to the model while it is still on the meta device, e.g. to wrap it in FSDP.
-        offload: where the experts are, if not on ``device``.
-        refuse_damaged: values that are no numbers are refused; else they are only told.
+        frozen_dtype: of the other parameters, which need no masters; None: ``dtype``.
+        shard: applied while the model is still on the meta device, e.g. to wrap it in FSDP.
+        offload: where the experts are kept, if not on ``device``.
+        refuse_damaged: raise UserError for NaN or infinite values, rather than only warn.
 
     Raises:
-        UserError: the model-parallel size does not divide what the layout cuts; values are no numbers.
+        UserError: the model-parallel size does not divide what the layout cuts; see ``refuse_damaged``.
     """
     check_divides(logical.args, layout, mesh.mp.size)
     model = model_without_weights(logical, layout, mesh, dtype, kernel, recompute, trains, frozen_dtype)
@@ -85,7 +84,7 @@ def model_without_weights(
     trains: Collection[str] | None = None,
     frozen_dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """The decoder on the meta device, which takes no memory; the arguments are those of ``build_model``."""
+    """The decoder on the meta device, without memory for its weights; arguments as for ``build_model``."""
     with torch.device("meta"):
         model = Decoder(logical, layout, mesh, kernel, recompute)
     for name, parameter in model.named_parameters():
@@ -100,13 +99,13 @@ def fill(model: Decoder, source: Source) -> list[str]:
     """Copy the logical tensors of ``source`` into parameters and buffers; an FSDP-sharded parameter reads only its rows.
 
     Returns:
-        The names of those of which this rank has values that are no numbers.
+        The names of the tensors in which this rank found NaN or infinite values.
     """
     damaged = []
     for name, parameter in model.named_tensors():
         local = local_part(parameter)
         for rows, box in model.holdings[name].boxes:
-            # moved as it is stored: where it lies then is also the faster place to convert it
+            # moved in its stored dtype: the device converts it faster than the host
             local[rows] = source.read(name, box).reshape(local[rows].shape).to(local.device)
             progressed()
         if not all_finite(local):
@@ -117,10 +116,9 @@ def fill(model: Decoder, source: Source) -> list[str]:
 class RandomWeights:
     """Initial weights as a function of (seed, logical name, place): the same for every layout and parallel size.
 
-    Matrices are normal with standard deviation 0.02, norms are one (transformers' defaults for Mixtral); of an adapter,
-    A is such a matrix (the reference cuts its normal at +-2, a hundred deviations: at nothing), B and the bias are zero.
-    Numbers are drawn on the CPU in fp32, in blocks of rows with a generator each, so a rank draws only the blocks it
-    needs.
+    Matrices are normal with standard deviation 0.02, and norms are one (transformers' defaults for Mixtral). An adapter's A
+    is such a matrix; its B and bias are zero. Numbers are drawn on the CPU in fp32, in blocks of rows with a generator each,
+    so that a rank draws only the blocks it needs.
     """
 
     BLOCK = 2**20  # numbers per block at most; changing it changes every model made from a seed

@@ -1,4 +1,4 @@
-"""A matrix in few bits: codes of its values, and what turns a block of codes back into numbers.
+"""Quantisation codecs: a matrix as codes of a few bits, and what turns each block of codes back into numbers.
 
 A codec replaces a matrix [..., out, in] by *parts*, each a tensor of bytes with the same dimensions but the last:
 
@@ -6,10 +6,10 @@ A codec replaces a matrix [..., out, in] by *parts*, each a tensor of bytes with
     scales  the two bytes of a number for each block of ``group`` values along the input dimension, or for a whole row
     zeros   of int4, int3 and int2: the code that stands for zero, a byte for each block
 
-A block never reaches over rows, and no figure spans a matrix. So a cut of the parts is the quantised cut, wherever a cut
-keeps blocks whole, in either layout. Bytes are what nothing rounds (FSDP casts frozen tensors of floating point), and what
-every backend sends.
-A value is what its codec says in fp32, whatever the precision that it is then rounded to.
+A block lies within one row, and nothing is shared by a whole matrix. So cutting the parts gives the same as quantising the
+cut matrix, in either layout, as long as blocks stay whole. The parts are bytes because nothing rounds bytes (FSDP casts
+frozen floating-point tensors), and every communication backend can send them. Values are decoded in fp32, and then rounded
+to the dtype that is wanted.
 """
 
 import functools
@@ -35,7 +35,7 @@ NF4 = (
 BLOCKS = {"nf4": 64, "int4": 128, "int3": 64, "int2": 32}
 """Values of a block, where a name says no other."""
 CHUNK = 2**20
-"""Numbers that are encoded, or on CPU decoded, at a time: so that what is in between stays small."""
+"""Numbers that are encoded, or on a CPU decoded, at a time, to keep intermediate tensors small."""
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,15 @@ from accessory.settings import Recompute
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a decoder runs over.
+    """The input of a forward pass: a micro-batch of documents.
 
     Attributes:
         tokens: [T] ids.
-        documents: where they lie; the results of each are those it would have alone.
-        cache: what their tokens of before left there; these are added to it.
-        dropout_keys: [documents] a number for each, of which its adapters' dropout is made; None: nothing is dropped.
-        members: [documents] which of several adapters each has (see ``LogicalModel.member``); None: none has one.
-        images: what a visual model sees among them, encoded; None: nothing.
+        documents: where each document lies among them. Each gets the results that it would get alone.
+        cache: keys and values of the documents' earlier tokens, to which those of ``tokens`` are added.
+        dropout_keys: [documents] seeds of the adapters' dropout; None: no dropout.
+        members: [documents] which of several adapters each uses (see ``LogicalModel.member``); None: none uses one.
+        images: a visual model's encoded images; None: there are none.
     """
 
     tokens: Tensor
@@ -54,7 +54,7 @@ class Inputs:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; the names are those of the reference's checkpoints."""
+    """Pre-norm transformer block. Its modules are named as in LLaMA2-Accessory's checkpoints."""
 
     few_rows: BlockWeights | None = None
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, documents: Documents, cache: LayerCache | None, adapters: TokenAdapters
     ) -> tuple[Tensor, Routing]:
-        """``x`` [T, D] -> [T, D], and which experts made it; the rest is as ``Attention`` takes it."""
+        """``x`` [T, D] -> the output [T, D] and the routing. The other arguments are those of ``Attention``."""
         singles = cache.of_singles if self.few_rows and cache is not None and len(x) <= FEW else None
         if self.few_rows and singles and not any(map(adapters.reach, self.adapters)):
             x, routing = few_rows_block(self.few_rows, x, rotation, *singles)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x + y, routing
 
     def pack(self, dtype: torch.dtype) -> None:
-        """For a model that no longer trains, whose matrices are packed: few_rows.c may run it whole."""
+        """For inference, after the matrices are packed: let few_rows.c run the whole block where it can."""
         attention, gate, experts = self.attention, self.feed_forward.gate, self.feed_forward.experts
         linears = attention.wq, attention.wk, attention.wv, attention.wo
         self.adapters = {*(layer.adapter for layer in (*linears, gate)), *experts.adapters.values()}
@@ -103,12 +103,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A Mixtral-class language model or classifier, cut over the model-parallel ranks of ``mesh`` as ``layout`` says.
 
-    ``recompute``: what of each block is made again in backward.
-
     Attributes:
-        logical: its tensors and adapters. cuts: what of each tensor a model-parallel rank has.
-        holdings: what this rank has of each; ``build_model`` finds out, once the model is sharded.
-        vision: makes features of pixels, where the model sees; no part of the module, for nothing of it trains.
+        logical: the model's tensors and adapters. cuts: how each tensor is cut over model-parallel ranks.
+        holdings: what this rank holds of each tensor; set by ``build_model`` once the model is sharded.
+        recompute: what each block recomputes in backward.
+        vision: a visual model's encoders, pixels -> features. They never train, so they are not part of the module.
     """
 
     vision: Callable[[Images], Images] | None = None
@@ -147,26 +146,26 @@ class Decoder(nn.Module):
         yield from self.offloaded_tensors()
 
     def offloaded_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Those of experts that lie elsewhere than on the device, where they lie."""
+        """The tensors of offloaded experts, in host memory or on disk."""
         for name, layer in self.layers.named_modules():
             if isinstance(layer, GroupedExperts) and layer.offloaded:
                 yield from ((f"layers.{name}.{part}", tensor) for part, tensor in layer.offloaded.tensors().items())
 
     @property
     def sight(self) -> VisualArgs | None:
-        """How it sees; None: it reads text only, or has no encoders."""
+        """How the model sees images; None: it reads text only, or was loaded without encoders."""
         return self.args.visual if self.vision else None
 
     @property
     def offloaded(self) -> list[OffloadedExperts]:
-        """Of each layer; empty: all experts are on the device."""
+        """Each layer's offloaded experts; empty: all experts are on the device."""
         found = (module.offloaded for module in self.modules() if isinstance(module, GroupedExperts))
         return [experts for experts in found if experts]
 
     def pack(self) -> None:
-        """For one that is only used, on a CPU: lay its matrices out for fast products, if there are such in its dtype.
+        """For inference on a CPU: lay the matrices out for fast products, where there are such products in their dtype.
 
-        After it, this model can be neither trained nor saved nor filled.
+        A packed model can no longer be trained, saved or filled.
         """
         if can_pack(self.norm.weight.dtype, self.norm.weight.device):
             packs = ColumnParallelLinear | RowParallelLinear | Router | GroupedExperts | Attention | RMSNorm | Block
@@ -175,7 +174,7 @@ class Decoder(nn.Module):
                     module.pack(self.norm.weight.dtype)
 
     def make_cache(self, pages: int, page_size: int) -> PagedCache:
-        """Room for the keys and values of ``pages`` x ``page_size`` tokens, as far as they are this rank's."""
+        """A cache for this rank's keys and values of ``pages`` x ``page_size`` tokens."""
         args = self.args
         kv_heads = max(1, args.n_kv_heads // self.mesh.mp.size)
         return PagedCache(
@@ -183,13 +182,13 @@ class Decoder(nn.Module):
         )
 
     def forward(self, inputs: Inputs, head: Head) -> tuple[Tensor, RouterStats]:
-        """What ``head`` makes of the inputs, and the router statistics."""
+        """The result of ``head``, and the router statistics."""
         documents, cache = inputs.documents, inputs.cache
         adapters = self._token_adapters(inputs)
         x = self.tok_embeddings(inputs.tokens, adapters)
         args, images = self.args, inputs.images
         if self.connector is not None and args.visual:
-            # without an image it runs on nothing: else a rank that has none would miss the others' collectives
+            # also without images: a rank that has none must still take part in the connector's collectives
             images = images or no_images(args.visual, x)
             x = self.connector(x, images)
         rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
@@ -202,7 +201,7 @@ class Decoder(nn.Module):
         return head(x, self.norm, self.score if args.labels else self.output, adapters), stats
 
     def _token_adapters(self, inputs: Inputs) -> TokenAdapters:
-        """Of each token what its document says."""
+        """What adapters need to know of each token, from its document's entry in the inputs."""
 
         def of_tokens(numbers: Tensor) -> Tensor:
             return F.pad(numbers, (1, 0))[inputs.documents.document_of]

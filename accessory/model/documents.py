@@ -1,4 +1,4 @@
-"""Where the documents of a micro-batch lie."""
+"""Where each document of a micro-batch lies in its row of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a micro-batch: its T tokens are one row, one document behind the other, without padding.
+    """The documents of a micro-batch: T tokens in one row, document after document, without padding.
 
-    Nothing crosses from one to another: attention, positions, router statistics and dropout are each document's own. Some
-    of a document's tokens may have come before, and be in a cache: then these continue it.
+    Documents do not affect one another: attention, positions, router statistics and dropout are per document. A document
+    may continue earlier tokens, whose keys and values are then in a cache.
 
     Attributes:
-        document_of: [T] which document a token is of, counted from 1; 0: the one token that stands for no document.
-        positions: [T] where a token stands in its document.
-        borders: [n + 1] int32: where each document begins and ends.
-        lengths: tokens of each, on the host, so that no attention waits for the device.
-        past: how many tokens of each came before, on the host.
-        count: how many documents there are: n, or 0 if the one of ``lengths`` is none.
+        document_of: [T] the number of each token's document, from 1; 0 for the placeholder of an empty micro-batch.
+        positions: [T] each token's position in its document.
+        borders: [n + 1] int32 the cumulative lengths: document i is rows borders[i] to borders[i + 1].
+        lengths: tokens of each document, on the host, so that attention need not wait for the device.
+        past: tokens of each document that are in the cache, on the host.
+        count: the number of documents, n; 0 if the one of ``lengths`` is the placeholder.
     """
 
     document_of: Tensor
@@ -34,14 +34,15 @@ class Documents:
 
     @classmethod
     def of(cls, lengths: Sequence[int], past: Sequence[int] | None = None) -> "Documents":
-        """Documents of ``lengths`` (at least 1), each behind ``past`` tokens (none).
+        """Documents of ``lengths`` tokens (each at least 1), with ``past`` earlier ones (default: 0 each).
 
-        A rank without documents runs one token that counts nowhere, so that it takes part in every collective.
+        A rank without documents gets a placeholder of one token, which counts nowhere, so that it takes part in every
+        collective.
         """
         count = len(lengths)
         lengths = tuple(lengths) or (1,)
         past = tuple(past or [0] * len(lengths))
-        # numpy: a step of few tokens takes as long as its operators take to start
+        # numpy: in a step of few tokens, launching torch's operators is what takes the time
         borders = np.array([0, *accumulate(lengths)])
         number = np.arange(1, count + 1) if count else np.zeros(1, dtype=np.int64)
         positions = np.arange(borders[-1]) - np.repeat(borders[:-1] - past, lengths)
@@ -50,7 +51,7 @@ class Documents:
 
     @property
     def ends(self) -> Tensor:
-        """[count] the place of each document's last token."""
+        """[count] the row of each document's last token."""
         return self.borders[1 : self.count + 1] - 1
 
     def to(self, device: torch.device) -> "Documents":

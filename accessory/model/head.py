@@ -1,5 +1,7 @@
-"""What a decoder makes of its last hidden states; a head runs inside the decoder's forward, where FSDP has its weights."""
+"""Heads: what a decoder computes from its last hidden states. A head runs inside the decoder's forward, where FSDP has
+gathered the weights that it needs."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,19 +14,22 @@ from accessory.model.linear import ColumnParallelLinear
 from accessory.model.norm import RMSNorm
 from accessory.model.packed import plain
 from accessory.parallel.cross_entropy import linear_cross_entropy, linear_log_probs, linear_predictions
+from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region, gather_from_model_parallel_region
 
 
 class Head(Protocol):
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
-        """``x`` [T, D] behind the last block -> the result; ``norm`` and ``output`` are the decoder's last two modules
-        (of a classifier, V is the number of its labels, and no rank has only a part of them).
+        """The result for the hidden states ``x`` [T, D] behind the last block.
+
+        ``norm`` and ``output`` are the decoder's last two modules. A classifier's ``output`` has a row for each label, and
+        is whole on every rank.
         """
         ...
 
 
 class Targets(NamedTuple):
-    """What stands where in a micro-batch: the hidden state of row ``rows[i]`` of [T] must predict ``ids[i]``."""
+    """The targets of a micro-batch: the hidden state in row ``rows[i]`` of [T] must predict token ``ids[i]``."""
 
     rows: Tensor  # [n] int64
     ids: Tensor  # [n] int64
@@ -33,39 +38,43 @@ class Targets(NamedTuple):
         return Targets(*(x.to(device, non_blocking=True) for x in self))
 
 
-class LossSum:
-    """The sum of cross-entropy over targets, a scalar in at least fp32."""
+class TargetHead:
+    """A function of the logits in the rows that have a target; the full logits are never made."""
+
+    compute: Callable[[list[tuple[Tensor, Tensor]], Tensor, Axis], Tensor]
 
     def __init__(self, targets: Targets):
         self.targets = targets
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
-        return linear_cross_entropy(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
+        x, adapters = _rows(x, adapters, self.targets.rows)
+        hidden = copy_to_model_parallel_region(norm(x), output.mp)
+        low = output.low_rank(hidden, adapters)
+        factors = [(hidden, plain(output.weight))] + ([] if low is None else [(low, output.lora_b)])
+        return type(self).compute(factors, self.targets.ids, output.mp)
 
 
-class LogProbs:
-    """The log-probability of each target, [n] in at least fp32, for a loss that is more than their sum."""
+class LossSum(TargetHead):
+    """The sum of the targets' cross-entropies, a scalar in at least fp32."""
 
-    def __init__(self, targets: Targets):
-        self.targets = targets
-
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
-        return linear_log_probs(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
+    compute = staticmethod(linear_cross_entropy)
 
 
-class Predictions:
-    """Of each target its log-probability, and 1 where it is the likeliest token, else 0: [2, n] in at least fp32. Nothing
-    can be learnt of it."""
+class LogProbs(TargetHead):
+    """The log-probability of each target, [n] in at least fp32, for losses that are not just their sum (DPO)."""
 
-    def __init__(self, targets: Targets):
-        self.targets = targets
+    compute = staticmethod(linear_log_probs)
 
-    def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
-        return linear_predictions(_factors(x, norm, output, adapters, self.targets), self.targets.ids, output.mp)
+
+class Predictions(TargetHead):
+    """The log-probability of each target, and 1 where it is the likeliest token, else 0: [2, n] in at least fp32, without
+    gradient."""
+
+    compute = staticmethod(linear_predictions)
 
 
 class Logits:
-    """Logits [n, V] of ``rows`` [n] of [T], all if None, in at least fp32."""
+    """Logits [n, V] of the rows ``rows`` [n] (None: of all), in at least fp32."""
 
     def __init__(self, rows: Tensor | None = None):
         self.rows = rows
@@ -77,7 +86,7 @@ class Logits:
 
 
 class Means:
-    """Of each document the mean of its tokens' last hidden states, normed: [n, D] in at least fp32."""
+    """The mean over each document's tokens of the last hidden states, normed: [n, D] in at least fp32."""
 
     def __init__(self, documents: Documents):
         self.documents = documents
@@ -88,20 +97,10 @@ class Means:
 
 
 class Nothing:
-    """Only the router statistics are wanted: the output layer does not run."""
+    """For runs that need only the router statistics: the output layer does not run."""
 
     def __call__(self, x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters) -> Tensor:
         return x.new_zeros(())
-
-
-def _factors(
-    x: Tensor, norm: RMSNorm, output: ColumnParallelLinear, adapters: TokenAdapters, targets: Targets
-) -> list[tuple[Tensor, Tensor]]:
-    """What the logits of the targets' rows are the products of: the output layer, and its adapter."""
-    x, adapters = _rows(x, adapters, targets.rows)
-    hidden = copy_to_model_parallel_region(norm(x), output.mp)
-    low = output.low_rank(hidden, adapters)
-    return [(hidden, plain(output.weight))] + ([] if low is None else [(low, output.lora_b)])
 
 
 def _rows(x: Tensor, adapters: TokenAdapters, rows: Tensor | None) -> tuple[Tensor, TokenAdapters]:

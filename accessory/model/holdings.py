@@ -1,4 +1,4 @@
-"""Who holds what: of every logical tensor the boxes that this rank has, and whether its copy of them counts."""
+"""Which boxes of each logical tensor this rank holds, and whether its copy of them is the one that counts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from accessory.parallel.mesh import Mesh, is_sharded
 
 @dataclass(frozen=True)
 class Holding:
-    """What this rank has of a logical tensor.
+    """What this rank holds of a logical tensor.
 
     Attributes:
-        boxes: rows of its local part, and the box of the logical tensor that stands there; none of an empty shard.
-        is_owner: whether its copy counts where each box is to be taken once: several ranks may hold the same, and of them
-            the first owns it.
+        boxes: pairs (rows of the local tensor, the box of the logical tensor that they hold); empty for an empty shard.
+        is_owner: of the ranks that hold the same boxes, the first is their owner. Where each value must count once, as in
+            the gradient norm or a saved file, only the owner's does.
     """
 
     boxes: tuple[tuple[slice, Region], ...]
@@ -24,7 +24,7 @@ class Holding:
 
 
 def holding_of(tensor: Tensor, cut: Cut, mesh: Mesh) -> Holding:
-    """Of a parameter or buffer, cut over ``mesh.mp``; a DTensor is FSDP's, sharded along dim 0 as torch.chunk does."""
+    """The holding of a parameter or buffer, cut over ``mesh.mp``; FSDP shards a DTensor on dim 0, like torch.chunk."""
     region = cut.region(mesh.mp.rank, mesh.mp.size)
     rows, is_first = len(tensor), mesh.dp.rank == 0
     first, last = 0, rows

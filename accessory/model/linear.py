@@ -1,4 +1,4 @@
-"""Matrices cut over model-parallel ranks, and what an adapter adds to them."""
+"""Linear layers and the embedding, cut over model-parallel ranks, with their adapters."""
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,16 @@ class Quantisable(Adaptable):
     packed_codes: PackedCodes | None = None
 
     def quantise(self, matrix: str, codec: Codec) -> None:
-        """Hold it so."""
+        """Hold the matrix quantised by ``codec``."""
         self.codec = codec
         hold_quantised(self, matrix, codec)
 
     def quantised(self, dtype: torch.dtype, codec: Codec) -> QuantisedWeights:
-        """The matrix as it is held, to multiply values in ``dtype``."""
+        """The quantised matrix, to multiply values in ``dtype``."""
         return QuantisedWeights.of(self, "weight", codec, 1, dtype)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Pack the matrix, to multiply values in ``dtype``; quantised it may stay as it is."""
+        """Lay the matrix out for fast products in ``dtype``; a quantised one only if there is a product by its codes."""
         if self.codec is None:
             self.weight = packed(self.weight)
         else:
@@ -46,8 +46,8 @@ class ColumnParallelLinear(Quantisable):
     The caller enters the region (``copy_to_model_parallel_region``) once for all the layers that share an input.
 
     Args:
-        parts: what cannot be cut: a head. If there are more ranks than parts, each rank has the whole weight, and computes
-            the one part that it shares with its neighbours.
+        parts: how many parts ``out`` has that cannot be cut further (key-value heads). If there are more ranks than parts,
+            each rank has the whole weight, and computes one part, which its neighbours compute as well.
     """
 
     def __init__(self, in_features: int, out_features: int, mp: Axis, parts: int | None = None):
@@ -68,12 +68,12 @@ class ColumnParallelLinear(Quantisable):
         return y if low is None else y + F.linear(low, self._own(self.lora_b))
 
     def pack(self, dtype: torch.dtype) -> None:
-        """One of which this rank computes only some rows stays as it is."""
+        """A matrix of which this rank computes only some rows is not packed."""
         if self.own_rows is None:
             super().pack(dtype)
 
     def _own(self, parameter: Tensor) -> Tensor:
-        """The rows that this rank computes with; a whole parameter enters the region, for other ranks take other rows."""
+        """The rows that this rank computes with. A whole parameter enters the region, since other ranks use other rows."""
         return parameter if self.own_rows is None else copy_to_model_parallel_region(parameter, self.mp)[self.own_rows]
 
     def low_rank(self, x: Tensor, adapters: TokenAdapters = ONE_ADAPTER) -> Tensor | None:
@@ -99,7 +99,7 @@ class RowParallelLinear(Quantisable):
             y = product(x, self.packed_codes or self.weight)
         if adapters.reach(self.adapter):
             x = dropped(x, self.adapter, adapters.dropout_draw, first_column=self.mp.rank * x.shape[-1])
-            # this rank's part of A x, and of what the ranks' sum adds once
+            # this rank's part of A x; the bias must enter the sum over ranks once
             low = scaled(F.linear(x, self.lora_a), self.adapter, adapters, bias_share=1 / self.mp.size)
             y = y + F.linear(low, copy_to_model_parallel_region(self.lora_b, self.mp))
         y = reduce_from_model_parallel_region(y, self.mp)

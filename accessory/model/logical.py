@@ -1,12 +1,12 @@
 """The logical checkpoint: full tensors by name, and the part of each that a rank holds.
 
-Names and shapes are those of ``_decoder_shapes``. An adapter on a matrix [..., out, in] adds the tensors (R its rank)
+``_decoder_shapes`` lists their names and shapes. An adapter of rank R on a matrix [..., out, in] adds the tensors
 
     lora_a [..., R, in]    lora_b [..., out, R]    bias [..., out]
 
-called ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1_lora_a`` beside ``experts.w1``; the
-embedding counts as a matrix that maps V to D. In the place of a matrix that is held quantised are its codec's parts, called
-likewise: ``wq.codes``, ``experts.w1_codes``. They are the names of the decoder's own parameters.
+named ``layers.{n}.attention.wq.lora_a`` beside ``.wq.weight`` and ``experts.w1_lora_a`` beside ``experts.w1``; the
+embedding counts as a matrix that maps V to D. A quantised matrix is replaced by its codec's parts, named likewise:
+``wq.codes``, ``experts.w1_codes``. These are also the names of the decoder's parameters.
 """
 
 import re
@@ -36,9 +36,9 @@ Adapters = Mapping[str, Adapter]
 """The adapters of a model, by the logical name of their matrix; a matrix without one is not in it."""
 EMBEDDING = "tok_embeddings.weight"
 SCORE = "score.weight"
+"""A classifier's layer in place of the output layer. It never has an adapter: it is new, and small."""
 CONNECTOR = "connector."
 """What the names of a visual model's connector begin with."""
-"""Of a classifier, in the place of the output layer: never adapted, for it is new and small."""
 
 
 class Source(Protocol):
@@ -50,7 +50,7 @@ class Source(Protocol):
 
 
 class Overlaid:
-    """Some tensors from one source, all others from the one below."""
+    """The tensors ``names`` from the source ``above``, all others from ``below``."""
 
     def __init__(self, below: Source, above: Source, names: Collection[str]):
         self.below, self.above, self.names = below, above, names
@@ -72,7 +72,7 @@ def region_shape(region: Region) -> Shape:
 class Cut:
     """How a logical tensor of ``shape`` is cut over model-parallel ranks: along ``dim``, or not at all (None).
 
-    ``most``: more ranks than that cannot cut it, and have it whole; None: any number can.
+    ``most``: if there are more ranks than this, each has the tensor whole; None: no such limit.
     """
 
     shape: Shape
@@ -80,7 +80,7 @@ class Cut:
     most: int | None = None
 
     def dim_over(self, size: int) -> int | None:
-        """Along which dimension ``size`` ranks cut it."""
+        """The dimension along which ``size`` ranks cut it; None: each has it whole."""
         return None if self.most is not None and size > self.most else self.dim
 
     def region(self, rank: int, size: int) -> Region:
@@ -95,12 +95,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class LogicalModel:
-    """Which tensors a model has: its own, and those of the ``adapters`` on some of its matrices.
+    """The tensors of a model: its own, and those of the ``adapters`` on some of its matrices.
 
-    Nothing here knows of ranks or files; ``cuts`` adds what a layout does.
+    It knows nothing of ranks or files; ``cuts`` says how a layout cuts each tensor.
 
-    ``members``: names of several adapters, side by side on the matrices (``Adapter.members``), of which a document has one
-    or none.
+    ``members``: the names of adapters that are loaded side by side (``Adapter.members``); a document uses one or none.
     """
 
     args: ModelArgs
@@ -109,12 +108,12 @@ class LogicalModel:
 
     @cached_property
     def dense(self) -> dict[str, Shape]:
-        """The shapes of the model's own tensors, by name and in order, where none is quantised."""
+        """The shapes of the model's own tensors, by name and in order, as if none were quantised."""
         return _decoder_shapes(self.args)
 
     @cached_property
     def codecs(self) -> dict[str, Codec]:
-        """Those of them that are held quantised, and how."""
+        """The codecs of the quantised ones, by name."""
         quantise = self.args.quantise
         names = {".experts.": quantise and quantise.experts, ".attention.": quantise and quantise.attention}
         chosen = {matrices: get_codec(name) for matrices, name in names.items() if name}
@@ -122,7 +121,7 @@ class LogicalModel:
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, str]]:
-        """Their parts' names: the matrix, and which part of it."""
+        """The name of each part of a quantised matrix -> (the matrix, which part of it)."""
         return {
             adapter_name(name, part): (name, part)
             for name, codec in self.codecs.items()
@@ -136,12 +135,12 @@ class LogicalModel:
 
     @cached_property
     def of_experts(self) -> list[str]:
-        """Those of them that are the experts' matrices, or parts of them."""
+        """The names in ``base`` of the experts' matrices, or of their parts."""
         return [name for name in self.base if ".experts." in name]
 
     @cached_property
     def _held(self) -> dict[str, dict[str, Shape]]:
-        """Of each of its own tensors what is held: itself, or its parts."""
+        """What is held of each own tensor, by name: the tensor itself, or its parts."""
 
         def held(name: str, shape: Shape) -> dict[str, Shape]:
             codec = self.codecs.get(name)
@@ -152,7 +151,7 @@ class LogicalModel:
 
     @cached_property
     def matrices(self) -> dict[str, Shape]:
-        """Those that can have an adapter, however they are held."""
+        """The shapes of the matrices that can have an adapter, quantised or not."""
         return {
             name: shape
             for name, shape in self.dense.items()
@@ -161,7 +160,7 @@ class LogicalModel:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of all tensors; an adapter's follow their matrix."""
+        """The shapes of all tensors; those of an adapter follow their matrix."""
         result: dict[str, Shape] = {}
         for name, shape in self.dense.items():
             result |= self._held[name]
@@ -172,7 +171,7 @@ class LogicalModel:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """How many numbers each tensor stands for: the codes of a quantised matrix for all of it."""
+        """How many parameters each tensor counts for; the codes of a quantised matrix count for the whole matrix."""
         counted = {part: self.dense[matrix] if kind == "codes" else (0,) for part, (matrix, kind) in self.parts.items()}
         return {name: prod(shape) for name, shape in (self.shapes | counted).items()}
 
@@ -211,7 +210,7 @@ class LogicalModel:
 
 
 def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
-    """The score biases, which some models' routers have, are buffers."""
+    """Shapes by name and in order; the score biases, which some models' routers have, are buffers."""
     d, f, v, e = args.dim, args.hidden_dim, args.vocab_size, args.moe.num_experts
     q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     shapes: dict[str, Shape] = {EMBEDDING: (v, d)}
@@ -240,32 +239,32 @@ def _decoder_shapes(args: ModelArgs) -> dict[str, Shape]:
 
 
 _CUT_DIMS = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "output": 0}
-"""The dimension that model-parallel ranks cut. A layout adds the experts'; what is named nowhere is whole on every rank."""
+"""The dimension that model-parallel ranks cut. A layout adds the experts'; all other tensors are whole on every rank."""
 
 _OF_KV_HEADS = re.compile(r"\.w[kv]\.")
 """A head that query heads share is never cut."""
 
 
 def as_matrix(name: str, dimensions: tuple[T, ...]) -> tuple[T, ...]:
-    """What is said of each dimension of a matrix, as [..., out, in]: the embedding, stored [V, D], maps V to D."""
+    """``dimensions`` in the order [..., out, in]: only the embedding, stored [V, D] while it maps V to D, is turned."""
     return dimensions[::-1] if name == EMBEDDING else dimensions
 
 
 def is_buffer(name: str) -> bool:
-    """Whether no gradient trains a logical tensor."""
+    """Whether a logical tensor is a buffer, which no gradient trains."""
     return name.endswith(".score_bias")
 
 
 def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a logical tensor is held and saved in, if the model is in ``dtype``: the router in fp32 at least, for rounded to
-    bf16 it makes 0.2 % of the choices otherwise; parts of a quantised matrix as the codec makes them."""
+    """The dtype in which a logical tensor is held and saved, in a model of ``dtype``: at least fp32 for the router, because
+    rounded to bf16 it chooses other experts in 0.2 % of cases; bytes for the parts of a quantised matrix."""
     if is_part(name):
         return torch.uint8
     return at_least(dtype) if ".feed_forward.gate." in name else dtype
 
 
 def undivided(args: ModelArgs, layout: Layout, model_parallel: int) -> list[str]:
-    """What a model-parallel size does not divide, with its number; it may be a multiple of n_kv_heads instead."""
+    """The sizes that a model-parallel size does not divide, each with its number. Of n_kv_heads it may be a multiple."""
     sizes = layout.cut_size(args) | {"n_heads": args.n_heads, "vocab_size": args.vocab_size, "dim": args.dim}
     for matrices, name in vars(args.quantise).items() if args.quantise else ():
         group = get_codec(name).group if name else None

@@ -1,4 +1,4 @@
-"""How much memory a rank needs, and whether it is there: told before anything is read or made."""
+"""How much memory a rank needs, and whether it has that much: known before anything is read or allocated."""
 
 import os
 from collections.abc import Collection
@@ -19,12 +19,12 @@ from accessory.parallel.mesh import Mesh
 from accessory.settings import ParallelSection, Recompute
 
 MOMENTS = 2
-"""AdamW's, of each parameter that trains, beside its gradient."""
+"""AdamW's moments of each parameter that trains, beside its gradient."""
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine, less where a container is given less."""
+    """Bytes of memory of a GPU or of this machine; of the container, if that is limited to less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -34,10 +34,10 @@ def memory_of(device: torch.device) -> int:
     return there
 
 
-def share_of_a_rank(
+def weight_bytes(
     logical: LogicalModel, layout: Layout, model_parallel: int, dtype: torch.dtype, without_experts: bool = False
 ) -> float:
-    """Bytes of one rank's part of a model that is only used."""
+    """Bytes of one rank's weights, for a model that does not train."""
     shares = shares_of_rank(logical, layout, model_parallel, without_experts).items()
     return sum(prod(logical.shapes[name]) * held_dtype(name, dtype).itemsize * share for name, share in shares)
 
@@ -48,19 +48,21 @@ def check_memory(
     mesh: Mesh,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     trains: Collection[str] = (),
     frozen_dtype: torch.dtype | None = None,
     sharing: int = 1,
     beside: int = 0,
     slot_bytes: int | None = None,
 ) -> None:
-    """Raise UserError if what this rank must hold of a model all the time cannot be there; activations are not counted.
+    """Raise UserError if this rank's weights, gradients and moments do not fit; activations are not counted.
 
     Args:
-        logical, layout: the model, and how it is cut. mesh: the ranks that hold it together.
-        dtype: of what trains; frozen_dtype: of the rest, None: the same.
-        sharing: how many ranks share the device's memory. beside: numbers that each holds besides, frozen: of encoders.
-        slot_bytes: for experts on the device, if they are offloaded; else None.
+        logical, layout, mesh: the model, how it is cut, and the ranks that hold it together.
+        dtype: of what trains. frozen_dtype: of the rest; None: the same.
+        sharing: how many ranks share the device's memory.
+        beside: frozen parameters that each rank has whole beside the model, its encoders'.
+        slot_bytes: bytes of experts on the device, if experts are offloaded; else None.
     """
     counts = {"train": 0.0, "quantised": 0.0, "frozen": 0.0}
     nbytes = dict(counts)
@@ -95,9 +97,9 @@ def check_memory(
 def shares_of_rank(
     logical: LogicalModel, layout: Layout, model_parallel: int, without_experts: bool = False
 ) -> dict[str, float]:
-    """How much of each tensor a model-parallel rank has, before data-parallel ranks share it out.
+    """The share of each tensor that a model-parallel rank has, before data-parallel ranks shard it.
 
-    ``without_experts``: their matrices are offloaded, and left out.
+    ``without_experts``: leave out the experts' matrices, which are offloaded.
     """
     cuts, left_out = logical.cuts(layout), logical.of_experts if without_experts else ()
     return {
@@ -109,10 +111,10 @@ def shares_of_rank(
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a rank's memory while it trains, by what takes them.
+    """Bytes of a rank's memory in training, by use.
 
-    Weights, gradients and moments are counted. What comes and goes is estimated: parameters gathered over the data-parallel
-    ranks, with their gradients before they are shared out; activations that backward needs, with those of the block at work.
+    Weights, gradients and moments are exact. The rest is an estimate: parameters that FSDP has gathered, with their
+    gradients before these are scattered; the activations that backward needs, with those of the block at work.
     """
 
     weights: float
@@ -135,6 +137,7 @@ def footprint(
     layout: Layout,
     mesh: Mesh,
     parallel: ParallelSection,
+    *,
     compute: torch.dtype,
     trains: Collection[str],
     tokens: int,
@@ -143,13 +146,12 @@ def footprint(
     beside: int = 0,
     slot_bytes: int | None = None,
 ) -> Footprint:
-    """What a rank needs to train.
+    """The memory that a rank needs to train.
 
     Args:
         compute: dtype of forward and backward. trains: names of the tensors that train.
-        tokens: of a micro-batch at most. accumulation: micro-batches of a step. beside: numbers of encoders, which are whole
-            on every rank.
-        slot_bytes: for experts on the device, if they are offloaded; else None.
+        tokens: most tokens of a micro-batch. accumulation: micro-batches of a step.
+        beside, slot_bytes: as in ``check_memory``.
     """
     narrow, wide, args = compute.itemsize, at_least(compute).itemsize, logical.args
     shares = shares_of_rank(logical, layout, mesh.mp.size, slot_bytes is not None)
@@ -188,13 +190,13 @@ def footprint(
 
 
 def saved_bytes(args: ModelArgs, model_parallel: int, compute: torch.dtype, recompute: Recompute) -> float:
-    """Bytes that one block keeps of a token for backward, if all of it trains and experts share the tokens evenly."""
+    """Bytes that one block keeps of each token for backward, if all of it trains and experts get equally many tokens."""
     if recompute == "block":
         return compute.itemsize * args.dim
     queries, keys = args.n_heads * args.head_dim / model_parallel, max(1, args.n_kv_heads / model_parallel) * args.head_dim
     top_k = args.moe.num_experts_per_tok
-    # what goes into either norm; q, k, v and what attention gives; gate and up
+    # the input of either norm; q, k, v and the output of attention; gate and up
     kept = 2 * args.dim + 2 * queries + 2 * keys + top_k * 2 * args.hidden_dim / model_parallel
-    if recompute == "none":  # what the norms give, and the experts' rows of it
+    if recompute == "none":  # the outputs of the norms, and the experts' rows of them
         kept += 2 * args.dim + top_k * args.dim
     return compute.itemsize * kept

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """Keeps x as it is given and a number of each row; autograd would keep x in fp32 and what it was normalised to."""
+    """Keeps x and one number per row for backward; autograd would keep x in fp32, and the normalised x as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +48,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Of ``x`` [..., D]: the result, and 1 / rms of each row [..., 1]."""
+    """The norm of ``x`` [..., D], and 1 / rms of each row [..., 1]."""
     if passes := fused(x):
         return passes.rms_norm(x, weight, eps)
     wide = at_least_fp32(x)

@@ -1,11 +1,11 @@
-"""Matrices of a model that no longer trains, laid out as a CPU multiplies by them fastest.
+"""Matrices laid out for fast products on a CPU, for inference only: the operators have no gradients.
 
-In blocks, a product of few rows takes the time of reading the matrix, and else up to three times as long; many rows gain too
-(benchmarks/generate.py). oneDNN lays them out, once; the values stay what they are, and can be had back. Its operators are
-those that torch's own compiler uses, and know no gradients.
+In oneDNN's blocked layout a product of few rows takes the time of reading the matrix; in the plain layout it takes up to
+three times as long. Products of many rows gain too (benchmarks/generate.py). A matrix is laid out once; its values do not
+change, and ``plain`` gives them back. The operators are those that torch's own compiler uses.
 
-Of quantised ones in int8 and int4 torch has products in bf16 that make no numbers first: a product of one row takes the time
-of reading the codes.
+For quantised matrices in int8 and int4, torch has products in bf16 that work on the codes: a product of one row takes the
+time of reading the codes.
 """
 
 import torch
@@ -17,10 +17,10 @@ from accessory.model.few_rows import FEW, few_rows_product, lies_in_panels
 from accessory.model.huge_pages import into_huge_pages
 
 FEW_CODED = 32
-"""Up to which int8 is multiplied by its codes; with more it is faster to make the numbers first."""
+"""Rows up to which an int8 matrix is multiplied by its codes; with more rows it is faster to dequantise it first."""
 
 LAID_OUT_AT_ONCE = 64
-"""Rows of int4: what is in between is ten times their codes, and is not all given back."""
+"""Rows of an int4 matrix: the conversion takes ten times the memory of the codes, and not all of it is given back."""
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -31,20 +31,20 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def packed(matrix: Tensor) -> nn.Parameter:
-    """``matrix`` [out, in], laid out anew."""
+    """``matrix`` [out, in] in oneDNN's layout."""
     laid_out = torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None)
     into_huge_pages(torch.ops.mkldnn.data_ptr(laid_out), torch.ops.mkldnn._nbytes(laid_out))
     return nn.Parameter(laid_out, requires_grad=False)
 
 
 def can_multiply(codec: Codec, rows: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether there are products by the codes of a matrix [rows, width] in ``dtype``; torch does not check all of that."""
+    """Whether torch can multiply by the codes of a matrix [rows, width] in ``dtype``. It does not check all of this."""
     even = dtype == torch.bfloat16 and rows % 16 == 0 and width % 32 == 0
     return even and (codec.kind == "int8" or (codec.kind == "int4" and codec.group in (32, 64, 128, 256)))
 
 
 class PackedCodes:
-    """A quantised matrix [out, in] to multiply by in bf16; of int4 scales, and what zeros take off, are rounded to that."""
+    """A quantised matrix [out, in] for products in bf16; the scales and zeros of int4 are rounded to bf16."""
 
     def __init__(self, codec: Codec, parts: Parts):
         codes, bits = parts["codes"], parts["scales"].view(codec.scale_dtype)
@@ -59,7 +59,7 @@ class PackedCodes:
         into_huge_pages(self.codes.data_ptr(), self.codes.nbytes)
 
     def product(self, x: Tensor) -> Tensor:
-        """Of rows [n, in]."""
+        """``x`` [n, in] -> [n, out]."""
         if self.group is not None:
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scales)
             return y
@@ -69,7 +69,7 @@ class PackedCodes:
 
 
 def plain(matrix: Tensor) -> Tensor:
-    """A matrix [out, in], packed or not, as any operator takes it."""
+    """A matrix [out, in], packed or not, in the plain layout that every operator takes."""
     return matrix.to_dense() if matrix.is_mkldnn else matrix
 
 

@@ -1,6 +1,6 @@
-"""Matrices that a layer holds quantised, and multiplies with: numbers are made of them where a product needs them.
+"""Quantised matrices of a layer: dequantised where a product needs them.
 
-What a product keeps for its backward pass is the packed form; the numbers are made once more.
+A product keeps the quantised form for its backward pass, and dequantises once more there.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from accessory.model.packed import PackedCodes, can_multiply
 from accessory.model.triton_here import triton_compiles
 
 FEW_ROWS = 32
-"""Of a matrix, up to which a GPU multiplies by its codes; to be measured on one."""
+"""Rows up to which a GPU multiplies by a matrix' codes; not yet measured on one."""
 AT_ONCE_BYTES = 2**28
-"""Of numbers that are made at a time, where that is not one matrix already."""
+"""Most bytes that are dequantised at a time, if one matrix is not more already."""
 
 
 def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
-    """Give ``layer`` the parts of its parameter ``matrix`` [rows, in] in the place of that."""
+    """Replace the parameter ``matrix`` [rows, in] of ``layer`` by the parts of its quantised form."""
     shapes = codec.shapes(getattr(layer, matrix).shape)
     delattr(layer, matrix)
     for part, shape in shapes.items():
@@ -31,8 +31,11 @@ def hold_quantised(layer: nn.Module, matrix: str, codec: Codec) -> None:
 
 
 def packed_codes(layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> list[PackedCodes] | None:
-    """What ``groups`` matrices, one above the other, are multiplied by from now on in the place of their parts in a layer;
-    None, and nothing changes, if there are no such products."""
+    """Take the parts of ``groups`` stacked matrices out of a layer, laid out for products by their codes.
+
+    Returns:
+        Each matrix so laid out; None, and the layer is unchanged, if there are no such products.
+    """
     weights = QuantisedWeights.of(layer, matrix, codec, groups, dtype)
     _, rows, width = weights.shape
     if not can_multiply(codec, rows, width, dtype):
@@ -43,7 +46,7 @@ def packed_codes(layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype
 
 
 class QuantisedWeights:
-    """Quantised ``ExpertWeights`` [e, out, in], made to ``dtype`` when they are asked for."""
+    """Quantised ``ExpertWeights`` [e, out, in], dequantised to ``dtype`` when they are asked for."""
 
     trained = None
 
@@ -55,13 +58,13 @@ class QuantisedWeights:
 
     @classmethod
     def of(cls, layer: nn.Module, matrix: str, codec: Codec, groups: int, dtype: torch.dtype) -> "QuantisedWeights":
-        """Of a layer that holds those of ``groups`` experts one above the other."""
+        """The weights of a layer that holds the matrices of ``groups`` experts stacked by rows."""
         names = {part: adapter_name(matrix, part) for part in PARTS}
         parts = {part: getattr(layer, name) for part, name in names.items() if hasattr(layer, name)}
         return cls(codec, {part: stacked.unflatten(0, (groups, -1)) for part, stacked in parts.items()}, dtype)
 
     def rows(self, rows: slice | None) -> "QuantisedWeights":
-        """Some of each matrix' rows; None: all."""
+        """These rows of each matrix; None: all."""
         if rows is None:
             return self
         return QuantisedWeights(self.codec, {part: stacked[:, rows] for part, stacked in self.parts.items()}, self.dtype)
@@ -89,7 +92,7 @@ CodesProduct = Callable[..., Tensor]
 
 
 def codes_product(x: Tensor) -> CodesProduct | None:
-    """The product of a few rows by a matrix' codes, compiled; None: there is none here, or gradients are wanted."""
+    """The compiled product of a few rows by a matrix' codes; None: there is none here, or gradients are wanted."""
     if torch.is_grad_enabled() or not triton_compiles(x):
         return None
     from accessory.model.triton_codes import times_codes

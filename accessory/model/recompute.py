@@ -1,12 +1,12 @@
-"""What a block keeps for its backward pass, and what is made again there: ``parallel.recompute``.
+"""Activation recompute: what a block keeps for its backward pass, and what backward computes again (``parallel.recompute``).
 
-    none                what backward reads, autograd keeps
-    norms_and_experts   what is made without a product of matrices, of what is kept anyway, is made again when backward asks
-                        for it: what norms give, the experts' rows of it, and what goes into their down projection
-    block               only what the block is given is kept. All of it runs again, but for what it decides (which experts,
-                        and where their rows lie) and for what only its output is made of
+    none                autograd keeps everything that backward reads
+    norms_and_experts   backward recomputes what needs no matrix product and only inputs that are kept anyway: the outputs of
+                        norms, the experts' rows of them, and the input of the down projection
+    block               only the block's input is kept, and the block runs again in backward. Its decisions (which experts,
+                        and where their rows lie) are kept, and what only its output needs is not computed again
 
-A module calls ``made_again`` on what it can make a second time and ``decided`` on a decision, and asks ``is_rerun``.
+A module calls ``made_again`` on what it can recompute and ``decided`` on a decision, and asks ``is_rerun``.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def run_block(block: Callable[..., T], arguments: tuple[Any, ...], recompute: Recompute) -> T:
-    """``block(*arguments)``, which keeps for backward what ``recompute`` says."""
+    """``block(*arguments)``, keeping for backward what ``recompute`` says."""
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*arguments)
     if recompute == "norms_and_experts":
@@ -55,16 +55,16 @@ _run: ContextVar[_Run | None] = ContextVar("run", default=None)
 
 
 def is_rerun() -> bool:
-    """Whether a block runs again: for what it keeps, while nobody reads what it gives."""
+    """Whether this is a block's second run, in backward: what it saves is needed, its output is not."""
     run = _run.get()
     return run is not None and run.is_rerun
 
 
 def decided(decide: Callable[[], T]) -> T:
-    """``decide()``; where a block runs again, what that was the first time.
+    """``decide()``; in a block's second run, the result of the first.
 
-    A product that is not bitwise the same the second time must not send a token elsewhere, and what is counted on the host
-    is waited for once. ``decide`` does nothing that autograd sees.
+    A product that is not bitwise the same the second time must not send a token to another expert, and the host waits only
+    once for what it counts. ``decide`` does nothing that autograd sees.
     """
     run = _run.get()
     if run is None:
@@ -76,7 +76,7 @@ def decided(decide: Callable[[], T]) -> T:
 
 
 class _Again:
-    """What is made when it is first asked for, and stays until all who keep it have asked."""
+    """A tensor that is made when it is first asked for, and freed when all who keep it have asked."""
 
     def __init__(self, make: Callable[[], Tensor]):
         self.make, self.kept_by = make, 0
@@ -101,9 +101,9 @@ _makers: ContextVar[_Makers | None] = ContextVar("makers", default=None)
 
 
 def made_again(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """``tensor``, in whose place ``make(*sources)`` may be given to backward: bitwise the same, and lying the same way.
+    """``tensor``; backward may get ``make(*sources)`` instead, which must be the same bit for bit, with the same strides.
 
-    The sources are tensors that backward keeps anyway, or that are made again themselves.
+    The sources are tensors that backward keeps anyway, or that are recomputed themselves.
     """
     makers = _makers.get()
     if makers is not None:

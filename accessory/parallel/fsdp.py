@@ -23,10 +23,10 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
     Args:
         mode: "fsdp" gathers each block's parameters for its forward and again for its backward; "sdp" and "ddp"
             keep them gathered until the step's last backward. ("ddp" is a matter of the mesh: shards over one rank.)
-        compute: dtype of parameters and activations in forward and backward; modules that say ``needs_fp32`` get theirs in
-            at least fp32. Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or
-            at least fp32. Frozen parameters are sharded too, if there are ranks to share them out among; FSDP would copy
-            those of a rank that has them whole, in every forward and backward, to where they are.
+        compute: dtype of parameters and activations in forward and backward; at least fp32 in modules with ``needs_fp32``.
+            Parameters, their reduced gradients and the optimiser state keep the parameters' own dtype, or at least fp32.
+            Frozen parameters are sharded too. Where ranks have them whole they are left out of FSDP, which would copy them
+            to themselves in every forward and backward.
     """
     if mesh.dp.size == 1 and all(p.dtype == compute or not p.is_floating_point() for p in model.parameters()):
         return
@@ -55,9 +55,9 @@ def wrap(model: nn.Module, mesh: Mesh, mode: DataParallel, compute: torch.dtype,
 
 
 class _OfOneRank:
-    """What a rank alone would send is what it would get: both are one place, which FSDP need not copy to another.
+    """A reduce-scatter among one rank: the buffers to send from and to receive into are one, and nothing is copied.
 
-    FSDP asks for memory twice for each reduction, first to send from.
+    FSDP allocates both for each reduction, first the one to send from.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class _OfOneRank:
 
 
 def _ready_to_use(model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
-    """The frozen parameters that are held as they are computed with."""
+    """The frozen parameters that are held in the dtype that they are computed in."""
     found = set()
     for module in model.modules():
         used_in = at_least(compute) if getattr(module, "needs_fp32", False) else compute
@@ -86,7 +86,7 @@ def _ready_to_use(model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
 
 
 def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
-    """The data-parallel axes as FSDP takes them; a rank alone on one needs a group of its own there."""
+    """The data-parallel axes as FSDP takes them. It needs a process group also for an axis of one rank."""
     shard, replicate = (axis.group or _group_of_one() for axis in (mesh.dp_shard, mesh.dp_replicate))
     if mesh.dp_replicate.size == 1:
         return DeviceMesh.from_group(shard, device_type, mesh_dim_names=("shard",))
@@ -99,10 +99,10 @@ def _group_of_one() -> dist.ProcessGroup:
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Say whether the next backward, the ``last`` of a step or not, reduces gradients, or only adds them up.
+    """Say whether the next backward is the ``last`` of a step, and so whether gradients are reduced or only accumulated.
 
-    "fsdp" reduces them over the shards each time, for it never holds whole gradients, and over the copies in the last. The
-    others hold them and the gathered parameters, and communicate once a step.
+    "fsdp" never holds whole gradients: it reduces them over the shards in every backward, and over the copies in the last.
+    The other modes keep whole gradients and the gathered parameters, and communicate once a step.
     """
     if isinstance(model, FSDPModule):
         holds_whole = model.data_parallel != "fsdp"
@@ -112,7 +112,7 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
 
 
 def show_masters(model: nn.Module) -> None:
-    """Let the parameters be their sharded masters again: after a forward some are still gathered, in the compute dtype."""
+    """Make the parameters their sharded masters again: after a forward, some are still gathered, in the compute dtype."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

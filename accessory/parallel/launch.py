@@ -34,6 +34,16 @@ from accessory.settings import LONGEST_COLLECTIVE_S
 T = TypeVar("T")
 
 
+def own_device() -> torch.device:
+    """The GPU that torch uses in this process, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def own_cores() -> int:
+    """How many cores this process may use: a scheduler or a container may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Launch:
     """This process's place in the job."""
@@ -193,8 +203,7 @@ def join(launch: Launch, store: dist.Store) -> None:
     """Initialise the default process group (NCCL on GPUs, gloo on CPU) and share the cores between local ranks."""
     device = launch.device
     if "OMP_NUM_THREADS" not in os.environ or device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // launch.local_world))
+        torch.set_num_threads(max(1, own_cores() // launch.local_world))
     backend, own = "gloo", None
     if device.type == "cuda":
         # blocks of every size come and go with the routing: what is left between them is used as one

@@ -1,4 +1,4 @@
-"""Who stands where: the ranks of a job along the axes that a model is cut over."""
+"""The device mesh: the ranks of a job, along the axes that a model is cut over."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from accessory.settings import LONGEST_COLLECTIVE_S
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP has cut it: whether it is a DTensor, asked without their module, whose import takes half a second."""
+    """Whether it is an FSDP-sharded DTensor; found without importing torch's DTensor module, which takes half a second."""
     return hasattr(tensor, "to_local")
 
 
@@ -26,10 +26,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place among ``size`` ranks that share a task.
+    """This rank's place in a group of ``size`` ranks.
 
     Attributes:
-        group: of these ranks; None: this one is alone.
+        group: their process group; None: this rank is alone.
     """
 
     rank: int = 0
@@ -47,14 +47,14 @@ class Axis:
         return x
 
     def gather(self, names: list[str]) -> list[str]:
-        """The names that any rank of the axis gives, in order, each once (a collective)."""
+        """The names given by any rank of the axis, in order of ranks, without repeats (a collective)."""
         everyones = [names] * self.size
         if self.size > 1:
             dist.all_gather_object(everyones, names, group=self.group)
         return list(dict.fromkeys(name for some in everyones for name in some))
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """``x``, as the first rank of the axis has it, in place (a collective)."""
+        """``x``, overwritten by that of the first rank of the axis (a collective)."""
         if self.size > 1:
             dist.broadcast(x, group=self.group, group_src=0)
         return x
@@ -62,19 +62,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of a model: world = dp_replicate x dp_shard x mp, mp innermost. By default one rank alone.
+    """The axes of a model: world = dp_replicate x dp_shard x mp, mp innermost. Default: one rank alone.
 
-    With 8 ranks, mp 2 and shards over 2, rank r is
+    With 8 ranks, mp 2 and shards over 2, rank r is at
 
         dp_replicate r // 4    dp_shard r // 2 % 2    mp r % 2    dp r // 2, the two data-parallel axes as one
 
-    A model carries its mesh: models with different ones live in one process.
+    Each model carries its mesh, so models with different meshes can live in one process.
 
     Attributes:
-        mp: ranks that hold one copy of the model between them, each with its slices, and see the same tokens.
-        dp_shard: ranks that share out, over data-parallel ranks, what one model-parallel rank has.
-        dp_replicate: ranks with the same shards.
-        dp: ranks that see different tokens. world: all.
+        mp: model parallel: ranks that hold one copy of the model together, a slice each, and see the same tokens.
+        dp_shard: ranks over which FSDP shards what one model-parallel rank has.
+        dp_replicate: ranks that hold the same shards (HSDP's copies).
+        dp: all data-parallel ranks, which see different tokens. world: all ranks.
     """
 
     mp: Axis = Axis()
@@ -90,7 +90,7 @@ ONE_RANK = Mesh()
 def make_mesh(model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
     """Cut all ranks into a mesh (a collective).
 
-    fairscale makes the groups, so code that asks it (``get_model_parallel_group``) finds those of the mesh made last.
+    fairscale makes the groups: its ``get_model_parallel_group`` returns that of the mesh made last.
 
     Args:
         model_parallel: size of ``mp``. shard_size: of ``dp_shard``; None: all data-parallel ranks.
@@ -117,7 +117,7 @@ def make_mesh(model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
 
 
 def plan_mesh(world: int, model_parallel: int = 1, shard_size: int | None = None) -> Mesh:
-    """The mesh as the first of ``world`` ranks would have it: sizes alone, without groups, and so without the other ranks.
+    """The mesh of the first of ``world`` ranks, with sizes but no process groups: no other rank is needed to make it.
 
     Raises:
         UserError: the sizes do not divide the number of ranks.

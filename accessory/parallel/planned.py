@@ -1,4 +1,4 @@
-"""A GPU that is not there: a step that is traced for one computes shapes alone, on the CPU (``train.trace``)."""
+"""Planning for a GPU that is not there: a step is traced with shapes only, on the CPU (``train.trace``)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _planned: ContextVar[bool] = ContextVar("planned", default=False)
 
 @contextmanager
 def planned_for_gpu() -> Iterator[None]:
-    """Inside, what chooses by device chooses as on a GPU of compute capability 8.0 or above with Triton."""
+    """Inside, code that chooses by device chooses as on a GPU of compute capability 8.0 or above with Triton."""
     token = _planned.set(True)
     try:
         yield
@@ -20,12 +20,12 @@ def planned_for_gpu() -> Iterator[None]:
 
 
 def is_planned() -> bool:
-    """Whether shapes alone are computed, for a GPU."""
+    """Whether a step is being traced with shapes only, for a GPU."""
     return _planned.get()
 
 
 def borders_on_host(borders: Tensor, total: int) -> list[int]:
-    """Where the rows of n experts end, of ``total``, as numbers, for which the host waits; planned: each has as many."""
+    """Where the rows of n experts end, as host numbers (the host waits); when planning: ``total`` rows shared evenly."""
     if is_planned():
         return [total * (place + 1) // len(borders) for place in range(len(borders))]
     numbers: list[int] = borders.tolist()
@@ -33,5 +33,5 @@ def borders_on_host(borders: Tensor, total: int) -> list[int]:
 
 
 def device_type(x: Tensor) -> str:
-    """What ``x`` is computed on, or planned to be."""
+    """The type of device that ``x`` is on, or is planned to be on."""
     return "cuda" if is_planned() else x.device.type

@@ -33,10 +33,11 @@ from accessory.settings import BalanceMode
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """What a run adds to its loss for its routers, as its ``train`` section says.
+    """The losses that a run adds for its routers, from its ``train`` section.
 
     Attributes:
-        bias_rate: how far an expert's score bias moves in a step; with "bias" alone.
+        balance: the mode (see above). z_weight: of the z-loss.
+        bias_rate: how far an expert's score bias moves in a step, in the mode "bias".
     """
 
     balance: BalanceMode = "document"
@@ -44,16 +45,17 @@ class RouterLosses:
     bias_rate: float = 0.001
 
     def balance_weight(self, args: ModelArgs) -> float:
-        """Of the balance loss."""
+        """The weight of the balance loss."""
         return 0.0 if self.balance == "bias" else args.load_balancing_weight
 
     def step_balance(
         self, model: Decoder, micro_batches: Sequence[Batch], tokens: Tensor
     ) -> Callable[[RouterStats], Tensor]:
-        """What gives a micro-batch's share of a step's balance loss, from its statistics; all ranks' shares add up to it.
+        """A function that returns a micro-batch's share of the step's balance loss, given its router statistics. The shares
+        of all micro-batches and ranks add up to the loss.
 
-        Every rank must call this, and what it returns as often as the others. With "bias", and with "global" where the
-        loss has no weight, the value is only reported: per document, which needs no further forward.
+        Every rank must call this, and then the function, as often as the others. With "bias", and with "global" if the loss
+        has no weight, the value is only reported; it is then that of "document", which needs no further forward.
 
         Args:
             tokens: real tokens of the whole global batch.

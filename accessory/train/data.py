@@ -40,9 +40,19 @@ class RunData:
     ):
         progressed("reading the data")
         self.packing, self.max_seq_len = section.packing, max_seq_len
-        reads = section.validation, section.bad_records, model.labels, model.visual
-        arguments = (section.mix, tokenizer, max_seq_len, seed, *reads)
-        data = first_on_each_node(lambda: load_mix(*arguments), launch)
+        data = first_on_each_node(
+            lambda: load_mix(
+                section.mix,
+                tokenizer,
+                max_seq_len,
+                seed,
+                validation=section.validation,
+                bad_records=section.bad_records,
+                labels=model.labels,
+                visual=model.visual,
+            ),
+            launch,
+        )
         self.training, self.validation = data.training, data.validation
         self.image_reader = ImageReader(model.visual.size, section.bad_records == "skip") if model.visual else None
         self.lengths = sample_lengths(self.training)

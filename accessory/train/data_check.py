@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from accessory.errors import UserError
 from accessory.files import check_writable
 from accessory.model.args import ModelArgs
 from accessory.model.visual import VisualArgs
+from accessory.parallel.launch import own_cores
 from accessory.settings import RunConfig
 from accessory.train.loggers import METRICS, read_metrics
 from accessory.train.picture import picture
@@ -68,7 +68,7 @@ def check(arguments: argparse.Namespace) -> None:
 def _damaged(sources: list[Tokenised]) -> list[str]:
     """The samples of which an image cannot be decoded to its end: file, line and reason."""
     found = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(own_cores()) as threads:
         for store in (store for source in sources for store in source.stores):
             samples = ((number, store.images(number)) for number in range(len(store)))
             for number, reason in threads.map(lambda sample: (sample[0], _problem(sample[1])), samples):

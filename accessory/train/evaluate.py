@@ -14,7 +14,7 @@ from accessory.data.image_reader import ImageReader
 from accessory.data.loader import BatchPlan, sample_lengths
 from accessory.data.mix import load_mix
 from accessory.data.packing import Rows
-from accessory.errors import UserError, needs
+from accessory.errors import UserError, extra, needs
 from accessory.files import check_directory, check_writable, replacing
 from accessory.infer.chat import answer_job, load
 from accessory.infer.meta import MetaModel
@@ -64,7 +64,7 @@ def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:
 def _find_tasks(arguments: argparse.Namespace) -> Any:
     if arguments.include:
         check_directory(arguments.include, "a directory of YAML task files")
-    with needs("evaluate", "--tasks"):
+    with needs("--tasks", extra("evaluate")):
         from accessory.infer.lm_eval import find_tasks
 
     return find_tasks(arguments.tasks, arguments.include)
@@ -96,9 +96,19 @@ def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch)
     seed, labels = run.train.seed if run else 0, model.llma.args.labels
     max_seq_len = section.max_seq_len or model.max_seq_len
     visual = model.llma.sight
-    reads = section.validation, section.bad_records, labels, visual
-    arguments = (section.mix, model.tokenizer, max_seq_len, seed, *reads)
-    data = first_on_each_node(lambda: load_mix(*arguments), launch)
+    data = first_on_each_node(
+        lambda: load_mix(
+            section.mix,
+            model.tokenizer,
+            max_seq_len,
+            seed,
+            validation=section.validation,
+            bad_records=section.bad_records,
+            labels=labels,
+            visual=visual,
+        ),
+        launch,
+    )
     samples = data.validation or data.training
     lengths = sample_lengths(samples)
     say(f"{path}: {len(samples)} {'held-out ' if data.validation else ''}samples, {lengths.sum():,} tokens")

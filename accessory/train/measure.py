@@ -8,12 +8,13 @@ import torch
 
 from accessory.console import say
 from accessory.model.memory import memory_of
+from accessory.parallel.launch import own_device
 from accessory.train.cards import PCIE, PCIE_4, Card, card_of
 
 
 def measured_here(card: Card | None) -> Card:
     """``card``, or the one that is here, with what its products and its memory reach; a CPU counts as one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     first, second = torch.ones(2, 2**30 if device.type == "cuda" else 2**26, device=device, dtype=torch.uint8)

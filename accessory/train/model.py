@@ -90,7 +90,16 @@ class Start:
         slot_bytes = self.offload.slot_bytes if self.offload else None
         if mesh.world.size == launch.world:  # else a dry run plans for other machines
             check_memory(
-                logical, self.layout, mesh, launch.device, wide, trains, compute, launch.sharing, self.encoders, slot_bytes
+                logical,
+                self.layout,
+                mesh,
+                launch.device,
+                wide,
+                trains=trains,
+                frozen_dtype=compute,
+                sharing=launch.sharing,
+                beside=self.encoders,
+                slot_bytes=slot_bytes,
             )
         if self.width > self.args.max_seq_len:
             say(
@@ -108,13 +117,13 @@ class Start:
             self.layout,
             mesh,
             config.parallel,
-            get_dtype(config.parallel.precision),
-            self.tuning.trains,
-            config.train.batch_size * self.width,
-            config.train.accumulation,
-            device.type,
-            self.encoders,
-            slot_bytes,
+            compute=get_dtype(config.parallel.precision),
+            trains=self.tuning.trains,
+            tokens=config.train.batch_size * self.width,
+            accumulation=config.train.accumulation,
+            device_type=device.type,
+            beside=self.encoders,
+            slot_bytes=slot_bytes,
         )
 
     @cached_property

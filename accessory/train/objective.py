@@ -1,4 +1,4 @@
-"""What a model is trained towards: the loss of a micro-batch, and what of the global batch it is a mean over."""
+"""Objectives: the loss of a micro-batch, and the number of targets over which the global batch's loss is a mean."""
 
 import math
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ from accessory.model.moe.router import RouterStats
 
 
 class BatchLoss(NamedTuple):
-    """What an objective makes of a micro-batch; sums, to be added over micro-batches and ranks before any is divided."""
+    """An objective's result for a micro-batch: sums, to be added over micro-batches and ranks before anything is divided."""
 
-    loss_sum: Tensor  # over its targets, at least fp32; carries gradient
-    measures: Tensor  # [...] what else is told of it; carries none
+    loss_sum: Tensor  # over the targets, at least fp32; carries gradient
+    measures: Tensor  # [...] sums for further metrics; no gradient
     router: RouterStats
 
 
 class Objective(Protocol):
     def targets(self, batch: Batch) -> int:
-        """How many of ``batch`` the loss is summed over; the training loss is the mean over those of the global batch."""
+        """The number of targets in ``batch``; the training loss is the mean over the targets of the global batch."""
         ...
 
     def loss(self, model: Decoder, batch: Batch, dropout: bool = False) -> BatchLoss:
-        """Run ``model`` over ``batch``; ``dropout``: of its adapters."""
+        """Run ``model`` over ``batch``; ``dropout``: with the dropout of its adapters."""
         ...
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
-        """What is logged of a mean loss, and of the ``measures`` of all that it is a mean of, added up."""
+        """Metrics for the log, from a mean loss and the sum of the ``measures`` of the same micro-batches."""
         ...
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean cross-entropy in nats; NaN of NaN, and infinite where it is beyond all numbers."""
+    """exp of a mean cross-entropy in nats; infinite where a float cannot hold it."""
     return math.inf if loss > 700 else math.exp(loss)
 
 
@@ -47,7 +47,7 @@ def shown(metrics: dict[str, float]) -> str:
 
 
 class NextToken:
-    """Cross-entropy of every trained token, given those before it in its document."""
+    """Cross-entropy of every trained token, given the tokens before it in its document."""
 
     def targets(self, batch: Batch) -> int:
         return batch.target_tokens
@@ -61,7 +61,7 @@ class NextToken:
 
 
 class TokenAccuracy(NextToken):
-    """The same where nothing is learnt of it, which also measures how many tokens are the likeliest ones."""
+    """The same without gradient; it also measures how often the target is the likeliest token."""
 
     def loss(self, model: Decoder, batch: Batch, dropout: bool = False) -> BatchLoss:
         (log_probs, likeliest), router = model(batch.inputs(dropout), Predictions(batch.targets))
@@ -74,7 +74,7 @@ class TokenAccuracy(NextToken):
 
 
 class Classification:
-    """Cross-entropy of each document's label, given all of its tokens; measures which label was taken for which."""
+    """Cross-entropy of each document's label, given all of its tokens; also measures the confusion matrix."""
 
     def targets(self, batch: Batch) -> int:
         return batch.documents.count
@@ -88,7 +88,7 @@ class Classification:
         return BatchLoss(loss_sum, confusion, router)
 
     def metrics(self, loss: float, measures: Tensor) -> dict[str, float]:
-        """``measures`` [labels, labels]: how many documents of the first are taken for the second."""
+        """``measures`` [labels, labels]: the confusion matrix, rows are the true labels."""
         right, there, said = measures.diag(), measures.sum(1), measures.sum(0)
         met = there + said > 0
         f1 = 2 * right[met] / (there + said)[met]
@@ -97,9 +97,9 @@ class Classification:
 
 @dataclass(frozen=True)
 class MeanOfMeans:
-    """Another objective, averaged as LLaMA2-Accessory does: over each micro-batch, then over those of all ranks.
+    """Another objective, averaged as LLaMA2-Accessory does: over each micro-batch, then over all micro-batches and ranks.
 
-    Each micro-batch counts the same, however many targets it has, so that the loss depends on how the batch is cut.
+    Each micro-batch counts the same, however many targets it has, so the loss depends on how the batch is cut.
     """
 
     objective: Objective

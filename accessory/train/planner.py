@@ -134,8 +134,17 @@ def choices(args: ModelArgs, tuning: str, world: int, card: Card, per_node: int,
             if parallel.data_parallel == "sdp" and accumulation == 1:
                 continue  # the same as fsdp but for its memory
             run = PlannedRun(args, TUNINGS[tuning], layout, parallel, batch_size, accumulation, width, kernel)
-            cut = (parallel, torch.bfloat16, trained.trains, batch_size * width, accumulation, "cuda")
-            told = footprint(trained.logical, SPARSE, mesh, *cut)
+            told = footprint(
+                trained.logical,
+                SPARSE,
+                mesh,
+                parallel,
+                compute=torch.bfloat16,
+                trains=trained.trains,
+                tokens=batch_size * width,
+                accumulation=accumulation,
+                device_type="cuda",
+            )
             if told.total > FAR_TOO_MUCH * card.gib * 2**30:
                 if batch_size == 1:
                     yield Choice(run, Figures({STATE: told.weights + told.moments, PEAK: told.total}), {})

@@ -1,6 +1,6 @@
-"""Saves are written behind the training's back: what is saved is copied to host memory, and a thread writes it.
+"""Asynchronous saves: tensors are copied to host memory, and a thread writes them while training goes on.
 
-The threads of all ranks work together in a group of their own (gloo), so that they never meet a collective of training.
+The threads of all ranks communicate in a gloo group of their own, apart from the collectives of training.
 """
 
 import shutil
@@ -22,20 +22,20 @@ from accessory.errors import UserError
 from accessory.settings import LONGEST_COLLECTIVE_S
 
 WAIT_TOLD_S = 1.0
-"""A save that is waited for longer than that is told."""
+"""If training waits longer than this for a save, that is printed."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """A directory to be written, with what this rank has for it, in host memory.
+    """A directory to be written, and this rank's part of it, in host memory. All functions but ``saved`` get the directory's
+    temporary path.
 
     Attributes:
-        what: it is, for the log.
-        lay_out: makes the files that several ranks write into; on each rank, before any writes. It gets the directory, under
-            its temporary name, as the others do.
-        write: writes this rank's part, and returns what ``finish`` has to know of it.
-        finish: makes a whole of the parts, of which it gets what each rank's ``write`` returned; on rank 0.
-        saved: what is to be done once the directory bears its name; on rank 0.
+        what: what it is, for the log.
+        lay_out: makes the files that several ranks write into; called on each rank before any rank writes.
+        write: writes this rank's part; what it returns is handed to ``finish``.
+        finish: called on rank 0 with what ``write`` returned on each rank; completes the directory.
+        saved: called on rank 0 when the directory has its final name.
     """
 
     directory: Path
@@ -87,7 +87,7 @@ def write_now(save: Save, group: dist.ProcessGroup | None = None) -> None:
 
 
 def _together(body: Callable[[], Any], save: Save, group: dist.ProcessGroup | None) -> list[Any]:
-    """What ``body`` returns on each rank; if it fails on one, all raise the same UserError."""
+    """What ``body`` returned on each rank. If it fails on one, all ranks raise the same UserError."""
     result, problem = None, ""
     try:
         result = body()
@@ -119,12 +119,12 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a save has ended by, if it has."""
+        """Raise the error of a save that has failed."""
         if self._thread and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all is written. Raises what a save has ended by."""
+        """Wait until all saves are written. Raises the error of one that has failed."""
         if self._thread:
             began = time.monotonic()
             self._thread.join()
@@ -136,7 +136,7 @@ class Saver:
             raise self._failure
 
     def settle(self) -> None:
-        """Training has failed: wait for what may be saved yet, whatever becomes of it."""
+        """After a failure of training: wait for the saves that are under way, whether they succeed or not."""
         if self._thread:
             self._thread.join()
 

@@ -18,16 +18,16 @@ from accessory.train.objective import Objective
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, on the device. Sums are this rank's, to be added over data-parallel ranks when they are logged."""
+    """What a step did, as tensors on the device. Sums are this rank's; the log adds them up over data-parallel ranks."""
 
     loss_sum: Tensor  # over this rank's targets
     balance: Tensor  # this rank's share of the balance loss
     z: Tensor  # this rank's share of the z-loss
     counts: Tensor  # [L, E] rows this rank routed to each expert
     entropy: Tensor  # [L] sum over this rank's tokens of the entropy of the router's probabilities, in nats
-    of_images: Tensor  # [L, E + 1] of both what is of images' tokens (see ``RouterStats``)
-    measures: Tensor  # [...] what the objective tells beside its loss, summed
-    targets: Tensor  # what the loss is a mean over, in the whole global batch
+    of_images: Tensor  # [L, E + 1] counts and entropy of the tokens of images alone (see ``RouterStats``)
+    measures: Tensor  # [...] what else the objective measures, summed
+    targets: Tensor  # number of targets in the whole global batch, over which the loss is a mean
     tokens: Tensor  # real tokens of the whole global batch
     grad_norm: Tensor  # before clipping, of the whole model
 
@@ -43,20 +43,20 @@ def train_step(
 ) -> StepResult:
     """One optimiser step over a global batch: ``micro_batches`` of every data-parallel rank.
 
-    loss = objective's / targets + load_balancing_weight * balance loss + z_weight * z-loss, each over the whole global
-    batch.
+    loss = objective's loss / targets + load_balancing_weight * balance loss + z_weight * z-loss, each over the whole
+    global batch.
 
     Raises:
-        NotFinite: the loss or gradient is not; on all ranks together, before any weight has changed.
+        NotFinite: the loss or the gradient norm is NaN or infinite; on all ranks, before any weight has changed.
     """
     device, dp = micro_batches[0].tokens.device, model.mesh.dp
     balance_weight, z_weight = router_losses.balance_weight(model.args), router_losses.z_weight
 
-    # 1. How much there is in the whole global batch: a mean of means would depend on how it is cut.
+    # 1. Count targets and tokens of the whole global batch: a mean of means would depend on how the batch is cut.
     totals = torch.tensor([[objective.targets(batch), batch.real_tokens] for batch in micro_batches], device=device).sum(0)
     targets, tokens = dp.all_reduce(totals)
 
-    # 2. Its experts' loads, where the balance loss needs them before the first backward.
+    # 2. Count the experts' loads of the global batch, if the balance loss needs them before the first backward.
     balance_share = router_losses.step_balance(model, micro_batches, tokens)
 
     # 3. Forward and backward.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from accessory.config import Bounds, Count, Fraction, NonNegative, Positive, Text, WholeNumber
-from accessory.errors import UserError, needs
+from accessory.errors import UserError, extra, needs
 from accessory.settings import OffloadSection, QuantiseSection
 
 Verbs = Any  # what argparse's add_subparsers returns
@@ -70,11 +70,14 @@ def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples
     return verb
 
 
-def function_of(module: str, function: str, extra: str | None = None) -> Run:
-    """A verb whose function lies in ``module``, which is imported only if the verb is used; ``extra``: see ``needs``."""
+def function_of(module: str, function: str, with_extra: str | None = None) -> Run:
+    """A verb whose function lies in ``module``, which is imported only if the verb is used.
+
+    ``with_extra``: the extra of this package that the module needs.
+    """
 
     def run(arguments: argparse.Namespace) -> None:
-        with needs(extra, "this verb") if extra else nullcontext():
+        with needs("this verb", extra(with_extra)) if with_extra else nullcontext():
             imported = importlib.import_module(module)
         getattr(imported, function)(arguments)
 

@@ -77,7 +77,7 @@ def _serve(verbs: Verbs) -> None:
     verb = add_verb(
         verbs,
         "serve",
-        function_of("accessory.infer.server", "run_serve", extra="serve"),
+        function_of("accessory.infer.server", "run_serve", with_extra="serve"),
         "OpenAI's API over HTTP",
         "Serve a model to many clients at once: chat/completions, completions, embeddings and models as OpenAI has them, "
         "/health, and /metrics under vLLM's names. It is a checkpoint of any format, with adapters laid over it. Where "

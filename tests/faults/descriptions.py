@@ -69,7 +69,7 @@ FAULTS = (
     Fault(
         "a chat template is taken without a look at its tokens",
         JINJA,
-        "if all(_same(template, text, trained, read, example) for example in _EXAMPLES):",
+        "if all(_same(template, text, trained, read, example) for example in examples):",
         "if True:",
         f"{TOKENS} -k metaspace",
     ),

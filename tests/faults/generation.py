@@ -296,7 +296,7 @@ FAULTS = (
         ENGINE,
         "logits[:, :vocabulary],",
         "logits,",
-        "tests/test_generate.py::test_tokens_beyond_the_tokenizer_do_not_stop_generation",
+        "tests/test_generate.py::test_tokens_beyond_the_tokenizer_are_never_chosen",
     ),
     # its text
     Fault(

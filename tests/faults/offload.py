@@ -161,7 +161,7 @@ FAULTS = (
     Fault(
         "the keys and values of an answer are not reckoned with",
         "accessory/model/answering.py",
-        "(in_pages(max_seq_len) + GPU_PAGE) * of_a_token",
+        "(in_pages(max_seq_len) + GPU_PAGE) * cache_bytes_of_token(args, size, dtype)",
         "0.0",
         FITS,
     ),

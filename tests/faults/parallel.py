@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "the partial gradient of the output layer's input is not summed",
         "accessory/model/head.py",
-        "hidden = copy_to_model_parallel_region(norm(x), output.mp)\n    low",
-        "hidden = norm(x)\n    low",
+        "hidden = copy_to_model_parallel_region(norm(x), output.mp)\n        low",
+        "hidden = norm(x)\n        low",
         EXPERT,
     ),
     Fault(

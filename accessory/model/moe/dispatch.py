@@ -1,4 +1,4 @@
-"""Who goes where: from tokens to the rows of this rank's experts, and back. Shape suffixes as in ``accessory.model.moe``."""
+"""Dispatch: from tokens to the rows of this rank's experts, and back. Shape suffixes as in ``accessory.model.moe``."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,28 +17,28 @@ from accessory.parallel.regions import copy_to_model_parallel_region, reduce_fro
 
 @dataclass(frozen=True)
 class SortedRows:
-    """The rows of this rank's experts: those of the first, then those of the second, and so on."""
+    """The rows of this rank's experts, sorted by expert."""
 
-    x_nD: Tensor  # what each row's token brings
-    weight_n1: Tensor  # how much its expert counts for it
+    x_nD: Tensor  # the activation of each row's token
+    weight_n1: Tensor  # its routing weight for this expert
     ends_e: Tensor  # [e] int32: where each expert's rows end
     adapters: TokenAdapters  # of each row's token
     plan: "DispatchPlan"
 
 
 class Experts(Protocol):
-    """What computes the rows of this rank's experts (``GroupedExperts``)."""
+    """Computes the rows of this rank's experts (``GroupedExperts``)."""
 
     def __call__(self, rows: SortedRows) -> Tensor:
-        """The outputs of each row's expert, times its routing weight [n, D]."""
+        """The output of each row's expert, times the routing weight, [n, D]."""
         ...
 
     def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
-        """Whether ``few`` takes so many."""
+        """Whether ``few`` can compute so many choices (tokens x experts per token)."""
         ...
 
     def few(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: range) -> Tensor:
-        """Of a few tokens each one's sum over its choices that are ``local`` [T, D], without sorting rows first."""
+        """For a few tokens: each token's weighted sum over its ``local`` experts, [T, D], without sorting rows first."""
         ...
 
 
@@ -47,15 +47,15 @@ class Dispatcher(Protocol):
     """The experts whose rows this rank computes."""
 
     def run(self, experts: Experts, x_TD: Tensor, routing: Routing, adapters: TokenAdapters) -> Tensor:
-        """Bring every token to its experts, and their outputs back, each token's summed: [T, D]."""
+        """Bring every token to its experts, and sum their outputs for each token: [T, D]."""
         ...
 
 
 class Replicated:
-    """Every rank has every token: it computes the rows of its experts, and one all-reduce sums what the ranks have.
+    """Every rank has every token and computes the rows of its experts; one all-reduce sums the ranks' outputs.
 
-    Each rank's gradient of the activations and of the routing weights is partial: both enter the region. The router's own
-    use of the activations is whole on every rank, and stays outside.
+    Each rank's gradients of the activations and of the routing weights are partial, so both enter the region. The router
+    itself runs on every rank in full, and stays outside.
     """
 
     def __init__(self, local_experts: range, num_experts: int, mp: Axis):
@@ -79,7 +79,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where every routed row goes: the rows of the local experts, sorted by expert."""
+    """Where every routed row goes among the rows of the local experts, which are sorted by expert."""
 
     token_n: Tensor  # [n] the token of each local row
     choice_n: Tensor  # [n] the same row's place among the N = T * K choices

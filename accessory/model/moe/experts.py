@@ -32,15 +32,15 @@ from accessory.model.recompute import made_again
 from accessory.parallel.mesh import Axis
 from accessory.parallel.regions import copy_to_model_parallel_region
 
-MATRICES = ("w1", "w3", "w2")  # in the order that an expert multiplies by them
+MATRICES = ("w1", "w3", "w2")  # in the order in which an expert uses them
 
 
 class GroupedExperts(nn.Module):
-    """``w2(silu(w1 x) * (w3 x))`` with one set of weights per local expert.
+    """``w2(silu(w1 x) * (w3 x))``, with weights of its own for each local expert.
 
-    The weights of all experts are stored as one matrix each, ``w1, w3 [e*F, D]`` and ``w2 [e*D, F]`` (the logical tensor
-    with its first two dimensions merged), so that FSDP can cut dim 0 evenly however few experts a rank holds. Adapters
-    are stored likewise: ``w1_lora_a [e*R, D]``, ``w1_lora_b [e*F, R]``, ``w1_bias [e*F]``.
+    The experts' matrices are stacked into one parameter each, ``w1, w3 [e*F, D]`` and ``w2 [e*D, F]`` (the logical tensor
+    with its first two dimensions merged), so that FSDP can shard dim 0 evenly however few experts a rank holds. Adapters
+    are stacked likewise: ``w1_lora_a [e*R, D]``, ``w1_lora_b [e*F, R]``, ``w1_bias [e*F]``.
 
     Args:
         cut_dims: the dimension of each logical tensor that is cut over model-parallel ranks.
@@ -71,19 +71,19 @@ class GroupedExperts(nn.Module):
         hold_quantised(self, matrix, codec)
 
     def record(self) -> Record:
-        """How the weights of one expert, as they are held, lie in its bytes."""
+        """The layout in bytes of one expert's weights, quantised or not (see ``moe.offload.records``)."""
         names = (name for matrix in MATRICES for name in (matrix, *(adapter_name(matrix, part) for part in PARTS)))
         held = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return Record({name: (tuple(self._apart(t).shape[1:]), t.dtype) for name, t in held.items()})
 
     def offload(self, offloaded: OffloadedExperts) -> None:
-        """Have the weights come from there; the layer's own are gone."""
+        """Take the weights from ``offloaded`` from now on; the layer's own are removed."""
         self.offloaded = offloaded
         for name in offloaded.record.tensors:
             delattr(self, name)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Pack the weights, matrix by matrix, to multiply values in ``dtype``; offloaded ones, and some quantised, stay."""
+        """Lay the weights out for fast products in ``dtype``; offloaded ones, and some quantised ones, stay as they are."""
         for matrix in MATRICES if self.offloaded is None else ():
             if matrix in self.codecs:
                 codes = packed_codes(self, matrix, self.codecs[matrix], self.num_local, dtype)
@@ -95,19 +95,19 @@ class GroupedExperts(nn.Module):
         self.places = places if places and all(places) else None
 
     def forward(self, rows: SortedRows) -> Tensor:
-        """The outputs of each row's expert, times its routing weight [n, D]."""
+        """The output of each row's expert, times the routing weight, [n, D]."""
         if self.offloaded is None:
             return self._outputs(rows)
         return self.offloaded.run(self._outputs, rows, lambda: [p for p in self.parameters() if p.requires_grad])
 
     def takes_few(self, choices: int, adapters: TokenAdapters) -> bool:
-        """Whether ``few`` takes so many."""
+        """Whether ``few`` can compute so many choices (tokens x experts per token)."""
         if self.places is None or choices > FEW * self.num_local:
             return False
         return not any(adapter.bias or adapters.reach(adapter) for adapter in self.adapters.values())
 
     def few(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: range) -> Tensor:
-        """Of a few tokens each one's sum over its choices that are ``local`` [T, D], without sorting rows first."""
+        """For a few tokens: each token's weighted sum over its ``local`` experts, [T, D], without sorting rows first."""
         assert self.places is not None
         return few_rows_experts(x_TD, experts_TK, weights_TK, local, self.places, self.packed["w1"].shape[1])
 
@@ -134,7 +134,7 @@ class GroupedExperts(nn.Module):
         return pick_kernel(self.kernel, x_nD, matrices[0].shape[1], matrices)
 
     def waits(self, x_nD: Tensor) -> bool:
-        """Whether the host waits for a GPU while it has experts without adapters compute rows like these."""
+        """Whether the host must wait for the GPU when experts without adapters compute such rows."""
         return self._kernel_for(x_nD, self._matrices(x_nD.dtype)).waits(x_nD)
 
     def _adapted(self, matrix: str, weights: ExpertWeights) -> MaybeAdapted:
@@ -150,7 +150,7 @@ class GroupedExperts(nn.Module):
         return AdaptedWeights(weights, Added(a, b, bias, adapter.scaling))
 
     def _bias(self, matrix: str) -> Tensor:
-        """[e, out]: this rank's share of it, where every rank adds it and their outputs are summed."""
+        """[e, out]: the bias; this rank's share of it, if every rank has it whole and their outputs are summed."""
         bias = self._stack(f"{matrix}_bias")
         return bias / self.mp.size if f"{matrix}_bias" in self.whole else bias
 
@@ -172,7 +172,7 @@ class GroupedExperts(nn.Module):
         return y
 
     def expert_weights(self, matrix: str, dtype: torch.dtype) -> ExpertWeights:
-        """A matrix of all experts, or an adapter's, as kernels ask for it to multiply rows in ``dtype``."""
+        """A matrix of all experts, or of their adapters, in the form that kernels take, for rows in ``dtype``."""
         if self.offloaded and matrix in MATRICES:
             return OffloadedWeights(self.offloaded, matrix, self.codecs.get(matrix), dtype)
         if matrix in self.packed:
@@ -182,7 +182,7 @@ class GroupedExperts(nn.Module):
         return PlainWeights(self._stack(matrix))
 
     def _stack(self, name: str) -> Tensor:
-        """A parameter with its experts apart again, [e, ...]; one that is whole on every rank enters the region."""
+        """A stacked parameter as [e, ...]; one that is whole on every rank enters the region."""
         parameter = getattr(self, name)
         if name in self.whole:
             parameter = copy_to_model_parallel_region(parameter, self.mp)
@@ -193,27 +193,25 @@ class GroupedExperts(nn.Module):
 
 
 def _is_composed(adapter: Adapter, tokens: TokenAdapters) -> bool:
-    """Whether not all rows of an expert have the same added to them."""
+    """Whether rows of one expert get different additions, so that kernels cannot add them."""
     return bool(adapter.members) or (adapter.dropout > 0 and tokens.dropout_draw is not None)
 
 
 @dataclass(frozen=True)
 class _Products:
-    """How experts with adapters multiply, and what that needs to know of the rows."""
+    """How experts with adapters multiply, when each product is a call of the kernel's own."""
 
     matmul: ExpertMatmul
     ends_e: Tensor
     adapters: TokenAdapters  # of each row's token
-    bias_ne: Tensor | None  # how much of each expert's bias a row gets; None: there are none
-    bias_share: Tensor | float = 1.0  # the same of its own expert's alone, a number or [n, 1]
+    bias_ne: Tensor | None  # the share of each expert's bias that a row gets; None: there are no biases
+    bias_share: Tensor | float = 1.0  # the share of its own expert's bias, a number or [n, 1]
 
 
 def one_hot(ends_e: Tensor, like_nD: Tensor) -> Tensor:
-    """Which expert each of the sorted rows belongs to, [n, e] of zeros and ones.
+    """Which expert each of the sorted rows belongs to, [n, e] of zeros and ones. ``ends_e`` may be on the host.
 
-    ``ends_e`` may be on the host.
-
-    A bias is added as a product with it, so that its gradient is one too: no scattered additions, the same every time.
+    A bias is added as a product with it, so that its gradient is a product too, and not scattered additions in any order.
     """
     row_n = torch.arange(len(like_nD), device=ends_e.device, dtype=ends_e.dtype)
     return F.one_hot(torch.searchsorted(ends_e, row_n, right=True), len(ends_e)).to(like_nD)

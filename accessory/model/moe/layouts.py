@@ -29,22 +29,22 @@ from accessory.parallel.mesh import Axis
 
 
 class Layout(Protocol):
-    """Which slice of each expert tensor this rank holds, and how tokens come to it."""
+    """Which slice of each expert tensor a rank holds, and how tokens get to it."""
 
     name: str
     cut_dims: dict[str, int]
     """The dimension of each logical tensor that is cut."""
 
     def cut_size(self, args: ModelArgs) -> dict[str, int]:
-        """What the model-parallel size must divide: a name for error messages, and the size."""
+        """The size that the model-parallel size must divide, by its name for error messages."""
         ...
 
     def local_hidden_dim(self, hidden_dim: int, mp: Axis) -> int:
-        """How much of the experts' width this rank has."""
+        """This rank's share of the experts' width F."""
         ...
 
     def dispatcher(self, num_experts: int, mp: Axis) -> Dispatcher:
-        """What brings tokens to this rank's experts, and back."""
+        """The dispatcher that brings tokens to this rank's experts, and their outputs back."""
         ...
 
 
@@ -90,8 +90,8 @@ ALIASES = {
     "mixtral_sparse_ens": "mixtral_sparse",
     "mixtral_sparse_ens5": "mixtral_sparse",
 }
-"""What the reference calls a model with adapters, or that sees: here adapters are a matter of the run, and encoders one of
-the model, in either layout."""
+"""LLaMA2-Accessory's names for models with adapters or encoders. Here adapters belong to the run and encoders to the model,
+in either layout."""
 
 
 def get_layout(name: str) -> Layout:

@@ -1,4 +1,4 @@
-"""What a kernel needs to know of the experts' weights. Shape suffixes are as in ``accessory.model.moe``."""
+"""The experts' weights, as kernels see them. Shape suffixes are as in ``accessory.model.moe``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from accessory.model.packed import PackedCodes, plain
 class ExpertWeights(Protocol):
     """One matrix of each of this rank's experts, [e, out, in] in the dtype of the rows that it multiplies.
 
-    They may be packed, or lie elsewhere, until a kernel asks for them. So it asks for no expert that has no rows, unless it
-    can only take all of them as one tensor, and one whose gradients are written by hand keeps no matrix for its backward
-    pass but asks again.
+    The matrices may be quantised or offloaded until a kernel asks for them. So a kernel does not ask for experts without
+    rows, unless it needs all experts as one tensor; and one with hand-written gradients asks again in its backward pass
+    rather than keep a matrix.
     """
 
     @property
@@ -31,20 +31,20 @@ class ExpertWeights(Protocol):
 
     @property
     def at_once(self) -> int:
-        """Of how many experts to ask for the matrices together at most, where there is a choice."""
+        """Of how many experts at most a kernel that has the choice should ask for the matrices at once."""
         ...
 
     def __getitem__(self, experts: slice) -> Tensor:
-        """The matrices of ``experts``, [k, out, in]; not to be changed."""
+        """The matrices of ``experts``, [k, out, in]; the caller must not change them."""
         ...
 
     def prefetch(self, experts: slice) -> None:
-        """These are asked for soon, after those announced before: what takes time may begin."""
+        """Announce that these will be asked for, after those announced before, so that what takes time can begin."""
         ...
 
 
 class PlainWeights:
-    """Weights that are a tensor [e, out, in], or a view of one; they train where autograd wants its gradient."""
+    """Weights in one tensor [e, out, in], or a view of one. They train if the tensor requires a gradient."""
 
     def __init__(self, matrices: Tensor):
         self.matrices, self.shape, self.at_once = matrices, matrices.shape, len(matrices)
@@ -58,7 +58,7 @@ class PlainWeights:
 
 
 class PackedWeights:
-    """Weights of a model that no longer trains, each expert's matrix [out, in] packed by itself."""
+    """Weights for inference on a CPU, each expert's matrix [out, in] packed by itself (``accessory.model.packed``)."""
 
     trained = None
 
@@ -79,7 +79,7 @@ class PackedWeights:
 
 
 class Added(NamedTuple):
-    """What is added to the products of each expert's matrix: ``scaling * B A x + bias``; what there is of it."""
+    """What an adapter adds to the products of each expert's matrix: ``scaling * B A x + bias``, or a part of it."""
 
     a: Tensor | None  # [e, R, in]
     b: Tensor | None  # [e, out, R]
@@ -92,7 +92,7 @@ NOTHING_ADDED = Added(None, None, None, 1.0)
 
 @dataclass(frozen=True)
 class AdaptedWeights:
-    """Weights with what an adapter adds to their products (see ``Kernel.adapted``)."""
+    """Weights and their adapter (see ``Kernel.adapted``)."""
 
     weights: ExpertWeights
     added: Added

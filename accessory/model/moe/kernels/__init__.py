@@ -1,4 +1,4 @@
-"""How the experts' SwiGLU over sorted rows is computed: one record a kernel, in one table.
+"""The kernels that compute the experts' SwiGLU over sorted rows, in one table with a record each.
 
 ``x`` [n, D] holds the rows of expert 0, then of expert 1, ...; ``row_ends`` [e] (int32) says where each expert's rows end;
 ``w1, w3`` [e, F, D] and ``w2`` [e, D, F] are the experts' weights; ``weight`` [n, 1] is each row's routing weight.
@@ -50,7 +50,7 @@ Matrices = Sequence[ExpertWeights]
 
 
 def _plain_where(suits: Callable[[Tensor], bool]) -> Callable[[Tensor, Matrices], bool]:
-    """For weights that are tensors of all experts: of others a kernel that asks for some at a time makes, or gets, few."""
+    """Only for weights in one tensor: others should be dequantised or fetched a few experts at a time."""
     return lambda x, matrices: all(isinstance(w, PlainWeights) for w in matrices) and suits(x)
 
 
@@ -73,18 +73,17 @@ class Kernel:
     Attributes:
         name: for ``model.kernel`` of a run.
         swiglu: of (x, w1, w2, w3, weight, row_ends): ``weight * w2(silu(w1 x) * (w3 x))``, [n, D].
-        matmul: of (x, w, row_ends), with x [n, in] and w [e, out, in]: each row times its expert's matrix, [n, out]. Of such
-            products experts with adapters are composed.
-        runs: whether it can, by dtype, device and widths of rows [n, D] and this rank's F.
-        needs: the same in words.
-        suits: whether "auto" takes it for rows [n, D] and weights that are held so, if it runs and none before it in the
-            table does.
-        waits: whether the host waits for a GPU to say where each expert's rows [n, D] end.
-        load: imports what the kernel is made of.
-        by_triton: whether that is Triton, which may interpret it.
-        trains: whether it has gradients; one without is for "auto" alone, of weights that are held for it.
-        adapted: the same as ``swiglu``, of matrices some of which are ``AdaptedWeights``; None: experts with adapters are
-            composed of products.
+        matmul: of (x, w, row_ends), with x [n, in] and w [e, out, in]: each row times its expert's matrix, [n, out]. Experts
+            with adapters are composed of such products.
+        runs: whether it can run, given rows [n, D] (their dtype, device and width) and this rank's F.
+        needs: the same in words, for error messages.
+        suits: whether "auto" picks it for rows [n, D] and these weights: the first in the table that runs and suits.
+        waits: whether the host waits for the GPU to learn where each expert's rows [n, D] end.
+        load: imports the packages that the kernel needs.
+        by_triton: whether it is written in Triton, and so can be interpreted.
+        trains: whether it has gradients. One that has none cannot be named by a run; "auto" picks it.
+        adapted: like ``swiglu``, for matrices some of which are ``AdaptedWeights``; None: experts with adapters are composed
+            of products.
     """
 
     name: str

@@ -47,7 +47,7 @@ def load_megablocks() -> _Packages:
     Raises:
         UserError: one is not installed.
     """
-    with needs("megablocks", "model.kernel=megablocks", install=INSTALL), warnings.catch_warnings():
+    with needs("model.kernel=megablocks", INSTALL), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grouped GEMM not available")  # it is not used
         import stk
         import stk.ops

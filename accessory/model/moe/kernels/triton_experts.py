@@ -37,7 +37,7 @@ def load_triton() -> Operations:
     Raises:
         UserError: Triton is not installed.
     """
-    with needs("megablocks", "model.kernel=triton", install="pip install triton"):
+    with needs("model.kernel=triton", "pip install triton"):
         from accessory.model.moe.kernels import triton_products as products
         from accessory.model.moe.kernels import triton_swiglu
     return Operations(

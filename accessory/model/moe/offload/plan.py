@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from accessory.model.moe.offload.experts import OffloadedExperts
 from accessory.model.moe.offload.guess import Guess
 from accessory.model.moe.offload.lane import Lane
 from accessory.model.moe.offload.loads import read_loads
-from accessory.model.moe.offload.records import ALIGNED, DiskStore, HostStore
+from accessory.model.moe.offload.records import DiskStore, HostStore, Record
 from accessory.model.moe.offload.slots import Policy, Slots
 from accessory.settings import OffloadSection
 
@@ -90,11 +89,8 @@ def plan_offload(
     cuts = logical.cuts(layout)
     here = {name: region_shape(cuts[name].region(0, size)) for name in logical.of_experts}
     of = next(iter(here.values()))[0]
-    each = sum(
-        -(-prod(shape[1:]) * held_dtype(name, dtype).itemsize // ALIGNED) * ALIGNED
-        for name, shape in here.items()
-        if name.startswith("layers.0.")
-    )
+    of_layer = {name: shape for name, shape in here.items() if name.startswith("layers.0.")}
+    each = Record({name: (shape[1:], held_dtype(name, dtype)) for name, shape in of_layer.items()}).nbytes
     least = min(args.moe.num_experts_per_tok, of)
     if section.experts is not None:
         slots, top_k, most = section.experts, args.moe.num_experts_per_tok, args.moe.num_experts

@@ -1,4 +1,4 @@
-"""Which of a layer's experts are on the device, and which make room for others: decisions, made without a byte moving."""
+"""The caching policy of offloaded experts: which of a layer's are on the device, and which are evicted; moves no bytes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -42,9 +42,9 @@ class Tally:
 
 
 FADES = 0.98
-"""What counts of a use after one more batch: half after 34 of them."""
+"""The factor by which a past use loses weight with each batch: one half after 34 batches."""
 TRUST = 8
-"""So many guesses of a layer are taken to have been right before the first was judged."""
+"""A layer's guesses are trusted at first, as if this many had been right already."""
 WORTH_BRINGING = 0.5
 """The share of a layer's guesses that must have been right for the next one to be brought."""
 
@@ -52,11 +52,11 @@ WORTH_BRINGING = 0.5
 class Slots:
     """``count`` slots for a layer's experts.
 
-    ``policy``: of two experts that are not in use, lru gives up the one used longest ago, frequency the one used less often
-    of late, and of equals the one used longest ago. What a guess brought goes before all others until it is used.
+    ``policy``: lru evicts the expert used longest ago; frequency the one used least often of late, and of equals the one
+    used longest ago. Experts that a guess has brought are evicted first, until they are used.
 
     Attributes:
-        slot_of: where the experts are, or are about to be; those that make room first come first.
+        slot_of: the slot in which each expert is, or is about to be; those to be evicted first come first.
     """
 
     def __init__(self, count: int, policy: Policy = "frequency"):
