@@ -99,6 +99,18 @@ def test_compare_shows_both(runs, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_tells_runs_of_one_name_apart(tmp_path):
+    places = [tmp_path / name / "model" for name in ("first", "second")]
+    for step, place in enumerate(places, 1):
+        place.mkdir(parents=True)
+        row = {"step": step, "loss": 2.0, "tokens": 9, "seconds": 1.0, "loads": [[1, 2, 3, 4]]}
+        (place / "metrics.jsonl").write_text(json.dumps(row))
+    codes, out, err = command("compare", *places, "--png", tmp_path / "picture.png")
+    assert codes == [0], err
+    assert out.splitlines()[0].split() == ["step", *map(str, places), "difference"]
+    assert "no step is in the logs of all of them" in out and f"expert load of {places[1]}," in out
+
+
 def test_generate_gives_the_same_answer_in_any_layout_and_size(runs):
     answers = []
     for layout, ranks in (("mixtral", 1), ("mixtral_sparse", 2)):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -183,19 +184,26 @@ def test_the_command_compares_two_models(home, theirs, tmp_path, monkeypatch):
     for task in ("texts", "choices"):
         assert numbers(after["results"], task) == pytest.approx(numbers(theirs[0]["results"], task), rel=1e-4)
         assert numbers(after["results"], task) != numbers(before["results"], task)
-    measured = {str(home / name): found["results"] for name, found in (("other", before), ("hf", after))}
+    measured = [(str(home / name), found["results"]) for name, found in (("other", before), ("hf", after))]
     assert out.endswith(f"{table(measured)}\n")
 
 
 def test_a_table():
     results = {"texts": {"alias": "texts", "sample_len": 3, "ppl,none": 7.0, "ppl_stderr,none": "N/A"}}
     after = {"texts": {"ppl,none": 5.25}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.125, "acc,strict": 1.2e10}}
-    assert table({"x": results}) == "task   metric   value  stderr\ntexts  ppl     7.0000"
-    assert table({"old": results, "new": after}).splitlines() == [
+    assert table([("x", results)]) == "task   metric   value  stderr\ntexts  ppl     7.0000"
+    assert table([("old", results), ("new", after)]).splitlines() == [
         "task   metric           old  stderr      new  stderr  difference",
         "texts  ppl           7.0000           5.2500             -1.7500",
         "a      acc                            0.5000  0.1250",
         "       acc (strict)                  1.2e+10",
+    ]
+    assert table([("same", results), ("same", results)]).splitlines()[1].split() == [
+        "texts",
+        "ppl",
+        "7.0000",
+        "7.0000",
+        "+0.0000",
     ]
 
 
@@ -213,3 +221,19 @@ def test_data_is_measured_as_a_run_does(tmp_path):
     (found,) = model["results"].values()
     assert found["loss,none"] == pytest.approx(expected[-1], rel=1e-6) and len(expected) == 2
     assert "held-out samples" in out and set(found) == {"loss,none", "perplexity,none", "token_accuracy,none"}
+
+
+def test_options_mean_what_they_say_of_data(tmp_path):
+    """Samples are cut where the command line says, whatever the run's file has; what is of tasks alone is refused."""
+    home = make_home(tmp_path)
+    words = ("evaluate", home / "ckpt", "--precision", "fp32", "--data")
+    mean = []
+    for more in ((), ("--max-seq-len", 180)):
+        codes, out, err = command(*words, home / "run.yaml", *more)
+        assert codes == [0], err
+        samples, tokens = re.search(r" (\d+) held-out samples, ([\d,]+) tokens", out).groups()
+        mean.append(int(tokens.replace(",", "")) / int(samples))
+    assert mean[1] <= 180 < mean[0] <= 192
+    for option in (("--limit", 2), ("--num-fewshot", 0), ("--apply-chat-template",), ("--include", home)):
+        codes, _, err = command(*words, home / "mix.yaml", *option)
+        assert codes == [1] and f"{option[0]} says how --tasks are asked, and there are none" in err

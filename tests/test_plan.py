@@ -1,6 +1,7 @@
 """The planner: what it counts of a step is what a real one does, and at full size it is what is promised of it."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -215,3 +216,23 @@ def test_the_command_names_the_best(tmp_path):
     assert codes == [1] and err == "accessory: error: --card: unknown card 'h1000'; did you mean 'h100'?\n", err
     codes, out, err = command(*words, "--card", "h100", "--gpus", "3")
     assert codes == [1] and "--rows 4 is no multiple of --gpus 3" in err
+
+
+def the_fastest(*words):
+    """What is said of it."""
+    codes, out, err = command("plan", *words, "--rows", 4, "--card", "h100")
+    assert codes == [0], err
+    return out.splitlines()[2].split()
+
+
+def test_a_row_is_as_long_as_is_said(tmp_path):
+    """Also beyond what the model was made for, as a run's is; and what is quantised already is planned as it is."""
+    config = json.loads(Path("configs/model/tiny.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"max_seq_len": 64}))
+    tokens = {}
+    for name, words in {"made for": (), "64": ("--seq-len", 64), "256": ("--seq-len", 256)}.items():
+        tokens[name] = float(the_fastest(path, *words)[-1].replace(",", ""))  # a second: launches take nearly all of it
+    assert tokens["made for"] == tokens["64"] and tokens["256"] > 3 * tokens["64"]
+    path.write_text(json.dumps(config | {"dim": 48, "quantise": {"experts": "nf4-16", "attention": None}}))
+    assert the_fastest(path, "--tuning", "qlora") == the_fastest(path, "--tuning", "lora")

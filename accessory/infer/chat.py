@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -108,11 +109,16 @@ def _answer(model: MetaModel, prompts: Sequence[Prompt], sampling: Sampling, arg
     requests = []
     for prompt in prompts:
         stops: tuple[str, ...] = ()
-        if arguments.raw:
-            (asked,) = encode_prompts(model.tokenizer, [_text(prompt)], [images], model.llma.sight, bos=True, eos=False)
-        else:
-            asked, stops = model.asked(_showing(prompt, images), arguments.template)
-        requests.append(model.engine.submit(asked.tokens, sampling.stopping_at(stops), None, asked.images))
+        try:
+            if arguments.raw:
+                (asked,) = encode_prompts(model.tokenizer, [_text(prompt)], [images], model.llma.sight, bos=True, eos=False)
+            else:
+                asked, stops = model.asked(_showing(prompt, images), arguments.template)
+            requests.append(model.engine.submit(asked.tokens, sampling.stopping_at(stops), None, asked.images))
+        except UserError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserError(f"the prompt {textwrap.shorten(_text(prompt), 60)!r}: {error}") from error
     with progress(total=len(requests), unit="answer") as bar:
         for _ in model.engine.run():
             bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.data.placement import PLACE
 from accessory.errors import UserError
 from accessory.infer.decode_graph import DecodeGraphs, can_record
 from accessory.infer.pages import PagePool, page_keys
 from accessory.infer.plan import StepPlan
+from accessory.infer.prompts import check_tokens
 from accessory.infer.request import Progress, Reason, Running
 from accessory.infer.sampling import Sampling, TokenChoice, choose
 from accessory.infer.scoring import ScorePlan
@@ -103,12 +103,9 @@ class Engine:
                 such adapter.
         """
         self.model.logical.member(adapter)
-        if not prompt:
-            raise UserError("a prompt must have at least one token")
+        check_tokens(prompt, self.model.args.vocab_size, "a prompt")
         if len(prompt) >= self.max_seq_len:
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room to answer in max_seq_len {self.max_seq_len}")
-        if not all(0 <= token < self.model.args.vocab_size or token == PLACE for token in prompt):
-            raise UserError(f"a prompt has tokens from 0 to {self.model.args.vocab_size - 1}")
         if beyond := [token for token in sampling.logit_bias if not 0 <= token < self.tokenizer.n_words]:
             raise UserError(f"logit_bias names token {beyond[0]}; there are {self.tokenizer.n_words}")
         names = [stop for stop in sampling.stop if stop not in self.tokenizer.special]

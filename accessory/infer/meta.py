@@ -22,10 +22,11 @@ from accessory.errors import UserError
 from accessory.infer.engine import Engine
 from accessory.infer.grammar import Grammars
 from accessory.infer.offload import Offload, where_experts_are
-from accessory.infer.prompts import Prompt, Shown, ask_for, encode_prompts
+from accessory.infer.prompts import Prompt, Shown, ask_for, check_tokens, encode_prompts
 from accessory.infer.sampling import Sampling
 from accessory.infer.scoring import score_example, scored_from
 from accessory.infer.sights import SeenImages
+from accessory.infer.streams import answers
 from accessory.model.answering import plan_answers
 from accessory.model.build import build_model
 from accessory.model.decoder import Decoder, Inputs
@@ -137,7 +138,7 @@ class MetaModel:
         if named:
             members = {name: (one.logical.adapters, one) for name, one in named.items()}
             source = SideBySide(checkpoint.args, checkpoint, members)
-        max_seq_len = max_seq_len or checkpoint.args.max_seq_len
+        max_seq_len = _longest(max_seq_len, checkpoint.args.max_seq_len)
         sees = checkpoint.args.visual if with_visual is not False else None
         beside = count_of_encoders(sees)
         held = source.logical, layout, mesh.mp.size, dtype, max_seq_len, beside
@@ -267,25 +268,7 @@ class MetaModel:
         several = (stops,) if isinstance(stops, str) else tuple(stops)
         values = {"max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "stop": several}
         sampling = from_mapping(Sampling, values, "generate")
-        asked = self._prompts(prompts, images, bos=True, eos=False)
-        requests = [self.engine.submit(prompt.tokens, sampling, adapter, prompt.images) for prompt in asked]
-        if not self.llma.mesh.mp.rank:
-            try:
-                for _ in self.engine.run():
-                    yield self._share([(request.text, request.finish_reason is not None) for request in requests])
-            finally:
-                for request in requests:
-                    self.engine.cancel(request)
-                self.engine.close()
-        else:
-            self.engine.waiting.clear()  # the first rank's are the ones that run
-            follows = True
-            try:
-                while follows := self.engine.follow_step():
-                    yield self._share([])
-            finally:  # the caller may not have taken all
-                if follows:
-                    self.engine.follow()
+        yield from answers(self.engine, self._prompts(prompts, images, bos=True, eos=False), sampling, adapter)
 
     @cached_property
     def engine(self) -> Engine:
@@ -297,13 +280,6 @@ class MetaModel:
         self._refuse_classifier()
         cache_tokens = cache_tokens or self._cache_tokens
         return Engine(self.llma, self.tokenizer, max_seq_len=self.max_seq_len, cache_tokens=cache_tokens)
-
-    def _share(self, states: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-        """``states`` as the first rank has them."""
-        shared = [states]
-        if self.llma.mesh.mp.size > 1:
-            dist.broadcast_object_list(shared, group=self.llma.mesh.mp.group, group_src=0)
-        return shared[0]
 
     @torch.inference_mode()
     def compute_logits(
@@ -342,7 +318,7 @@ class MetaModel:
             )
         prompts = self._prompts(examples, None, bos=True, eos=False)
         for number, prompt in enumerate(prompts):
-            if not 0 < (length := len(prompt.tokens)) <= self.max_seq_len:
+            if (length := len(prompt.tokens)) > self.max_seq_len:
                 raise UserError(f"example {number} has {length} tokens; from 1 to max_seq_len {self.max_seq_len} are read")
         inputs = self._inputs(prompts)
         logits, _ = self.llma(inputs, Logits(inputs.documents.ends))
@@ -380,6 +356,8 @@ class MetaModel:
         return {name: [one[name] for one in scored] for name in scored[0]}
 
     def _inputs(self, prompts: Sequence[Prompt], adapter: str | None = None) -> Inputs:
+        for number, prompt in enumerate(prompts):
+            check_tokens(prompt.tokens, self.llma.args.vocab_size, f"example {number}")
         seen = SeenImages(self.llma)
         numbered = [seen.numbered(*prompt) for prompt in prompts]
         pixels = {number: image for _, images in numbered for number, image in images.items()}
@@ -398,3 +376,14 @@ class MetaModel:
 
     def _prompts(self, examples: Sequence[Any], images: Shown, bos: bool, eos: bool) -> list[Prompt]:
         return encode_prompts(self.tokenizer, examples, images, self.llma.sight, bos, eos)
+
+
+def _longest(asked: int | None, made_for: int) -> int:
+    """``max_seq_len``, as it is given."""
+    if asked is None:
+        return made_for
+    if not isinstance(asked, int) or asked < 1:
+        raise UserError(
+            f"max_seq_len: expected a number of tokens, or None: as many as the model was made for; found {asked!r}"
+        )
+    return asked

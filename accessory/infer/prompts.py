@@ -74,8 +74,9 @@ def encode_prompts(
     Args:
         visual: how the model sees; None: it does not.
     """
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, Iterable) for prompt in prompts):
-        raise UserError("expected a list of texts or of lists of token ids")
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    if not listed or not prompts or not all(isinstance(one, Iterable) and not isinstance(one, bytes) for one in prompts):
+        raise UserError("expected a list of texts or of lists of token ids, with one at least")
     if images is None:
         images = [None] * len(prompts)
     if isinstance(images, str | bytes | Path | Image.Image) or len(images) != len(prompts):
@@ -109,6 +110,14 @@ def _encode(
     segments = [Segment(BOS, False, special=True)] * bos + [Segment(record.text, False)]
     segments += [Segment(EOS, False, special=True)] * eos
     return Prompt(encode_placed(tokenizer, segments, len(images), visual)[0], pixels)
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int, what: str) -> None:
+    """Raise UserError unless there are some, all of them the model's own, or places of images."""
+    if not tokens:
+        raise UserError(f"{what} must have at least one token")
+    if not all(0 <= token < vocab_size or token == PLACE for token in tokens):
+        raise UserError(f"{what} has tokens from 0 to {vocab_size - 1}")
 
 
 def check_places(tokens: Sequence[int], images: int, visual: VisualArgs | None) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measure one model after the other over all ranks of the job; print a table of both."""
     if not arguments.tasks and not arguments.data:
         raise UserError("there is nothing to evaluate on: name --tasks, --data or both")
+    of_tasks = {name: getattr(arguments, name) for name in ("include", "num_fewshot", "limit", "apply_chat_template")}
+    if not arguments.tasks and (
+        given := [name for name, value in of_tasks.items() if value is not None and value is not False]
+    ):
+        raise UserError(f"--{given[0].replace('_', '-')} says how --tasks are asked, and there are none")
     if arguments.out:
         check_writable(arguments.out)
     run = run_of(arguments.data) if arguments.data else None
@@ -53,7 +58,8 @@ def evaluate(arguments: argparse.Namespace, launch: Launch) -> None:
             torch.cuda.empty_cache()
     if launch.rank:
         return
-    say(table({" + ".join(map(str, model)): found["results"] for model, found in zip(models, measured, strict=True)}))
+    named = [(" + ".join(map(str, model)), found["results"]) for model, found in zip(models, measured, strict=True)]
+    say(table(named))
     if arguments.out:
         asked = {name: getattr(arguments, name) for name in ("tasks", "data", "num_fewshot", "limit", "precision")}
         told = [{"checkpoint": model} | found for model, found in zip(models, measured, strict=True)]
@@ -77,7 +83,7 @@ def _measure(
     model = load(arguments, launch, directories)
     found: dict[str, Any] = {"results": {}}
     if arguments.data:
-        found["results"] |= on_data(model, arguments.data, run, launch)
+        found["results"] |= on_data(model, arguments.data, run, launch, arguments.max_seq_len)
     if arguments.tasks:
         from accessory.infer.lm_eval import run_tasks
 
@@ -89,12 +95,12 @@ def _measure(
     return found
 
 
-def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch) -> Results:
+def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch, longest: int | None = None) -> Results:
     """Loss and what else validation tells, of what a mix marks for validation (of all of it if it marks nothing), or of
-    what a run holds out; on all ranks."""
+    what a run holds out; on all ranks. ``longest``: tokens of a sample; None: as the run has it, else the model."""
     section = run.data if run else DataSection(str(path), validation=0.0)
     seed, labels = run.train.seed if run else 0, model.llma.args.labels
-    max_seq_len = section.max_seq_len or model.max_seq_len
+    max_seq_len = longest or section.max_seq_len or model.max_seq_len
     visual = model.llma.sight
     data = first_on_each_node(
         lambda: load_mix(
@@ -119,10 +125,10 @@ def on_data(model: MetaModel, path: Path, run: RunConfig | None, launch: Launch)
     return {str(path): {f"{name},none": value for name, value in ({"loss": loss} | metrics).items()}}
 
 
-def table(models: Mapping[str, Results]) -> str:
+def table(models: Sequence[tuple[str, Results]]) -> str:
     """A line for each metric of each task, with a value and its standard error for each model; of two, the difference."""
-    measured = [_values(results) for results in models.values()]
-    lines = [["task", "metric", *(head for name in models for head in (name if len(models) > 1 else "value", "stderr"))]]
+    measured = [_values(results) for _, results in models]
+    lines = [["task", "metric", *(head for name, _ in models for head in (name if len(models) > 1 else "value", "stderr"))]]
     if len(models) > 1:
         lines[0].append("difference")
     task = ""

@@ -180,14 +180,14 @@ def run_plan(arguments: argparse.Namespace) -> None:
     """The ``plan`` verb."""
     path = arguments.model
     args = load_args(own_config(path) if path.is_dir() else path)
-    if arguments.tuning == "qlora":
+    if arguments.tuning == "qlora" and not args.quantise:
         args = dataclasses.replace(args, quantise=QuantiseSection.read("nf4"))
     card = card_called(arguments.card) if arguments.card else None
     if arguments.measure:
         card = measured_here(card)
     if card is None:
         raise UserError("name the card (--card a100-80), or let this machine be measured (--measure)")
-    world, width = arguments.gpus, min(arguments.seq_len, args.max_seq_len)
+    world, width = arguments.gpus, arguments.seq_len or min(4096, args.max_seq_len)
     if arguments.tuning == "none":
         print("\n".join(answers_table(args, arguments.card or "this machine", card, world, width)))
         return

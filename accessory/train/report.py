@@ -1,7 +1,8 @@
 """Pictures and tables of runs, from their metrics.jsonl."""
 
 import argparse
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def run_compare(arguments: argparse.Namespace) -> None:
     """The ``compare`` verb."""
     check_writable(arguments.png)
     runs = [History.load(directory) for directory in arguments.runs]
+    times = Counter(run.name for run in runs)
+    by_path = [replace(run, name=str(path)) for run, path in zip(runs, arguments.runs, strict=True)]
+    runs = [long if times[run.name] > 1 or not run.name else run for run, long in zip(runs, by_path, strict=True)]
     print(compare_table(runs))
     for run in runs:
         print(f"\nexpert load of {run.name}, 1.00 = a fair share\n{load_table(run.loads)}")
@@ -93,6 +97,8 @@ def compare_table(runs: list[History]) -> str:
         lines.append(f"{step:6d}" + "".join(f"  {x:{width}.6f}" for x in losses) + f"    {differences[-1]:.1e}")
     if differences:
         lines.append(f"largest difference of the loss: {max(differences):.1e}")
+    else:
+        lines.append("no step is in the logs of all of them")
     for measure in ("perplexity", "accuracy", "macro_f1"):
         for label, row in (("before", 0), ("after", -1)):
             if all(run.validation and f"val_{measure}" in run.validation[row] for run in runs):

@@ -75,7 +75,7 @@ def _before_a_run(verbs: Verbs) -> None:
         default="full",
         help="what trains; none: the model answers, with experts offloaded where they do not fit; default: %(default)s",
     )
-    verb.add_argument("--seq-len", type=a_count, default=4096, help="tokens of a row; default: %(default)s")
+    verb.add_argument("--seq-len", type=a_count, help="tokens of a row; default: 4096, or as many as the model was made for")
     verb.add_argument("--rows", type=a_count, help="rows of a step, over all GPUs; default: 128, or one for each GPU")
     verb.add_argument("--measure", action="store_true", help="take what this machine's device reaches")
 

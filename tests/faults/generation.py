@@ -17,7 +17,24 @@ GRAPH, REPLAYED = (
 WHOLE_TEXT = "tests/test_engine.py::test_text_in_parts_is_the_text_as_a_whole"
 STOPPED = "tests/test_engine.py::test_a_stop_is_cut_off_and_nothing_of_it_is_given_out_before"
 
+STREAMS, BESIDE = "accessory/infer/streams.py", "'tests/test_streams.py::test_streams_beside_one_another_end_as_alone[1]'"
+
 FAULTS = (
+    # several that ask
+    Fault(
+        "a stream whose answer others' steps have ended stays where it last looked",
+        STREAMS,
+        "while not ended:",
+        "while not (ended or engine.is_idle):",
+        BESIDE,
+    ),
+    Fault(
+        "of a list that is refused the first prompts are answered",
+        STREAMS,
+        "                engine.cancel(request)\n            raise",
+        "                assert request\n            raise",
+        BESIDE,
+    ),
     # the cache
     Fault(
         "a value is kept where another token's key is",
