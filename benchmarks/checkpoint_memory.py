@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_memory.py            # makes a model of 2.2 GB in a temporary directory
 
-Peak memory is each process's largest resident set (mapped pages of files included) less that of a process that only
+Peak memory is each process's largest resident set, including mapped pages of files, minus that of a process that only
 imports the same libraries.
 """
 
@@ -50,7 +50,7 @@ MixtralForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 
 
 def measure(*commands: list[str]) -> tuple[list[float], float]:
-    """Run commands side by side as the ranks of a job; peak resident GB of each, and the seconds that all took."""
+    """Run commands side by side as the ranks of a job; returns each one's peak resident GB, and the seconds of the job."""
     start = time.perf_counter()
     processes = []
     for rank, command in enumerate(commands):

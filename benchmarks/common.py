@@ -1,4 +1,4 @@
-"""What the benchmarks share: honest timing, and a line that says where and when."""
+"""Shared by the benchmarks: fair timing, and a line about the environment."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from accessory.train.measure import seconds_of
 
 
 def start_one_process() -> None:
-    """A process group of one rank, of the device's own backend."""
+    """Start a process group of one rank with the device's own backend."""
     own = {"backend": "nccl", "device_id": torch.device("cuda", 0)} if torch.cuda.is_available() else {"backend": "gloo"}
     dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -24,9 +24,9 @@ def pick_device() -> torch.device:
 
 
 def time_in_turn(bodies: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each body: the median of ``rounds``, taken in turn so that a slow moment hits all alike.
+    """Median seconds of each body over ``rounds``, taken in turn so that a slow moment affects all of them.
 
-    A body that has taken 20 s altogether is left at that, after three rounds at least.
+    A body is stopped when it has taken 20 s in all, after at least three rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in bodies}
     for number in range(rounds + 1):
@@ -40,7 +40,7 @@ def time_in_turn(bodies: dict[str, Callable[[], None]], rounds: int, device: tor
 
 
 def environment() -> str:
-    """Hardware, versions and commit of this run."""
+    """The hardware, versions and commit of this run."""
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:

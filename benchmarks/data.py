@@ -3,9 +3,8 @@
     python benchmarks/data.py                    # TRL is compared if it is installed
     python benchmarks/data.py --memory 10000000  # memory of two ranks over so many short records
 
-Records are those of the standard library's documentation, written out several times with other words in them; the
-tokenizer is trained on them. Times are of one pass; everything that is read was written just before, so it comes from the
-page cache.
+Records are those of the standard library's documentation, repeated with a number in each; the tokenizer is trained on
+them. Times are of one pass. All files were written just before, so they are read from the page cache.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def main() -> None:
 
 
 def measure_memory(records: int) -> None:
-    """Two processes load and read the same records, the first alone until they are tokenised."""
+    """Two processes load and read the same records; the first runs alone until they are tokenised."""
     print(environment())
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +104,7 @@ def measure_memory(records: int) -> None:
 
 
 def run_rank(mix: Path, tokenizer: Path) -> None:
-    """What a rank of two does with its data, and the memory after each step: its own, and that of mapped files."""
+    """Load and read data as one rank of two; print after each step the process's own memory, and that of mapped files."""
     torch.set_num_threads(1)
     start, before = time.perf_counter(), memory()
 
@@ -127,14 +126,14 @@ def run_rank(mix: Path, tokenizer: Path) -> None:
 
 
 def memory() -> tuple[float, float]:
-    """MB of this process: its own, and pages of files, which processes share and the system may drop."""
+    """MB of this process: its own, and of pages of files, which processes share and the system may drop."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     found = {line[0]: int(line[1]) / 1e3 for line in lines if line[0] in ("RssAnon:", "RssFile:")}
     return found["RssAnon:"], found["RssFile:"]
 
 
 def make_corpus(folder: Path, copies: int) -> tuple[Path, int]:
-    """The corpus once (to train a tokenizer on), and many times with a number in each record."""
+    """The corpus once, to train a tokenizer on, and ``copies`` times with a number in each record."""
     write_corpus(folder)
     lines = (folder / "dialog.jsonl").read_text().splitlines()
     with open(folder / "many.jsonl", "w") as file:
@@ -154,7 +153,7 @@ def timed(body):
 
 
 def compare_trl(data, tokens: int) -> None:
-    """TRL's packing of the same samples into rows of the same width (its fastest strategy, through Arrow)."""
+    """TRL's packing of the same samples into rows of the same width, with its fastest strategy, through Arrow."""
     try:
         from datasets import Dataset
         from trl import pack_dataset

@@ -1,5 +1,5 @@
-"""A token at a time behind a long prompt, at full size: what one request writes, next to what reading the weights allows.
-Where steps can be recorded as CUDA graphs, with and without that.
+"""Decoding speed of one request after a long prompt, at full size, next to the limit set by reading the weights.
+Where steps can be recorded as CUDA graphs, with and without them.
 
 python benchmarks/decode.py                                     # as many layers of Mixtral 8x7B as the device has room for
 python benchmarks/decode.py --model configs/model/tiny.json     # anywhere
@@ -31,11 +31,11 @@ from accessory.train.measure import measured_here
 
 MIXTRAL = Path(__file__).parents[1] / "configs/model/mixtral-8x7b.json"
 ROOM = 0.85
-"""Of the device's memory, for weights."""
+"""The share of the device's memory for weights."""
 
 
 def layers_that_fit(args: ModelArgs, device: torch.device) -> ModelArgs:
-    """The model, or as many of its layers as the device has room for in bf16."""
+    """The model, or as many of its layers as fit on the device in bf16."""
     one, two = (parameters(dataclasses.replace(args, n_layers=count)) for count in (1, 2))
     most = int((ROOM * memory_of(device) / 2 - one) // (two - one)) + 1
     return dataclasses.replace(args, n_layers=min(args.n_layers, most))
@@ -86,7 +86,7 @@ def main() -> None:
     experts = args.moe.num_experts_per_tok / args.moe.num_experts
     stored = parameters(args)
     expert_numbers = 3 * args.n_layers * args.moe.num_experts * args.dim * args.hidden_dim
-    read = 2 * (stored - (1 - experts) * expert_numbers - args.vocab_size * args.dim)  # of the embedding a row
+    read = 2 * (stored - (1 - experts) * expert_numbers - args.vocab_size * args.dim)  # one row of the embedding
     card = measured_here(None)
     limit = card.elementwise * card.memory_rate / read
     for how, one in seconds.items():

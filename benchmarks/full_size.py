@@ -1,4 +1,4 @@
-"""Some layers of Mixtral 8x7B at full size on one GPU: what a step takes and keeps, next to what the planner says.
+"""Some layers of Mixtral 8x7B at full size on one GPU: time and memory of a step, next to the planner's estimates.
 
 python benchmarks/full_size.py --layers 8 --tuning lora
 python benchmarks/full_size.py --layers 2 --tuning full --rows 4
@@ -32,7 +32,7 @@ GPU = torch.device("cuda", 0)
 
 
 def measured(run: PlannedRun, steps: int) -> tuple[float, float]:
-    """Seconds of the median step, and bytes at its peak."""
+    """Seconds of the median step, and the peak in bytes."""
     model = run.model_without_weights("cuda")
     model.to_empty(device=GPU)
     with torch.no_grad():

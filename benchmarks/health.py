@@ -1,10 +1,11 @@
-"""What router health costs: the training step with it and without it, and its parts alone.
+"""The cost of router health: the training step with and without it, and its parts alone.
 
     python benchmarks/health.py
 
-With: the entropies of the router's probabilities in every step, and in every tenth the reduction over steps and ranks, the
-figures and the alarms. Without: none of these (counts of rows stay, the balance loss needs them). Steps of both kinds are
-taken in turn. Less than a percent drowns in the noise of whole steps, so the parts are timed alone, too.
+With it, every step computes the entropies of the router's probabilities, and every tenth step the reduction over steps and
+ranks, the figures and the alarms. Without it there is none of these; only the counts of rows stay, which the balance loss
+needs. Steps of both kinds take turns. Whole steps are too noisy to show less than a percent, so the parts are also timed
+alone.
 """
 
 import argparse
@@ -36,12 +37,12 @@ EVERY = 10  # steps between two log lines
 
 
 def entropies(probs: torch.Tensor, number: torch.Tensor, documents: int) -> torch.Tensor:
-    """What ``router_stats`` does for the entropies, of one layer."""
+    """The work of ``router_stats`` for the entropies of one layer."""
     return probs.new_zeros(documents + 1).index_add(0, number, torch.special.entr(probs).sum(-1))
 
 
 def without_entropy(layers: Sequence[Routing], documents: Documents, image_rows: None) -> RouterStats:
-    """``router_stats`` less what it does for them."""
+    """``router_stats`` without the entropies."""
     with mock.patch("torch.special.entr", lambda probs: probs[..., :0]):
         return router_stats(layers, documents)
 

@@ -3,7 +3,7 @@
     PYTHON benchmarks/llama_cpp_generate.py FOLDER float32|bfloat16 THREADS PROMPT NEW
 
 Writes the Mixtral in FOLDER (Hugging Face's form) as GGUF beside it. For each line "BATCH" of its input it prints the
-seconds that so many requests take to be read and to be written.
+seconds of prefill and of decoding for that many requests.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k: transformers' two halves -> pairs, which is what llama.cpp turns."""
+    """Rows of q or k: from transformers' two halves to pairs, which llama.cpp rotates."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -77,7 +77,7 @@ def write_gguf(folder: Path, dtype: str) -> Path:
 
 
 class Runner:
-    """A model, and room for ``batch`` sequences at a time."""
+    """A model with room for ``batch`` sequences at a time."""
 
     def __init__(self, path: Path, batch: int, threads: int, longest: int):
         llama_cpp.llama_backend_init()
@@ -89,7 +89,7 @@ class Runner:
         self.batch = llama_cpp.llama_batch_init(batch * longest, 0, batch)
 
     def step(self, tokens: list[list[int]], past: int, vocabulary: int) -> list[list[int]]:
-        """Run each sequence's next tokens; the likeliest one behind each."""
+        """Run each sequence's next tokens; returns the likeliest token after each."""
         batch, at, ends = self.batch, 0, []
         for sequence, some in enumerate(tokens):
             for place, token in enumerate(some):
@@ -103,7 +103,7 @@ class Runner:
         return [[int(np.ctypeslib.as_array(row, (vocabulary,)).argmax())] for row in rows]
 
     def generate(self, prompts: list[list[int]], new: int, vocabulary: int) -> tuple[float, float]:
-        """Seconds of reading and of writing."""
+        """Seconds of prefill and of decoding."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         start = time.perf_counter()
         tokens = self.step(prompts, 0, vocabulary)

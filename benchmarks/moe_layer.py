@@ -1,10 +1,10 @@
-"""Forward + backward time of one MoE layer: each kernel in each layout, next to transformers' own implementations and to
-a dense SwiGLU of the same FLOPs, which is the limit.
+"""Forward + backward time of one MoE layer: each kernel in each layout, next to transformers' own implementations, and to
+a dense SwiGLU of the same FLOPs as the limit.
 
     python benchmarks/moe_layer.py
 
-Routing is real (a random router, top 2 of 8), the router itself is counted, gradients of inputs and all weights are
-taken; "decode" is a forward alone, of 1 and 4 tokens. The figure is the dense layer's time over the implementation's: 1.00
+Routing is real (a random router, top 2 of 8), the router's time is included, and there are gradients of the inputs and all
+weights. "decode" is a forward only, of 1 and 4 tokens. The figure is the dense layer's time over the implementation's: 1.00
 is the limit.
 """
 
@@ -28,7 +28,7 @@ SMALL_SHAPE = replace(SMALL, dim=512, hidden_dim=1792, moe=MoEArgs(num_experts=8
 
 
 class Dense(nn.Module):
-    """SwiGLU that does for every token what top-K routing does: K times the width."""
+    """A dense SwiGLU with the FLOPs of top-K routing: K times the width."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()

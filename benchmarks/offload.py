@@ -1,11 +1,11 @@
-"""What it would cost to have few of a model's experts on the device: a routing that was recorded, replayed in every way.
+"""The estimated cost of keeping few of a model's experts on the device: a recorded routing, replayed with every policy.
 
     python benchmarks/offload.py                                        # the recorded one that is here
     python benchmarks/offload.py --record runs/quickstart/model/epoch5 --ask runs/quickstart/data/first_held_out.jsonl
 
-``--record`` lets a model answer questions, alone and several at a time, and notes of each step and layer which experts were
-used, and which ones the guess named. A replay makes the decisions that the program makes (``accessory/model/moe/offload/
-slots.py``), and moves nothing. Seconds are computed, from bytes and speeds: no GPU was asked.
+``--record`` lets a model answer questions, one and several at a time, and notes which experts each step and layer used, and
+which ones had been guessed. A replay makes the same decisions as the program (``accessory/model/moe/offload/slots.py``)
+without moving data. Seconds are computed from bytes and speeds, not measured on a GPU.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from accessory.train.cards import CARDS
 HERE = Path(__file__).parent
 TRACE = HERE / "results/offload_trace.json"
 LOADS = HERE / "results/offload_loads.jsonl"
-"""Of the run that trained the recorded model, summed."""
+"""Expert loads of the run that trained the recorded model, summed."""
 MIXTRAL = HERE.parent / "configs/model/mixtral-8x7b.json"
 WAYS: dict[str, tuple[Policy, bool]] = {
     "lru": ("lru", False),
@@ -42,14 +42,14 @@ WAYS: dict[str, tuple[Policy, bool]] = {
     "frequency, guessed ahead": ("frequency", True),
 }
 Step = list[tuple[list[int], list[int]]]
-"""Of each layer the experts that were used, and those that had been guessed; none for the first."""
+"""For each layer, the experts that were used, and those that had been guessed (for the first layer none)."""
 
 
 MEMORY = {"t4": "15GB", "rtx-4090": "24GB", "h100-pcie": "80GB"}
 
 
 def record(directory: Path, questions: Sequence[str]) -> list[Step]:
-    """What a model's layers use while it answers: ``questions`` one by one, then four at a time."""
+    """Record the experts that a model's layers use while it answers ``questions`` one by one, then four at a time."""
     experts = json.loads((directory / "config.json").read_text()).get("moe", {}).get("num_experts", 8)
     model = MetaModel.from_pretrained(directory, dtype=torch.float32, max_seq_len=256, offload=f"experts={experts}")
     layers, steps = model.llma.offloaded, list[Step]()
@@ -66,7 +66,7 @@ def record(directory: Path, questions: Sequence[str]) -> list[Step]:
 
 
 def _listen(slots: Slots, number: int, layers: int, steps: list[Step]) -> None:
-    """Note what a layer's slots are told."""
+    """Note the calls to a layer's slots."""
     judge, guess = slots.judge, slots.guess
 
     def judged(used: list[int]) -> None:
@@ -84,7 +84,7 @@ def _listen(slots: Slots, number: int, layers: int, steps: list[Step]) -> None:
 
 
 def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool, loads: Sequence[Sequence[float]] = ()) -> Tally:
-    """What would have happened with ``count`` slots for each layer; ``loads``: of each, if they are begun with."""
+    """Replay with ``count`` slots for each layer; ``loads``: each layer's expert loads, to fill the slots at the start."""
     layers = [Slots(count, policy) for _ in steps[0]]
     for slots, of_layer in zip(layers, loads, strict=False):
         slots.place(of_layer)
@@ -102,7 +102,7 @@ def replay(steps: Sequence[Step], count: int, policy: Policy, guesses: bool, loa
 
 
 def beginnings(steps: Sequence[Step]) -> None:
-    """What it is worth to begin with the experts that training used most, by default settings."""
+    """Print the gain from starting with the experts that training used most, with default settings."""
     args = replace(ModelArgs.load(MIXTRAL), n_layers=len(steps[0]))
     loads = read_loads(LOADS, args)
     print("\nbegun with the experts that training used most; 4 slots, frequency, guessed ahead")
@@ -113,7 +113,7 @@ def beginnings(steps: Sequence[Step]) -> None:
 
 
 def least_moved(steps: Sequence[Step], count: int) -> int:
-    """What a choice would move that knew the future: of what is there and what comes, those stay that are used soonest."""
+    """What an optimal policy that knows the future would move: it keeps the experts that are used soonest."""
     moved = 0
     for batches in zip(*([set(used) for used, _ in step] for step in steps), strict=True):
         used_next, next_use = list[dict[int, int]](), dict[int, int]()
@@ -145,7 +145,7 @@ def replays(steps: Sequence[Step]) -> None:
 
 
 def estimates(steps: Sequence[Step]) -> None:
-    """Of Mixtral 8x7B, as if it chose experts as what was recorded does."""
+    """Print estimates for Mixtral 8x7B, assuming that it routes like the recorded model."""
     base = ModelArgs.load(MIXTRAL)
     a_token = base.n_layers * base.moe.num_experts_per_tok
     print("\ncomputed, not measured: Mixtral 8x7B, a sequence of 4096 tokens, seconds of a token of one request")

@@ -1,15 +1,15 @@
-"""What quantising costs: rounding to the nearest next to rounding with a mix in view, routers kept and quantised.
+"""The accuracy cost of quantisation: rounding to nearest next to calibrated rounding, with routers kept or quantised.
 
     make quickstart     # or any trained model, and a mix that marks what is held out
     python benchmarks/quantise_accuracy.py runs/quickstart/model/epoch5 runs/quickstart/data/first.yaml
     python benchmarks/quantise_accuracy.py MIXTRAL-8x7B MIX.yaml --precision bf16 --layers 0 15 31
 
-Experts and attention are quantised. On what the mix holds out: KL of the whole model's next-token distribution to the
-quantised one's, in nats, and its perplexity, both over the tokens that are trained; the share of tokens, over all layers,
-that other experts are chosen for; and how far the outputs of each matrix, each expert's by itself, are from its own,
-relative to them (the rows are those of the whole model). The mix in view are samples of its training part, drawn anew
-for each of several seeds. "Mixed" is what mixing could win at the nearest's own steps: the geometric over the arithmetic
-mean of the spectrum of x.T x, in roots. The verdicts at the end are those of docs/quantisation.md.
+Experts and attention are quantised. Measured on the held-out part of the mix: the KL divergence from the original model's
+next-token distribution to the quantised one's, in nats, and the perplexity, both over trained tokens; the share of tokens,
+over all layers, that get other experts; and for each matrix, each expert's by itself, the relative error of its outputs (on
+the original model's inputs). Calibration samples come from the training part, drawn anew for each of several seeds. "Mixed"
+is what rounding inputs in turn could gain at the same step size: the root of the geometric over the arithmetic mean of the
+spectrum of x.T x. The verdicts at the end are those of docs/quantisation.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from accessory.model.moe.layouts import EXPERT
 from accessory.settings import QuantiseSection
 
 Grams = dict[str, list[tuple[Tensor, int]]]
-"""Of each matrix, and of each expert's: x.T @ x of the rows x that come to it, and how many they are."""
+"""For each matrix, one for each expert: x.T @ x of its input rows x, and the number of rows."""
 
 
 class Held:
@@ -53,7 +53,7 @@ class Held:
 
 
 class RoundedRouters:
-    """A source whose routers are rounded to the nearest, as ``codec`` rounds."""
+    """A source whose routers are rounded to nearest by ``codec``."""
 
     def __init__(self, source: Source, codec: str):
         self.source, self.codec = source, get_codec(codec)
@@ -65,7 +65,7 @@ class RoundedRouters:
 
 @dataclass
 class Told:
-    """What a model says of held-out tokens: [n, V] log-probabilities, and each layer's experts [L, T, K]."""
+    """A model's results on held-out tokens: [n, V] log-probabilities, and each layer's experts [L, T, K]."""
 
     log_probs: Tensor
     targets: Tensor
@@ -133,7 +133,7 @@ def grams_of(model: Decoder, batches: list[Batch], layers: list[int]) -> Grams:
 
 
 def errors(original: Source, numbers: Source, grams: Grams, logical: LogicalModel) -> Iterator[tuple[str, float]]:
-    """Of each matrix, each expert's, in order: how far its products are off, relative to them."""
+    """The relative error of each matrix's products (each expert's), in order."""
     for name, of_experts in grams.items():
         region = whole_region(logical.dense[name])
         w, rounded = (source.read(name, region).float().to(of_experts[0][0].device) for source in (original, numbers))
@@ -144,13 +144,13 @@ def errors(original: Source, numbers: Source, grams: Grams, logical: LogicalMode
 
 
 def mixed(gram: Tensor) -> float:
-    """What rounding inputs in turn leaves of the error if all of them end up costing alike."""
+    """The share of the error that is left by rounding inputs in turn, if all of them end up with equal cost."""
     spectrum = torch.linalg.eigvalsh(gram.double()).clamp(min=1e-30)
     return float((spectrum.log().mean().exp() / spectrum.mean()).sqrt())
 
 
 class Study:
-    """One model, and what is held out for it."""
+    """One model, and its held-out samples."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.device = arguments, pick_device()
@@ -170,7 +170,7 @@ class Study:
         return build_model(logical, EXPERT, source, dtype=dtype, device=self.device, trains=frozenset())
 
     def quantised(self, codec: str, draw: int | None) -> Source:
-        """The numbers that the matrices stand for: rounded to the nearest, or with a draw of the mix in view."""
+        """The dequantised matrices: rounded to nearest, or calibrated on a draw of the mix."""
         logical = LogicalModel(replace(self.args, quantise=QuantiseSection(codec, codec)))
         if draw is None:
             return Dequantised(Quantising(self.original, logical), logical)
@@ -180,7 +180,7 @@ class Study:
         return Dequantised(Overlaid(self.original, parts, logical.parts), logical)
 
     def measure(self, numbers: Source) -> tuple[float, float, float]:
-        """KL, perplexity, share of the tokens that meet other experts."""
+        """KL divergence, perplexity, and the share of tokens that get other experts."""
         told = ask(self.build(numbers), self.batches)
         return self.base.kl(told), told.perplexity, self.base.rerouted(told)
 
@@ -191,7 +191,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def compare(study: Study, codec: str, draws: list[int]) -> dict[str, bool]:
-    """Print a table of one codec; what the protocol asks of it."""
+    """Print a table of one codec; returns the verdicts of the protocol."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     off: dict[str, list[list[float]]] = {"nearest": [], "calibrated": []}
     kinds: list[str] = []

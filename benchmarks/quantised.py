@@ -1,13 +1,13 @@
-"""Memory and speed of answers from quantised weights, next to bf16 and to transformers with bitsandbytes.
+"""Memory and speed of generation from quantised weights, next to bf16 and to transformers with bitsandbytes.
 
     python benchmarks/quantised.py
     pip install --target EXTRA --no-deps bitsandbytes accelerate psutil; PYTHONPATH=EXTRA python benchmarks/quantised.py
 
-Every side is a process of its own, from files to the last token: ours from a directory that `accessory quantise` makes,
-bitsandbytes' from the bf16 files, which is what it can do. Peak memory is the largest resident set (mapped pages of files
-included) and "held" are the pages of the process's own once it has answered, both less those after the imports. One request
-of 128 tokens, 24 new ones, chosen greedily, answered once before it is timed; each speed is the median of rounds that the
-sides take in turn, while the others wait. Without bitsandbytes its side is left out, and that is said.
+Every side is a process of its own, from files to the last token. Ours reads a directory made by `accessory quantise`;
+bitsandbytes can only start from the bf16 files. Peak memory is the largest resident set, including mapped pages of files,
+and "held" is the process's own memory after an answer, both minus those after the imports. There is one request of 128
+tokens with 24 new ones, decoded greedily, and answered once before it is timed. Each speed is the median of rounds that the
+sides take in turn, while the others wait. Without bitsandbytes its side is left out, and a line says so.
 """
 
 import argparse
@@ -48,7 +48,7 @@ Figures = dict[str, float]
 
 
 def own(what: str) -> float:
-    """A line of this process's memory, in MB."""
+    """A figure of this process's memory, in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[what].split()[0]) / 1e3
 
@@ -74,7 +74,7 @@ def load_theirs(folder: Path, way: str | None) -> Callable[[], Times]:
 
 
 def serve_side(name: str, folder: Path) -> None:
-    """In a process of its own: answer once, say what memory that took, and then answer and say how fast for each line."""
+    """In a process of its own: answer once and print the memory; then for each input line answer and print the speed."""
     start_one_process()
     before = {line: own(line) for line in ("VmRSS", "RssAnon")}
     answer = load_ours(folder, OURS[name]) if name in OURS else load_theirs(folder, THEIRS[name])
@@ -107,7 +107,7 @@ class Side:
         self.speeds.append(self._told())
 
     def figures(self) -> Figures:
-        """In the order of the table."""
+        """The figures in the order of the table."""
         return self.memory | {f: statistics.median(speed[f] for speed in self.speeds) for f in self.speeds[0]}
 
     def stop(self) -> None:
@@ -116,7 +116,7 @@ class Side:
 
 
 def make(folder: Path, layers: int) -> None:
-    """The model in bf16 as Hugging Face has it, and quantised."""
+    """Write the model in bf16 in Hugging Face's format, and quantised."""
     start_one_process()
     logical = LogicalModel(replace(SHAPE, n_layers=layers))
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "trains": frozenset()}

@@ -1,10 +1,10 @@
-"""Saving a training state: how long training stands still, seconds until it is on the disk, and extra memory.
+"""Saving a training state: the pause of training, the seconds until it is on disk, and the extra memory.
 
     python benchmarks/save.py             # 2 ranks, 1.5 GB of fp32 masters and moments, in a temporary directory
 
-Next to the same save at once, to torch.distributed.checkpoint's async_save, and to a state gathered on rank 0 for
-torch.save. Each side runs in processes of its own, in turn; memory is the most that any rank has beside what it had before
-(anonymous pages), as a share of what it has of the state: its shard.
+It is compared with the same save without a thread, with torch.distributed.checkpoint's async_save, and with a state
+gathered on rank 0 for torch.save. Each side runs in processes of its own, in turn. Memory is the largest growth of any
+rank's anonymous pages, as a share of its shard of the state.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SIDES = ("accessory", "accessory, at once", "DCP async_save", "gathered torch.sa
 
 
 class PeakMemory:
-    """The most anonymous bytes of this process since it was made, above those it had then; a thread looks."""
+    """The peak growth of this process's anonymous memory since this object was made, watched by a thread."""
 
     def __init__(self) -> None:
         self._first = self.most = self._now()
@@ -67,7 +67,7 @@ class PeakMemory:
 
 
 def measure(side: str, folder: Path, rounds: int, layers: int) -> None:
-    """As one rank: what each round took, from rank 0 as a line of JSON."""
+    """Measure as one rank; rank 0 prints the results of each round as a line of JSON."""
     launch = read_environment()
     join(launch, reach_store(launch, 60))
     mesh, logical = make_mesh(), LogicalModel(replace(SHAPE, n_layers=layers))
@@ -81,7 +81,7 @@ def measure(side: str, folder: Path, rounds: int, layers: int) -> None:
         shard=lambda m: wrap(m, mesh, "fsdp", torch.float32, launch.device.type),
     )
     optimizer = make_optimizer(model, OptimSection())
-    for parameter in model.parameters():  # as after a step, without the memory that one leaves
+    for parameter in model.parameters():  # moments as after a step, without running one
         moments = {name: torch.ones_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
     shard = 3 * sum(local_part(parameter).nbytes for parameter in model.parameters())
@@ -105,7 +105,7 @@ def measure(side: str, folder: Path, rounds: int, layers: int) -> None:
 
 
 Begun = tuple[Callable[[Path], None], Callable[[], None]]
-"""What begins a save into a directory, and what waits for it."""
+"""A function that begins a save into a directory, and one that waits for it."""
 
 
 def ours(model, optimizer) -> Begun:
@@ -160,7 +160,7 @@ def gathered(model, optimizer) -> Begun:
 
 
 def run(side: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """All ranks of one side."""
+    """Run all ranks of one side."""
     with hold_port() as held, tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         port = held.getsockname()[1]
         command = [sys.executable, __file__, "--measure", side, folder, "--rounds", str(arguments.rounds)]

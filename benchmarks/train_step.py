@@ -1,11 +1,11 @@
-"""The whole training step (forward, backward, clipping, AdamW) next to transformers' own MixtralForCausalLM.
+"""The whole training step (forward, backward, clipping, AdamW), next to transformers' MixtralForCausalLM.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --lora 16      # adapters on attention and experts, next to the PEFT library's
 
-Same shape (vocabulary 32000), same batch with masked prompts as in finetuning, same optimiser and clipping, balance loss
-on. fp32, and bf16 compute over fp32 masters (transformers: autocast). Each side runs in a process of its own, in turn,
-so that its peak memory is its own; tokens/s is the median step's.
+Both have the same shape (vocabulary 32000), the same batch with masked prompts as in finetuning, the same optimiser and
+clipping, and the balance loss. Precisions are fp32, and bf16 compute with fp32 masters (transformers: autocast). Each side
+runs in a process of its own, in turn, so that its peak memory is its own; tokens/s is that of the median step.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def batch() -> torch.Tensor:
 def ours(precision: str, device: torch.device, lora: int) -> Callable[[], float]:
     start_one_process()
     if device.type == "cpu":
-        keep_freed_memory()  # as a run does
+        keep_freed_memory()  # as in a run
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     section = TuningSection(lora=LoraSection(rank=lora) if lora else None)
     tuning = resolve(section, SHAPE)
@@ -119,7 +119,7 @@ def theirs(precision: str, device: torch.device, lora: int) -> Callable[[], floa
 
 
 def with_peft(model: MixtralForCausalLM, rank: int) -> torch.nn.Module:
-    """The same adapters: PEFT's one on the fused gate_up_proj has twice the rank of ours on w1 and w3."""
+    """The same adapters: PEFT's on the fused gate_up_proj has twice the rank of ours on w1 and w3."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

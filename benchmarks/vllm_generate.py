@@ -2,8 +2,8 @@
 
     PYTHON benchmarks/vllm_generate.py FOLDER float32|bfloat16 THREADS PROMPT NEW
 
-For each line "BATCH" of its input it prints the seconds that so many requests take to be read and to be written. The engine
-is in this process, compiled as it is by default.
+For each line "BATCH" of its input it prints the seconds of prefill and of decoding for that many requests. The engine runs
+in this process, compiled as by default.
 """
 
 import json
@@ -26,7 +26,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 
 def generate(engine, prompts: list[list[int]], name: str) -> tuple[float, float]:
-    """Seconds of reading and of writing."""
+    """Seconds of prefill and of decoding."""
     greedy = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
     waiting = {f"{name}.{number}" for number in range(len(prompts))}
     start = read = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where a model says that things are: ``<p>name</p>[x1,y1,x2,y2;...]``, in fractions of the square that it sees."""
+"""Places of objects in a model's answer: ``<p>name</p>[x1,y1,x2,y2;...]``, in fractions of the padded square image."""
 
 import re
 from typing import NamedTuple
@@ -12,14 +12,14 @@ _FOUND = re.compile(rf"<p>(.*?)</p>\s*\[({_PLACE}(?:;{_PLACE})*)\]", re.DOTALL)
 
 
 class Place(NamedTuple):
-    """A box (x1, y1, x2, y2), or a point (x, y), and what is there."""
+    """The name of an object, and its box (x1, y1, x2, y2) or point (x, y)."""
 
     name: str
     at: tuple[float, ...]
 
 
 def places_in(text: str) -> list[Place]:
-    """What a text says, in fractions of the square."""
+    """The places in a text, in fractions of the square."""
     return [
         Place(name.strip(), tuple(map(float, place.split(","))))
         for name, places in _FOUND.findall(text)
@@ -28,7 +28,7 @@ def places_in(text: str) -> list[Place]:
 
 
 def in_image(at: tuple[float, ...], width: int, height: int) -> list[float]:
-    """Pixels of an image of this size, in the middle of the square that it is padded to."""
+    """The pixel coordinates of a place, in an image of this size that was padded to a square."""
     side = max(width, height)
     begins = (side - width) // 2, (side - height) // 2
     return [
@@ -38,7 +38,7 @@ def in_image(at: tuple[float, ...], width: int, height: int) -> list[float]:
 
 
 def drawn(image: Image.Image, text: str) -> Image.Image | None:
-    """A copy of the image with all that the text says of places in it; None: it says nothing."""
+    """A copy of the image with the text's places drawn into it; None if there are none."""
     places = places_in(text)
     if not places:
         return None

@@ -1,4 +1,4 @@
-"""What both demos are made of: the command line of LLaMA2-Accessory's, a server that is asked, and how a page looks."""
+"""Shared by the demos: LLaMA2-Accessory's command line, requests to a server, and the look of a page."""
 
 import argparse
 import base64
@@ -21,11 +21,11 @@ from accessory.errors import UserError
 from accessory.visual.images import open_image
 
 refusal = partial(gr.Error, print_exception=False)
-"""Told on the page alone, not with a traceback in the terminal of who runs it."""
+"""An error that is shown on the page only, without a traceback in the terminal."""
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
-    """The options of LLaMA2-Accessory's demos that mean something here."""
+    """The options of LLaMA2-Accessory's demos that have a meaning here."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--pretrained_path", nargs="+", required=True, help="a checkpoint, and what is laid over it")
     parser.add_argument("--llama_type", choices=["mixtral", "mixtral_sparse"], help="layout; default: the checkpoint's own")
@@ -44,7 +44,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def serve_words(arguments: argparse.Namespace) -> list[str]:
-    """The command line of ``accessory serve`` for what a demo's command line asks."""
+    """The command line of ``accessory serve`` for a demo's arguments."""
     base, *over = arguments.pretrained_path
     words = ["serve", base, "--name", "model", "--port", "0", "--precision", arguments.dtype]
     words += ["--max-seq-len", str(arguments.model_max_seq_len)]
@@ -55,10 +55,10 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
 
 
 async def ask(url: str, path: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-    """The pieces of an answer, as they come. Closing this ends the answer on the server, too.
+    """Stream the pieces of an answer. Closing this generator ends the answer on the server, too.
 
     Raises:
-        refusal: it is refused, or the server is lost.
+        refusal: the request is refused, or the server is lost.
     """
     body |= {"model": "model", "stream": True, "expert_load": True}
     try:
@@ -77,7 +77,7 @@ async def ask(url: str, path: str, **body: Any) -> AsyncIterator[dict[str, Any]]
 
 
 def shown(path: str) -> Image.Image:
-    """An image that somebody has put into the page."""
+    """Open an image that a user put into the page."""
     try:
         return open_image(path)
     except UserError as error:
@@ -85,7 +85,7 @@ def shown(path: str) -> Image.Image:
 
 
 def image_part(path: str) -> dict[str, Any]:
-    """An image, for the server: as its bytes."""
+    """An image as a part of a message to the server, with its bytes."""
     stream = io.BytesIO()
     shown(path).save(stream, "PNG")
     return {
@@ -106,14 +106,14 @@ def sampling_controls(most: int) -> list[gr.Slider]:
 
 
 def sampling(values: tuple[float, ...]) -> dict[str, float]:
-    """The values of the controls by the names that the server knows."""
+    """The values of the controls by the server's names."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
     whole = ("max_tokens", "top_k")
     return {name: int(value) if name in whole else value for name, value in zip(names, values, strict=True)}
 
 
 def draw_load(load: list[list[int]]) -> Figure:
-    """Which experts an answer's tokens took, [layers][experts], as shares of each layer's."""
+    """A heat map of an answer's expert load, [layers][experts], as shares of each layer's tokens."""
     shares = [[count / max(1, sum(layer)) for count in layer] for layer in load]
     figure = Figure(figsize=(5, 1.4 + 0.2 * min(len(shares), 40)), layout="constrained")
     axes = figure.subplots()
@@ -124,9 +124,9 @@ def draw_load(load: list[list[int]]) -> Figure:
 
 
 def launch(page: gr.Blocks, arguments: argparse.Namespace, **options: Any) -> str:
-    """Open the page and say where it is."""
-    page.queue(default_concurrency_limit=None)  # sessions do not wait for one another: the engine takes all at once
-    # fonts that are there, rather than fetched
+    """Open the page and print its address."""
+    page.queue(default_concurrency_limit=None)  # sessions do not wait for one another: the engine batches them
+    # installed fonts: none are downloaded
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     _, local, public = page.launch(
         server_name=arguments.host,

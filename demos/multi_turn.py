@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page to talk with a model, which runs in processes of its own, one for each GPU.
+"""A chat page. The model runs in processes of its own, one for each GPU.
 
 python demos/multi_turn.py --n_gpus 2 --pretrained_path runs/quickstart/merged
 """
@@ -18,9 +18,9 @@ from worker import Worker
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:
-    """What a turn says and shows, as the page has it, in OpenAI's parts: images before their text."""
+    """The content of a turn on the page as OpenAI's parts: images before their text."""
     files = [image_part(path) for path in files_in(content)]
-    if isinstance(content, dict):  # of the box below
+    if isinstance(content, dict):  # from the input box
         content = content["text"]
     several = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else part.get("text") for part in several]
@@ -28,7 +28,7 @@ def parts_of(content: Any) -> list[dict[str, Any]]:
 
 
 def together(turns: list[tuple[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """Messages of turns, of which the page makes several where a question has images."""
+    """Join turns to messages: the page has several turns for one question with images."""
     messages: list[dict[str, Any]] = []
     for role, parts in turns:
         if messages and messages[-1]["role"] == role:
@@ -39,7 +39,7 @@ def together(turns: list[tuple[str, list[dict[str, Any]]]]) -> list[dict[str, An
 
 
 def files_in(content: Any) -> list[str]:
-    """The images of a turn: of the box below, or of one before, which holds each beside its path."""
+    """The paths of a turn's images, from the input box or from an earlier turn."""
     if isinstance(content, dict):
         return list(content["files"])
     parts = [part for part in content if isinstance(part, dict)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page to talk with a model that sees, about images; it runs in processes of its own, one for each GPU.
+"""A chat page for a visual model. The model runs in processes of its own, one for each GPU.
 
 python demos/multi_turn_mm.py --n_gpus 2 --pretrained_path SPHINX_MOE
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page that asks a model one question at a time. Each process holds a part of the model; the first one shows the page.
+"""A page to ask a model one question at a time. Each process holds a part of the model; the first one serves the page.
 
 torchrun --nproc-per-node 2 demos/single_turn.py --pretrained_path runs/quickstart/merged
 """

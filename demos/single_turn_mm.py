@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page that asks a model that sees one question at a time, about an image.
+"""A page to ask a visual model one question at a time, about an image.
 
 torchrun --nproc-per-node 2 demos/single_turn_mm.py --pretrained_path SPHINX_MOE
 """

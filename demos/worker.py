@@ -1,4 +1,4 @@
-"""``accessory serve`` in processes of its own, which are started anew when they have ended."""
+"""Runs ``accessory serve`` in processes of its own, and restarts them when they end."""
 
 import ctypes
 import os
@@ -15,10 +15,10 @@ ERROR = "accessory: error: "
 
 
 class Worker:
-    """Watched by a thread.
+    """A server in another process, watched by a thread.
 
     Attributes:
-        url: where the server is; None: it is not there now. status: what there is to tell, in a sentence.
+        url: the server's address; None while it does not run. status: its state in a sentence.
     """
 
     def __init__(self, words: Sequence[str], gpus: Sequence[int] = ()):
@@ -31,7 +31,7 @@ class Worker:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Whether the server has come up; False: it has ended before."""
+        """Wait until the server runs; False if it ended before."""
         self._answers.wait()
         return self.url is not None
 
@@ -78,6 +78,6 @@ class Worker:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone, however that went. Of Linux."""
+    """Have Linux end this process when its parent is gone, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""The proof, on the user's own machine, that results do not depend on the partition."""
+"""The proof, on the user's own machine, that results do not depend on how work is partitioned."""

@@ -41,14 +41,14 @@ from accessory.model.memory import memory_of
 
 
 def run_certify(arguments: argparse.Namespace) -> None:
-    """Certify, print the table, write the files that are asked for; exit code 1 if a cell fails."""
+    """Certify, print the table, and write the requested files; exit code 1 if a cell fails."""
     torch.set_num_threads(1)  # the ranks have the other cores
     for file in filter(None, (arguments.json, arguments.html)):
         check_writable(file)
     worlds = _worlds(arguments)
     built_in = WIDE if arguments.precision == "bf16" else SMALL
     args = load_args(arguments.model) if arguments.model else built_in
-    if not args.load_balancing_weight:  # its gradient could not be seen
+    if not args.load_balancing_weight:  # else its gradient would not be tested
         args = replace(args, load_balancing_weight=SMALL.load_balancing_weight)
     where = str(arguments.model or "the model")
     if args.moe.score_bias:
@@ -83,7 +83,7 @@ def _check_memory(args: ModelArgs, world: int, where: str) -> None:
 
 
 def _worlds(arguments: argparse.Namespace) -> list[int]:
-    """Raise UserError if this machine cannot run them."""
+    """The world sizes to run. Raises UserError if this machine cannot run them."""
     text = arguments.world or ("1,2" if arguments.quick else "1,2,4")
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--world {text}: expected numbers of processes, such as 1,2,4")
@@ -160,7 +160,7 @@ def _kernels(arguments: argparse.Namespace, problem: Problem, most_ranks: int) -
 
 
 def _only(arguments: argparse.Namespace, cells: Sequence[Any]) -> list[Any]:
-    """The cells that --only asks for, by the settings in their lines of the table."""
+    """The cells selected by --only, by the settings in their lines of the table."""
     wanted = {tuple(word.split("=", 1)) for word in arguments.only}
     found = [cell for cell in cells if wanted <= cell.settings().items()]
     if not found:
@@ -181,7 +181,7 @@ def _fill(certificate: Certificate, judge: Any, body: Body, cells: Sequence[Any]
 
 
 def _verdict(judge: Any, cell: Any, outcome: Any) -> Verdict:
-    """What cannot be judged fails, and the other cells go on: a rank's results can be wrong in ways not foreseen."""
+    """The verdict on a cell. An exception in judging it is a failure of this cell only: results can be wrong in any way."""
     try:
         row: Verdict = judge.row(cell, outcome)
         return row

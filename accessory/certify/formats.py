@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold, by the formats' descriptions alone: nothing here is shared with what reads them."""
+"""The expected content of checkpoint files, from the formats' descriptions alone; no code is shared with the readers."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def tensors(w: dict[str, Tensor], args: ModelArgs, format: str, size: int = 1) -
 def rank_tensors(w: dict[str, Tensor], args: ModelArgs, layout: str, rank: int, size: int) -> dict[str, Tensor]:
     """What LLaMA2-Accessory's converters write for model-parallel rank ``rank`` of ``size``.
 
-    More ranks than key heads, which those cannot do, all have them whole.
+    If there are more ranks than key heads, which those converters do not support, all ranks have the heads whole.
     """
     out = {"tok_embeddings.weight": w["tok_embeddings.weight"].chunk(size, 1)[rank]}
     out |= {"score.weight": w["score.weight"]} if args.labels else {"output.weight": w["output.weight"].chunk(size, 0)[rank]}
@@ -55,7 +55,7 @@ def rank_tensors(w: dict[str, Tensor], args: ModelArgs, layout: str, rank: int, 
 
 
 def huggingface_tensors(w: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
-    """What the Hub holds of Mixtral: a matrix per expert, rotary rows of q and k as two halves of each head."""
+    """Mixtral's tensors as on the Hub: one matrix per expert, rotary rows of q and k as two halves of each head."""
 
     def halves(weight: Tensor) -> Tensor:
         return torch.cat([torch.cat([head[0::2], head[1::2]]) for head in weight.split(args.head_dim)])
@@ -79,7 +79,7 @@ def huggingface_tensors(w: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
 
 
 def write(directory: Path, w: dict[str, Tensor], args: ModelArgs, format: str, size: int = 1) -> None:
-    """A directory of these files with what describes them."""
+    """Write a directory of these files with their descriptions."""
     directory.mkdir()
     for name, content in tensors(w, args, format, size).items():
         save_file(content, directory / name, {"format": "pt"})
@@ -88,7 +88,7 @@ def write(directory: Path, w: dict[str, Tensor], args: ModelArgs, format: str, s
 
 
 def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
-    """What the JSON files must say of the model, key by key."""
+    """The values that the JSON files must have, key by key."""
     if format == "hf":
         config: dict[str, Any] = {
             "architectures": [f"MixtralFor{'SequenceClassification' if args.labels else 'CausalLM'}"],
@@ -139,7 +139,7 @@ def settings(args: ModelArgs, format: str) -> dict[str, dict[str, Any]]:
 
 
 def wrong_setting(directory: Path, args: ModelArgs, format: str) -> str | None:
-    """The first setting of a directory's JSON files that is not as it must be; they may hold more keys."""
+    """The first setting of a directory's JSON files that is wrong; further keys are allowed."""
     for name, expected in settings(args, format).items():
         found = json.loads((directory / name).read_text())
         for key, value in expected.items():
@@ -149,7 +149,7 @@ def wrong_setting(directory: Path, args: ModelArgs, format: str) -> str | None:
 
 
 def difference(directory: Path, expected: Files) -> float:
-    """The largest difference of a value in a directory's safetensors files; infinite if the files or keys are others."""
+    """The largest difference of a value in a directory's safetensors files; infinite if the files or keys differ."""
     found = {path.name: load_file(path) for path in directory.glob("*.safetensors")}
     shapes = [{file: {k: t.shape for k, t in some.items()} for file, some in files.items()} for files in (found, expected)]
     if shapes[0] != shapes[1]:
@@ -159,5 +159,5 @@ def difference(directory: Path, expected: Files) -> float:
 
 
 def largest(errors: Iterable[float]) -> float:
-    """The worst of them: infinite if one is NaN, which Python's max drops unless it comes first."""
+    """The largest error; infinite if one is NaN, which Python's max ignores unless it comes first."""
     return max(math.inf if math.isnan(error) else error for error in errors)

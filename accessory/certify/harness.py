@@ -1,4 +1,4 @@
-"""A model and its steps, made of a run's own parts; what each rank has of the results, and the whole of it."""
+"""Builds and trains a model with the same parts as a run, and assembles the ranks' results to full tensors."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -31,7 +31,7 @@ from accessory.train.step import StepResult, train_step
 
 CPU = torch.device("cpu")
 Parts = dict[str, tuple[Region, Tensor]]
-"""What a model-parallel rank holds of logical tensors: of each the region, and what stands there."""
+"""A model-parallel rank's slices of logical tensors: name -> (region, values)."""
 
 
 class Tensors:
@@ -59,7 +59,7 @@ def build(
     trains: Set[str] | None = None,
     offload: OffloadSection | None = None,
 ) -> Decoder:
-    """A decoder as a run has it: masters in ``dtype``, sharded over data-parallel ranks, computing in ``compute``."""
+    """A decoder as in a run: masters in ``dtype``, sharded over data-parallel ranks, computing in ``compute``."""
     plan = None
     if offload:
         plan = plan_offload(offload, logical, get_layout(layout), mesh.mp.size, compute or dtype, 0.0, kernel, trains or ())
@@ -89,7 +89,7 @@ def build_problem(
     source: Source | None = None,
     **options: Any,
 ) -> Decoder:
-    """The problem's model, trained as ``tuning`` says; ``source``: of its weights, if not the problem's own."""
+    """The problem's model, ready to train with ``tuning``; ``source``: of its weights, if not the problem's own."""
     spec = problem.tuning(tuning)
     model = build(
         spec.logical,
@@ -114,7 +114,7 @@ def micro_batches(
     width: int | None = None,
     images: ImageReader | None = None,
 ) -> list[Batch]:
-    """A data-parallel rank's part of a global batch; ``width``: packed into rows of so many tokens; None: a row each."""
+    """A data-parallel rank's part of a global batch; ``width``: tokens of a packed row; None: one sample per row."""
     order = np.arange(len(samples))
     rows = Rows.packed(order, sample_lengths(samples), width) if width else Rows.alone(order)
     plan = BatchPlan(-(-len(rows) // (accumulation * ranks)), accumulation, rank, ranks, images=images)
@@ -134,10 +134,11 @@ def train(
     width: int | None = None,
     objective: Objective | None = None,
 ) -> dict[str, Any]:
-    """A step of each global batch, at its rate; without ``rates`` at ``optim.lr``.
+    """Take one step for each global batch, at its rate; without ``rates`` at ``optim.lr``.
 
     Returns:
-        steps: what ``measured`` says of each. gradients: Parts, of the first step, clipped. weights: Parts, after the last.
+        steps: the result of ``measured`` for each. gradients: Parts, of the first step, clipped. weights: Parts, after the
+        last step.
     """
     optimizer = make_optimizer(model, optim)
     first: Parts = {}
@@ -171,14 +172,14 @@ def measured(result: StepResult, dp: Axis) -> dict[str, Any]:
 
 
 def gradients(model: Decoder) -> Parts:
-    """Whole over data-parallel ranks; of what trains, and of what should not but has one."""
+    """Gradients, whole over data-parallel ranks: of all that trains, and of anything else that has one by mistake."""
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
     return _parts(model, whole)
 
 
 def weights(model: Decoder) -> Parts:
-    """Whole over data-parallel ranks."""
+    """Weights, whole over data-parallel ranks."""
     return _parts(model, dict(gathered(model)))
 
 
@@ -189,9 +190,9 @@ def _parts(model: Decoder, tensors: Mapping[str, Tensor]) -> Parts:
 
 
 def assemble(ranks: Sequence[Parts], shapes: Mapping[str, Shape]) -> tuple[dict[str, Tensor], set[str]]:
-    """Full logical tensors from every rank's parts, and the names of those of which ranks do not hold bitwise the same.
+    """Full logical tensors from every rank's parts, and the names of tensors on which ranks disagree bitwise.
 
-    What only some ranks have is such a name, and no full tensor; what no rank has of a tensor is NaN.
+    A tensor that only some ranks have counts as a disagreement and is left out. Values that no rank has are NaN.
     """
     full: dict[str, Tensor] = {}
     everywhere = set.intersection(*(set(parts) for parts in ranks))

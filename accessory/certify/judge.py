@@ -1,4 +1,4 @@
-"""The verdict on a cell: what its ranks returned, against the plain reference in this one process."""
+"""The verdict on a cell: its ranks' results against the plain reference, which runs in this one process."""
 
 import functools
 import itertools
@@ -39,10 +39,11 @@ def bounds(tolerance: float) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A cell and how far it is from the reference.
+    """A cell, and its distance from the reference.
 
-    ``errors``: by quantity, over all steps and ranks; a number's is relative to it, a tensor's largest difference is
-    relative to its largest value. ``bounds``: what of each is allowed. ``reason``: what else is wrong.
+    ``errors``: by quantity, over all steps and ranks; that of a number is relative to it, that of a tensor is the largest
+    difference relative to the largest value. ``bounds``: the largest allowed errors. ``reason``: anything else that is
+    wrong.
     """
 
     cell: Any
@@ -59,10 +60,10 @@ class Verdict:
 
 
 class Judge:
-    """Compares cells with the reference, which is computed once for each problem that they pose.
+    """Compares cells with the reference, which is computed once for each problem.
 
     Attributes:
-        margin: of all routing decisions compared so far, the closest (see ``reference.LossParts``).
+        margin: the closest routing decision compared so far (see ``reference.LossParts``).
     """
 
     def __init__(self, problem: Problem):
@@ -102,7 +103,7 @@ class Judge:
         gradients, differ = assemble([rank["gradients"] for rank in ranks], tuning.logical.shapes)
         weights, also = assemble([rank["weights"] for rank in ranks], tuning.logical.shapes)
         first = expected[0]
-        # what was applied, whatever the norm that it was made from
+        # the clipping factor that was applied, whatever norm it was computed from
         applied = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())) / first.norm
         errors["clipping"] = relative(applied, first.scale)
         errors["gradients"] = distance(gradients, first.gradients)
@@ -144,7 +145,7 @@ class Judge:
 def reference_steps(
     problem: Problem, tuning_name: str, batches: list[list[Sample]], balance: str, optim: OptimSection, rates: list[float]
 ) -> Iterator[reference.ReferenceStep]:
-    """What the plain reference makes of a problem's weights on global batches, at a rate for each."""
+    """The plain reference's steps from a problem's weights over global batches, with a rate for each."""
     tuning = problem.tuning(tuning_name)
     return reference.train_steps(
         first_weights(problem, tuning_name),
@@ -162,7 +163,7 @@ def reference_steps(
 
 
 def posed(problem: Problem, sample: Sample) -> tuple[Any, ...]:
-    """A sample as the reference takes it, each of its images encoded alone, by one process."""
+    """A sample in the reference's form, with each image encoded alone, by one process."""
     learnt = sample.trained if sample.label is None else sample.label
     visual = problem.args.visual
     if visual is None:
@@ -174,7 +175,7 @@ def posed(problem: Problem, sample: Sample) -> tuple[Any, ...]:
 
 @functools.cache
 def encoded(problem: Problem, image: str) -> list[Tensor]:
-    """Of each group of encoders [views, tokens, width]."""
+    """An image's features for each group of encoders, [views, tokens, width]."""
     vision, visual = problem.vision(Axis(), torch.device("cpu")), problem.args.visual
     assert vision and visual
     pixels = padded_resize(open_image(image), visual.size)[None]
@@ -182,7 +183,7 @@ def encoded(problem: Problem, image: str) -> list[Tensor]:
 
 
 def first_weights(problem: Problem, tuning_name: str) -> dict[str, Tensor]:
-    """A problem's, with what quantised matrices stand for in their place."""
+    """A problem's initial weights, with quantised matrices dequantised."""
     kinds = {".experts.w": "experts", ".attention.": "attention"}
     held = vars(problem.args.quantise) if problem.args.quantise else {}
     result = problem.weights(tuning_name)
@@ -194,7 +195,7 @@ def first_weights(problem: Problem, tuning_name: str) -> dict[str, Tensor]:
 
 
 def in_numbers(weights: dict[str, Tensor], logical: LogicalModel) -> dict[str, Tensor]:
-    """Tensors of a model, with what quantised matrices stand for in their place."""
+    """Tensors of a model, with quantised matrices dequantised."""
     if not logical.codecs:
         return weights
     source, plain = (
@@ -205,12 +206,12 @@ def in_numbers(weights: dict[str, Tensor], logical: LogicalModel) -> dict[str, T
 
 
 def disagreement(names: set[str]) -> str | None:
-    """What is wrong, given the second result of ``assemble``."""
+    """The reason for a verdict, from the second result of ``assemble``; None: ranks agree."""
     return f"the ranks do not hold bitwise the same {min(names)}" if names else None
 
 
 def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest over tensors of |difference| / |largest value|; infinite if they are not the same tensors."""
+    """The largest |difference| / |largest value| over all tensors; infinite if the names differ."""
     if ours.keys() != theirs.keys():
         return math.inf
     worst = 0.0

@@ -1,4 +1,4 @@
-"""The cells of the certificate, and a choice of them in which all settings meet each other."""
+"""The cells of the certificate, chosen so that all settings meet each other."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ BALANCES: tuple[Literal["global", "document"], ...] = ("global", "document")
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to cut and run the training steps."""
+    """One way to partition and run the training steps."""
 
     world: int
     model_parallel: int
@@ -40,7 +40,7 @@ class Cell:
     balance: Literal["global", "document"]
 
     def settings(self) -> dict[str, str]:
-        """By the names that a table gives them."""
+        """The settings by their names in a table."""
         return {
             **partition(self),
             "packing": _tick(self.packing),
@@ -52,7 +52,7 @@ class Cell:
 
 
 class ClassifierCell(Cell):
-    """The same of a classifier."""
+    """The same for a classifier."""
 
     def settings(self) -> dict[str, str]:
         return {"learns": "labels"} | super().settings()
@@ -60,7 +60,7 @@ class ClassifierCell(Cell):
 
 @dataclass(frozen=True)
 class QuantisedCell(Cell):
-    """The same beside experts and attention that are quantised as they are read."""
+    """The same with experts and attention quantised on reading."""
 
     quantise: QuantiseSection
 
@@ -71,7 +71,7 @@ class QuantisedCell(Cell):
 
 @dataclass(frozen=True)
 class OffloadedCell(QuantisedCell):
-    """The same with experts that lie elsewhere than on the device, but for ``slots`` of each layer."""
+    """The same with experts off the device, except for ``slots`` of each layer."""
 
     slots: int
 
@@ -81,7 +81,7 @@ class OffloadedCell(QuantisedCell):
 
 @dataclass(frozen=True)
 class KernelCell(Cell):
-    """The same with experts computed by a kernel that "auto" does not pick here."""
+    """The same with an experts' kernel that "auto" does not pick here."""
 
     kernel: str
 
@@ -91,7 +91,7 @@ class KernelCell(Cell):
 
 @dataclass(frozen=True)
 class SeeingCell(Cell):
-    """The same of a model that sees, with images in some of the sequences."""
+    """The same for a visual model, with images in some of the sequences."""
 
     preset: PresetName
 
@@ -101,7 +101,7 @@ class SeeingCell(Cell):
 
 @dataclass(frozen=True)
 class FileCell:
-    """A checkpoint ``given`` in a format, cut into ``size``, is loaded into a layout, saved there, and converted to hf."""
+    """Load a checkpoint ``given`` in a format at ``size`` into a layout, save it there, and convert that to hf."""
 
     given: str
     size: int
@@ -121,7 +121,7 @@ class FileCell:
 
 @dataclass(frozen=True)
 class CacheCell:
-    """Sequences go through a cache in chunks of any length, single tokens beside them, on ``world`` model-parallel ranks."""
+    """Run sequences through a cache in chunks of any length and single tokens, on ``world`` model-parallel ranks."""
 
     world: int
     layout: str
@@ -140,7 +140,7 @@ def posed_by(problem: Problem, cell: Cell) -> Problem:
 
 
 def partition(cell: Any) -> dict[str, str]:
-    """How a training cell is cut, by the names that a table gives it."""
+    """The partition of a training cell, by its names in a table."""
     return {
         "world": str(cell.world),
         "mp": str(cell.model_parallel),
@@ -155,10 +155,10 @@ def _tick(value: bool) -> str:
 
 
 def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
-    """Cells in which every ``strength`` settings meet in every combination that exists (a covering array).
+    """Cells in which every ``strength`` settings meet in every possible combination (a covering array).
 
-    Settings meet where both act: a layout over several model-parallel ranks, a mode over several data-parallel ranks. World
-    size and model-parallel size count as one setting, the mesh; mesh, layout and tuning always meet in full.
+    Settings meet where both have an effect: a layout needs several model-parallel ranks, a mode several data-parallel ranks.
+    World size and model-parallel size count as one setting, the mesh; mesh, layout and tuning always meet in full.
     """
     flags = (True, False)
     every = [
@@ -182,7 +182,7 @@ def training_cells(worlds: Sequence[int], strength: int) -> list[Cell]:
 
 
 def _meetings(cell: Cell, strength: int) -> set[frozenset[tuple[str, object]]]:
-    """The combinations of settings that a cell tries."""
+    """The combinations of settings that a cell covers."""
     mesh = ("mesh", (cell.world, cell.model_parallel))
     acting = {name: value for name, value in vars(cell).items() if name not in ("world", "model_parallel")}
     if cell.model_parallel == cell.world:
@@ -203,7 +203,7 @@ def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCel
     row_part = args.n_heads * args.head_dim // worlds[-1]
     block = math.gcd(args.dim, args.hidden_dim // worlds[-1], row_part, 64)
     ways = [QuantiseSection("int8", "int8")]
-    if block > 1:  # two values to a byte, and of three bits eight to three
+    if block > 1:  # two values fill a byte, and eight of three bits fill three bytes
         other = "int3-8" if math.gcd(args.dim, row_part) % 8 == 0 else f"nf4-{block}"
         ways = [QuantiseSection(f"nf4-{block}", f"int4-{block}"), QuantiseSection("int8", other)]
     return [
@@ -217,7 +217,8 @@ def quantised_cells(args: ModelArgs, worlds: Sequence[int]) -> list[QuantisedCel
 def seeing_cells(worlds: Sequence[int]) -> list[SeeingCell]:
     """Both layouts on every mesh, each with another preset, one trained in full and one by adapters and the connector.
 
-    On a mesh of both kinds of ranks images stand among the text as well (LLaVA), with what its other cells are without.
+    On a mesh with both kinds of ranks there are also cells with images among the text (LLaVA), with settings that the other
+    cells lack.
     """
     presets: dict[str, PresetName] = {"mixtral": "ens5", "mixtral_sparse": "clip"}
     inline: dict[str, PresetName] = {"mixtral": "llava", "mixtral_sparse": "llava_siglip"}
@@ -231,14 +232,14 @@ def seeing_cells(worlds: Sequence[int]) -> list[SeeingCell]:
 
 
 def offloaded_cells(args: ModelArgs, worlds: Sequence[int]) -> list[OffloadedCell]:
-    """On the meshes of the largest world, with no more experts on the device than a token takes, and one more by turns."""
+    """Cells on the meshes of the largest world; as many experts are on the device as a token takes, or one more, in turn."""
     cells = quantised_cells(args, worlds[-1:])[::2]
     least = args.moe.num_experts_per_tok
     return [OffloadedCell(**vars(cell), slots=least + number % 2) for number, cell in enumerate(cells)]
 
 
 def _by_turns(worlds: Sequence[int]) -> list[Cell]:
-    """For every mesh both layouts, one trained in full and one by adapters; the other settings by turns."""
+    """For every mesh both layouts, one trained in full and one by adapters; the other settings take turns."""
     meshes = [(world, size) for world in worlds for size in model_parallel_sizes(world)]
     cells = []
     for number, (world, size) in enumerate(meshes):
@@ -271,23 +272,23 @@ def kernel_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[KernelCe
 
 
 def other_kernels(args: ModelArgs, dtype: torch.dtype, device: str, most_ranks: int, asked: Sequence[str]) -> list[str]:
-    """Kernels, beside the one that "auto" picks, that compute the model's experts, and slices of them on ``most_ranks``.
+    """Kernels other than the one that "auto" picks that can compute the model's experts, and their slices on ``most_ranks``.
 
-    Those that Triton interprets take minutes: only if they are ``asked`` for.
+    Kernels that run in Triton's interpreter take minutes and are included only if ``asked``.
     """
     row = torch.empty(1, args.dim, dtype=dtype, device=device)
     found: list[str] = []
     for name, kernel in KERNELS.items():
         if kernel.by_triton and is_interpreted() and name not in asked:
             continue
-        with suppress(UserError):  # it cannot, or is not installed
+        with suppress(UserError):  # the kernel does not support it, or is not installed
             kernels = {pick_kernel(name, row, width).name for width in (args.hidden_dim, args.hidden_dim // most_ranks)}
             found += kernels - {pick_kernel("auto", row, args.hidden_dim).name}
     return found
 
 
 def file_cells(worlds: Sequence[int]) -> list[FileCell]:
-    """For every world size each format into each layout, cut otherwise than before."""
+    """For every world size each format into each layout, at varying model-parallel sizes."""
     cells = []
     for world in worlds:
         sizes = model_parallel_sizes(world)
@@ -302,14 +303,14 @@ def cache_cells(worlds: Sequence[int]) -> list[CacheCell]:
 
 
 def modes(data_parallel: int) -> tuple[Mode, ...]:
-    """What so many data-parallel ranks can do; "hsdp" is fsdp over every other of them, with copies over the rest."""
+    """The modes for this number of data-parallel ranks; "hsdp" is fsdp in groups of two, with copies across groups."""
     if data_parallel == 1:
         return ("fsdp",)
     return ("fsdp", "sdp", "ddp", "hsdp") if data_parallel >= 4 else ("fsdp", "sdp", "ddp")
 
 
 def mode_settings(mode: Mode) -> ParallelSection:
-    """A mode as a run's settings say it."""
+    """The settings of a run for a mode."""
     return ParallelSection(data_parallel="fsdp", shard_size=2) if mode == "hsdp" else ParallelSection(data_parallel=mode)
 
 

@@ -1,4 +1,4 @@
-"""The same weights in Hugging Face's Mixtral, or LLaVA, by way of a converted checkpoint: same logits, loss, gradients."""
+"""The same weights in Hugging Face's Mixtral or LLaVA, through a converted checkpoint: same logits, loss and gradients."""
 
 import functools
 import tempfile
@@ -39,7 +39,7 @@ SIGHTS: dict[Learns, PresetName] = {"to see": "llava", "to see by SigLIP": "llav
 
 @dataclass(frozen=True)
 class ParityCell:
-    """One model, a language model, a classifier, or one that sees, on ``world`` model-parallel ranks."""
+    """A language model, classifier or visual model on ``world`` model-parallel ranks."""
 
     world: int
     layout: str
@@ -80,7 +80,7 @@ def _batch(problem: Problem) -> Batch:
 
 
 def grid(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """As transformers takes a batch: a row for each document, padded on the right; tokens, labels, and what is real."""
+    """A batch in transformers' form: a row for each document, padded on the right; tokens, labels and attention mask."""
     labels = torch.full_like(batch.tokens, -100)
     labels[batch.targets.rows + 1] = batch.targets.ids
     lengths = batch.documents.lengths
@@ -111,10 +111,10 @@ class TransformersJudge:
 
 
 def _run(problem: Problem) -> dict[str, Any]:
-    """What transformers makes of the problem: logits, loss and gradients, these by logical name."""
+    """transformers' results for the problem: logits, loss, and gradients by logical name."""
     model, batch = load_in_transformers(problem), _batch(problem)
     tokens, labels, real = grid(batch)
-    if problem.args.labels:  # it finds a document's end by the padding, of which the problem's documents have some inside
+    if problem.args.labels:  # it finds a document's end by the padding token, which the problem's documents also contain
         padding = min(set(range(problem.args.vocab_size)) - set(batch.tokens[batch.documents.ends].tolist()))
         model.config.pad_token_id, model.model.embed_tokens.padding_idx = padding, None
         out = model(input_ids=tokens.masked_fill(~real, padding), attention_mask=real.long(), labels=batch.labels)
@@ -132,7 +132,7 @@ def _run(problem: Problem) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         name = name.replace("model.language_model.", "model.").replace("model.multi_modal_", "multi_modal_")  # of LLaVA
         stored[name] = parameter.grad
-    for tile in model_tiles(LogicalModel(problem.args), fused=True):  # which say where in its tensors ours are
+    for tile in model_tiles(LogicalModel(problem.args), fused=True):  # they say where our tensors are in its tensors
         found[tile.name] = tile.read(stored[tile.key], whole_region(region_shape(tile.region))).double()
     return {"logits": logits.double(), "loss": out.loss.item(), "gradients": found}
 
@@ -150,7 +150,7 @@ def _transformers() -> Any:
 
 
 def load_in_transformers(problem: Problem) -> Any:
-    """The problem's weights in transformers' hands."""
+    """The problem's model, loaded in transformers."""
     kind = f"MixtralFor{'SequenceClassification' if problem.args.labels else 'CausalLM'}"
     if problem.args.visual:
         kind = "LlavaForConditionalGeneration"

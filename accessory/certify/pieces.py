@@ -1,4 +1,4 @@
-"""What goes on inside a step in bf16, held against fp64 on the very same numbers."""
+"""Compares the pieces of a step in bf16 with fp64 on the same inputs."""
 
 import itertools
 import math
@@ -27,14 +27,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Pieces:
-    """Holds what every module of a model makes of its input against fp64, as the model runs, until it is removed.
+    """Compares the output of every module of a running model with fp64 on the same input, until it is removed.
 
-    The model's weights are as at the start, rounded to bf16 but for the router's; nothing is recomputed.
+    Valid only while the model has its initial weights (used in bf16, except for the router's), and without recompute.
 
     Attributes:
         most: the largest errors so far, by piece.
-        sums: by piece, two sums whose ratio says how large its error is: of squares of the error and of what is right; of
-            choices that are others and of all; or of what the model has and what is right.
+        sums: by piece, two sums whose ratio gives the error: squares of the error and of the right values; wrong choices and
+            all choices; or the model's values and the right ones.
     """
 
     def __init__(self, model: Decoder, weights: dict[str, Tensor], tuning: Tuning):
@@ -63,7 +63,7 @@ class Pieces:
             hook.remove()
 
     def errors(self) -> dict[str, float]:
-        """Of all that has run."""
+        """The errors over everything that has run."""
         ratios = {name: (error / right).item() for name, (error, right) in self.sums.items()}
         roots = {name: math.sqrt(ratios[name]) for name in ("norms", "rotation", "attention", "experts")}
         return {**self.most, **roots, "choices": ratios["choices"], "head": abs(ratios["head"] - 1)}
@@ -79,7 +79,7 @@ class Pieces:
         self.most[piece] = largest((self.most[piece], error.item()))
 
     def _norm(self, inputs: Any, y: Tensor, weight: Tensor) -> None:
-        """The factor that a row is divided by: over its many values their rounding evens out."""
+        """Compare the factor that each row is divided by: over a row's many values their rounding averages out."""
         right = reference.norm(wide(inputs[0]), weight, self.args.norm_eps)
         factor = (wide(y) * right).sum(-1) / right.square().sum(-1)
         self._add("norms", factor, torch.ones_like(factor))
@@ -131,10 +131,10 @@ def _rows(documents: Documents) -> Iterator[Tensor]:
 
 
 class Masters:
-    """AdamW in fp64 on the gradients that a model's optimiser is given: what its training state must hold.
+    """AdamW in fp64 on the gradients that a model's optimiser gets: its results are what the training state must hold.
 
     Attributes:
-        gradients: of the last step, this model-parallel rank's parts.
+        gradients: this model-parallel rank's parts, of the last step.
     """
 
     def __init__(self, model: Decoder, optimizer: Optimizer, weights: dict[str, Tensor], settings: OptimSection):
@@ -159,14 +159,14 @@ class Masters:
 
     def norm(self) -> float:
         """The 2-norm of the whole gradient (a collective)."""
-        squares = torch.zeros(2, dtype=torch.float64)  # of what is whole on every rank, and of what is cut
+        squares = torch.zeros(2, dtype=torch.float64)  # of tensors that every rank has whole, and of sharded ones
         for name, (_, part) in self.gradients.items():
             squares[int(self._cuts[name].dim_over(self._mp.size) is not None)] += wide(part).square().sum()
         self._mp.all_reduce(squares[1:])
         return math.sqrt(squares.sum())
 
     def error(self, state: TrainingState) -> float:
-        """The largest of a tensor that ``state`` holds, relative to its largest value."""
+        """The largest error of a tensor in ``state``, relative to its largest value."""
         errors = []
         for kind, name in itertools.product(KINDS, self._boxes):
             right = self._kept[kind][name]

@@ -1,6 +1,6 @@
-"""The certificate in bf16. Rounding hides in the result of a step what goes wrong inside it, so each piece is by itself.
+"""The certificate in bf16. Rounding would hide errors in the result of a whole step, so each piece is checked by itself.
 
-The bounds leave room for rounding to bf16 where that is meant, and none where fp32 is.
+The bounds leave room for rounding to bf16 only in pieces that are meant to compute in bf16, not in those in fp32.
 """
 
 import functools
@@ -55,7 +55,7 @@ SETTINGS = replace(OPTIM, lr=1e-3, clip_grad=math.inf)  # the rate is not change
 
 @dataclass(frozen=True)
 class PrecisionCell:
-    """One way to cut and run the steps."""
+    """One way to partition and run the steps."""
 
     world: int
     model_parallel: int
@@ -70,7 +70,8 @@ class PrecisionCell:
 
 
 def precision_cells(worlds: Sequence[int], kernels: Sequence[str]) -> list[PrecisionCell]:
-    """Every mesh with every mode, and layout where it is one; tuning and accumulation take turns; then other kernels."""
+    """Every mesh with every mode, and both layouts on several model-parallel ranks; tuning and accumulation take turns.
+    Then the other kernels."""
     turns = itertools.cycle([("full", 1), ("full", 3), ("lora", 1), ("lora", 3)])
     return [
         PrecisionCell(world, size, mode, layout, accumulation, tuning)
@@ -86,7 +87,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
     """Train as one of the cell's ranks.
 
     Returns:
-        errors: of the pieces. losses: of every step.
+        errors: by piece. losses: of every step.
     """
     ranks, rank = cell.world // cell.model_parallel, dist.get_rank() // cell.model_parallel
     batches = problem.long_then_short()
@@ -130,7 +131,7 @@ def run_precision(problem: Problem, cell: PrecisionCell, device: torch.device, s
 def _summed_gradients(
     problem: Problem, cell: PrecisionCell, batches: list[Batch], device: torch.device
 ) -> dict[str, Tensor]:
-    """The gradients of all ranks' micro-batches, each from a model that is not sharded, added up in fp64."""
+    """The gradients of all ranks' micro-batches, each from an unsharded model, summed in fp64."""
     tuning = problem.tuning(cell.tuning)
     source, layout = Tensors(problem.weights(cell.tuning)), get_layout(cell.layout)
     how: dict[str, Any] = {"dtype": problem.dtype, "device": device, "trains": tuning.trains, "kernel": cell.kernel}

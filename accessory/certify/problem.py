@@ -1,4 +1,4 @@
-"""What is computed in every cell: a model, its first weights, its data and its optimiser, as functions of a seed."""
+"""The problem that every cell solves: a model, its initial weights, data and optimiser, as functions of a seed."""
 
 import base64
 import functools
@@ -23,8 +23,8 @@ from accessory.settings import LoraSection, OptimSection, QuantiseSection, Tunin
 from accessory.tuning.spec import Tuning, resolve
 from accessory.visual.vision import RandomEncoders, Vision, make_vision
 
-# No two sizes are equal that a mistake could exchange, and there is more of everything than two: experts of a token,
-# micro-batches, windows of a sequence, chunks of the cross-entropy.
+# Sizes that a mistake could exchange differ, and there are more than two of everything: experts of a token, micro-batches,
+# windows of a sequence, chunks of the cross-entropy.
 SMALL = ModelArgs(
     dim=32,
     hidden_dim=24,
@@ -41,7 +41,7 @@ SMALL = ModelArgs(
     load_balancing_weight=0.1,
 )
 WIDE = replace(SMALL, dim=128, hidden_dim=96, head_dim=16, max_seq_len=1024, moe=MoEArgs(8, num_experts_per_tok=3))
-"""For bf16: rounding evens out over a row of so many values, and positions go beyond what bf16 can count."""
+"""For bf16: rows are long enough for rounding to average out, and positions go beyond the integers that bf16 can hold."""
 
 # Clipping is active in every step; the rate rises through two steps and falls through the others. A large eps, because
 # AdamW divides each gradient by its own size: with a small one what should be zero (K's bias changes no attention) would
@@ -60,7 +60,7 @@ SERVED = {
     "first": replace(TUNINGS["lora"], train=()),
     "second": TuningSection(lora=LoraSection(rank=2, alpha=5.0, targets=("experts", "router", "output"))),
 }
-"""Adapters that stand side by side when requests are answered."""
+"""Adapters that are served side by side."""
 ENCODERS = {
     "clip": EncoderArgs("clip", 28, 14, 16, 24, 2, 4, out_dim=12),
     "dinov2": EncoderArgs("dinov2", 28, 14, 20, 16, 2, 4, positions=3),
@@ -69,8 +69,8 @@ ENCODERS = {
     "convnext": EncoderArgs("convnext", 64, 32, 4, depths=(1, 1, 2, 1)),
     "siglip": EncoderArgs("siglip", 30, 14, 16, 24, 3, 4),
 }
-"""What a small model sees with."""
-BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, an epoch each: the last is not full
+"""The encoders of a small visual model."""
+BATCHES = (9, 9, 9, 5)  # sequences in the global batch of each step, each an epoch of its own; the last is not full
 LONGEST = 150  # tokens of a sequence
 PACKED_WIDTH = 2 * LONGEST
 
@@ -81,24 +81,24 @@ class Problem:
 
     args: ModelArgs = SMALL
     dtype: torch.dtype = torch.float64
-    seed: int = 333  # of hundreds one whose closest routing decision is so clear that fp32 decides like fp64
+    seed: int = 333  # chosen from hundreds: its closest routing decision is clear enough for fp32 to agree with fp64
 
     def of_labels(self) -> "Problem":
-        """The same with a label to be learnt of each sequence."""
+        """The same with a label to learn for each sequence."""
         return replace(self, args=replace(self.args, labels=("no", "so", "yes")))
 
     def quantised(self, quantise: QuantiseSection) -> "Problem":
-        """The same beside matrices that are held so."""
+        """The same with matrices quantised in this way."""
         return replace(self, args=replace(self.args, quantise=quantise))
 
     def seeing(self, preset: PresetName) -> "Problem":
-        """The same where some sequences show images."""
+        """The same with images in some sequences."""
         token = self.args.vocab_size - 1 if PRESETS[preset].llava else None
         visual = VisualArgs(preset, tuple(ENCODERS[kind] for kind in VisualArgs(preset).kinds), image_token=token)
         return replace(self, args=replace(self.args, visual=visual))
 
     def vision(self, mp: Axis, device: torch.device) -> Vision | None:
-        """What it sees with."""
+        """The encoders of a visual model."""
         visual = self.args.visual
         return make_vision(visual, RandomEncoders(visual, self.seed), mp, self.dtype, device) if visual else None
 
@@ -113,10 +113,10 @@ class Problem:
         return resolve(section, self.args, self.seed)
 
     def weights(self, tuning: str = "full") -> dict[str, Tensor]:
-        """Logical tensors, a tuning's adapters among them, in fp64, whose values fp32 holds exactly; none is quantised.
+        """Logical tensors in fp64, including a tuning's adapters, not quantised; fp32 can hold their values exactly.
 
-        They are large enough for attention and routing to be far from uniform, and no adapter is zero: else a wrong
-        term could hide.
+        They are large enough that attention and routing are far from uniform, and no adapter is zero. Otherwise a wrong
+        term could go unnoticed.
         """
         logical = LogicalModel(replace(self.args, quantise=None), self.tuning(tuning).logical.adapters)
         source = RandomWeights(logical, self.seed)
@@ -132,14 +132,14 @@ class Problem:
         return result
 
     def batches(self, masks: bool) -> list[list[Sample]]:
-        """A global batch for each step; with ``masks`` a prompt of random length is not trained on."""
+        """A global batch for each step; with ``masks``, a prompt of random length in each sequence is not trained."""
         rng = random.Random(self.seed)
         batches = [[self._sample(rng, 3, LONGEST, masks) for _ in range(count)] for count in BATCHES]
         visual = self.args.visual
         return [[_showing(rng, sample, visual) for sample in batch] for batch in batches] if visual else batches
 
     def long_then_short(self) -> list[list[Sample]]:
-        """Global batches for 31 steps: one of long sequences, then three others by turns, which can be learnt by heart."""
+        """Global batches for 31 steps: one of long sequences, then three others in turn, which can be memorised."""
         rng = random.Random(self.seed)
         long = [self._sample(rng, 300, 600, masks=True) for _ in range(3)]
         short = [[self._sample(rng, 20, 80, masks=True) for _ in range(2)] for _ in range(3)]
@@ -155,7 +155,7 @@ class Problem:
 
 
 def _showing(rng: random.Random, sample: Sample, visual: VisualArgs) -> Sample:
-    """The sample with no image, or one or two of noise, somewhere among its tokens, before the first as well."""
+    """The sample with no, one or two images of noise at random places, possibly before the first token."""
     tokens = [0 if token == visual.image_token else token for token in sample.tokens.tolist()]
     trained, images = list(sample.trained), list[str]()
     for _ in range(rng.choice((0, 0, 1, 2))):

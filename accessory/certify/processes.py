@@ -1,4 +1,4 @@
-"""Run jobs on several processes of this machine, each within a time limit, and leave no process behind."""
+"""Runs jobs on several processes of this machine, each with a time limit, and leaves no process behind."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from accessory.parallel.launch import own_cores
 
 Job = TypeVar("Job")
 Body = Callable[[Any, torch.device, Path], Any]
-"""Does a job on one rank: (job, device, a directory that all ranks of the job see) -> what can be pickled, on the CPU."""
+"""Does a job on one rank: (job, device, a directory shared by the job's ranks) -> a picklable result on the CPU."""
 
 LIMIT_S = 300.0
 START_S = 120.0
@@ -29,7 +29,7 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no result: in one line, and what the rank that failed wrote last, if it could."""
+    """Why there is no result: one line, and the last output of the rank that failed, if there is any."""
 
     reason: str
     log: str = field(default="", compare=False)
@@ -43,15 +43,15 @@ def run_jobs(
     limit_s: float = LIMIT_S,
     imports: Sequence[str] = ("accessory.certify.run",),
 ) -> Iterator[tuple[Job, list[Any] | Failure]]:
-    """Do each job on ``world`` ranks; yield it with what the ranks returned, in their order, or with a Failure.
+    """Do each job on ``world`` ranks; yield it with the list of the ranks' results, or with a Failure.
 
-    After a failure the other ranks may wait for the one that failed: all end, and new ones do the remaining jobs.
+    After a failure other ranks may hang, waiting for the failed one. So all are ended, and new ones do the remaining jobs.
 
     Args:
-        device: "cpu" (gloo) or "cuda" (NCCL, a GPU for each rank).
-        body: can be pickled; all ranks call it with the same jobs, each job in a process group of its own.
-        limit_s: seconds for each job; the first of a set of processes has ``START_S`` more.
-        imports: what the processes have imported when they start, if they are the first that this program forks.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU for each rank).
+        body: must be picklable; all ranks call it with the same jobs, each job in a process group of its own.
+        limit_s: seconds for each job; the first job of a set of processes has ``START_S`` more.
+        imports: modules to import before processes are forked, if these are the first that this program forks.
     """
     left = list(jobs)
     while left:
@@ -79,11 +79,11 @@ def run_jobs(
 
 
 def _wait(ranks: Sequence[Any], number: int, folder: Path, limit_s: float) -> list[Any] | Failure:
-    """What the ranks return of job ``number``."""
+    """The ranks' results of job ``number``."""
     paths = [folder / f"{number}-{rank}.result" for rank in range(len(ranks))]
     deadline = time.monotonic() + limit_s
     while not all(path.exists() for path in paths):
-        # a rank's death or error makes the others' collectives fail: of several, the first is the cause
+        # the death or error of one rank makes the collectives of others fail, so the first of several failures is the cause
         ended = [rank for rank, process in enumerate(ranks) if process.exitcode is not None and not paths[rank].exists()]
         if dead := [rank for rank in ended if not (folder / f"{rank}.error").exists()]:
             log = (folder / f"{dead[0]}.log").read_text(errors="replace").strip()
@@ -107,8 +107,8 @@ def _rank(rank: int, world: int, device: str, body: Body, jobs: Sequence[Any], f
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a killed one would leave behind
-    torch.set_num_threads(max(1, own_cores() // (world + 1)))  # the parent computes as well
+    tqdm.set_lock(threading.RLock())  # tqdm's own is an interprocess semaphore, which a killed process would leak
+    torch.set_num_threads(max(1, own_cores() // (world + 1)))  # the parent computes, too
     place = torch.device("cpu")
     if device == "cuda":
         place = torch.device("cuda", rank)

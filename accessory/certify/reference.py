@@ -1,4 +1,4 @@
-"""A plain Mixtral in one process: full logical tensors, no autograd tricks, nothing shared with the code under test."""
+"""A plain Mixtral in one process: full logical tensors, no autograd tricks, no code shared with the code under test."""
 
 import hashlib
 import math
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 def forward(w, args, tokens, scaling=1.0, seen=()):
     """One sequence [S] -> logits [S, V], router logits [L, S, E] and chosen experts [L, S, K].
 
-    Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A. A classifier's V are its labels.
-    ``seen``: of each image where its words begin, and what the encoders made of it, [views, tokens, width] of each group.
+    Adapters are tensors of ``w`` beside their matrix; ``scaling`` is that of B A. For a classifier V is the labels' number.
+    ``seen``: for each image, where its words begin, and its features, [views, tokens, width] for each group of encoders.
     """
     routers, chosen = [], []
     w = with_adapters(w, scaling)
@@ -33,7 +33,7 @@ def forward(w, args, tokens, scaling=1.0, seen=()):
 
 
 def image_words(w, features):
-    """What stands in the places of one image [words, D], by the tensors that the connector has."""
+    """The inputs at the places of one image [words, D]; the connector is recognised by its tensors."""
     of = {name.removeprefix("connector."): tensor for name, tensor in w.items() if name.startswith("connector.")}
     groups = []
     for name, group in zip(("qformer_proj", "visual_proj")[-len(features) :], features, strict=True):
@@ -57,7 +57,7 @@ def image_words(w, features):
 
 
 def layer_of(w, n):
-    """The tensors of layer ``n``, by their names inside it."""
+    """The tensors of layer ``n``, by their names in the layer."""
     return {name.removeprefix(f"layers.{n}."): tensor for name, tensor in w.items() if name.startswith(f"layers.{n}.")}
 
 
@@ -81,7 +81,7 @@ def attention(h, layer, args):
 
 
 def routing(h, layer, args):
-    """Router logits [S, E], chosen experts [S, K], and how much each expert counts [S, E]."""
+    """Router logits [S, E], chosen experts [S, K], and the weight of each expert [S, E]."""
     router = h @ layer["feed_forward.gate.weight"].T
     p = router.softmax(-1)
     top = (p + layer.get("feed_forward.gate.score_bias", 0.0)).topk(args.moe.num_experts_per_tok, -1).indices
@@ -90,7 +90,7 @@ def routing(h, layer, args):
 
 
 def experts(h, share, layer):
-    """The experts' outputs, each as much as it counts."""
+    """The sum of the experts' outputs, weighted by ``share``."""
     y, biased = torch.zeros_like(h), "feed_forward.experts.w1_bias" in layer
     for e in range(share.shape[1]):
         w1, w2, w3 = (layer[f"feed_forward.experts.{m}"][e] for m in ("w1", "w2", "w3"))
@@ -100,7 +100,7 @@ def experts(h, share, layer):
 
 
 def with_adapters(w, scaling):
-    """Every matrix as it is with its LoRA: W + scaling * B A; the embedding's W is stored transposed."""
+    """Every matrix with its LoRA merged: W + scaling * B A; the embedding's W is stored transposed."""
     w = dict(w)
     for name in [name for name in w if name.endswith("lora_a")]:
         matrix = name.replace(".lora_a", ".weight").replace("_lora_a", "")
@@ -126,29 +126,29 @@ def rotate(x, args):
 
 
 class LossParts(NamedTuple):
-    """What a training loss is made of, over a whole global batch, and how close the router's decisions were."""
+    """The parts of a training loss over a whole global batch, and the router's closest decision."""
 
     ce: torch.Tensor  # mean cross-entropy over the targets
     balance: torch.Tensor
     z: torch.Tensor
     counts: torch.Tensor  # [L, E] routed rows of each expert
-    margin: float  # smallest distance between the router logits of the last expert chosen and the first that is not
+    margin: float  # smallest difference between the router logits of the last chosen expert and the next one
 
 
 class ReferenceStep(NamedTuple):
     """One optimiser step."""
 
     parts: LossParts
-    norm: float  # of the whole gradient, before it is clipped
-    scale: float  # what clipping multiplies it by
+    norm: float  # of the whole gradient, before clipping
+    scale: float  # the factor of clipping
     gradients: dict  # clipped
     weights: dict  # after the step
 
 
 def loss_parts(w, args, samples, balance, scaling=1.0):
-    """Parts of the loss over a whole global batch of (tokens, trained) or (tokens, label), as FORMATS defines them.
+    """Parts of the loss over a whole global batch of (tokens, trained) or (tokens, label), by their definitions.
 
-    Behind them may stand what a sample shows (see ``forward``).
+    A sample with images has ``seen`` as a third element (see ``forward``).
     """
     total, targets, documents = torch.zeros(()), 0, []
     margin, top_k = math.inf, args.moe.num_experts_per_tok
@@ -207,7 +207,7 @@ NF4 = (
 
 
 def quantised(w, way):
-    """The numbers [..., in] that stand for ``w`` where it is held in a ``way`` such as nf4-64, int4-128, int3-64 or int8."""
+    """``w`` [..., in] quantised in a ``way`` such as nf4-64, int4-128, int3-64 or int8, and dequantised."""
 
     def of_blocks(scale):
         return torch.where(scale == 0, 1.0, scale.float())[:, None]
@@ -231,7 +231,7 @@ def quantised(w, way):
 
 
 def next_token(logits, prompt, answer, how):
-    """The token that a request's sampling chooses, by the definition of each setting; a draw is a place in [0, 1)."""
+    """The token chosen by a request's sampling, by the definition of each setting; a draw is a place in [0, 1)."""
     scores = dict(enumerate(logits.tolist()))
     for token, bias in how["logit_bias"].items():
         scores[token] += bias
@@ -265,7 +265,7 @@ def adamw(tensor, g, moments, step, *, rate, weight_decay, betas, eps):
 def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps, trains=None, scaling=1.0):
     """AdamW over global batches; yields a ReferenceStep for each.
 
-    ``lr``: the rate, or one for each step. ``trains``: names of the tensors that do; None: all.
+    ``lr``: one rate, or one for each step. ``trains``: the names of trained tensors; None: all.
     """
     rates = lr if isinstance(lr, list) else [lr] * len(batches)
     frozen = {name: tensor for name, tensor in w.items() if trains is not None and name not in trains}
@@ -288,6 +288,6 @@ def train_steps(w, args, batches, *, balance, clip, lr, weight_decay, betas, eps
 
 
 def train(w, args, batches, **options):
-    """All of ``train_steps``; returns the last weights, the first clipped gradients, and the norms."""
+    """Run ``train_steps``; returns the last weights, the first clipped gradients, and the norms."""
     steps = list(train_steps(w, args, batches, **options))
     return steps[-1].weights, steps[0].gradients, [step.norm for step in steps]

@@ -1,4 +1,4 @@
-"""What each rank does for a cell: the product's own model, data order, training step and files."""
+"""Runs a cell on each rank, with the product's own model, data order, training step and files."""
 
 import random
 from pathlib import Path
@@ -25,13 +25,13 @@ from accessory.train.optim import learning_rate
 from accessory.train.plan import Plan
 from accessory.train.save import save_model
 
-CACHE_PAGE = 4  # tokens: sequences go through many pages
+CACHE_PAGE = 4  # tokens, so that sequences take many pages
 
 
 def run_cell(
     problem: Problem, cell: Cell | FileCell | CacheCell | ServingCell, device: torch.device, scratch: Path
 ) -> dict[str, Any]:
-    """Do a cell as one of its ranks."""
+    """Run a cell as one of its ranks."""
     if isinstance(cell, FileCell):
         return pass_through_files(problem, cell, device, scratch)
     if isinstance(cell, CacheCell):
@@ -42,7 +42,7 @@ def run_cell(
 
 
 def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Train through the problem's global batches, an epoch each; returns what ``harness.train`` does."""
+    """Train on the problem's global batches, each an epoch of its own; returns the result of ``harness.train``."""
     parallel = mode_settings(cell.data_parallel)
     mesh = make_mesh(cell.model_parallel, parallel.dp_shard())
     model = build_problem(
@@ -71,12 +71,12 @@ def train_on_problem(problem: Problem, cell: Cell, device: torch.device) -> dict
 
 
 def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, scratch: Path) -> dict[str, Any]:
-    """Load a checkpoint written by the format's description; save it in the layout and as Hugging Face's, and convert the
+    """Load a checkpoint written from the format's description; save it in the layout and as Hugging Face's, and convert the
     first to the second.
 
     Returns:
-        logits: of the first sequence. saved, hf: the largest difference between a tensor of what was saved in the layout,
-        and of what is Hugging Face's, and the description; wrong: a setting that these say otherwise, or None (of rank 0).
+        logits: of the first sequence. saved, hf: the largest difference of a tensor from the description, in the files saved
+        in the layout and in Hugging Face's. wrong: a setting that differs from the description, or None (on rank 0).
     """
     main = dist.get_rank() == 0
     weights = {name: tensor.to(problem.dtype) for name, tensor in problem.weights().items()}
@@ -107,7 +107,7 @@ def pass_through_files(problem: Problem, cell: FileCell, device: torch.device, s
 
 @torch.inference_mode()
 def run_in_chunks(problem: Problem, cell: CacheCell, device: torch.device) -> list[Tensor]:
-    """Logits [S, V] of the first step's sequences, each from chunks of one token or several; not all go on in each round."""
+    """Logits [S, V] of the first step's sequences, from chunks of one or several tokens; not all advance in each round."""
     mesh = make_mesh(cell.world)
     model = build_problem(problem, cell.layout, device, mesh)
     sequences = [sample.tokens.tolist() for sample in problem.batches(False)[0]]

@@ -1,4 +1,4 @@
-"""Requests that join and leave a running batch, each against its own tokens alone."""
+"""Requests that join and leave a running batch, each compared with the same request answered alone."""
 
 import functools
 import random
@@ -25,7 +25,7 @@ from accessory.tuning.spec import Tuning
 
 LONGEST, REQUESTS = 100, 16
 SEVERAL = "several"
-EVERY: tuple[dict[str, Any], ...] = (  # one of every kind of setting, and all together
+EVERY: tuple[dict[str, Any], ...] = (  # each kind of setting, and all together
     {},
     {"temperature": 1.3},
     {"temperature": 0.8, "top_k": 5},
@@ -53,7 +53,7 @@ class ServingCell:
     world: int
     layout: str
     tuning: str  # of problem.TUNINGS, or SEVERAL: each request has one of two adapters, or none
-    packed: bool = False  # in fp32, whatever the certificate's precision: other products than fp64 has (model/few_rows.py)
+    packed: bool = False  # always in fp32, whose products differ from those of fp64 (model/few_rows.py)
 
     def settings(self) -> dict[str, str]:
         form = "packed fp32" if self.packed else "plain"
@@ -71,7 +71,7 @@ def serving_cells(worlds: Sequence[int]) -> list[ServingCell]:
 
 
 class Numbers:
-    """A tokenizer for a model that has none: a text is its tokens' numbers."""
+    """A tokenizer for a model that has none: a text is the list of its tokens' numbers."""
 
     eos_id = -1
     special: dict[str, int] = {}
@@ -87,8 +87,8 @@ def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> di
     """Answer requests in a cache that is too small for all, as one of the cell's ranks.
 
     Returns:
-        requests: of the first rank: prompt, sampling, adapter, answer and finish_reason of each. leaked: pages that were not
-        given back. shared: tokens of prompts that were not computed, since others had the same beginning.
+        requests: on the first rank: prompt, sampling, adapter, answer and finish_reason of each. leaked: pages that were not
+        freed. shared: prompt tokens that were not computed, thanks to prefix caching.
     """
     model = served_model(problem, cell, device)
     model.pack()
@@ -122,13 +122,13 @@ def run_serving(problem: Problem, cell: ServingCell, device: torch.device) -> di
 
 def _request(rng: random.Random, vocabulary: int, beginning: list[int], number: int) -> tuple[list[int], Sampling]:
     own = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 50))]
-    short = own if number % 2 else own[:6]  # from there a window still reaches the pages of a shared beginning
+    short = own if number % 2 else own[:6]  # short enough for a window to reach the pages of a shared beginning
     prompt = beginning + short if number % 3 else own
     return prompt, Sampling(max_tokens=rng.randint(1, 30), seed=rng.randrange(-(2**40), 2**40), **EVERY[number % len(EVERY)])
 
 
 def served_model(problem: Problem, cell: ServingCell, device: torch.device) -> Decoder:
-    """What the cell's engine runs, on this rank."""
+    """The model of the cell's engine, on this rank."""
     if cell.tuning == SEVERAL:
         adapters = {name: _served(problem, name) for name in SERVED}
         given = {name: (tuning.logical.adapters, Tensors(weights)) for name, (tuning, weights) in adapters.items()}
@@ -149,20 +149,20 @@ def served_model(problem: Problem, cell: ServingCell, device: torch.device) -> D
 
 @functools.cache
 def _served(problem: Problem, adapter: str) -> tuple[Tuning, dict[str, Tensor]]:
-    """What an adapter is, and its tensors."""
+    """An adapter's tuning, and its tensors."""
     other = replace(problem, seed=problem.seed + 1 + list(SERVED).index(adapter))  # its own random numbers
     tuning, weights = other.tuning(adapter), other.weights(adapter)
     return tuning, {name: weights[name] for name in tuning.logical.added}
 
 
 def _adapter(model: Decoder, number: int) -> str | None:
-    """So that all of them meet both kinds of prompt."""
+    """The adapter of request ``number``; each adapter gets both kinds of prompt."""
     choice = (None, *model.logical.members)
     return choice[number // 3 % len(choice)]
 
 
 def _models(problem: Problem, tuning: str) -> dict[str | None, tuple[Tuning, dict[str, Tensor]]]:
-    """What a cell's requests are answered by, each alone, by its adapter."""
+    """The models that answer a cell's requests alone, by adapter."""
     if tuning != SEVERAL:
         return {None: (problem.tuning(tuning), problem.weights(tuning))}
     base = problem.weights()
@@ -174,7 +174,7 @@ def _models(problem: Problem, tuning: str) -> dict[str | None, tuple[Tuning, dic
 
 
 def wrong_tokens(problem: Problem, cell: ServingCell, told: dict[str, Any]) -> float:
-    """How many tokens are others than the reference's, which runs each request alone; 1 more if an answer has no end."""
+    """The number of tokens that differ from the reference, which runs each request alone, and of wrong finish_reasons."""
     wrong, models = 0, _models(problem, cell.tuning)
     for request in told["requests"]:
         prompt, answer, how = request["prompt"], request["answer"], request["sampling"]

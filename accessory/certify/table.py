@@ -44,7 +44,7 @@ WIDTHS = {"dp": 4, "layout": 14, "given": 14, "recompute": len("norms_and_expert
 
 @dataclass
 class Certificate:
-    """All rows, and what they were made with."""
+    """All rows, and the environment in which they were made."""
 
     title: str
     about: dict[str, str]
@@ -86,12 +86,12 @@ class Certificate:
 
 
 def quantities(rows: Sequence[Verdict]) -> list[str]:
-    """What is compared in some row; a cell that failed early lacks some."""
+    """All quantities compared in any row; a cell that failed early lacks some."""
     return list(dict.fromkeys(name for row in rows for name in row.errors))
 
 
 def environment(device: str) -> dict[str, str]:
-    """Where the numbers come from."""
+    """The versions, device and date of the results."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
         "accessory": __version__,
@@ -109,7 +109,7 @@ def text_header(rows: Sequence[Verdict]) -> str:
 
 
 def text_line(row: Verdict, names: Sequence[str]) -> str:
-    """A row, under its section's header: ``names`` are the quantities of that."""
+    """A row under its section's header; ``names``: the section's quantities."""
     settings = (f"{value:<{_width(name)}}" for name, value in row.cell.settings().items())
     errors = (f"{_number(row.errors[name]) if name in row.errors else '':>{_width(name)}}" for name in names)
     return "  ".join([*settings, *errors, "PASS" if row.passed else f"FAIL {row.reason or ''}".rstrip()])
@@ -124,7 +124,7 @@ def _number(error: float) -> str:
 
 
 def to_html(certificate: Certificate) -> str:
-    """One page that needs no other file."""
+    """A page that needs no other file."""
     tables = "\n".join(_table(rows) for rows in certificate.sections())
     used = quantities(certificate.rows)
     terms = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in QUANTITIES.items() if name in used)

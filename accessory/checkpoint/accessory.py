@@ -1,6 +1,6 @@
-"""The converted directories of LLaMA2-Accessory, in both layouts, any model-parallel size, ``.pth`` or ``.safetensors``.
+"""LLaMA2-Accessory's converted directories, in both layouts and any model-parallel size, ``.pth`` or ``.safetensors``.
 
-DIR/consolidated.RR-of-MM.model.{pth,safetensors}   model-parallel rank RR of MM; every name prefixed ``llma.``
+DIR/consolidated.RR-of-MM.model.{pth,safetensors}   model-parallel rank RR of MM; every name has the prefix ``llma.``
 DIR/config.json   DIR/meta.json
 """
 
@@ -37,10 +37,10 @@ def rank_tiles(
 ) -> Iterator[Tile]:
     """The tiles in the file of model-parallel rank ``rank`` of ``size``.
 
-    The expert layout stores a matrix per expert, by its global number: ``experts.{e}.w1.weight``, and what is added to it
-    beside: ``experts.{e}.w1.lora_a.weight``, ``.lora_b.weight``, ``.bias``. The sparse layout stores the slices of all
-    experts in one matrix, ``w1 [E * F/mp, D]``, and w2 transposed to that same shape; it has no names for adapters. Parts
-    of a quantised matrix are ``experts.{e}.w1.codes`` or ``w1.codes``, never transposed: blocks lie along the rows.
+    The expert layout stores one matrix per expert, by its global number: ``experts.{e}.w1.weight``, and its adapter as
+    ``experts.{e}.w1.lora_a.weight``, ``.lora_b.weight`` and ``.bias``. The sparse layout stores the slices of all experts in
+    one matrix, ``w1 [E * F/mp, D]``, with w2 transposed to the same shape; it has no names for adapters. Parts of quantised
+    matrices are ``experts.{e}.w1.codes`` or ``w1.codes``, never transposed: blocks lie along the rows.
     """
     for name, cut in logical.cuts(layout).items():
         region = cut.region(rank, size)
@@ -63,7 +63,7 @@ def rank_tiles(
 
 
 class AccessoryDirectory(Directory):
-    """A directory of the files above; what ``model-diff`` files hold is added to another checkpoint's weights."""
+    """A directory of the files above. The values of ``model-diff`` files are added to another checkpoint's weights."""
 
     def __init__(self, directory: Path, size: int, kind: str):
         self.directory, self.size, self.adds = directory, size, kind.startswith("model-diff")
@@ -89,7 +89,7 @@ class AccessoryDirectory(Directory):
         return cls(directory, *found.pop()) if found else None
 
     def adapters(self, base: LogicalModel) -> Adapters:
-        """What stands beside the weights (``mixtral_peft``); nothing says its scaling."""
+        """The adapters stored beside the weights (``mixtral_peft``). The files do not give a scaling."""
         ranks: dict[str, int] = {}
         biased: set[str] = set()
         for key, stored in (item for tensors in self.stored.values() for item in tensors.items()):
@@ -107,7 +107,7 @@ class AccessoryDirectory(Directory):
             yield from rank_tiles(logical, self.layout, rank, self.size, file)
 
     def _own_layout(self) -> Layout:
-        """What meta.json says; where there is none, what the names say."""
+        """The layout in meta.json; if there is none, by the tensors' names."""
         if (named := self._llama_type()) is not None:
             return get_layout(named)
         fused = any(re.search(r"\.feed_forward\.w1$", key) for keys in self.stored.values() for key in keys)
@@ -121,7 +121,7 @@ class AccessoryDirectory(Directory):
         return named
 
     def _own_visual(self) -> VisualArgs | None:
-        """What the names of the connector say; of which ens is, meta.json."""
+        """The image settings, by the names of the connector's tensors; meta.json tells ens5 from ens."""
         keys = next(iter(self.stored.values()))
         if f"{PREFIX}visual_proj.0.weight" in keys:
             return VisualArgs("ens5" if (self._llama_type() or "").endswith("ens5") else "ens")
@@ -134,7 +134,8 @@ class AccessoryDirectory(Directory):
 
 
 def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
-    """A file written here knows its rank: nothing else would show that two files of the sparse layout changed places."""
+    """Check the rank noted in a file that this program wrote. Nothing else shows if two files of the sparse layout were
+    swapped."""
     said = content.notes.get("rank", str(rank)), content.notes.get("size", str(size))
     if said != (str(rank), str(size)):
         raise UserError(
@@ -144,13 +145,13 @@ def _check_rank(path: Path, content: TensorFile, rank: int, size: int) -> None:
 
 
 def planned_tiles(logical: LogicalModel, layout: Layout, size: int, suffix: FileFormat) -> Iterator[Tile]:
-    """The tiles of a whole directory that is to be written."""
+    """The tiles of a whole directory, for writing."""
     for rank in range(size):
         yield from rank_tiles(logical, layout, rank, size, file_name(rank, size, suffix))
 
 
 def check_suffix(args: ModelArgs, suffix: FileFormat) -> None:
-    """Raise UserError if LLaMA2-Accessory would read files of this model, but not do what it does."""
+    """Raise UserError if LLaMA2-Accessory would read files of this model, but compute something else."""
     if args.quantise and suffix == "pth":
         raise UserError("LLaMA2-Accessory's .pth files have no place for quantised matrices: write safetensors")
     if args.moe.score_bias and suffix == "pth":
@@ -161,17 +162,17 @@ def check_suffix(args: ModelArgs, suffix: FileFormat) -> None:
 
 
 def rank_notes(rank: int, size: int) -> dict[str, str]:
-    """What a file says of itself."""
+    """A file's notes: its rank and the number of ranks."""
     return {"rank": str(rank), "size": str(size)}
 
 
 def write_description(directory: Path, args: ModelArgs, layout: Layout, biased: bool = False) -> None:
-    """config.json and meta.json. ``biased``: the files hold biases, as ``mixtral_peft`` has them."""
+    """Write config.json and meta.json. ``biased``: the files hold biases, as for ``mixtral_peft``."""
     said = args.to_dict() | ({"bias_tuning": True} if biased else {})
     named = "mixtral_peft" if biased else layout.name
     if args.visual in (VisualArgs("ens"), VisualArgs("ens5")) and isinstance(layout, SparseLayout):
         named += f"_{args.visual.preset}"
     if args.visual == VisualArgs("clip") or named.endswith(("ens", "ens5")):
-        del said["visual"]  # the other files tell it, and LLaMA2-Accessory has no such key
+        del said["visual"]  # names and meta.json show it, and LLaMA2-Accessory has no such key
     write_json(directory / "config.json", said)
     write_json(directory / "meta.json", {"llama_type": named})

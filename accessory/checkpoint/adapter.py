@@ -1,10 +1,10 @@
-"""What a run trained beside a base model: adapters, and those of the base's own tensors that it changed.
+"""The tensors that a run trained on a base model: adapters, and those of the base's own tensors that it changed.
 
 DIR/adapter.safetensors   every tensor whole, under its logical name, in the precision it was trained in
-DIR/adapter.json          which base it belongs to, what each adapter is, and the labels if it is a classifier's
+DIR/adapter.json          the base's fingerprint, a description of each adapter, and the labels of a classifier
 
-A is [rank, in], B is [out, rank], a bias is [out]; of experts, all of them in order in front: [E, ...]. A w3 that is tied
-has no A of its own: it is w1's.
+A is [rank, in], B is [out, rank], a bias is [out]; for experts there is one more axis in front: [E, ...]. A tied w3 has no
+A of its own but uses that of w1.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class AdapterDirectory(Directory):
             yield Tile(name, logical.whole(name), TENSORS, name)
 
     def _check(self, name: str, stored: Stored) -> None:
-        """The manifest knows every tensor's digest: permuted experts have the right shape, but not the right order."""
+        """Check a tensor's digest: permuted experts would have the right shape, but the wrong order."""
         if name in self._digests and self._digests[name] != digest(stored.map()):
             raise UserError(
                 f"{self.directory / TENSORS}: {name} is not what was saved: damaged, or its experts or axes were put in "
@@ -99,12 +99,12 @@ def digest(tensor: Tensor) -> str:
 
 
 def lay_out_adapter(directory: Path, logical: LogicalModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Make the file that the tensors are then written into."""
+    """Make the file for the tensors, which are written later."""
     lay_out(directory / TENSORS, {name: (dtype, logical.shapes[name]) for name, dtype in dtypes.items()}, {})
 
 
 def write_manifest(directory: Path, logical: LogicalModel, digests: Mapping[str, str], base: Mapping[str, Any]) -> None:
-    """Say what the tensors are, whose ``digests`` are given."""
+    """Write adapter.json for tensors with these ``digests``."""
     described = {
         name: {"rank": a.rank, "scaling": a.scaling, "bias": a.bias, "tied": a.tied} for name, a in logical.adapters.items()
     }

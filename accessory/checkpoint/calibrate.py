@@ -1,4 +1,4 @@
-"""Matrices quantised with a mix in view: layer by layer, expert by expert, for the rows that really come to each."""
+"""Calibrated quantisation: each matrix is rounded for the inputs that it gets from a data mix, layer by layer."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -34,13 +34,13 @@ from accessory.parallel.launch import own_device
 from accessory.parallel.mesh import ONE_RANK
 
 LEAST_ROWS = 256
-"""An expert that meets fewer says too little of its inputs, and is rounded to the nearest."""
+"""With fewer rows than this, an expert's inputs are known too little, and it is rounded to nearest."""
 LONGEST_SAMPLE, AT_ONCE = 2048, 4096
-"""Tokens of a sample, and those that run through a layer together."""
+"""The most tokens of a sample, and of the samples that run through a layer together."""
 
 
 def calibration_batches(checkpoint: Checkpoint, mix: Path, tokens: int, seed: int) -> list[Batch]:
-    """Samples of a mix, as its first epoch has them, of about so many ``tokens``."""
+    """Samples of a mix with about ``tokens`` tokens in all, in the order of its first epoch."""
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.directories[0].directory}: no tokenizer in it, which --calibrate needs for {mix}")
     tokenizer, args = Tokenizer(checkpoint.tokenizer), checkpoint.args
@@ -58,10 +58,10 @@ def calibration_batches(checkpoint: Checkpoint, mix: Path, tokens: int, seed: in
 
 
 class Calibrated:
-    """The parts of the matrices that ``logical`` has quantised, each rounded for what comes to it in ``batches``.
+    """The parts of the matrices that are quantised in ``logical``, each rounded for its inputs in ``batches``.
 
-    What comes to a matrix comes through those before it as they are quantised. They are read layer by layer, and one layer
-    is in memory, in fp32 at least; no rank or layout has a part in it.
+    A matrix's inputs come from the layers and stages before it, already quantised. One layer at a time is in memory, in
+    fp32 at least. All of it runs on one rank.
     """
 
     def __init__(self, original: Checkpoint, logical: LogicalModel, batches: Sequence[Batch]):
@@ -76,7 +76,7 @@ class Calibrated:
         self._bar = progress(total=logical.args.n_layers, unit=" layers", desc="calibrate")
 
     def read(self, name: str, region: Region) -> Tensor:
-        """Of a part; those of a layer are made when the first of them is asked for, those of the layer before are gone."""
+        """The values of a part. A layer's parts are made when the first is read, and freed when those of the next are."""
         layer = int(name.split(".")[1])
         assert layer >= self._layer
         while self._layer < layer:
@@ -85,7 +85,7 @@ class Calibrated:
 
     @torch.no_grad()
     def _embedded(self, batches: Sequence[Batch], dtype: torch.dtype) -> Iterator[Tensor]:
-        """What comes to the first layer, the words of images among it."""
+        """The inputs of the first layer, including the words of images."""
         embedding = self.original.read(EMBEDDING, self._model.logical.whole(EMBEDDING))
         connector, vision = self._model.connector, self.original.vision(ONE_RANK.mp, dtype, self.device)
         if connector:
@@ -101,7 +101,7 @@ class Calibrated:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Quantise the next layer, and let the mix through it."""
+        """Quantise the next layer, and run the batches through it."""
         self._layer += 1
         self._parts = {}
         block = self._model.layers[self._layer].to_empty(device=self.device)
@@ -121,14 +121,14 @@ class Calibrated:
             say(f"layer {self._layer}: fewer than {LEAST_ROWS} rows come to expert {told}: rounded to the nearest")
 
     def _run(self, block: Block) -> Iterator[Tensor]:
-        """What the layer makes of each batch."""
+        """The layer's outputs for each batch."""
         args = self.logical.args
         for x, documents in zip(self._hidden, self._documents, strict=True):
             rotation = rotations(documents.positions, args.head_dim, args.rope_theta, args.rope_scaling, x.dtype)
             yield block(x, rotation, documents, None, ONE_ADAPTER)[0]
 
     def _watch(self, block: Block, layer: str, rows_of: "RowsOf") -> tuple[list[Tensor], list[int]]:
-        """Of the rows x that come to each expert x.T @ x, and how many they are."""
+        """For each expert x.T @ x over its input rows x, and the number of rows."""
         grams: list[Tensor] = []
         counts: list[int] = []
 
@@ -147,7 +147,7 @@ class Calibrated:
         return grams, counts
 
     def _round(self, name: str, held: Tensor, grams: list[Tensor], counts: list[int]) -> dict[int, int]:
-        """Quantise a matrix, of each expert, where the layer holds it; returns the experts with too few rows, and these."""
+        """Quantise a matrix (each expert's) in place. Returns the experts with too few rows, and their numbers of rows."""
         codec, few, rounded = self.logical.codecs[name], {}, list[Parts]()
         stacked = held.view(len(grams), -1, held.shape[-1])
         for e, (matrix, gram, count) in enumerate(zip(stacked, grams, counts, strict=True)):
@@ -167,7 +167,7 @@ class Calibrated:
 
 
 RowsOf = Callable[[nn.Module, Any], Iterable[Tensor]]
-"""What comes to each expert of a layer [n, in]; all of it, where there are no experts."""
+"""The input rows of each expert of a layer [n, in]; where there are no experts, all rows as one."""
 
 
 def _all_rows(_: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -179,7 +179,7 @@ def _rows_of_experts(_: nn.Module, rows: SortedRows) -> Iterator[Tensor]:
 
 
 def _hidden_of_experts(experts: nn.Module, rows: SortedRows) -> Iterator[Tensor]:
-    """What comes to w2: with its routing weight, as here it is multiplied."""
+    """The inputs of w2, multiplied by the routing weights as in the model."""
     assert isinstance(experts, GroupedExperts)
     w1, w3 = (experts.expert_weights(matrix, rows.x_nD.dtype)[:] for matrix in ("w1", "w3"))
     counts = _counts(rows)
@@ -188,7 +188,7 @@ def _hidden_of_experts(experts: nn.Module, rows: SortedRows) -> Iterator[Tensor]
 
 
 def _counts(rows: SortedRows) -> list[int]:
-    """Of each expert's rows."""
+    """The number of rows of each expert."""
     return rows.ends_e.diff(prepend=rows.ends_e.new_zeros(1)).tolist()
 
 
@@ -198,4 +198,5 @@ STAGES: tuple[tuple[str, RowsOf, tuple[str, ...]], ...] = (
     ("feed_forward.experts", _rows_of_experts, ("feed_forward.experts.w1", "feed_forward.experts.w3")),
     ("feed_forward.experts", _hidden_of_experts, ("feed_forward.experts.w2",)),
 )
-"""In the order of a layer: where the rows of matrices are seen, which are quantised before those of the next stage."""
+"""The stages of a layer, in order: the module to watch, its input rows, and the matrices that take them. The matrices of a
+stage are quantised before the next stage's rows are watched."""

@@ -1,8 +1,8 @@
-"""compressed-tensors' matrices in 4 bits ("pack-quantized", as llm-compressor saves them), as parts: read, not written.
+"""Matrices of compressed-tensors in 4 bits ("pack-quantized", as llm-compressor saves them): read, not written.
 
-    KEY.weight_packed      int32 [out, in / 8]          eight codes along the input in a word, the first in its lowest bits
-    KEY.weight_scale       [out, in / group]            in the model's precision; of parts it is fp16
-    KEY.weight_zero_point  int32 [out / 8, in / group]  eight zeros along the output in a word; symmetric: none, each is 8
+    KEY.weight_packed      int32 [out, in / 8]          eight codes along the input in a word, the first in the lowest bits
+    KEY.weight_scale       [out, in / group]            in the model's precision; held here as fp16
+    KEY.weight_zero_point  int32 [out / 8, in / group]  eight zeros along the output in a word; if symmetric, absent: all 8
     KEY.weight_shape       int64 [2]
 
 KEY is that of the matrix, under the Hub's names or transformers', as in GPTQ's files.
@@ -27,7 +27,7 @@ SUFFIXES = (PACKED, "weight_scale", "weight_zero_point", "weight_shape")
 
 @dataclasses.dataclass(frozen=True)
 class Converted(Stored):
-    """A tensor as ``convert`` makes it of one in a file."""
+    """A tensor that ``convert`` makes from one in a file."""
 
     raw: Stored
     convert: Callable[[Tensor], Tensor]
@@ -37,10 +37,10 @@ class Converted(Stored):
 
 
 def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """How matrices are held, as ``quantise`` says it, by a ``quantization_config``.
+    """The setting ``quantise`` of ModelArgs for a ``quantization_config``.
 
     Raises:
-        UserError: it is of another kind than can be read.
+        UserError: it is of a kind that cannot be read.
     """
     groups = (config.get("config_groups") or {}).values()
     kinds = [group.get("weights") or {} for group in groups]
@@ -57,10 +57,10 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
 
 
 def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Stored]:
-    """A file's tensors, those of quantised matrices as parts: KEY.codes, KEY.scales, KEY.zeros.
+    """A file's tensors, with those of quantised matrices as parts: KEY.codes, KEY.scales, KEY.zeros.
 
     Raises:
-        UserError: inputs of a block are not neighbours.
+        UserError: the inputs of a block are not neighbours.
     """
     result = {}
     for key, stored, matrix, suffix in of_matrices(tensors, PACKED):

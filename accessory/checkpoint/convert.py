@@ -1,4 +1,4 @@
-"""Write a checkpoint in any format: one tensor after the other, whatever the model's size."""
+"""Writes a checkpoint in any format, one tensor at a time, whatever the model's size."""
 
 import errno
 import os
@@ -35,12 +35,12 @@ from accessory.visual.vision import vision_shapes
 
 TargetFormat = Literal["hf", "gptq", "awq", "mistral", "mixtral", "mixtral_sparse", "peft"]
 HUGGINGFACE = ("hf", *gptq.WRITTEN)
-"""Written in Hugging Face's files."""
+"""Formats that are written in Hugging Face's files."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to write. ``size``: model-parallel parts. ``dtype`` None: each tensor's own."""
+    """The form to write. ``size``: model-parallel parts. ``dtype`` None: each tensor keeps its own."""
 
     format: TargetFormat
     size: int = 1
@@ -50,11 +50,11 @@ class Target:
 
     @classmethod
     def of_run(cls, format: SavedFormat, layout: Layout, size: int) -> "Target":
-        """What a run writes whose model is in a layout."""
+        """The target of a run's saves, with its model in a layout."""
         return cls("hf") if format == "hf" else cls(cast(TargetFormat, layout.name), size, suffix=format)
 
     def check(self, args: ModelArgs) -> None:
-        """Raise UserError if a model of this shape cannot be written so."""
+        """Raise UserError if a model of this shape cannot be written in this form."""
         if self.format in LAYOUTS:
             check_divides(args, LAYOUTS[self.format], self.size)
         elif self.size != 1:
@@ -87,23 +87,24 @@ class Target:
 
     @property
     def holds_encoders(self) -> bool:
-        """Whether what a model sees with is among its own files, where others read it, and not in a file of its own."""
+        """Whether a visual model's encoders are written into the model's files, where other programs read them, rather than
+        to a file of their own."""
         return self.format in HUGGINGFACE or (self.format in LAYOUTS and self.suffix == "pth")
 
     def quantisation(self, args: ModelArgs) -> dict[str, Any]:
-        """What Hugging Face's config.json says of quantised matrices."""
+        """The ``quantization_config`` for Hugging Face's config.json; empty if matrices are not quantised."""
         return gptq.description(self.format, args) if self.format in gptq.WRITTEN else {}
 
 
 def convert(checkpoint: Checkpoint, destination: Path, target: Target, parts: Source | None = None) -> None:
-    """Write ``checkpoint`` to the directory ``destination``, which appears only when it is whole.
+    """Write ``checkpoint`` to the directory ``destination``, which appears only when it is complete.
 
-    In memory there is one stored tensor at a time (at most three times its size; more while an adapter is folded in).
-    ``parts``: where those of quantised matrices come from, read in the order of layers; None: the checkpoint.
+    One stored tensor at a time is in memory (at most three times its size; more while an adapter is merged). ``parts``: the
+    source for parts of quantised matrices, read in the order of layers; None: the checkpoint.
 
     Raises:
         UserError: the destination is not empty, the disk is too small or fills up, the size does not divide the model,
-            or the tokenizer is not the model's.
+            or the tokenizer does not fit the model.
     """
     as_it_is = target.format in gptq.WRITTEN or (target.format in LAYOUTS and target.dtype is None)
     source = Merged(checkpoint, dense=not as_it_is)
@@ -119,9 +120,9 @@ def convert(checkpoint: Checkpoint, destination: Path, target: Target, parts: So
     if tokenizer:
         check_vocabulary(tokenizer, checkpoint.args.vocab_size)
     dtypes = {name: target.dtype or checkpoint.dtype(name) for name in logical.shapes}
-    dtypes |= {name: at_least(dtypes[name]) for name in dtypes if is_buffer(name)}  # whose steps are too small for bf16
+    dtypes |= {name: at_least(dtypes[name]) for name in dtypes if is_buffer(name)}  # their updates are too small for bf16
     dtypes |= dict.fromkeys(logical.parts, torch.uint8)
-    if target.dtype is None:  # a bias has its matrix' precision
+    if target.dtype is None:  # a bias has the precision of its matrix
         dtypes |= {adapter_name(name, "bias"): checkpoint.dtype(name) for name in biased}
     everything: Source = Overlaid(source, parts, logical.parts) if parts else source
     if logical.args.visual:
@@ -155,10 +156,10 @@ def write_description(
     tokenizer: Tokenizer | None,
     hf_config: Mapping[str, Any],
 ) -> None:
-    """What says beside ``files`` what they are; the tokenizer's own files must be there.
+    """Write the description that belongs beside ``files``; the tokenizer's own files must already be there.
 
     Args:
-        hf_config: config.json of a Hugging Face directory that the model comes from, if it does.
+        hf_config: config.json of the Hugging Face directory that the model comes from, if any.
     """
     if target.format in HUGGINGFACE:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
@@ -173,7 +174,7 @@ def write_description(
 
 
 def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
-    """Write the adapters of ``checkpoint`` as the PEFT library saves them. Raises UserError for what it has no place for."""
+    """Write the adapters of ``checkpoint`` as the PEFT library saves them. Raises UserError for what PEFT cannot hold."""
     logical = checkpoint.logical
     if not logical.adapters:
         raise UserError("there is no adapter to export; name the base, then the adapter's directory")
@@ -197,7 +198,7 @@ def export_peft(checkpoint: Checkpoint, destination: Path) -> None:
 
 
 def _free(destination: Path) -> Path:
-    """The destination's real path, if a directory can be made there."""
+    """The destination's real path. Raises UserError if no directory can be made there."""
     destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists already; name another directory, or remove it")
@@ -208,7 +209,8 @@ def _free(destination: Path) -> Path:
 
 @contextmanager
 def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary directory that becomes ``destination`` at the end, and goes if anything fails; ``nbytes`` are needed."""
+    """A temporary directory that becomes ``destination`` at the end, and is removed if anything fails. ``nbytes``: the space
+    needed."""
     temporary = prepare_directory(destination)
     try:
         free = shutil.disk_usage(temporary).free
@@ -228,7 +230,7 @@ def _written_whole(destination: Path, nbytes: int) -> Iterator[Path]:
 
 
 def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch.dtype]) -> Files:
-    """All that is to be written of a model. ``dtypes``: of its logical tensors, and of its encoders if ``target`` holds
+    """All tensors to be written for a model. ``dtypes``: of its logical tensors, and of its encoders if ``target`` holds
     them."""
     visual = logical.args.visual
     if target.format in HUGGINGFACE:
@@ -244,14 +246,14 @@ def planned_files(logical: LogicalModel, target: Target, dtypes: dict[str, torch
         tiles = accessory.planned_tiles(logical, LAYOUTS[target.format], target.size, target.suffix)
     files = planned_tensors(tiles, dtypes)
     if visual and target.holds_encoders:
-        for file, planned in files.items():  # as LLaMA2-Accessory reads them: whole, in every file
+        for file, planned in files.items():  # LLaMA2-Accessory reads the encoders whole from every file
             placed = (replace(tile, file=file, key=accessory.PREFIX + tile.key) for tile in as_they_are(visual))
             planned |= planned_tensors(placed, dtypes)[file]
     return files
 
 
 def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:
-    """Deal tensors out to files of at most ``shard_bytes`` (but at least one tensor)."""
+    """Assign tensors to files of at most ``shard_bytes`` (but at least one tensor each)."""
     shards: list[dict[str, PlannedTensor]] = []
     room = 0.0
     for key, tensor in tensors.items():
@@ -266,10 +268,10 @@ def _shards(tensors: dict[str, PlannedTensor], shard_bytes: float) -> Files:
 
 
 def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[str, dict[str, str]]) -> None:
-    """Write every file, with its ``notes``. Values that are no numbers are told, not refused.
+    """Write every file, with its ``notes``. NaN and infinite values cause a warning only.
 
     Raises:
-        UserError: numbers are too large for the dtype that they are to be written in.
+        UserError: finite values are too large for the dtype that they are written in.
     """
     damaged: dict[str, None] = {}
     with progress(total=_nbytes(files), unit="B", unit_scale=True, desc="writing") as bar:
@@ -290,7 +292,7 @@ def _write_files(source: Source, directory: Path, files: Files, notes: Mapping[s
 
 
 def _refuse_overflow(source: Source, tensor: PlannedTensor) -> None:
-    """Raise UserError if what is infinite as ``tensor`` is a number in ``source``."""
+    """Raise UserError if a finite value of ``source`` is infinite in the dtype of ``tensor``."""
     for tile in tensor.tiles:
         read = source.read(tile.name, tile.region)
         if (read.isfinite() & ~read.to(tensor.dtype).isfinite()).any():

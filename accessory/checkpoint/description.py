@@ -1,7 +1,7 @@
-"""A model's description: what a config.json or params.json says, and the sizes that it leaves to the tensors.
+"""A model's description: its config.json or params.json, and the sizes that these leave to the tensors.
 
-LLaMA2-Accessory takes the size of the vocabulary from the tokenizer and head_dim from dim / n_heads, so that its users hold
-files without them, or with -1 in their place. What a file does not say is read off the tensors' shapes; nothing stands in.
+LLaMA2-Accessory takes the size of the vocabulary from the tokenizer and head_dim from dim / n_heads, so its users' files
+lack these, or have -1 instead. A missing size is read off the tensors' shapes; no default is assumed.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from accessory.model.logical import LogicalModel
 Paths = str | Path | Sequence[str | Path]
 EXPERTS = "moe.num_experts"
 SIZES = ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", EXPERTS)
-# of the reference's config.json: what it adds to a model, which its files show as well
+# keys of the reference's config.json for what it adds to a model; its tensors show that as well
 _PEFT_KEYS = ("lora_rank", "bias_tuning", "norm_tuning")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a config.json says, or several of which later keys win.
+    """The content of a config.json, or of several; later ones override earlier ones.
 
     Attributes:
-        values: under ModelArgs' names, those of a group as ``moe.num_experts``.
-        names: what the file calls them, where that is another name.
+        values: by the names of ModelArgs; those of a group as ``moe.num_experts``.
+        names: the file's own names, where they differ.
         where: the files.
     """
 
@@ -43,14 +43,14 @@ class Description:
 
     @classmethod
     def read(cls, paths: Paths) -> "Description":
-        """Raises UserError if a file is none, or asks for what this decoder does not do."""
+        """Raises UserError if a file is not valid, or asks for something that this decoder does not implement."""
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         config = {key: value for path in paths for key, value in read_mapping(path).items() if key not in _PEFT_KEYS}
         where, names = ", ".join(map(str, paths)), {}
         if "hidden_size" in config or "text_config" in config:
             visual = {"visual": llava.visual_values(config, where)} if "text_config" in config else {}
             config, names = values_from(config.get("text_config", config), where) | visual, CONFIG_KEYS
-        elif Path(paths[0]).name == "params.json":  # what is switched off need not be known
+        elif Path(paths[0]).name == "params.json":  # an unknown key is allowed if it is off
             known = {field.name for field in dataclasses.fields(ModelArgs)}
             config = {key: value for key, value in config.items() if key in known or value not in (None, False)}
         if isinstance(moe := config.get("moe"), dict):
@@ -59,12 +59,12 @@ class Description:
         return cls(config, names, where)
 
     def said(self, size: str) -> int | None:
-        """A size, if the file says it; -1 says nothing."""
+        """A size, if the file gives it; -1 counts as missing."""
         value = self.values.get(size)
         return value if type(value) is int and value > 0 else None
 
     def args(self, found: Mapping[str, int]) -> ModelArgs:
-        """The model's shape, with the sizes ``found`` elsewhere where the file does not say them."""
+        """The model's shape; sizes that the file lacks are taken from ``found``."""
         values, found = dict(self.values), dict(found)
         if (dim := self.said("dim")) and (heads := self.said("n_heads")):
             found.setdefault("head_dim", dim // heads)
@@ -74,12 +74,12 @@ class Description:
 
 
 def load_args(paths: Paths) -> ModelArgs:
-    """Read the model's shape from a config.json of any format, or a params.json; of several, later keys win."""
+    """Read the model's shape from a config.json of any format, or a params.json; later files override earlier ones."""
     return Description.read(paths).args({})
 
 
 def own_config(directory: Path) -> Path:
-    """The description of the model in ``directory``. Raises UserError if there is none."""
+    """The path of the description of the model in ``directory``. Raises UserError if there is none."""
     for name in ("config.json", "params.json"):
         if (directory / name).is_file():
             return directory / name
@@ -87,10 +87,10 @@ def own_config(directory: Path) -> Path:
 
 
 def described(directory: Directory, description: Description, strict: bool) -> ModelArgs:
-    """The shape of the model in ``directory``: as the description says, else as the tensors tell.
+    """The shape of the model in ``directory``: from the description, else from the tensors.
 
     Raises:
-        UserError: neither does; if ``strict``, also if they contradict each other.
+        UserError: neither gives a size; if ``strict``, also if they contradict each other.
     """
     found = told(directory, description)
     for size, (number, tensor) in found.items():
@@ -103,17 +103,17 @@ def described(directory: Directory, description: Description, strict: bool) -> M
 
 
 class Told(NamedTuple):
-    """A size, and the tensor that tells it."""
+    """A size, and the tensor that it was read from."""
 
     size: int
     tensor: str
 
 
 def told(directory: Directory, description: Description) -> dict[str, Told]:
-    """The sizes that the tensors tell.
+    """The sizes that can be read off the tensors.
 
-    How many numbers there are under a key is proportional to each size of the model that it depends on, whatever the
-    format. So where one of them is unknown, the format's table for some value of it gives it by the rule of three.
+    In every format, the number of values under a key is proportional to each size that it depends on. If one such size is
+    unknown, the format's table is made for some value of it, and the ratio of counts gives the true value.
     """
 
     def shown(file: str, key: str) -> str:
@@ -126,7 +126,7 @@ def told(directory: Directory, description: Description) -> dict[str, Told]:
         found["n_layers"] = Told(n_layers, shown(*layers[n_layers - 1]))
     sizes = dict.fromkeys(SIZES, directory.size) | {"n_layers": 1, "head_dim": 2}
     if (kv_heads := description.said("n_kv_heads")) and kv_heads < directory.size:
-        sizes["n_kv_heads"] = 1  # fewer than there are files: each has them whole
+        sizes["n_kv_heads"] = 1  # fewer than there are files: each file has all of them
     tensors = {"dim": "norm.weight", "vocab_size": "tok_embeddings.weight", EXPERTS: "layers.0.feed_forward.gate.weight"}
     tensors["hidden_dim"] = "layers.0.feed_forward.experts.w1"
     unknown, known = ("head_dim", "n_heads") if description.said("n_heads") else ("n_heads", "head_dim")
@@ -140,6 +140,6 @@ def told(directory: Directory, description: Description) -> dict[str, Told]:
         stored = directory.stored[tile.file].get(tile.key)
         number, rest = divmod(sizes[size] * math.prod(stored.shape), math.prod(tile.stored_shape())) if stored else (0, 0)
         if rest or not number:
-            break  # those behind it depend on this one
+            break  # the following sizes depend on this one
         sizes[size], found[size] = number, Told(number, shown(tile.file, tile.key))
     return found

@@ -1,10 +1,10 @@
-"""The frozen encoders of a visual model: where they stand beside the model's own tensors, or alone.
+"""The files of a visual model's frozen encoders.
 
 visual.safetensors   every tensor whole, under LLaMA2-Accessory's names without ``llma.``
-visual.json          ``visual`` of config.json, where that is not beside it
+visual.json          the ``visual`` section of config.json, in a directory without a model
 
-In LLaMA2-Accessory's own directories each rank's file holds all of them, in transformers' under ``vision_tower.``: these are
-read there. What this program writes has them in a file of their own, which a run links into each of its saves.
+Encoders are also read from LLaMA2-Accessory's own directories, where each rank's file holds all of them, and from
+transformers', under ``vision_tower.``. This program writes them to a file of their own, which a run links into each save.
 """
 
 import re
@@ -28,11 +28,11 @@ _UNUSED = re.compile(
     r"clip\.(positional_embedding|text_projection|logit_scale|attn_mask|(token_embedding|ln_final|transformer)\..*)"
     r"|dinov2_vitg14\.mask_token|qformer\..*position_ids"
 )
-"""What the reference leaves in its files of the encoders' other halves."""
+"""Tensors in the reference's files that belong to the unused halves of the encoders."""
 
 
 class EncodersDirectory(Directory):
-    """A directory of the two files above, and of no model."""
+    """A directory of the two files above, without a model."""
 
     format = "visual"
 
@@ -51,7 +51,7 @@ class EncodersDirectory(Directory):
 
 
 def taken_out(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """The encoders' tensors among a file's, which are no longer there then; what nothing uses is left out."""
+    """Move the encoders' tensors out of ``tensors``. Unused ones are removed and left out of the result."""
     found = {key: match[1] for key in tensors if (match := _OWN.fullmatch(key))}
     return {name: stored for key, name in found.items() if (stored := tensors.pop(key)) and not _UNUSED.fullmatch(name)}
 
@@ -60,7 +60,7 @@ def encoder_reader(directory: Directory, visual: VisualArgs) -> TileReader | Non
     """A directory's encoders as a source, if it has any.
 
     Raises:
-        UserError: they are not the encoders of ``visual``.
+        UserError: they do not fit ``visual``.
     """
     path = directory.directory / FILE
     if not directory.encoders and not path.is_file():
@@ -74,7 +74,7 @@ def encoder_reader(directory: Directory, visual: VisualArgs) -> TileReader | Non
 
 
 def as_they_are(visual: VisualArgs) -> Iterator[Tile]:
-    """Under LLaMA2-Accessory's names."""
+    """The tiles of encoders under LLaMA2-Accessory's names."""
     for name, shape in vision_shapes(visual).items():
         yield Tile(name, whole_region(shape), "", name)
 
@@ -95,7 +95,7 @@ _IN_TRANSFORMERS = {
 
 
 def in_transformers(visual: VisualArgs) -> Iterator[Tile]:
-    """CLIP or SigLIP under transformers' names, behind ``vision_tower.``; queries, keys and values are apart there."""
+    """The tiles of CLIP or SigLIP under transformers' names without ``vision_tower.``, with separate q, k and v."""
     for name, shape in vision_shapes(visual).items():
         key = name.removeprefix("clip.visual.").removeprefix("siglip.")
         for ours, theirs in _IN_TRANSFORMERS.items():
@@ -111,8 +111,8 @@ def in_transformers(visual: VisualArgs) -> Iterator[Tile]:
 
 
 def write_encoders(path: Path, vision: Vision, dtype: torch.dtype) -> None:
-    """Write the file above, one tensor after the other."""
-    with replacing(path) as unfinished:  # other directories may have the file that is there
+    """Write a visual.safetensors, one tensor after the other."""
+    with replacing(path) as unfinished:  # other directories may have links to the existing file
         lay_out(unfinished, {name: (dtype, tensor.shape) for name, tensor in vision.tensors()}, {})
         with TensorWriter(unfinished) as file:
             for name, tensor in vision.tensors():

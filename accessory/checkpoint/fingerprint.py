@@ -1,4 +1,4 @@
-"""Which model is this? A short name made of samples of its weights, the same in every format, layout, size and in bf16."""
+"""A model's fingerprint, made of samples of its weights: the same in every format, layout and parallel size, and in bf16."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from torch import Tensor
 from accessory.model.logical import LogicalModel, Region, Shape
 
 _SIDE = 8
-"""Rows and columns of a sample: a few pages of a file, whichever way the matrix is stored."""
+"""Rows and columns of a sample. It takes a few pages of a file, however the matrix is stored."""
 
 
 def fingerprint(read: Callable[[str, Region], Tensor], logical: LogicalModel) -> str:
-    """32 hexadecimal digits from four samples of every matrix (so of every expert, in order), rounded to bf16.
+    """32 hexadecimal digits from four samples of every matrix (for experts of each one, in order), rounded to bf16.
 
-    Two trainings of a model differ in nearly every weight, so in the samples; a change of a few weights can stay unseen.
+    Two trainings of a model differ in nearly every weight, so also in the samples. A change of a few weights may be missed.
     """
     settings = logical.args.to_dict()
     shape = {k: v for k, v in settings.items() if k not in ("max_batch_size", "max_seq_len", "load_balancing_weight")}

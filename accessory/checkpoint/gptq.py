@@ -1,16 +1,18 @@
-"""GPTQ's and AWQ's quantised matrices in Hugging Face's files, as parts: the same bytes in another order, read and written.
+"""Quantised matrices of GPTQ and AWQ in Hugging Face's files, read and written. Their values become the parts of a matrix
+here (codes, scales, zeros) by reordering.
 
-    KEY.qweight  int32 [in / 8, out]        eight codes along the input in a word, the first in its lowest bits
+    KEY.qweight  int32 [in / 8, out]            eight codes along the input in a word, the first in the lowest bits
     KEY.scales   fp16  [in / group, out]
-    KEY.qzeros   int32 [in / group, out / 8]    eight zeros along the output in a word; of version 1 each is one too small
-    KEY.g_idx    int32 [in]                     which block each input belongs to: only neighbours in one are read
+    KEY.qzeros   int32 [in / group, out / 8]    eight zeros along the output in a word; in version 1 each is one too small
+    KEY.g_idx    int32 [in]                     the block of each input: only blocks of neighbours can be read
 
-KEY is that of the matrix: ``model.layers.0.block_sparse_moe.experts.3.w1`` as on the Hub, or, as GPTQModel calls it,
-``model.layers.0.mlp.experts.3.gate_proj``. Routers, norms, embeddings and output are whole. That is of 4 bits; of 3 three
-words hold 32 numbers, one after the other, and of 2 a word 16. AWQ's files ("gemm") are of 4 bits and differ in
+KEY is that of the matrix: ``model.layers.0.block_sparse_moe.experts.3.w1`` as on the Hub, or
+``model.layers.0.mlp.experts.3.gate_proj`` as in GPTQModel. Routers, norms, embeddings and output are not quantised. This is
+the layout for 4 bits. With 3 bits, three words hold 32 numbers; with 2 bits, a word holds 16. AWQ's files ("gemm") have 4
+bits and differ in
 
     KEY.qweight  int32 [in, out / 8]            eight codes along the output in a word, in an order of its own
-    KEY.qzeros   in that order, as they are     and there is no g_idx
+    KEY.qzeros   in that order too, and not one too small; there is no g_idx
 """
 
 import dataclasses
@@ -35,18 +37,18 @@ SUFFIXES = {"codes": "qweight", "scales": "scales", "zeros": "qzeros"}
 PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """GPTQModel's names of the experts' matrices, as transformers has them."""
 WRITTEN: dict[str, dict[str, Any]] = {
-    # of version 2: what is one less than a zero of 0 has no place in version 1
+    # version 2: version 1 stores each zero minus one, so it has no place for a zero of 0
     "gptq": {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": False, "sym": False},
     "awq": {"quant_method": "awq", "version": "gemm", "zero_point": True},
 }
-"""The ``quantization_config`` of each format that is written, but for the sizes."""
+"""The ``quantization_config`` of each format that is written, without the sizes."""
 
 
 def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """How matrices are held, as ``quantise`` says it, by a ``quantization_config``.
+    """The setting ``quantise`` of ModelArgs for a ``quantization_config``.
 
     Raises:
-        UserError: it is of another kind than can be read.
+        UserError: it is of a kind that cannot be read.
     """
     method, bits, group = (config.get(key) for key in ("quant_method", "bits", "group_size"))
     gemm = str(config.get("version", "gemm")).lower() == "gemm" and config.get("zero_point", True)
@@ -64,7 +66,7 @@ def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
 
 
 def of_groups(bits: int, group: Any, where: str) -> dict[str, str]:
-    """Integers in blocks of ``group``, as ``quantise`` says it. Raises UserError if those do not fill bytes."""
+    """The setting ``quantise`` for integers in blocks of ``group``. Raises UserError if there is no such codec."""
     if not isinstance(group, int) or group < 1:
         raise UserError(f"{where}: group_size is {group!r}; blocks are read, of so many neighbours")
     try:
@@ -74,10 +76,10 @@ def of_groups(bits: int, group: Any, where: str) -> dict[str, str]:
 
 
 def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Stored]:
-    """A file's tensors, those of quantised matrices as bytes.
+    """A file's tensors, with those of quantised matrices as bytes.
 
     Raises:
-        UserError: inputs of a block are not neighbours.
+        UserError: the inputs of a block are not neighbours.
     """
     result = {}
     for key, stored, _, suffix in of_matrices(tensors, "qweight"):
@@ -93,25 +95,25 @@ def as_bytes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: st
 
 
 def of_matrices(tensors: Mapping[str, Stored], codes: str) -> Iterator[tuple[str, Stored, str, str]]:
-    """Each tensor's name and place, of which quantised matrix it is, and what: "" unless MATRIX.``codes`` is there."""
+    """Each tensor's key and place, its matrix, and its suffix if the matrix is quantised (has MATRIX.``codes``), else ""."""
     for key, stored in tensors.items():
         matrix, _, suffix = key.rpartition(".")
         yield key, stored, matrix, suffix if f"{matrix}.{codes}" in tensors else ""
 
 
 def in_bytes(stored: Stored) -> Stored:
-    """A matrix of a file as its bytes."""
+    """A stored matrix as a matrix of bytes."""
     rows, columns = stored.shape
     width = columns * stored.dtype.itemsize
     return dataclasses.replace(stored, dtype=torch.uint8, shape=(rows, width), stride=(width, 1))
 
 
 class BitsEncoding(Encoding):
-    """Numbers of a few ``bits``, [..., out, blocks], which stand in words along the output, the first in the lowest bits.
+    """Numbers of a few ``bits``, [..., out, blocks], packed into words along the output, the first in the lowest bits.
 
     Args:
-        order: which of eight each of eight places holds. added: to each, as it is read.
-        in_bytes: they are codes, of which a byte of ours holds several along the input.
+        order: of each eight numbers, which one each of eight places holds. added: what reading adds to each number.
+        in_bytes: the numbers are codes, several of which a byte holds along the input in this program's form.
     """
 
     def __init__(self, pattern: str, bits: int, order: Sequence[int], added: int, in_bytes: bool, **sizes: int):
@@ -132,7 +134,7 @@ class BitsEncoding(Encoding):
         return super().read(numbers, box, inside)
 
     def write(self, box: Tensor, stored: Tensor) -> None:
-        """Put codes into ``stored``, or zeros, of which none is added to as it is read: as they are."""
+        """Put codes or zeros into ``stored``. Nothing is subtracted: the formats written have ``added`` 0."""
         numbers = stored.new_empty(super().stored_shape(tuple(box.shape)))
         super().write(box, numbers)
         if self.in_bytes:
@@ -145,14 +147,14 @@ def part_tiles(logical: LogicalModel, keys: Mapping[str, list[str]], config: Map
     """The tiles of quantised matrices.
 
     Args:
-        keys: of each matrix, or of each expert's, by logical name. config: the ``quantization_config``.
+        keys: by logical name, the key of the matrix, or one for each expert. config: the ``quantization_config``.
     """
     is_awq = config["quant_method"] == "awq"
     added = 0 if is_awq or config.get("checkpoint_format") == "gptq_v2" else 1
     for name, (matrix, part) in logical.parts.items():
         region, each = logical.whole(name), {"codes": 1 if is_awq else 4, "scales": 2, "zeros": 1}[part]
         rows, stored_rows, sizes = "n", "n", {"few": each}
-        if matrix.endswith((".wq.weight", ".wk.weight")):  # whose rows Hugging Face has in another order
+        if matrix.endswith((".wq.weight", ".wk.weight")):  # Hugging Face has their rows in another order
             rows, stored_rows = "(head pair two)", "head two pair"
             sizes |= {"pair": logical.args.head_dim // 2, "two": 2}
         pattern = f"{'e ' * (len(region) == 3)}{rows} (k few) -> k ({stored_rows} few)"
@@ -170,7 +172,7 @@ def description(format: str, args: ModelArgs) -> dict[str, Any]:
     """The ``quantization_config`` of a model that is written in one of the formats above.
 
     Raises:
-        UserError: it is held otherwise than the format can say, or its matrices do not fill words.
+        UserError: the format cannot describe how the model is quantised, or its matrices do not fill whole words.
     """
     quantise = args.quantise
     codec = get_codec(quantise.experts) if quantise and quantise.experts else None
@@ -189,7 +191,7 @@ def description(format: str, args: ModelArgs) -> dict[str, Any]:
 
 
 class PlannedWords(PlannedTensor):
-    """A part of a quantised matrix that is to be written, its bytes as numbers of ``dtype``."""
+    """A part of a quantised matrix to be written, its bytes viewed as ``dtype``."""
 
     def filled(self, source: Source) -> Tensor:
         (tile,) = self.tiles
@@ -200,7 +202,7 @@ class PlannedWords(PlannedTensor):
 
 @dataclasses.dataclass
 class PlannedBlocks(PlannedTensor):
-    """The ``g_idx`` of a matrix that is to be written: ``group`` neighbours in a block."""
+    """The ``g_idx`` of a matrix to be written: ``group`` neighbours in a block."""
 
     group: int
 
@@ -209,7 +211,7 @@ class PlannedBlocks(PlannedTensor):
 
 
 def planned_words(tensors: Mapping[str, PlannedTensor], config: Mapping[str, Any]) -> dict[str, PlannedTensor]:
-    """What is to be written in the place of tensors of bytes, and g_idx beside."""
+    """The tensors to be written instead of tensors of bytes, with g_idx added."""
     result: dict[str, PlannedTensor] = {}
     for key, tensor in tensors.items():
         matrix, _, suffix = key.rpartition(".")

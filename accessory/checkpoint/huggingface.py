@@ -1,9 +1,9 @@
-"""Hugging Face's ``MixtralForCausalLM`` and ``MixtralForSequenceClassification``: safetensors, an index where there are
-several, and config.json.
+"""Hugging Face's ``MixtralForCausalLM`` and ``MixtralForSequenceClassification``: safetensors, with an index if there are
+several files, and config.json.
 
-Two namings are read: a matrix per expert (``block_sparse_moe.experts.{e}.w1.weight``, what the Hub holds), and fused
-(``mlp.experts.gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``, what transformers 5 holds in memory). The first is
-written. Rotary rows of q and k are stored there as two halves of each head.
+Two namings are read: one matrix per expert (``block_sparse_moe.experts.{e}.w1.weight``, as on the Hub), and fused
+(``mlp.experts.gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``, as transformers 5 holds them in memory). The first is
+written. The rotary rows of q and k are stored as two halves of each head.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-# a matrix of the experts -> the fused one that it is in, and which of how many parts of its rows it is
+# a matrix of the experts -> the fused matrix that holds it, and (which, of how many) parts of that matrix's rows it is
 FUSED = {"w1": ("gate_up_proj", (0, 2)), "w3": ("gate_up_proj", (1, 2)), "w2": ("down_proj", (0, 1))}
 # config.json key -> ModelArgs field, where the value is the same
 _CONFIG = {
@@ -58,7 +58,7 @@ _CONFIG = {
 }
 _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 CONFIG_KEYS = {name: key for key, name in _CONFIG.items()} | {f"moe.{name}": key for name, key in _MOE.items()}
-"""What config.json calls a field of ModelArgs."""
+"""The keys of config.json for fields of ModelArgs."""
 DEFAULT_ROPE_THETA = 1e6
 DEFAULT_BALANCE_WEIGHT = 0.001  # transformers'
 CLASSIFIER = "MixtralForSequenceClassification"
@@ -119,14 +119,14 @@ class HuggingFaceDirectory(Directory):
 
 
 def _set_apart(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Of a LLaVA the language model with the projector, under a language model's names, and the encoder's tensors."""
+    """Split a LLaVA's tensors: the language model under its own names, with the projector; and the encoder."""
     model, encoders = dict[str, Stored](), dict[str, Stored]()
     for key, stored in tensors.items():
         inner = key.removeprefix("model.")  # as transformers 5 has it in memory
         tower, _, name = inner.partition(".")
         if tower == "vision_tower":
             name = name.removeprefix("vision_model.")
-            if not name.startswith("head."):  # SigLIP's, which makes one token of all
+            if not name.startswith("head."):  # SigLIP's pooling head, which is not used
                 encoders[name] = stored
         elif tower == "language_model":
             model[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = stored
@@ -136,7 +136,7 @@ def _set_apart(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[s
 
 
 def _indexed(directory: Path) -> dict[str, Stored]:
-    """The tensors that the index names, each from the file that it names."""
+    """The tensors in the index, each from the file that the index gives."""
     weight_map = read_mapping(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
         raise UserError(f"{directory / INDEX}: expected a key 'weight_map' that says which file holds which tensor")
@@ -148,7 +148,7 @@ def _indexed(directory: Path) -> dict[str, Stored]:
 
 
 def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
-    """The tiles of a whole model, not yet dealt out to files (an index says which file holds what)."""
+    """The tiles of a whole model, not yet assigned to files."""
     if logical.args.moe.score_bias:
         raise UserError("Hugging Face's files have no place for the routers' score biases: take moe.score_bias out")
     for name in logical.base:
@@ -171,7 +171,7 @@ def model_tiles(logical: LogicalModel, fused: bool = False) -> Iterator[Tile]:
 
 
 def llava_tiles(logical: LogicalModel, visual: VisualArgs) -> Iterator[Tile]:
-    """The same of ``LlavaForConditionalGeneration``, with what it sees with."""
+    """The tiles of a ``LlavaForConditionalGeneration``, with its encoder."""
     for tile in model_tiles(logical):
         before = "" if tile.name.startswith(CONNECTOR) else "language_model."
         yield dataclasses.replace(tile, key=before + tile.key)
@@ -180,7 +180,7 @@ def llava_tiles(logical: LogicalModel, visual: VisualArgs) -> Iterator[Tile]:
 
 
 def quantised_tiles(logical: LogicalModel, config: Mapping[str, Any], fused: bool = False) -> Iterator[Tile]:
-    """The same of a model whose experts and attention are quantised, as its ``quantization_config`` says."""
+    """The tiles of a model whose experts and attention are quantised, as its ``quantization_config`` says."""
     whole = model_tiles(LogicalModel(dataclasses.replace(logical.args, quantise=None)), fused)
     yield from (tile for tile in whole if tile.name not in logical.codecs)
     keys = {name: matrix_keys(name, logical.args, fused) for name in logical.codecs}
@@ -198,10 +198,10 @@ def quantised_tiles(logical: LogicalModel, config: Mapping[str, Any], fused: boo
 
 
 def held_as(config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """How matrices are held, as ``quantise`` says it, by a ``quantization_config``.
+    """The setting ``quantise`` of ModelArgs for a ``quantization_config``.
 
     Raises:
-        UserError: it is of a kind that is not read.
+        UserError: it is of a kind that cannot be read.
     """
     return (compressed if _is_compressed(config) else gptq).held_as(config, where)
 
@@ -211,10 +211,10 @@ def _is_compressed(config: Mapping[str, Any]) -> bool:
 
 
 def matrix_keys(name: str, args: ModelArgs, fused: bool) -> list[str]:
-    """What a quantised matrix, or that of each expert, is called, without the suffix of a part.
+    """The key of a quantised matrix, or one for each expert, without the suffix of a part.
 
     Args:
-        fused: under transformers' names (GPTQModel), not those of the Hub.
+        fused: use transformers' names, as GPTQModel does, not those of the Hub.
     """
     layer, rest = split_layer(name)
     _, is_expert, weight = rest.partition("experts.")
@@ -231,18 +231,18 @@ def split_layer(name: str) -> tuple[str, str]:
 
 
 def row_order(matrix: str, args: ModelArgs) -> Encoding:
-    """How a matrix [rows, columns] is stored, and B of its adapter: of q and k the rotary pairs of each head as two halves,
-    rows 0 1 2 3 4 5 as 0 2 4 1 3 5."""
+    """How a matrix [rows, columns], or B of its adapter, is stored. In q and k the rotary pairs of each head become two
+    halves: rows 0 1 2 3 4 5 are stored as 0 2 4 1 3 5."""
     if matrix.endswith((".wq.weight", ".wk.weight")):
         return Encoding("(head pair two) d -> (head two pair) d", pair=args.head_dim // 2, two=2)
     return AS_IS
 
 
 def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """What Hugging Face's config.json says, under the names of ModelArgs.
+    """The values of Hugging Face's config.json under the names of ModelArgs.
 
     Raises:
-        UserError: a key is missing that the tensors do not tell, or asks for what this decoder does not do.
+        UserError: a key is missing that the tensors do not show, or asks for something that this decoder does not implement.
     """
     expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False}
     advice = {"tie_word_embeddings": "; save it with a copy of its embeddings as lm_head.weight, and the key false"}
@@ -276,7 +276,7 @@ def values_from(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _labels(config: dict[str, Any], where: str) -> list[Any]:
-    """The labels of a classifier in their order. transformers leaves them out where they are LABEL_0 and LABEL_1."""
+    """A classifier's labels in order. transformers leaves them out if they are LABEL_0 and LABEL_1."""
     if config.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(f"{where}: problem_type is {config['problem_type']!r}; a document has one label here")
     names = config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(config.get("num_labels") or 2)}
@@ -286,8 +286,8 @@ def _labels(config: dict[str, Any], where: str) -> list[Any]:
 
 
 def _label_settings(labels: Sequence[str], hf_config: Mapping[str, Any], special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """What config.json says of a classifier. transformers classifies by the last token that is not the padding's, so that
-    must be none that ends a text."""
+    """The keys of config.json for a classifier. transformers classifies by the last token that is not padding, so padding
+    must not be the token that ends a text."""
     ends = special_ids.get("eos_token_id", 2)
     padding = hf_config.get("pad_token_id")
     return {
@@ -308,14 +308,14 @@ def write_description(
     files: Mapping[str, Iterable[str]],
     nbytes: int,
 ) -> None:
-    """config.json, what transformers needs beside it, and the index where there are several files.
+    """Write config.json, the other files that transformers needs, and the index if there are several files.
 
     Args:
         hf_config: config.json of a Hugging Face source; keys that this decoder does not know are kept.
-        quantisation: the ``quantization_config``, where matrices are written quantised.
-        special_ids: bos_token_id and eos_token_id, where there is a tokenizer.
+        quantisation: the ``quantization_config``, if matrices are written quantised.
+        special_ids: bos_token_id and eos_token_id, if there is a tokenizer.
         files: file -> its keys.
-        nbytes: of all tensors.
+        nbytes: the size of all tensors.
     """
     ids = {"bos_token_id": 1, "eos_token_id": 2, **special_ids}
     ids |= {key: hf_config[key] for key in ids if key in hf_config}

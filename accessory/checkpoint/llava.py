@@ -1,4 +1,4 @@
-"""What config.json of transformers' ``LlavaForConditionalGeneration`` says beside its language model's, a Mixtral."""
+"""The config.json of transformers' ``LlavaForConditionalGeneration`` whose language model is a Mixtral."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from accessory.errors import UserError
 from accessory.model.args import ModelArgs
 from accessory.model.visual import EncoderKind, PresetName
 
-_SIZES = {  # key -> of EncoderArgs
+_SIZES = {  # key of vision_config -> field of EncoderArgs
     "image_size": "size",
     "patch_size": "patch",
     "hidden_size": "dim",
@@ -21,10 +21,11 @@ _SIZES = {  # key -> of EncoderArgs
 
 @dataclass(frozen=True)
 class _Tower:
-    """What transformers calls an encoder, and what it takes where config.json does not say it.
+    """transformers' name of an encoder, and its defaults for keys that config.json leaves out.
 
     Attributes:
-        fixed: what this program does, of ``vision_config``. strategy: which of its tokens are seen.
+        fixed: the values of ``vision_config`` that this program implements. strategy: which of the encoder's tokens are
+            used, as ``vision_feature_select_strategy``.
     """
 
     model_type: str
@@ -59,7 +60,7 @@ _FIXED: dict[str, Any] = {
 
 
 def visual_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``visual`` of ModelArgs as plain data. Raises UserError for what this program does not see with."""
+    """``visual`` of ModelArgs as plain data. Raises UserError for anything that this program does not implement."""
     vision = config.get("vision_config") or {}
     kinds: dict[str, EncoderKind] = {tower.model_type: kind for kind, tower in _TOWERS.items()}
     named = vision.get("model_type", "clip_vision_model")
@@ -81,12 +82,12 @@ def visual_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _keys(tower: _Tower) -> dict[str, str]:
-    """Those of ``vision_config`` that say what EncoderArgs do."""
+    """The keys of ``vision_config`` and the fields of EncoderArgs for them."""
     return _SIZES | ({"hidden_act": "activation"} if "activation" in tower.defaults else {})
 
 
 def description(config: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
-    """All of config.json, given that of the language model."""
+    """The whole config.json, from that of the language model."""
     assert args.visual
     (kind,), token = args.visual.kinds, args.visual.image_token
     encoder, tower = args.visual.encoder(kind), _TOWERS[kind]

@@ -1,4 +1,4 @@
-"""A base with its LoRA adapters folded in: W + scaling * B A, computed where it is read."""
+"""A base with its LoRA adapters merged: W + scaling * B A, computed on reading."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ from accessory.model.logical import EMBEDDING, LogicalModel, Region, as_matrix
 
 
 class Merged:
-    """``checkpoint`` as a source in which every matrix has its LoRA adapter folded in; biases stay tensors of their own.
+    """``checkpoint`` as a source in which LoRA adapters are merged into their matrices; biases stay separate tensors.
 
-    Quantised matrices stay as they are, if none has such an adapter and ``dense`` is not asked for.
+    Quantised matrices stay quantised unless ``dense``, or unless any matrix has a LoRA adapter.
 
     Attributes:
         logical: its tensors.
-        unchanged: trained tensors that were read, and in which no value changed once it was rounded to the base's precision.
+        unchanged: trained tensors read so far in which no value changed after rounding to the base's precision.
     """
 
     def __init__(self, checkpoint: Checkpoint, dense: bool = False):

@@ -1,10 +1,10 @@
 """Mistral's own releases: ``consolidated.*`` and ``params.json``.
 
 The names are those of the expert layout at model-parallel size 1, without a prefix. Weights come as
-``consolidated.00.pth`` (also in parts that are to be concatenated, ``consolidated.00.pth-split00.pth``, ...), as several
-files that share the tensors out among them (``consolidated.00.pt``, ``consolidated.01.pt``, ...), or as
-``consolidated.safetensors``. The .pt release of 8x7B Instruct keeps the experts of a layer in one matrix per projection,
-``block_sparse_moe.w1 [E * F, D]``, w2 transposed: also read here.
+``consolidated.00.pth`` (also in parts to be concatenated, ``consolidated.00.pth-split00.pth``, ...), as several files that
+hold some of the tensors each (``consolidated.00.pt``, ``consolidated.01.pt``, ...), or as ``consolidated.safetensors``. The
+.pt release of 8x7B Instruct, which has the experts of a layer in one matrix per projection (``block_sparse_moe.w1
+[E * F, D]``, w2 transposed), is read, too.
 """
 
 import dataclasses
@@ -62,13 +62,13 @@ class MistralDirectory(Directory):
 
 
 def planned_tiles(logical: LogicalModel, suffix: FileFormat) -> Iterator[Tile]:
-    """The tiles of a whole directory that is to be written."""
+    """The tiles of a whole directory, for writing."""
     file = "consolidated.safetensors" if suffix == "safetensors" else "consolidated.00.pth"
     return rank_tiles(logical, EXPERT, 0, 1, file, prefix="")
 
 
 def write_description(directory: Path, args: ModelArgs) -> None:
-    """params.json: config.json's keys, less those that only training knows and those that say nothing."""
+    """Write params.json: the keys of config.json, without those for training only and those that are null."""
     params = args.to_dict()
     training = ("max_batch_size", "load_balancing_weight")
     write_json(directory / "params.json", {k: v for k, v in params.items() if k not in training and v is not None})

@@ -1,4 +1,4 @@
-"""Open any checkpoint: the format is recognised from the directory's files."""
+"""Opens any checkpoint; the format is recognised from the directory's files."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ _DESCRIPTIONS = ("config.json", "params.json", "adapter.json", "adapter_config.j
 
 
 def recognise(path: str | Path) -> Directory:
-    """Find out a directory's format. Raises UserError if it has none, or its files are damaged or incomplete."""
+    """Open a directory in the format of its files. Raises UserError if there is none, or files are damaged or missing."""
     directory = check_directory(path, "a checkpoint")
     formats = AdapterDirectory, PeftDirectory, AccessoryDirectory, HuggingFaceDirectory, MistralDirectory, EncodersDirectory
     for format in formats:
@@ -46,7 +46,7 @@ def recognise(path: str | Path) -> Directory:
             return found
     if (directory / "state.json").is_file():
         raise UserError(f"{directory}: a training state, which resume={directory} goes on from, is no checkpoint")
-    if inside := {file.parent.name for name in _DESCRIPTIONS for file in directory.glob(f"*/{name}")}:  # as in a run's
+    if inside := {file.parent.name for name in _DESCRIPTIONS for file in directory.glob(f"*/{name}")}:  # e.g. a run's
         raise UserError(f"{directory}: no checkpoint in it, but below it: {listed(sorted(inside))}; name one of these")
     raise UserError(
         f"{directory}: no checkpoint in it; expected consolidated.RR-of-MM.model.pth or .safetensors, "
@@ -56,7 +56,7 @@ def recognise(path: str | Path) -> Directory:
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """What the first ``count`` directories of a checkpoint make together, as it is stored."""
+    """The tensors that the first ``count`` directories of a checkpoint give together, as stored."""
 
     checkpoint: "Checkpoint"
     count: int
@@ -68,22 +68,24 @@ class _Layers:
 class Checkpoint:
     """One or several directories, in any format, as a source of logical tensors.
 
-    The first is a whole model. Each further one replaces what it holds, or is added to it (``model-diff``).
+    The first is a whole model. Each further one replaces its tensors, extends it, or is added to its values
+    (``model-diff``).
 
     Args:
         paths: a directory, or several in order.
-        config: another config.json than the first directory's own, or several.
-        strict: False: what is missing or of another shape gets random values, what is unexpected is ignored; it is said.
-        quantise: matrices that are quantised as they are read: the checkpoint is then in all it does the quantised one.
+        config: a config.json to use instead of the first directory's own, or several.
+        strict: False: missing tensors and those of a wrong shape get random values, unexpected ones are ignored; each
+            is reported.
+        quantise: matrices to quantise on reading; the checkpoint then behaves like one that is stored quantised.
 
     Attributes:
         args: the model's shape.
-        logical: its tensors, those of all adapters among them. base_model: the first directory's, maybe with another head.
+        logical: its tensors, including all adapters. base_model: those of the base, as they are held.
         layout: the layout to run it in, if the user names none.
-        visual: how it sees, or is to: ``args`` say so if its connector is there. encoders: what it sees with, or None.
+        visual: the image settings; ``args`` have them if the connector is there. encoders: reads the encoders, or None.
         tokenizer: path of a tokenizer.model, else of a tokenizer.json, or None.
-        companions: files to be copied along, by name. origin: the fingerprint of what was quantised, if it is known.
-        training: how it was trained, as the last directory says.
+        companions: files to copy along, by name. origin: the fingerprint before quantisation, if known.
+        training: how it was trained, from the last directory that says.
         sound: whether everything fitted.
 
     Raises:
@@ -121,7 +123,7 @@ class Checkpoint:
         adapters: dict[str, Adapter] = {}
         for number, (directory, added) in enumerate(zip(self.directories, self._added, strict=True)):
             both = adapters.keys() & added.keys()
-            # what the base itself holds beside its weights may have been trained further
+            # adapters that the base directory itself holds may have been trained further
             again = number == 1 and all(adapters[name] == added[name] for name in both)
             if both and not again:
                 raise UserError(f"{directory.directory}: {min(both)} has an adapter already; merge the first adapter before")
@@ -168,7 +170,7 @@ class Checkpoint:
                 raise UserError(f"{self.directories[-1].directory}: {name} is missing, or not whole")
 
     def vision(self, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision | None:
-        """What the model sees with; None: it reads text alone. Raises UserError if its encoders are not there."""
+        """The model's encoders; None: it reads text only. Raises UserError if they are missing."""
         if self.visual is None:
             return None
         self.check_encoders()
@@ -176,7 +178,7 @@ class Checkpoint:
         return make_vision(self.visual, self.encoders, mp, dtype, device)
 
     def check_encoders(self) -> None:
-        """Raise UserError if the model sees, and its encoders are not there."""
+        """Raise UserError if the model takes images and its encoders are missing."""
         if self.visual and not self.encoders:
             raise UserError(
                 f"{self.directories[0].directory}: the model sees, and the encoders that it sees with are not in it: name a "
@@ -184,12 +186,12 @@ class Checkpoint:
             )
 
     def template(self) -> str | None:
-        """The name of what it is asked in unless another is named; None: it does not say."""
+        """The name of the default template for prompts; None: neither training.json nor the tokenizer names one."""
         own = self.tokenizer is not None and has_chat_template(Tokenizer(self.tokenizer))
         return self.training.template or ("chat_template" if own else None)
 
     def read(self, name: str, region: Region) -> Tensor:
-        """The values of logical tensor ``name`` in ``region``; of a quantised matrix also the numbers that it stands for."""
+        """The values of logical tensor ``name`` in ``region``: parts of a quantised matrix, or the matrix dequantised."""
         return self._all.read(name, region)
 
     @functools.cached_property
@@ -201,14 +203,14 @@ class Checkpoint:
         return self._held(self.base_layers, self.base_model)
 
     def _held(self, layers: int, logical: LogicalModel) -> Source:
-        """What the first ``layers`` directories make, quantised as in ``logical``."""
+        """The tensors of the first ``layers`` directories, quantised as in ``logical``."""
         source: Source = _Layers(self, layers)
         if logical.args.quantise != self._as_stored.args.quantise:
             source = Quantising(source, logical)
         return Dequantised(source, logical)
 
     def _read(self, name: str, region: Region, layers: int) -> Tensor:
-        """What the first ``layers`` directories make of it."""
+        """The values of a stored tensor after the first ``layers`` directories."""
         for number in reversed(range(layers)):
             reader, adds = self.readers[number], self.directories[number].adds
             if name in reader.complete and not adds:
@@ -225,26 +227,26 @@ class Checkpoint:
 
     @functools.cached_property
     def base_layers(self) -> int:
-        """How many of the directories are the base: those before the first that was trained on it."""
+        """The number of directories that make the base: those before the first that was trained on it."""
         trained = (n for n, d in enumerate(self.directories) if n and (self._added[n] or d.fingerprint is not None))
         return next(trained, len(self.directories))
 
     @functools.cached_property
     def changed(self) -> list[str]:
-        """The base's own tensors that were trained, and come from the directories behind it."""
+        """The base's own tensors that the directories after the base replace or change."""
         return sorted({n for reader in self.readers[self.base_layers :] for n in self.logical.dense if reader.tiles[n]})
 
     def read_base(self, name: str, region: Region) -> Tensor:
-        """What the base holds of a tensor."""
+        """The base's values of a tensor."""
         return self._base.read(name, region)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the base as it is held."""
+        """The fingerprint of the base, quantised as it is held."""
         return fingerprint(self.read_base, self.base_model)
 
     def _fingerprint_if(self, quantise: QuantiseSection | None) -> str:
-        """Of the base if it were held so."""
+        """The fingerprint that the base would have if it were quantised in this way."""
         logical = LogicalModel(dataclasses.replace(self._as_stored.args, quantise=quantise))
         return fingerprint(self._held(self.base_layers, logical).read, logical)
 
@@ -255,7 +257,7 @@ class Checkpoint:
         return self._fingerprint_if(None) if self.args.quantise else None
 
     def _held_in_training(self, directory: Directory) -> str | None:
-        """How the base was held beside which a directory was trained, if that was this one, held otherwise."""
+        """How the base was quantised when a directory was trained on it; None if its base was another model."""
         if directory.fingerprint == self.origin:
             return in_words(None)
         if directory.quantise is None or self._as_stored.args.quantise:
@@ -266,26 +268,26 @@ class Checkpoint:
         return None
 
     def hf_config(self) -> dict[str, Any]:
-        """The first directory's config.json, if it is Hugging Face's; of a LLaVA, what it says of the language model."""
+        """The first directory's config.json if it is Hugging Face's; for a LLaVA, the part for the language model."""
         base = self.directories[0]
         config = read_mapping(base.directory / "config.json") if base.format == "hf" else {}
         return dict(config.get("text_config", config))
 
     def dtype(self, name: str) -> torch.dtype:
-        """A dtype that holds every value that the directories have for logical tensor ``name``; of the numbers that a
-        quantised matrix stands for, that of the embedding."""
+        """A dtype that holds every value that the directories have for logical tensor ``name``. For a quantised matrix,
+        dequantised, it is that of the embedding."""
         if name in self.logical.parts:
             return torch.uint8
         if name in self.logical.codecs:
             name = EMBEDDING
         holding = [n for n, reader in enumerate(self.readers) if reader.tiles[name]]
-        if name in self.logical.dense:  # trained beside the base, it is in the precision of training: the base's own decides
+        if name in self.logical.dense:  # an adapter directory has its precision of training: the base's own decides
             holding = [n for n in holding if self.directories[n].format != "adapter" or n == holding[0]]
         dtypes = [self.readers[n].dtype(name) for n in holding]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def warn_of_differing_replicas(self) -> None:
-        """Say so if ranks' files do not agree about what each of them holds whole; the first file's values are used."""
+        """Warn if ranks' files disagree about tensors that each of them holds whole; the first file's values are used."""
         for reader in self.readers:
             if names := reader.differing_replicas():
                 say(f"warning: {reader.where}: the files do not agree about {listed(names)}; do they belong together?")

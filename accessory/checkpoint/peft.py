@@ -1,10 +1,9 @@
 """Adapters of Hugging Face's PEFT library (0.21): adapter_config.json and adapter_model.safetensors.
 
-PEFT's axes: of a linear layer A is [R, in] and B [out, R]. Of stacked experts, A is [E * R, in], row ``e * R + r``, and B
-[out, R * E], column ``r * E + e``. ``gate_up_proj`` holds w1 above w3, so one adapter serves both: they are tied to its A
-and have the halves of its B. Of w1 and w3 that are not tied, A is written as theirs one above the other, [2R, D], and B has
-theirs as two blocks on the diagonal.
-Rows of q and k are in the order of Hugging Face's rotary halves.
+PEFT's axes: for a linear layer A is [R, in] and B [out, R]. For stacked experts A is [E * R, in], row ``e * R + r``, and B
+[out, R * E], column ``r * E + e``. ``gate_up_proj`` holds w1 above w3, so one adapter serves both: w1 and w3 share its A
+and take the halves of its B. If w1 and w3 have an A each, the two are written one above the other, [2R, D], and their Bs as
+two blocks on the diagonal. Rows of q and k are in the order of Hugging Face's rotary halves.
 """
 
 import math
@@ -27,7 +26,7 @@ from accessory.model.logical import EMBEDDING, Adapters, LogicalModel, Shape, as
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 HEAD = "base_model.model."
-# key of the config -> values that do what is done here: plain LoRA beside an unchanged base
+# key of the config -> values that can be read: plain LoRA beside an unchanged base
 _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -39,7 +38,7 @@ _READ: dict[str, tuple[Any, ...]] = {
 
 
 class PeftDirectory(Directory):
-    """A directory of the files above; its tensors under our names."""
+    """A directory of the files above."""
 
     format, may_lack = "peft", False
 
@@ -74,14 +73,14 @@ class PeftDirectory(Directory):
                     yield Tile(matrix, logical.whole(matrix), TENSORS, key)
 
     def _keys(self, matrix: str, args: ModelArgs) -> tuple[str, str] | None:
-        """Under which keys A and B of ``matrix`` are; None if they are not."""
+        """The keys of A and B of ``matrix``; None if it has no adapter."""
         stored = self.stored[TENSORS]
         module, parameter = peft_name(matrix)
         nested = f"{HEAD}{module}.base_layer.lora_A.weight" in stored
         a, b = peft_keys(matrix, nested)
         if a not in stored or b not in stored:
             return None
-        if matrix.rpartition(".")[2] in FUSED and not nested:  # one parameter alone: its shape tells which
+        if matrix.rpartition(".")[2] in FUSED and not nested:  # only one parameter is wrapped: the shape tells which
             is_down = (stored[a].shape[-1], stored[b].shape[0]) == (args.hidden_dim, args.dim)
             if is_down != (parameter == "down_proj"):
                 return None
@@ -115,7 +114,7 @@ class PeftDirectory(Directory):
 
 
 def peft_name(matrix: str) -> tuple[str, str | None]:
-    """PEFT's name of a matrix: the module, and the parameter of it where PEFT wraps a parameter."""
+    """PEFT's name of a matrix: the module, and its parameter if PEFT wraps a parameter."""
     layer, rest = split_layer(matrix)
     if rest.startswith("feed_forward.experts."):
         return f"{layer}mlp.experts", FUSED[rest.rpartition(".")[2]][0]
@@ -125,9 +124,9 @@ def peft_name(matrix: str) -> tuple[str, str | None]:
 
 
 def peft_keys(matrix: str, nested: bool) -> tuple[str, str]:
-    """Under which keys A and B of a matrix are.
+    """The keys of A and B of a matrix.
 
-    ``nested``: both parameters of its experts are wrapped, and so lie inside one another: gate_up_proj innermost.
+    ``nested``: both parameters of its experts are wrapped, one wrapper inside the other: gate_up_proj is innermost.
     """
     module, parameter = peft_name(matrix)
     if matrix == EMBEDDING:
@@ -137,12 +136,12 @@ def peft_keys(matrix: str, nested: bool) -> tuple[str, str]:
 
 
 def untied(adapters: Adapters) -> list[str]:
-    """The w1 whose w3 has an A of its own: in PEFT's one matrix there are zeros in B beside the block of each."""
+    """The w1 whose w3 has an A of its own. In PEFT's one B the rest beside their two blocks is zero."""
     return [name for name in adapters if name.endswith(".w1") and not adapters[f"{name[:-2]}w3"].tied]
 
 
 def adapter_tiles(logical: LogicalModel, keys: Mapping[str, tuple[str, str]]) -> Iterator[Tile]:
-    """The tiles of all adapters. ``keys``: of A and B, by matrix."""
+    """The tiles of all adapters. ``keys``: the keys of A and B by matrix."""
     apart = untied(logical.adapters)
     for matrix, pair in keys.items():
         encodings = AS_IS, row_order(matrix, logical.args)
@@ -156,10 +155,11 @@ def adapter_tiles(logical: LogicalModel, keys: Mapping[str, tuple[str, str]]) ->
 
 
 def planned_tiles(logical: LogicalModel) -> Iterator[Tile]:
-    """The tiles of the adapters, as they are to be written.
+    """The tiles for writing the adapters.
 
     Raises:
-        UserError: they hold what PEFT's LoRA has no place for: biases, or several ranks or scalings.
+        UserError: PEFT's LoRA cannot hold them: they have biases, or several ranks or scalings, or adapt only one of w1
+            and w3.
     """
     adapters = logical.adapters
     if biased := [name for name, adapter in adapters.items() if adapter.bias]:
@@ -176,12 +176,12 @@ def planned_tiles(logical: LogicalModel) -> Iterator[Tile]:
 
 
 def write_description(directory: Path, adapters: Adapters, base: str) -> None:
-    """adapter_config.json, for adapters of one rank and scaling. ``base``: which model they belong to."""
+    """Write adapter_config.json for adapters of one rank and scaling. ``base``: the model that they belong to."""
     adapter = next(iter(adapters.values()))
     rank, alpha = adapter.rank, adapter.rank * adapter.scaling
     names = [peft_name(matrix) for matrix in adapters]
     parameters = {re.sub(r"^model\.layers\.\d+\.", "", f"{module}.{parameter}") for module, parameter in names if parameter}
-    fused = [r".*\.gate_up_proj"] if untied(adapters) else []  # has the ranks of both
+    fused = [r".*\.gate_up_proj"] if untied(adapters) else []  # its rank is that of both together
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

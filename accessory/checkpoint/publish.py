@@ -10,7 +10,7 @@ from pathlib import Path
 from accessory.errors import UserError
 from accessory.files import check_file, sync
 
-# what a checkpoint carries along beside weights and configuration, whatever its format
+# the files that go along with weights and configuration in every format
 CARRIED = (
     "tokenizer.model*",
     "tokenizer.json",
@@ -26,13 +26,13 @@ CARRIED = (
 
 
 def temporary_name(directory: Path) -> Path:
-    """Where a directory is written before it gets its name: a name that only this program gives."""
+    """The temporary directory in which ``directory`` is written before it gets its name."""
     return directory.with_name(f".{directory.name}.partial")
 
 
 def prepare_directory(directory: Path) -> Path:
-    """Make an empty temporary directory beside ``directory``, to be filled and then published; what was left of an
-    earlier attempt goes."""
+    """Make an empty temporary directory beside ``directory``, to be filled and then published. Remains of an earlier
+    attempt are removed."""
     temporary = temporary_name(directory)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -43,8 +43,8 @@ def prepare_directory(directory: Path) -> Path:
 
 
 def publish_directory(directory: Path) -> None:
-    """Rename a completely written temporary directory to its final name, once it is on the disk: what bears the name is
-    whole, whenever the machine fails."""
+    """Flush a completely written temporary directory to disk, then rename it to its final name. A directory with that name
+    is therefore complete, whenever the machine fails."""
     temporary = temporary_name(directory)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
@@ -58,17 +58,17 @@ def publish_directory(directory: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a published directory: first its name goes, so that at no time half of it stands there."""
+    """Remove a published directory. It is renamed first, so that a partial one never has its name."""
     directory.rename(temporary_name(directory))
     shutil.rmtree(temporary_name(directory))
 
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Make a run directory and hold it against other jobs; if nothing came to stand in it, it goes in the end.
+    """Make a run directory and lock it against other jobs. If it was made here and stays empty, it is removed in the end.
 
     Raises:
-        UserError: it cannot be written, or another job holds it.
+        UserError: it cannot be written, or another job has locked it.
     """
     lock = directory / ".lock"
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
@@ -95,23 +95,23 @@ def claimed(directory: Path) -> Iterator[None]:
 
 
 def companion_files(directory: Path) -> dict[str, Path]:
-    """Tokenizer and generation settings of a checkpoint directory, by the names that they have in it."""
+    """A checkpoint directory's files that ``CARRIED`` names, by their names in the directory."""
     paths = (path for pattern in CARRIED for path in sorted(directory.glob(pattern)) if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in paths}
 
 
 def check_companions(companions: dict[str, Path]) -> None:
-    """Raise UserError if one cannot be read, or is a stand-in."""
+    """Raise UserError if one cannot be read, or is a placeholder."""
     for path in companions.values():
         check_file(path, "a file of the tokenizer or of generation settings")
 
 
 def copy_companions(companions: dict[str, Path], directory: Path) -> None:
-    """Copy files into ``directory``, under the names that they get there."""
+    """Copy files into ``directory`` under the given names."""
     check_companions(companions)
     for name, path in companions.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        if path.suffix == ".safetensors":  # frozen encoders: the same bytes on the disk, where the file system can
+        if path.suffix == ".safetensors":  # frozen encoders: a hard link, where the file system can
             with suppress(OSError):
                 os.link(path.resolve(), directory / name)
                 continue

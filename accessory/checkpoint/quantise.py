@@ -1,4 +1,4 @@
-"""Matrices quantised where they are read, and the numbers that quantised ones stand for."""
+"""Quantising matrices on reading, and dequantising quantised ones."""
 
 import dataclasses
 from pathlib import Path
@@ -18,15 +18,15 @@ NOTES = "quantised.json"
 
 
 class Quantising:
-    """``source`` of a model's numbers as one of the parts of those matrices that ``logical`` has quantised.
+    """Quantises on reading: ``source`` has a model's values, and this the parts of the matrices quantised in ``logical``.
 
-    What is read of a part is made of whole blocks of the numbers, so that it is the same whoever reads however much.
+    Parts are always made from whole blocks of values, so that the result does not depend on how much is read at once.
     """
 
     def __init__(self, source: Source, logical: LogicalModel):
         self.source, self.logical = source, logical
         self._made: dict[tuple[tuple[int, int], ...], Parts]
-        self._matrix, self._made = "", {}  # of the matrix read last what is yet to be read: codes come first, then scales
+        self._matrix, self._made = "", {}  # parts of the matrix read last that were not read yet
 
     def read(self, name: str, region: Region) -> Tensor:
         """The values of a tensor, or of a part, in ``region``. Raises UserError if a matrix cannot be quantised."""
@@ -53,7 +53,7 @@ class Quantising:
 
 
 class Dequantised:
-    """``source`` of a quantised model as one of the numbers that its parts stand for, in fp32."""
+    """Dequantises on reading: ``source`` has the parts of quantised matrices, and this also the matrices, in fp32."""
 
     def __init__(self, source: Source, logical: LogicalModel):
         self.source, self.logical = source, logical
@@ -75,10 +75,10 @@ class Dequantised:
 
 
 def as_quantised(args: ModelArgs, quantise: QuantiseSection | None, where: str) -> ModelArgs:
-    """A model's description with its matrices quantised as is asked for; None: as it is.
+    """A model's description with matrices quantised as in ``quantise``; None: unchanged.
 
     Raises:
-        UserError: it is quantised already, and otherwise.
+        UserError: it is already quantised in another way.
     """
     names = {matrices: get_codec(name).name for matrices, name in vars(quantise).items() if name} if quantise else {}
     if not names:
@@ -93,13 +93,13 @@ def as_quantised(args: ModelArgs, quantise: QuantiseSection | None, where: str) 
 
 
 def in_words(quantise: QuantiseSection | None) -> str:
-    """For messages."""
+    """How a model is quantised, in words for messages."""
     names = [f"{matrices} {name}" for matrices, name in vars(quantise).items() if name] if quantise else []
     return f"quantised ({', '.join(names)})" if names else "whole"
 
 
 def read_origin(directory: Path) -> str | None:
-    """The fingerprint of what was quantised, if a directory says so."""
+    """The fingerprint of the model before quantisation, if it is noted in a directory."""
     notes = directory / NOTES
     return str(read_mapping(notes)["of"]) if notes.is_file() else None
 

@@ -1,4 +1,4 @@
-"""Several adapters beside one base, of which each document has one or none: nothing is folded in."""
+"""Several adapters beside one base, none of them merged; each document uses one adapter or none."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,11 @@ from accessory.model.args import ModelArgs
 from accessory.model.logical import Adapters, LogicalModel, Region, Source
 
 Added = tuple[Adapters, Source]
-"""What an adapter adds to which matrices, and where its tensors are read from."""
+"""An adapter: what it adds to which matrices, and the source of its tensors."""
 
 
 class SideBySide:
-    """``base`` with ``adapters``, by name, as a source of one model that has them all (see ``Adapter.members``).
+    """``base`` with ``adapters``, by name, as the source of one model that has them all (see ``Adapter.members``).
 
     Attributes:
         logical: its tensors.
@@ -40,7 +40,7 @@ class SideBySide:
         """The values of a tensor in ``region``.
 
         Raises:
-            UserError: an adapter's are no numbers: times nothing they would still spoil what is not its own.
+            UserError: an adapter holds NaN or infinite values, which even times zero would spoil other documents' results.
         """
         if name not in self._matrix_of:
             return self.base.read(name, region)
@@ -59,7 +59,7 @@ class SideBySide:
 
 
 def _columns(adapter: Adapter, source: Source, matrix: str, part: str, region: Region) -> list[Tensor]:
-    """One adapter's part of A or B: what its ranks have there, then what its bias has."""
+    """One adapter's part of A or B: its ranks, then its bias as one more rank."""
     found, ranks = [], slice(0, adapter.rank)
     if part == "lora_a":
         *groups, _, inner = region
@@ -78,13 +78,13 @@ def _columns(adapter: Adapter, source: Source, matrix: str, part: str, region: R
 def open_adapters(
     base: Checkpoint, directories: Mapping[str, str | Path], config: Paths | None = None, strict: bool = True
 ) -> dict[str, Checkpoint]:
-    """The base with each of several adapters, by name; all can stand beside one another.
+    """The base with each of several adapters, by name; all can be used side by side.
 
     Args:
         config, strict: as ``base`` was opened with.
 
     Raises:
-        UserError: one cannot be read, is of another base, or changes what the others need as it is.
+        UserError: an adapter cannot be read, belongs to another base, or changes tensors that the others share.
     """
     below = [directory.directory for directory in base.directories]
     if base.logical.adapters:
@@ -108,7 +108,7 @@ def open_adapters(
 
 
 def _replaced(base: Checkpoint, one: Checkpoint) -> str | None:
-    """A tensor of the base that the last directory of ``one`` changes; a copy of it, as PEFT saves embeddings, does not."""
+    """A tensor of the base that the last directory of ``one`` changes. An equal copy, as PEFT may save, is no change."""
     reader, adds = one.readers[-1], one.directories[-1].adds
     for name in base.logical.dense:
         if reader.tiles[name]:

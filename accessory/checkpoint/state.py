@@ -1,13 +1,14 @@
-"""A run's training state: what it trains and AdamW's moments, as logical slices, and where the run stands.
+"""A run's training state: trained weights and AdamW's moments, as logical slices, and the run's position.
 
-DIR/part-RRR.safetensors   what rank RRR held, each box of a logical tensor under "KIND/NAME/number"
+DIR/part-RRR.safetensors   the slices of rank RRR, each box of a logical tensor under "KIND/NAME/number"
 DIR/part-RRR.json          the box and the CRC-32 of each
 DIR/config.json            the model's shape
-DIR/state.json             how many parts there are, and what the run has to know to go on
-DIR/SHA256SUMS             the digests of all these .json, as sha256sum -c reads them; written last: the mark of a whole
+DIR/state.json             the number of parts, and what the run needs to resume
+DIR/SHA256SUMS             the digests of all these .json files, as sha256sum -c reads them; written last, to mark the state
+                           as complete
 
-KIND is weight, exp_avg or exp_avg_sq. Every value is stored once, by the first rank that holds it. Any layout and any
-parallel size reads what another has written, and none of a file that is not as its checksums say.
+KIND is weight, exp_avg or exp_avg_sq. Every value is stored once, by the first rank that holds it. Any layout and parallel
+size can read what another has written. A file that does not match its checksums is refused.
 """
 
 import hashlib
@@ -41,13 +42,14 @@ KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StateNotes:
-    """What a training state says of its run.
+    """A training state's notes on its run.
 
     Attributes:
-        steps: optimiser steps done. rows: of the data, through all epochs. of_steps: how many the run was to have.
+        steps: optimiser steps done. rows: rows of data used, over all epochs. of_steps: the run's planned number of steps.
         global_batch: rows of a step.
-        data_digest: of the samples and their order. base: the fingerprint of the model below, if not all is in here.
-        settings: what its numbers depend on, by name (plain data); None: it does not say.
+        data_digest: of the samples and their order. base: the fingerprint of the base, if the state holds only a part of
+            the model.
+        settings: settings that the run's numbers depend on, by name (plain data); None: not recorded.
     """
 
     parts: int
@@ -64,10 +66,10 @@ class TrainingState:
     """A directory of the files above, as a source of logical tensors.
 
     Attributes:
-        args: the model's shape. names: the tensors that it holds, with their shapes. stored: file -> key -> tensor.
+        args: the model's shape. names: the trained tensors, with their shapes. stored: file -> key -> tensor.
 
     Raises:
-        UserError: it is incomplete or damaged, as far as that is seen without reading the tensors.
+        UserError: it is incomplete or damaged, as far as can be seen without reading the tensors.
     """
 
     def __init__(self, directory: Path):
@@ -100,11 +102,11 @@ class TrainingState:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The size of all tensors."""
         return sum(prod(t.shape) * t.dtype.itemsize for tensors in self.stored.values() for t in tensors.values())
 
     def damaged(self, part: int) -> Iterator[str]:
-        """File and key of what is not as its checksum says in one part."""
+        """The file and key of each tensor of one part that does not match its checksum."""
         file = f"part-{part:03d}.safetensors"
         for key, expected in self._checksums[file].items():
             progressed()
@@ -120,7 +122,7 @@ class TrainingState:
 
 
 def _read_sums(directory: Path) -> dict[str, str]:
-    """Digests by file name. What does not read as one is none, so that its file is refused."""
+    """Digests by file name. A line that cannot be read is skipped, so that its file is refused."""
     path = directory / SUMS
     if not (directory / MANIFEST).is_file():
         raise UserError(f"{directory / MANIFEST}: no such file; this is no training state, or not a whole one")
@@ -134,7 +136,7 @@ def _read_sums(directory: Path) -> dict[str, str]:
 
 
 def _sound(path: Path, sums: Mapping[str, str]) -> Path:
-    """The path of a file that is as its digest says."""
+    """The path, after checking the file against its digest."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the training state is incomplete: resume from another one")
     if _digest(path) != sums.get(path.name):
@@ -147,25 +149,25 @@ def _digest(path: Path) -> str:
 
 
 def states_in(directory: Path) -> list[Path]:
-    """The training states in ``directory``, that of the most steps last; one whose writing was interrupted is none."""
+    """The training states in ``directory``, in order of their steps, without any whose writing was interrupted."""
     found = {int(match[1]): path for path in directory.glob("step*") if (match := re.fullmatch(r"step(\d+)", path.name))}
     return [found[steps] for steps in sorted(found)]
 
 
 def drop_states(directory: Path, keep: int, keep_every: int | None) -> None:
-    """Of the training states in ``directory`` only the newest ``keep`` stay, and those at multiples of ``keep_every``."""
+    """Remove the training states in ``directory``, except the newest ``keep`` and those at multiples of ``keep_every``."""
     for old in states_in(directory)[:-keep]:
         if not keep_every or int(old.name.removeprefix("step")) % keep_every:
             remove_directory(old)
 
 
 def is_state(directory: Path) -> bool:
-    """Whether a directory looks like a training state, whole or not."""
+    """Whether a directory looks like a training state, complete or not."""
     return any(os.path.isfile(directory / name) for name in (MANIFEST, "part-000.json", "part-000.safetensors"))
 
 
 def _encoding(box: Region) -> Encoding:
-    """A model holds its experts one above the other."""
+    """How a box is stored: experts one above the other, as a model holds them."""
     return Encoding("e f d -> (e f) d") if len(box) == 3 else AS_IS
 
 
@@ -174,7 +176,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Tensor]]) -> dict[str, str]:
-    """Write what one rank holds, by key: boxes of logical tensors, each with the tensor that stands there, on the CPU.
+    """Write one rank's part: by key, boxes of logical tensors, each with its values on the CPU.
 
     Returns:
         The digests that ``write_notes`` needs, by file name.
@@ -194,7 +196,7 @@ def write_part(directory: Path, rank: int, pieces: Mapping[str, tuple[Region, Te
 
 
 def write_notes(directory: Path, args: ModelArgs, notes: StateNotes, sums: Mapping[str, str]) -> None:
-    """Write what makes a whole of the parts. ``sums``: what ``write_part`` returned on all ranks, together."""
+    """Complete a state whose parts are written. ``sums``: the results of ``write_part`` on all ranks, merged."""
     write_json(directory / CONFIG, args.to_dict())
     write_json(directory / MANIFEST, asdict(notes))
     sums = {**sums, **{name: _digest(directory / name) for name in (CONFIG, MANIFEST)}}

@@ -1,7 +1,7 @@
-"""Tensors on the disk: find them without reading them, map one at a time, write one at a time.
+"""Tensors on disk: find them without reading them, map one at a time, write one at a time.
 
-Two kinds of file: ``.safetensors``, and torch's zip archive (``.pth``, ``.pt``), whose tensors may stand under a key
-``model``. An archive may also come in parts that are to be read as one file. Nothing is ever unpickled that could run code.
+There are two kinds of file: ``.safetensors``, and torch's zip archive (``.pth``, ``.pt``), whose tensors may stand under a
+key ``model``. An archive may also come in parts that are read as one file. No pickle is ever loaded that could run code.
 """
 
 import bisect
@@ -25,9 +25,9 @@ from accessory.errors import UserError
 from accessory.files import check_file
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised matrices
+SAFETENSORS_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # in quantised matrices
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-SYNC_BYTES = 2**30  # written between two waits for the disk: one wait for all of it would look like a stall
+SYNC_BYTES = 2**30  # bytes between two fsyncs: a single one at the end would look like a stall
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
 
@@ -92,7 +92,7 @@ class Stored:
     stride: tuple[int, ...]
 
     def map(self) -> Tensor:
-        """The tensor, memory-mapped: pages come from the disk as they are touched, and go with the tensor."""
+        """The tensor, memory-mapped: pages are read from disk when touched, and freed with the tensor."""
         reach = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if math.prod(self.shape) else 0
         size = reach * self.dtype.itemsize
         if size == 0:
@@ -105,7 +105,7 @@ class Stored:
                 # a private mapping: torch wants writable memory, and nothing written would reach the file
                 buffer = mmap.mmap(file.fileno(), offset - aligned + size, access=mmap.ACCESS_COPY, offset=aligned)
             start = offset - aligned
-        else:  # it reaches from one part into the next
+        else:  # it crosses the border of two parts, or is not aligned
             buffer, start = self.parts.read_exactly(self.offset, size), 0
         flat = torch.frombuffer(buffer, dtype=self.dtype, count=reach, offset=start)
         return flat.as_strided(self.shape, self.stride)
@@ -113,17 +113,17 @@ class Stored:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file holds: ``tensors`` by key, and ``notes``, the plain values that stand beside them."""
+    """The content of a file: ``tensors`` by key, and ``notes``, plain values stored beside them."""
 
     tensors: dict[str, Stored]
     notes: dict[str, str]
 
 
 def index_file(*paths: Path) -> TensorFile:
-    """Find the tensors of a file (or of one that comes in several parts) without reading them.
+    """Find the tensors of a file (or of one in several parts) without reading them.
 
     Raises:
-        UserError: it is missing, damaged, holds no tensors, or wants to run code.
+        UserError: it is missing or damaged, holds something else, or a pickle in it could run code.
     """
     for path in paths:
         check_file(path, "a file of the checkpoint, which is incomplete")
@@ -137,7 +137,7 @@ def index_file(*paths: Path) -> TensorFile:
 
 
 def _index_safetensors(parts: JoinedFiles) -> TensorFile:
-    """8 bytes that say how long the header is, the header in JSON, then the tensors' bytes."""
+    """The file has the header's length in 8 bytes, the header in JSON, then the tensors' bytes."""
     (length,) = struct.unpack("<Q", parts.read_exactly(0, 8))
     if length > _MAX_HEADER:
         raise ValueError(f"a header of {length} bytes")
@@ -164,7 +164,7 @@ def not_a_weight(parts: JoinedFiles, key: str, dtype: object) -> UserError:
 
 
 def _index_archive(parts: JoinedFiles) -> TensorFile:
-    """torch.load without the data: in fake mode a storage knows where in the archive its bytes are."""
+    """torch.load without the data: in fake mode a storage knows the offset of its bytes in the archive."""
     try:
         with FakeTensorMode():
             content = torch.load(io.BufferedReader(parts), weights_only=True)
@@ -194,19 +194,19 @@ def _index_archive(parts: JoinedFiles) -> TensorFile:
 
 
 Announced = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""What a file will hold, key -> (dtype, shape)."""
+"""The tensors that a file will hold: key -> (dtype, shape)."""
 
 
 def lay_out(path: Path, tensors: Announced, notes: Mapping[str, str]) -> None:
-    """Make a file that has room for ``tensors``. ``notes``: plain values that stand beside them."""
+    """Make a file with room for ``tensors``. ``notes``: plain values stored beside them."""
     of_format = _lay_out_safetensors if path.suffix == ".safetensors" else _lay_out_archive
     of_format(path, tensors, notes)
 
 
 class TensorWriter:
-    """Write the tensors of a file that is laid out, one after the other, in any order: only the one at hand is in memory.
+    """Writes the tensors of a file made by ``lay_out``, one at a time and in any order.
 
-    Several processes may write parts of one file at a time.
+    Several processes may write parts of one file at the same time.
     """
 
     def __init__(self, path: Path):
@@ -219,7 +219,7 @@ class TensorWriter:
         self.write_part(key, 0, tensor.contiguous().view(-1))
 
     def write_part(self, key: str, start: int, values: Tensor) -> None:
-        """Numbers ``start`` and following of a tensor, of all of its numbers in a row."""
+        """Write ``values`` from number ``start`` of the flattened tensor on."""
         place = self._places[key]
         assert values.dtype == place.dtype, f"{key} is not what was announced"
         left = values.view(torch.uint8).numpy().data
@@ -254,7 +254,7 @@ def _lay_out_safetensors(path: Path, tensors: Mapping[str, Any], notes: Mapping[
 
 
 def _lay_out_archive(path: Path, tensors: Mapping[str, Any], notes: Mapping[str, str]) -> None:
-    """torch.save without the data (nor its checksums, at which torch does not look)."""
+    """torch.save without the data, nor the archive's checksums, which torch does not check."""
     with FakeTensorMode():
         content = {key: torch.empty(shape, dtype=dtype) for key, (dtype, shape) in tensors.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):

@@ -1,4 +1,4 @@
-"""The verbs ``convert``, ``inspect`` and ``verify``: what they print of checkpoints and training states."""
+"""The verbs ``convert``, ``quantise``, ``merge``, ``inspect`` and ``verify`` for checkpoints and training states."""
 
 import argparse
 import itertools
@@ -30,7 +30,7 @@ from accessory.tuning.spec import PRESETS, matches
 from accessory.visual.vision import count_of_encoders
 
 ROOM = 0.85
-"""Share of a card that a model and its cache may take; activations and what the driver needs have the rest."""
+"""Share of a card for the model and its cache; activations and the driver have the rest."""
 TITLES = {
     "hf": "Hugging Face",
     "mistral": "Mistral's own",
@@ -70,7 +70,7 @@ def run_quantise(arguments: argparse.Namespace) -> None:
 
 
 def _calibrated(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Calibrated:
-    """The parts of the quantised ``checkpoint``, made of its original with a mix in view."""
+    """The parts of the quantised ``checkpoint``, calibrated on a mix from its original."""
     original = Checkpoint(arguments.sources, arguments.config, not arguments.force)
     if original.args.quantise:
         raise UserError(f"{arguments.sources[0]}: is {in_words(original.args.quantise)} already: calibrate its original")
@@ -86,7 +86,7 @@ def _calibrated(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Calibr
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    """Fold an adapter into its base, by default in the base's own format."""
+    """Merge an adapter into its base; by default the result is in the base's own format."""
     checkpoint = Checkpoint(arguments.sources, arguments.config, strict=not arguments.force)
     base, adapter = checkpoint.directories
     if checkpoint.base_layers > 1:
@@ -164,7 +164,7 @@ def _inspect_state(state: TrainingState) -> None:
 
 
 def _print_table(checkpoint: Checkpoint) -> None:
-    """How much there is of each part of the model, and how it is held."""
+    """Print the size of each group of tensors, and the precision it is held in."""
     logical, rows = checkpoint.logical, []
     for group in PRESETS:
         own = [name for name in logical.dense if matches(group, name)]
@@ -185,7 +185,7 @@ def _print_table(checkpoint: Checkpoint) -> None:
 
 
 def _print_fit(checkpoint: Checkpoint, card: float) -> None:
-    """Which ways to hold the model leave room on cards of so many bytes, and for how many tokens' keys and values."""
+    """Print which ways to hold the model fit on cards of ``card`` bytes, and how many tokens' keys and values fit beside."""
     args, layout = checkpoint.args, checkpoint.layout
     ways = (args.quantise,) if args.quantise else WAYS
     sizes = [size for size in (1, 2, 4, 8) if size in allowed_sizes(replace(args, quantise=None), layout)]
@@ -199,7 +199,7 @@ def _print_fit(checkpoint: Checkpoint, card: float) -> None:
             try:
                 logical = LogicalModel(replace(args, quantise=way))
                 check_divides(logical.args, layout, size)
-            except UserError:  # blocks do not come out even
+            except UserError:  # blocks of quantised matrices cannot be cut evenly
                 cells.append("-")
                 continue
             share = weight_bytes(logical, layout, size, torch.bfloat16)
@@ -216,7 +216,7 @@ def _print_fit(checkpoint: Checkpoint, card: float) -> None:
 
 
 def _damaged(checkpoint: Checkpoint, nbytes: int) -> list[str]:
-    """Where a value is no number: all ``nbytes`` of the tensors are read for it."""
+    """The tensors with NaN or infinite values. This reads all ``nbytes`` of the tensors."""
     found = []
     with progress(total=nbytes, unit="B", unit_scale=True, desc="reading") as bar:
         files = (tensors for directory in checkpoint.directories for tensors in directory.stored.values())

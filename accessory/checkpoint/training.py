@@ -1,7 +1,7 @@
-"""How a model was trained, as far as whoever uses it or trains it further must know. It travels beside the weights.
+"""Facts of a model's training that its users and further training need. They are stored beside the weights.
 
-DIR/training.json         the template of its data, and the losses of its routers
-DIR/chat_template.jinja   the same template for transformers and what serves its models
+DIR/training.json         the template of its data, and the settings of the routers' losses
+DIR/chat_template.jinja   the same template for transformers and the servers of its models
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class Training:
-    """What training.json says; None: nothing.
+    """The content of training.json; None: not known.
 
     Attributes:
-        template: a name of ``data/templates``, or "chat_template", the tokenizer's own.
-        balance, z_loss_weight: as of the run's ``train``.
+        template: a name in ``data/templates``, or "chat_template", the tokenizer's own.
+        balance, z_loss_weight: as in the run's ``train``.
     """
 
     template: str | None = None
@@ -35,15 +35,15 @@ class Training:
 
     @classmethod
     def read(cls, directories: Iterable[Path]) -> "Training":
-        """Of a model that comes in several directories, the last of them says."""
+        """If a model comes in several directories, the last one that has a training.json counts."""
         found = [path / TRAINING for path in directories if (path / TRAINING).is_file()]
         return from_mapping(cls, read_mapping(found[-1]), str(found[-1])) if found else cls()
 
     def write(self, directory: Path, trained: Tokenizer | None) -> None:
-        """Put it beside a model's files, and a chat template in the place of any other if its own is a named one.
+        """Write it beside a model's files. If the template is a named one, replace the chat template by its Jinja form.
 
         Args:
-            trained: the tokenizer of training; that which transformers reads there may be another file.
+            trained: the tokenizer of training. transformers may read another file of the same tokenizer.
         """
         if self == Training():
             return
@@ -65,12 +65,12 @@ class Training:
             return
         (directory / CHAT_TEMPLATES["default"]).write_text(text, encoding="utf-8")
         stops = [trained.special[stop] for stop in template.stop if stop in trained.special]
-        if stops:  # what ends an answer, beside </s>
+        if stops:  # tokens that end an answer, beside </s>
             _change(directory / "generation_config.json", {"eos_token_id": [trained.eos_id, *stops]})
 
 
 def _change(path: Path, values: dict[str, object]) -> None:
-    """Change a JSON file if it is there; None: the key goes."""
+    """Change values in a JSON file, if it exists; None removes a key."""
     if path.is_file():
         changed = read_mapping(path) | values
         write_json(path, {key: value for key, value in changed.items() if key not in values or value is not None})

@@ -1,4 +1,4 @@
-"""Are two checkpoints, of any formats, the same logical model?"""
+"""Compares two checkpoints in any formats: are they the same logical model?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +13,16 @@ from accessory.dtypes import at_least_fp32
 from accessory.model.logical import Region, region_shape, whole_region
 from accessory.visual.vision import vision_shapes
 
-# they say nothing about the function that the model computes
+# settings without influence on the function that the model computes
 _NOT_COMPARED = ("max_batch_size", "max_seq_len", "load_balancing_weight")
 
 
 @dataclass
 class Comparison:
-    """One logical tensor of two checkpoints.
+    """The comparison of a logical tensor in two checkpoints.
 
-    ``exact``: bit for bit the same. ``rounded``: equal once the wider of the two dtypes is rounded to the narrower, which
-    makes no number infinite.
-    ``error``: largest difference, relative to the largest value (NaN if either holds one).
+    ``exact``: bit for bit the same. ``rounded``: the same after rounding the wider dtype to the narrower, without overflow.
+    ``error``: the largest difference, relative to the largest value (NaN if either tensor holds one).
     """
 
     name: str
@@ -48,14 +47,14 @@ class Comparison:
 
 
 def different_settings(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
-    """Settings of the two models' shape or maths that are not the same: name -> (of a, of b)."""
+    """Settings of shape or maths in which the two models differ: name -> (of a, of b)."""
     first, second = a.args.to_dict(), b.args.to_dict()
     names = [name for name in first | second if name not in _NOT_COMPARED]
     return {k: (first.get(k), second.get(k)) for k in names if first.get(k) != second.get(k)}
 
 
 def different_training(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
-    """What makes two models train or be asked differently, be they the same or not: name -> (of a, of b)."""
+    """Differences in how two models train, or in the template of their prompts: name -> (of a, of b)."""
     said: list[dict[str, object]] = []
     for checkpoint in (a, b):
         training = checkpoint.training
@@ -66,9 +65,9 @@ def different_training(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, 
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
-    """Compare two checkpoints of the same shape, adapters folded in, tensor by tensor; a matrix at a time is in memory.
+    """Compare two checkpoints of the same shape tensor by tensor, with adapters merged; one matrix at a time is in memory.
 
-    Also what they see with, if both have it there.
+    The encoders of visual models are compared, too, if both checkpoints have them.
     """
     merged = Merged(a), Merged(b)
     shapes = merged[0].logical.shapes | merged[1].logical.shapes
@@ -93,7 +92,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> list[Comparison]:
 
 
 def _matrices(region: Region) -> Iterator[Region]:
-    """A region's matrices one by one, if it has three dimensions."""
+    """The matrices of a region of three dimensions one by one; any other region as it is."""
     if len(region) < 3:
         yield region
         return
@@ -102,7 +101,7 @@ def _matrices(region: Region) -> Iterator[Region]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same bytes as integers: NaN equals NaN, and 0 is not -0."""
+    """The same bytes viewed as integers, so that NaN equals NaN, and 0 differs from -0."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 

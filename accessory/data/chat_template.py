@@ -1,8 +1,8 @@
-"""A tokenizer's own chat template: Jinja, as Hugging Face's tokenizers carry it.
+"""A tokenizer's own chat template, in Jinja, as Hugging Face's tokenizers carry it.
 
-It comes from a downloaded file, so it runs in Jinja's sandbox. It tells nothing of which part of its text is an answer:
-that is found by rendering the beginnings of a conversation. Nor does it tell what it leaves out: that is found by rendering
-the conversation without it.
+It comes from a downloaded file, so it runs in Jinja's sandbox. It does not say which part of its text is an answer: this is
+found by rendering the beginnings of a conversation. Nor does it say what it leaves out: this is found by rendering the
+conversation without each thing.
 """
 
 import datetime
@@ -26,18 +26,19 @@ from accessory.files import check_file
 
 Write = Callable[[Conversation], Iterator[Segment]]
 Message = dict[str, Any]
-"""A turn as templates expect it: role, content, tool_calls, ..."""
+"""A turn in the form that templates expect: role, content, tool_calls, ..."""
 Tools = list[dict[str, Any]] | None
 
 
 def chat_template(tokenizer: Tokenizer, text: str | None = None) -> tuple[Write, tuple[str, ...]]:
-    """What writes a conversation as the template beside ``tokenizer`` says, and the special token that ends an answer.
+    """The function that writes a conversation in the chat template of ``tokenizer``, and the special token that ends an
+    answer, if there is one.
 
     Args:
-        text: of another template.
+        text: the text of another template, to use instead.
 
     Raises:
-        UserError: there is none, or it is of no use.
+        UserError: there is no template, or it is not usable.
     """
     lacking = [name for name in special_names(tokenizer.settings).values() if name not in tokenizer.special]
     where, sources = ("", {"default": text}) if text else _sources(tokenizer)
@@ -58,7 +59,7 @@ def chat_template(tokenizer: Tokenizer, text: str | None = None) -> tuple[Write,
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
-    """Whether one lies beside ``tokenizer``."""
+    """Whether ``tokenizer`` has a chat template."""
     return CHAT_TEMPLATES["default"] in tokenizer.files or bool(tokenizer.settings.get("chat_template"))
 
 
@@ -66,7 +67,7 @@ _EXAMPLE = Conversation(None, (Turn("user", "Why?", train=False), Turn("assistan
 
 
 def _sources(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
-    """Where the template stands; its text as ``default``, and as ``tool_use`` if there is another one for tools."""
+    """The template's file, and its texts: ``default``, and ``tool_use`` if there is a separate one for tools."""
     files = {name: tokenizer.files[file] for name, file in CHAT_TEMPLATES.items() if file in tokenizer.files}
     if "default" in files:
         return str(files["default"]), {name: _read(file) for name, file in files.items()}
@@ -88,7 +89,7 @@ def _read(file: Path) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Where templates run, with what transformers offers them."""
+    """The sandbox in which templates run, with the functions and filters that transformers offers them."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
@@ -103,12 +104,12 @@ class _ChatTemplate:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         own = {key: name for key, number in ids.items() for name in tokenizer.special if tokenizer.special[name] == number}
         self._names = special_names(tokenizer.settings) if tokenizer.settings else own
-        # a tokenizer.json says itself where blanks are put; of a tokenizer.model, Hugging Face's word is this
+        # a tokenizer.json itself says where spaces are put; for a tokenizer.model, Hugging Face's setting ``legacy`` does
         self._joined = tokenizer.path.suffix == ".json" or tokenizer.settings.get("legacy") is False
         known = sorted(tokenizer.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, known)))
-        # special tokens in what a record says stand under names that no text can hold and JSON leaves as they are, until
-        # the template has been rendered
+        # names of special tokens in a record's text are replaced, until the template has been rendered, by names that no
+        # text can hold and that JSON leaves unchanged
         secret = secrets.token_hex(8)
         self._escapes = {name: f"{secret}{number:06d}" for number, name in enumerate(known)}
         self._unescapes = {escape: name for name, escape in self._escapes.items()}
@@ -121,7 +122,7 @@ class _ChatTemplate:
         system = [{"role": "system", "content": self._escape(conversation.system)}] if conversation.system else []
         whole = self._render(system + messages, tools, prompt=turns[-1].role != "assistant")
         self._check_complete(whole, system, messages, tools)
-        markup = turns[0].train  # what is no answer is trained with the questions, or not at all
+        markup = turns[0].train  # everything but answers is trained if the questions are
         written = 0
         for number, turn in enumerate(turns):
             if turn.role != "assistant" or turn.train == markup:
@@ -141,7 +142,7 @@ class _ChatTemplate:
         yield from self._segments(whole[written:], markup)
 
     def _check_complete(self, whole: str, system: list[Message], messages: list[Message], tools: Tools) -> None:
-        """Refuse a conversation of which the template leaves something out: it writes the same without that."""
+        """Refuse a conversation if the template leaves out part of it, that is, writes the same text without that part."""
         without: list[tuple[str, list[Message], Tools]] = []
         if system:
             without.append(("the system prompt", messages, tools))
@@ -171,7 +172,7 @@ class _ChatTemplate:
         inputs = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
             return (template or self._templates["default"]).render(**self._names | inputs)
-        except Exception as error:  # it is somebody's program, and may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
     def _escape(self, value: Any) -> Any:
@@ -182,7 +183,7 @@ class _ChatTemplate:
         return [self._escape(item) for item in value] if isinstance(value, Sequence) else value
 
     def _segments(self, text: str, trained: bool) -> Iterator[Segment]:
-        """Text and special tokens of a stretch of what was rendered."""
+        """The text and special tokens in a part of the rendered text."""
         start = 0
         for match in self._special.finditer(text):
             yield from self._text(text[start : match.start()], trained)
@@ -197,7 +198,7 @@ class _ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks answers in some templates; here it is only passed over."""
+    """Some templates mark answers with ``{% generation %}``; here the mark has no effect."""
 
     tags = {"generation"}
 
@@ -208,7 +209,7 @@ class _Generation(jinja2.ext.Extension):
 
 def _message(turn: Turn) -> Message:
     message: Message = {"role": turn.role}
-    if turn.text or not turn.calls:  # beside calls, most records have null there, and transformers leaves that out
+    if turn.text or not turn.calls:  # beside calls most records have null here, which transformers leaves out
         message["content"] = turn.question
     if turn.calls:
         functions = [(call.id, {"name": call.name, "arguments": call.arguments}) for call in turn.calls]
@@ -227,7 +228,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it, parameters included: Jinja's own writes for HTML."""
+    """The ``tojson`` of transformers, with its parameters; Jinja's own escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

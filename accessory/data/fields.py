@@ -1,7 +1,7 @@
-"""What a record says, key by key. A reader takes what it uses; what is left is refused by name, never dropped in silence.
+"""The keys of a record. A reader takes those it uses; any other key is refused by name, never dropped in silence.
 
-Left alone are a key that says nothing (null, "", [] or {}), ``METADATA``, what the mix entry names under ``ignore``, and
-what was taken already under another name (UltraChat's ``prompt`` is its first message).
+Not refused are a key without a value (null, "", [] or {}), ``METADATA``, what the mix entry names under ``ignore``, and a
+text that was already taken under another key (UltraChat's ``prompt`` is its first message).
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from accessory.errors import UserError
 METADATA = frozenset(
     (
         *("id", "_id", "idx", "index", "uid", "uuid", "hash"),
-        *("__index_level_0__", "Unnamed: 0", ""),  # what pandas calls its index, in parquet, read from csv, and in csv
+        *("__index_level_0__", "Unnamed: 0", ""),  # pandas' names for its index: in parquet, read from csv, and in csv
         *("prompt_id", "question_id", "answer_id", "task_id", "message_id", "sample_id", "doc_id", "turn_id", "turn"),
         *("conversation_id", "conversation_hash", "num_turns", "num_tokens", "n_tokens", "token_count"),
         *("source", "sources", "data_source", "origin", "dataset", "dataset_name", "split", "subset", "dump", "version"),
@@ -23,7 +23,7 @@ METADATA = frozenset(
         *("model", "model_name", "generator", "parallel_tool_calls"),
     )
 )
-"""Keys that say where a record is from and of what sort it is: nothing for a model to learn."""
+"""Keys for a record's origin and category: nothing for a model to learn."""
 
 NOTHING: tuple[Any, ...] = (None, "", [], {}, ())
 
@@ -32,7 +32,7 @@ class RecordError(UserError):
     """A record that cannot be used; the message says why.
 
     Attributes:
-        problem: the message without what the entry of a data mix can do about it.
+        problem: the message without the advice for the mix entry.
     """
 
     def __init__(self, problem: str, in_mix: str = ""):
@@ -44,8 +44,8 @@ class Fields:
     """The keys of a record, or of an object in it.
 
     Attributes:
-        where: what messages call it ("turn 3"); empty: the record itself. raw: what it says, without what is to be ignored.
-        texts: of the whole record, those that were taken so far. images: likewise, those that stand among texts.
+        where: its name in messages ("turn 3"); empty: the record itself. raw: its values, without ignored keys.
+        texts: the texts taken so far from the whole record. images: likewise, the images that stand within texts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Fields:
         where: str = "",
         within: "Fields | None" = None,
     ):
-        """``columns``: what the object calls a key that is read under another name. ``within``: the record it is part of."""
+        """``columns``: the object's names of keys that are read under another name. ``within``: the record it belongs to."""
         if not isinstance(raw, Mapping):
             raise RecordError(f"{where}{': ' * bool(where)}expected an object, found {type(raw).__name__}")
         self.where, self._columns, self._ignore = where, columns or {}, ignore
@@ -75,11 +75,11 @@ class Fields:
         self.raw = {names.get(key, key): value for key, value in self.raw.items()}
 
     def says(self, key: str) -> bool:
-        """Whether there is anything under ``key``."""
+        """Whether ``key`` has a value."""
         return self.raw.get(key) not in NOTHING
 
     def name(self, key: str) -> str:
-        """What messages call a key: the record's own name for it."""
+        """The name of a key in messages: the record's own name for it."""
         column, place = self._columns.get(key), f"{self.where}: " if self.where else ""
         return f"{place}'{key}'" if column is None else f"{place}'{column}' (read as '{key}')"
 
@@ -88,16 +88,16 @@ class Fields:
         return ", ".join(f"'{self._columns.get(key, key)}'" for key in self.raw) or "none"
 
     def inside(self, raw: Any, where: str) -> "Fields":
-        """The keys of an object of this record, which ``where`` names in messages."""
+        """The keys of an object within this record; ``where`` is its name in messages."""
         return Fields(raw, self._ignore, where=where, within=self)
 
     def take(self, key: str) -> Any:
-        """The value of ``key``, for use; None where there is none."""
+        """Take the value of ``key``; None if there is none."""
         self._taken.add(key)
         return self.raw.get(key)
 
     def text(self, key: str, needed: bool = False) -> str:
-        """The text of ``key``, for use; empty where there is none, unless it is ``needed``."""
+        """Take the text of ``key``; empty if there is none and it is not ``needed``."""
         value = self.take(key)
         if value is None and not needed:
             return ""
@@ -105,10 +105,10 @@ class Fields:
         return self.texts[-1]
 
     def refuse_rest(self) -> None:
-        """End the reading of this object.
+        """Finish reading this object.
 
         Raises:
-            RecordError: something was not taken; names it, and what can be done.
+            RecordError: a key was not taken; the message names it and what to do.
         """
         left = (key for key in self.raw if key not in self._taken and key not in METADATA)
         rest = [key for key in left if self.says(key) and self.raw[key] not in self.texts]
@@ -122,7 +122,7 @@ class Fields:
 
 
 def whole_text(value: Any, what: str, kind: str = "text") -> str:
-    """``value``, which must be a text; ``what`` and ``kind`` name it in messages."""
+    """Check that ``value`` is a text and return it; ``what`` and ``kind`` name it in messages."""
     if not isinstance(value, str):
         raise RecordError(f"{what} must be a {kind}")
     try:

@@ -1,4 +1,4 @@
-"""What is held out of a mix: whole records, so that nothing is asked of which a part was learnt."""
+"""The held-out part of a mix: whole records, so that no part of a held-out record is trained on."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from accessory.data.store import Store
 
 
 def hold_out(stores: Sequence[Store], share: float, seed: int) -> np.ndarray:
-    """Numbers of samples (over all stores, sorted): of records in an order that ``seed`` makes, until they are nearest to
-    ``share`` of the samples; at least one record, and never all of them."""
-    counts = [len(store.borders()) - 1 for store in stores]  # found again below: of 10 M records they would be 80 MB
+    """The sorted sample numbers, over all stores, of held-out records. Records are taken in an order that ``seed`` makes,
+    until they are nearest to ``share`` of the samples: at least one record, and never all."""
+    counts = [len(store.borders()) - 1 for store in stores]  # borders are found again below: of 10 M records, 80 MB
     wanted = max(1, round(share * sum(len(store) for store in stores)))
-    # a record has one sample at least, so that more records than samples are never needed
+    # a record has at least one sample, so ``wanted`` records are always enough
     drawn = permute(np.arange(min(wanted, sum(counts) - 1)), sum(counts), f"{seed}/validation")
     if not len(drawn):
         return drawn

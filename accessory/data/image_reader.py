@@ -1,4 +1,4 @@
-"""The pixels of samples' images, decoded by threads: Pillow works without Python's lock."""
+"""The pixels of samples' images, decoded by threads: Pillow releases Python's global lock."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 class ImageReader:
-    """Reads images as squares of ``size`` pixels.
+    """Reads images as squares of ``size`` x ``size`` pixels.
 
-    ``skips_bad``: where one cannot be read, nothing is learnt of its sample, which is said; else the run ends.
+    ``skips_bad``: if an image cannot be read, warn and learn nothing from its sample; otherwise the run ends.
     """
 
     def __init__(self, size: int, skips_bad: bool = False):
@@ -30,7 +30,7 @@ class ImageReader:
         self._threads = ThreadPoolExecutor(own_cores(), "images")
 
     def read(self, samples: Sequence[Sample], places: Sequence[str]) -> tuple[list[Sample], Tensor]:
-        """The samples that are to be learnt, and the pixels of all their images [n, 3, size, size] uint8.
+        """The samples, and the pixels of all their images [n, 3, size, size] uint8. A skipped sample has no trained token.
 
         Args:
             places: file and line of each sample's record, for messages.
@@ -55,7 +55,7 @@ class ImageReader:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, of which a thread makes the next one while one is used."""
+    """The same items; a thread makes the next one while one is in use."""
     left = iter(items)
     with ThreadPoolExecutor(1, "ahead") as thread:
         coming = thread.submit(next, left, None)

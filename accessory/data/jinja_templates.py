@@ -1,8 +1,8 @@
-"""The named templates as chat templates, in Jinja, for transformers and what serves its models.
+"""The named templates as chat templates in Jinja, for transformers and the servers of its models.
 
-Each writes, from messages, the text that its function in ``templates`` writes as segments. A tokenizer encodes that text at
-once, and not all of them put a blank before a text that follows a special token, or encode an answer ``apart``: ``blank``
-and ``apart`` are what has to be written there, so that the tokens are those of training.
+Each writes, from messages, the text that its function in ``templates`` writes as segments. Tokenizers encode that text as a
+whole. They differ in whether they put a space before a text that follows a special token, and they do not encode an answer
+``apart``. The variables ``blank`` and ``apart`` are written in these places so that the tokens are those of training.
 """
 
 from itertools import product
@@ -29,7 +29,7 @@ _SPEAKERS = r"""
 
 
 def _of_two(user: str, assistant: str, before: str = "") -> str:
-    """A template that knows questions and answers alone."""
+    """A template for questions and answers only."""
     return f"{{{{ bos_token }}}}{before}" + _SPEAKERS.replace("<question>", user).replace("<answer>", assistant)
 
 
@@ -77,13 +77,13 @@ _EXAMPLES = (Conversation(None, _TURNS), Conversation("Be brief.", _TURNS), Conv
 
 
 def as_chat_template(template: Template, trained: Tokenizer, read: Tokenizer) -> str | None:
-    """A chat template whose tokens are those of ``template``.
+    """A chat template that gives the same tokens as ``template``.
 
     Args:
-        trained: the tokenizer of training. read: the same as whoever uses the chat template reads it.
+        trained: the tokenizer of training. read: the same tokenizer as users of the chat template load it.
 
     Returns:
-        None if there is none: the template is for documents, or ``read`` makes other tokens of any text.
+        None if there is none: the template is for documents, or ``read`` gives other tokens whichever way it is written.
     """
     begin = _BEGIN.lstrip() + ("" if template.system else _NO_SYSTEM)
     examples = [example for example in _EXAMPLES if template.system or not example.system]

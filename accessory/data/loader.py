@@ -1,4 +1,4 @@
-"""Samples to batches, in an order that is a function of (seed, epoch) alone."""
+"""From samples to batches, in an order that is a function of (seed, epoch) alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,23 +20,23 @@ from accessory.model.visual import Images
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: its samples, one behind the other. The counts are host numbers: no step waits for the device."""
+    """One micro-batch: its samples, concatenated. The counts are host numbers, so that no step waits for the device."""
 
     tokens: Tensor  # [T]
     documents: Documents
     targets: Targets  # the n positions that must predict a trained token
-    sample_keys: Tensor  # [documents] each one's place in the run, all epochs through: its dropout is made of it
-    labels: Tensor  # [documents] the number of each one's label, -1 where it has none
+    sample_keys: Tensor  # [documents] a number of each sample, unique over all epochs, that seeds its dropout
+    labels: Tensor  # [documents] the label's number, -1 where there is none
     real_tokens: int
     target_tokens: int
-    images: Images | None = None  # of a visual model's
+    images: Images | None = None  # for a visual model
 
     def inputs(self, dropout: bool = False) -> Inputs:
-        """What the decoder takes."""
+        """The decoder's input."""
         return Inputs(self.tokens, self.documents, dropout_keys=self.sample_keys if dropout else None, images=self.images)
 
     def on(self, model: Decoder) -> "Batch":
-        """Where ``model`` is, its images as what the encoders make of them."""
+        """The batch on the device of ``model``, with its images encoded."""
         batch = self.to(model.norm.weight.device)
         return replace(batch, images=model.vision(batch.images)) if model.vision and batch.images else batch
 
@@ -54,12 +54,12 @@ class Batch:
 def collate(
     samples: Sequence[Sample], keys: Sequence[int] | None = None, padded_to: int = 0, pixels: Tensor | None = None
 ) -> Batch:
-    """Lay samples out one behind the other. Where there is none, one token stands that counts nowhere.
+    """Concatenate samples to a batch. Without samples the batch is one token that counts nowhere.
 
     Args:
-        keys: one for each sample; None: they are counted.
-        padded_to: give each sample so many tokens, for comparisons: what is behind it counts for the router alone.
-        pixels: of all images of a visual model's samples (see ``ImageReader``); None: it reads text alone.
+        keys: the samples' keys; None: 0, 1, 2, ...
+        padded_to: pad each sample to this number of tokens, for comparisons; only the router counts the padding.
+        pixels: of all images of a visual model's samples (see ``ImageReader``); None: the model reads text only.
     """
     tokens, trained = [], []
     for sample in samples:
@@ -68,11 +68,11 @@ def collate(
         trained.append(np.pad(np.asarray(sample.trained, bool), (0, padding)))
     documents = Documents.of([len(some) for some in tokens])
     ids = np.concatenate(tokens or [np.zeros(1, np.int64)])
-    # a target is a trained token behind another of its document
+    # a target is a trained token that is not the first of its document
     places = (np.concatenate(trained or [np.zeros(1, bool)]) & (documents.positions.numpy() > 0)).nonzero()[0]
     targets = Targets(torch.from_numpy(places - 1), torch.from_numpy(ids[places]))
     in_images = ids == PLACE
-    ids[in_images] = 0  # of an image nothing is looked up
+    ids[in_images] = 0  # any valid id; it is not used
     images = None if pixels is None else Images(torch.from_numpy(in_images.nonzero()[0]), pixels)
     numbers = torch.tensor(range(len(samples)) if keys is None else keys, dtype=torch.int64)
     labels = torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.int64)
@@ -85,8 +85,8 @@ class BatchPlan:
     """How a global batch is cut: ``batch_size`` rows x ``accumulation`` micro-steps x ``world`` data-parallel ranks.
 
     Attributes:
-        pads: samples are as long as the longest of their micro-batch (see ``collate``).
-        images: reads those of a visual model's samples.
+        pads: pad samples to the longest of their micro-batch (see ``collate``).
+        images: reads the images of a visual model's samples.
     """
 
     batch_size: int
@@ -102,7 +102,7 @@ class BatchPlan:
         return self.batch_size * self.accumulation * self.world
 
     def steps(self, rows: int) -> int:
-        """Optimiser steps of an epoch; the last may be smaller, every sample is used."""
+        """Optimiser steps in an epoch. The last may have fewer rows: every sample is used."""
         return -(-rows // self.global_batch)
 
     def epoch(self, samples: Sequence[Sample], rows: Rows, epoch: int = 0) -> Iterator[list[Batch]]:
@@ -113,8 +113,8 @@ class BatchPlan:
     def step(self, samples: Sequence[Sample], rows: Rows, start: int, epoch: int = 0) -> list[Batch]:
         """This rank's micro-batches of the step that begins at row ``start``.
 
-        Which samples a step sees depends only on the rows and the size of the global batch. Inside it they are laid
-        out by length, so that the ranks of one micro-step have about as much to do: results do not depend on it.
+        The samples of a step depend only on the rows and the size of the global batch. Within it rows are sorted by length,
+        so that the ranks have about equal work in each micro-step; results do not depend on that.
         """
         lengths = sample_lengths(samples)
         chosen = [rows[i] for i in range(start, min(start + self.global_batch, len(rows)))]
@@ -134,12 +134,12 @@ class BatchPlan:
 
 
 def where(samples: Sequence[Sample], number: int) -> str:
-    """What messages call a sample: file and line of its record."""
+    """The name of a sample in messages: the file and line of its record."""
     return samples.where(number) if isinstance(samples, Samples) else f"sample {number}"
 
 
 def sample_lengths(samples: Sequence[Sample]) -> np.ndarray:
-    """The number of tokens of every sample."""
+    """[samples] token counts."""
     if isinstance(samples, Samples):  # known without reading them
         return samples.lengths
     return np.fromiter((len(sample.tokens) for sample in samples), np.int64, len(samples))

@@ -1,4 +1,4 @@
-"""The YAML data mix as samples: tokenised, split, and in an order that is a function of (seed, epoch) alone.
+"""From a YAML data mix to samples: tokenised, split, and in an order that is a function of (seed, epoch) alone.
 
 META:
   - path: ../data/ultrachat.jsonl     # see MixEntry for every key, and data/README.md for what records look like
@@ -38,11 +38,11 @@ BadRecords = Literal["error", "skip"]
 def make_encoder(
     path: Path, entry: MixEntry, max_seq_len: int, labels: Sequence[str], visual: VisualArgs | None, folder: Path
 ) -> Encoder:
-    """What turns a record of ``entry`` into samples: one; or several, of a text that is too long and is neither classified
-    nor beside an image.
+    """Make the function that turns a record of ``entry`` into samples. A record gives one sample; a text that is too long,
+    and has neither a label nor an image, gives several, and an image with several captions one for each.
 
     Args:
-        visual: how the model sees; None: it does not. folder: where the paths of images begin.
+        visual: the model's image settings; None: it reads text only. folder: what paths of images are relative to.
     """
     tokenizer = Tokenizer(path)
     template = get_template(entry.template, tokenizer) if entry.template else None
@@ -65,7 +65,7 @@ def make_encoder(
             return [Sample(tokens, np.zeros_like(trained), label, images)]
         if images or not isinstance(record, Document) or len(tokens) <= max_seq_len:
             return [Sample(tokens, trained, images=images)]
-        # the last token of a part is the first of the next, so that every token is predicted once
+        # the last token of a part is also the first of the next, so that every token is predicted once
         starts = range(0, len(tokens) - 1, max_seq_len - 1)
         parts = (slice(start, start + max_seq_len) for start in starts)
         return [Sample(tokens[part], trained[part]) for part in parts]
@@ -74,13 +74,13 @@ def make_encoder(
 
 
 class Samples(Sequence[Sample]):
-    """Samples of several stores, held out or not; they are read from the disk when they are asked for."""
+    """The training samples or the held-out samples of several stores, read from the disk on demand."""
 
     def __init__(self, stores: Sequence[Store], held_out: np.ndarray, training: bool):
-        """The samples ``held_out`` (their numbers, over all stores, sorted); if ``training``, all others."""
+        """``held_out``: sorted sample numbers over all stores. If ``training``, these are all the others, else these."""
         self.stores, self._held_out, self._training = stores, held_out, training
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
-        # how many others lie before each that is held out
+        # for each held-out sample, the number of training samples before it
         self._before = held_out - np.arange(len(held_out))
 
     def __len__(self) -> int:
@@ -97,18 +97,18 @@ class Samples(Sequence[Sample]):
         return store[number]
 
     def where(self, index: int) -> str:
-        """File and line of a sample's record."""
+        """The file and line of a sample's record."""
         store, number = self._locate(index)
         return store.where(number)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of every sample, int32."""
+        """[samples] token counts, int32."""
         return self._of_mine([np.zeros(0, np.int32), *(store.lengths() for store in self.stores)])
 
     @cached_property
     def retold(self) -> np.ndarray:
-        """Of every sample whether it is the one before in other words (see ``Store``)."""
+        """[samples] whether each is another caption of the images of the sample before (see ``Store``), bool."""
         return self._of_mine([np.zeros(0, bool), *(store.retold() for store in self.stores)])
 
     def _of_mine(self, of_stores: list[np.ndarray]) -> np.ndarray:
@@ -127,7 +127,7 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A source and its samples."""
+    """A source of a mix and its samples, in one store for each file."""
 
     source: MixSource
     stores: list[Store]
@@ -137,7 +137,7 @@ class Tokenised:
 
     @property
     def template(self) -> str:
-        """The template of its records; where the mix names none, that of the first that can be used."""
+        """The template of its records; if the mix names none, the default of the first record that can be used."""
         for row in itertools.chain.from_iterable(map(read_rows, self.source.files)):
             with suppress(ValueError):
                 return self.source.entry.template or default_template(read_record(row.parse(), self.source.entry.form)).name
@@ -150,7 +150,7 @@ class Tokenised:
                 yield f"{place_name(store.file, bad.place)}: {bad.reason}"
 
     def dropped(self) -> Iterator[str]:
-        """Every record that is no sample, for nothing of it would be learnt: file, line and reason."""
+        """Every record that gives no sample because nothing in it would be learnt: file, line and reason."""
         for store in self.stores:
             for place, reason in store.dropped():
                 yield f"{place_name(store.file, place)}: dropped: {reason}"
@@ -158,11 +158,10 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A mix, tokenised.
+    """A tokenised mix.
 
     Attributes:
-        training, validation: the samples of each. parts: which of ``training`` are each training source's, one part
-            behind the other.
+        training, validation: the samples. parts: the range of ``training`` that belongs to each training source, in order.
     """
 
     sources: list[Tokenised]
@@ -175,7 +174,7 @@ class Dataset:
         return sum(getattr(store.report, what) for source in self.sources for store in source.stores)
 
     def templates(self) -> Counter[str]:
-        """How many samples of what is trained on are in each template."""
+        """The number of samples in each template, over the training sources."""
         counts: Counter[str] = Counter()
         for source in self.sources:
             if len(source) and source.source.entry.split == "train":
@@ -183,9 +182,9 @@ class Dataset:
         return counts
 
     def epoch(self, epoch: int) -> Shuffled:
-        """Which training samples epoch ``epoch`` goes through, in order: the same for every parallel size.
+        """The numbers of the training samples in epoch ``epoch``, in order: the same for every parallel size.
 
-        Of an image's several captions each time one, and another the next time.
+        If an image has several captions, one is used each time, and another one the next time.
         """
         found = zip(self.parts, self._firsts, strict=True)
         sizes = [len(own) if firsts is None else len(firsts) - 1 for (_, own), firsts in found]
@@ -194,21 +193,21 @@ class Dataset:
         for number, ((entry, own), size, firsts) in enumerate(zip(self.parts, sizes, self._firsts, strict=True)):
             often = entry.ratio or entry.epochs or 1.0
             count = max(1, round(total * entry.weight / weights if entry.weight else size * often))
-            # a ratio is always the same share of the records; else an epoch goes on where the one before ended, so that
-            # no record's turn comes again before every other's
+            # a ratio always takes the same records; otherwise an epoch begins where the last one ended, so that no record
+            # is repeated before every other one has been used
             skip, before = (0, epoch) if entry.ratio else (epoch * (count % size), epoch * (count // size))
             parts.append(Part(own.start, size, count, f"{self.seed}/part/{number}", skip, firsts, before))
         return Shuffled(parts, f"{self.seed}/epoch/{epoch}")
 
     @cached_property
     def _firsts(self) -> list[np.ndarray | None]:
-        """Of each part ``Part.firsts``."""
+        """``Part.firsts`` of each part."""
         retold = (self.training.retold[own.start : own.stop] for _, own in self.parts)
         return [np.append(np.flatnonzero(~mine), len(mine)) if mine.any() else None for mine in retold]
 
 
 def check_columns(source: MixSource, mix: str | Path) -> None:
-    """Refuse a column that no record has, rather than to read what it should hold as nothing."""
+    """Refuse a column name that no record has, which would otherwise be read as empty."""
     columns, seen = set(source.entry.columns.given.values()), set[str]()
     rows = itertools.chain.from_iterable(map(read_rows, source.files))
     while not columns <= seen:
@@ -216,7 +215,7 @@ def check_columns(source: MixSource, mix: str | Path) -> None:
         if row is None:
             column = min(columns - seen)
             raise UserError(f"{mix}: {source.entry.path}: columns: no record has '{column}'{nearest(column, list(seen))}")
-        with suppress(ValueError):  # it is listed with the bad records
+        with suppress(ValueError):  # listed with the bad records
             record = row.parse()
             seen |= record.keys() if isinstance(record, dict) else set()
 
@@ -228,11 +227,11 @@ def tokenise_mix(
     labels: Sequence[str] = (),
     visual: VisualArgs | None = None,
 ) -> list[Tokenised]:
-    """Read, check and tokenise every record of a mix, or find that in the cache; bad records are in the reports.
+    """Read, check and tokenise every record of a mix, or take the result from the cache. The stores list bad records.
 
     Args:
-        labels: of a classifier; each record must have one. Empty: the next token is learnt, and none may have one.
-        visual: how the model sees the images of records; None: none may have one.
+        labels: a classifier's labels; each record must have one. Empty: next-token prediction; no record may have one.
+        visual: the model's image settings; None: no record may have an image.
     """
     if max_seq_len < 2:
         raise UserError(f"max_seq_len must be at least 2, for a token is learnt from those before it; found {max_seq_len}")
@@ -271,7 +270,7 @@ def _store(
     visual: VisualArgs | None,
 ) -> Store:
     folder = source.folder(file)
-    if visual:  # whether an image can be read is told with its record
+    if visual:  # the stored samples depend on the places of images, and on whether their files could be read
         settings = settings | {"image": (visual.words, visual.place), "folder": str(folder.resolve())}
     return make_store(file, settings, partial(encoder, folder), count, folder)
 
@@ -286,19 +285,19 @@ def load_mix(
     labels: Sequence[str] = (),
     visual: VisualArgs | None = None,
 ) -> Dataset:
-    """A mix's samples.
+    """Load the samples of a mix.
 
-    A sample longer than ``max_seq_len`` is truncated; one with no trained token left, or of which an image does not fit, is
-    dropped; both are counted.
+    A sample longer than ``max_seq_len`` is truncated. One with no trained token left, or with an image that does not fit,
+    is dropped. Both are counted.
 
     Args:
-        validation: share of the samples that is held out, whole records of them, chosen by ``seed``; if entries of the
-            mix are marked ``split: validation``, they are what is held out, and nothing else.
-        bad_records: "skip": say how many are bad, and go on without them.
+        validation: share of the samples to hold out, as whole records chosen by ``seed``. If entries of the mix are marked
+            ``split: validation``, these are held out and nothing else.
+        bad_records: "skip": say how many are bad, and continue without them.
         labels, visual: see ``tokenise_mix``.
 
     Raises:
-        UserError: naming file and line, for anything that cannot be read.
+        UserError: something cannot be read; the message names file and line.
     """
     sources = tokenise_mix(path, tokenizer, max_seq_len, labels, visual)
     first = next((line for source in sources for line in source.bad()), None)
@@ -312,7 +311,7 @@ def load_mix(
 
 
 def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed: int, validation: float) -> Dataset:
-    """What of a tokenised mix is trained on, and what is held out (see ``load_mix``)."""
+    """Split a tokenised mix into training and held-out samples (see ``load_mix``)."""
     stores = [store for source in sources for store in source.stores]
     ends = list(itertools.accumulate(len(source) for source in sources))
     spans = [range(end - len(source), end) for source, end in zip(sources, ends, strict=True)]
@@ -325,7 +324,7 @@ def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed
         held_out = hold_out(stores, validation, seed)
         if not len(held_out):
             say(f"warning: {path}: a single record; nothing is held out")
-    # numbers among the samples to train on, in which those held out have no place
+    # numbers among the training samples, which leave out those held out
     parts = []
     for source, span, mark in zip(sources, spans, marked, strict=True):
         start, stop = (int(border - held_out.searchsorted(border)) for border in (span.start, span.stop))
@@ -335,7 +334,7 @@ def split_mix(path: str | Path, sources: list[Tokenised], max_seq_len: int, seed
 
 
 def mix_texts(path: str | Path) -> Iterator[str]:
-    """The text of every record of a mix, line by line, to train a tokenizer on."""
+    """The text of every record of a mix, line by line, for training a tokenizer."""
     for source in read_sources(path):
         check_columns(source, path)
         for file in source.files:
@@ -348,7 +347,8 @@ def mix_texts(path: str | Path) -> Iterator[str]:
 
 
 def _text_of(raw: object, entry: MixEntry) -> str:
-    """What a record says, as its template writes it; without one, if that is to be the tokenizer's own."""
+    """The text of a record as its template writes it; without markup if the template is the tokenizer's own, which is not
+    trained yet."""
     record = replace(read_record(raw, entry.form), images=())
     if entry.template == "chat_template" and isinstance(record, Conversation):
         calls = [{"name": call.name, "arguments": call.arguments} for turn in record.turns for call in turn.calls]

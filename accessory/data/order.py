@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation that is computed where it is asked for, and never stands in memory."""
+"""The order of an epoch: a permutation whose entries are computed on demand and never held in memory."""
 
 import hashlib
 import math
@@ -10,23 +10,23 @@ import numpy as np
 
 ROUNDS = 8
 SMALL = 64
-"""Below so many numbers, a permutation is drawn as a whole: the network reaches only some of the few there are."""
+"""Below this count a permutation is drawn as a whole: for so few numbers the network cannot reach all permutations."""
 
 
 class Order(Protocol):
-    """Numbers of samples in an order; arrays and ranges are orders too."""
+    """Sample numbers in an order; arrays and ranges are orders, too."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, places: slice, /) -> np.ndarray:
-        """The numbers at a stretch of places: [n], int64."""
+        """The numbers at a slice of places: [n], int64."""
 
 
 def permute(places: np.ndarray, count: int, seed: str) -> np.ndarray:
-    """What stands at ``places`` of a permutation of ``count`` numbers: [n] -> [n], int64.
+    """The numbers at ``places`` of a pseudo-random permutation of ``count`` numbers: [n] -> [n], int64.
 
-    A Feistel network over a rectangle of a x b >= ``count`` cells, repeated for what falls outside of ``count`` (Black
-    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): the same on every machine and with every version of numpy.
+    A Feistel network over a rectangle of a x b >= ``count`` cells, applied again to results of ``count`` or more (Black and
+    Rogaway, Ciphers with Arbitrary Finite Domains, 2002). It is the same on every machine and with every version of numpy.
     """
     if count < SMALL:
         return _drawn(count, seed)[places]
@@ -46,7 +46,7 @@ def permute(places: np.ndarray, count: int, seed: str) -> np.ndarray:
 
 
 def _drawn(count: int, seed: str) -> np.ndarray:
-    """A permutation, all of them alike (Fisher and Yates)."""
+    """A uniformly drawn permutation (Fisher and Yates)."""
     numbers = list(range(count))
     draws = np.frombuffer(hashlib.shake_128(seed.encode()).digest(8 * count), "<u8").tolist()
     for last in range(count - 1, 0, -1):
@@ -56,7 +56,7 @@ def _drawn(count: int, seed: str) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """63 bits, each depending on all of ``x``: the finaliser of SplitMix64. The 64th is left for a sum."""
+    """A hash of ``x`` to 63 bits: the finaliser of SplitMix64. The 64th bit leaves room for a sum."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
@@ -64,13 +64,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """What an epoch takes of a source whose samples are numbered from ``start``: all ``size`` of them as often as they go
-    into ``count``, and for the rest a stretch, from ``skip`` on, of an order that ``seed`` makes.
+    """The ``count`` samples that an epoch takes of a source with ``size`` samples, numbered from ``start``: all of them
+    ``count // size`` times, and for the rest a run of the permutation that ``seed`` makes, from place ``skip`` on.
 
     Attributes:
-        firsts: [size + 1]: some of the samples are one, told in several ways: where the ways of each begin, from ``start``
-            on, and where the last one ends; None: there is one way of each.
-        round: how often all have been taken in the epochs before; another way is taken each time.
+        firsts: [size + 1], for images with several captions, which count as one sample of several variants: where each
+            sample's variants begin, counted from ``start``, and where the last ends. None: one variant each.
+        round: how often all samples were taken in earlier epochs; each time another variant is taken.
     """
 
     start: int
@@ -96,7 +96,7 @@ class Part:
 
 
 class Shuffled:
-    """An epoch: its parts, shuffled together."""
+    """The order of an epoch: its parts, shuffled together."""
 
     def __init__(self, parts: Sequence[Part], seed: str):
         self._parts, self._seed = parts, seed

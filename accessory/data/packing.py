@@ -1,4 +1,5 @@
-"""Packing: which samples share a row. It depends on their order and lengths only: the same for any parallel size."""
+"""Packing: which samples share a row. This depends only on their order and lengths, so it is the same for any parallel
+size."""
 
 from bisect import bisect_left, bisect_right, insort
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""Where images stand among the tokens of a sample: each takes as many places as the model makes words of it."""
+"""The places of images among the tokens of a sample: each image takes as many places as the model makes words of it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,17 +11,17 @@ from accessory.model.visual import VisualArgs
 from accessory.visual.images import Picture
 
 PLACE = 2**31 - 1
-"""What stands for a token in a place of an image; no vocabulary has so many."""
+"""The token id in the places of an image; larger than any vocabulary."""
 
 
 def images_set_apart(record: Record, visual: VisualArgs | None) -> tuple[Record, tuple[Picture, ...]]:
-    """The record without its images, and these: its text says by IMAGE where they stand, or nothing, where the model has a
-    place for them.
+    """The record without its images, and the images. Marks (IMAGE) in its text say where they stand; without marks they
+    stand in the model's fixed place, or for an "inline" model at the beginning of the text.
 
-    One image of a model with such a place always stands there, as in LLaMA2-Accessory, whatever its text says.
+    For a model with a fixed place, a single image always stands there, as in LLaMA2-Accessory, even if the text has a mark.
 
     Raises:
-        RecordError: IMAGE is not there once for each image, or is not in a question.
+        RecordError: there is not one mark for each image, or a mark is not in a question.
     """
     images = record.images
     if visual is None:
@@ -41,7 +41,7 @@ def images_set_apart(record: Record, visual: VisualArgs | None) -> tuple[Record,
 
 
 def _texts(record: Record) -> tuple[list[str], list[str]]:
-    """The texts in which an image can stand, and the others."""
+    """The texts in which an image may stand, and the others."""
     if isinstance(record, Document):
         return [record.text], list(record.others)
     asked = [text for turn in record.turns if turn.role == "user" for text in (turn.text, turn.context)]
@@ -59,7 +59,7 @@ def _without_marks(record: Record) -> Record:
 
 
 def _with_marks_first(record: Record, count: int) -> Record:
-    """As LLaVA's records begin."""
+    """Put the marks where LLaVA's records have them."""
     marks = IMAGE * count
     if isinstance(record, Document):
         return replace(record, text=marks + record.text, others=tuple(marks + text for text in record.others))
@@ -70,12 +70,12 @@ def _with_marks_first(record: Record, count: int) -> Record:
 def encode_placed(
     tokenizer: Tokenizer, segments: Sequence[Segment], images: int, visual: VisualArgs | None
 ) -> tuple[list[int], list[bool]]:
-    """As ``Tokenizer.encode_segments``, with the places of so many ``images``, none of them trained.
+    """Like ``Tokenizer.encode_segments``, with the places of ``images`` images added, untrained.
 
-    What stands behind an image is encoded by itself, as LLaVA does it; around one that stands beside ``<s>``, as without it.
+    The text after a mark is encoded by itself, as LLaVA does it. Images in a fixed place do not change how text is encoded.
 
     Raises:
-        RecordError: the template has not written the text of each question once.
+        RecordError: the template did not write each mark exactly once.
     """
     if not images:
         return tokenizer.encode_segments(segments)
@@ -100,7 +100,7 @@ def encode_placed(
 
 
 def _stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """What stands before, between and behind the images that the text shows."""
+    """Split segments at the marks of images."""
     stretches: list[list[Segment]] = [[]]
     for segment in segments:
         first, *more = [segment.text] if segment.special else segment.text.split(IMAGE)

@@ -1,4 +1,4 @@
-"""Images in records: beside the text under ``image`` or ``images``, or among it as parts in OpenAI's form."""
+"""Images in records: beside the text under ``image`` or ``images``, or within it as parts in OpenAI's form."""
 
 import base64
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from accessory.data.fields import Fields, RecordError, whole_text
 from accessory.visual.images import Picture
 
 IMAGE = "<image>"
-"""Where an image stands in a text, as LLaVA's records say it."""
+"""The mark for an image in a text, as in LLaVA's records."""
 
 
 def read_images(record: Fields, *keys: str) -> tuple[Picture, ...]:
-    """The images of a record, whose text has been read. ``keys``: where else a path may stand."""
+    """The images of a record whose text has already been read. ``keys``: further keys that may hold a path."""
     several = record.take("images")
     if several is not None and not isinstance(several, list | tuple):
         raise RecordError(f"{record.name('images')} must be a list of paths")
@@ -27,11 +27,11 @@ def read_images(record: Fields, *keys: str) -> tuple[Picture, ...]:
 
 
 def read_part(part: Fields, kind: str) -> None:
-    """Add what a part of a turn shows to the images of its record; ``kind``: ``image_url``, or ``image``."""
+    """Add the image of a part of a turn to the images of its record; ``kind``: ``image_url`` or ``image``."""
     image = part.take(kind)
     if kind == "image_url" and isinstance(image, Mapping):
         inner = part.inside(image, part.where)
-        inner.take("detail")  # how closely to look, which a model of fixed views does not ask
+        inner.take("detail")  # the resolution to use; here the views of an image are fixed
         image = inner.take("url")
         inner.refuse_rest()
     if isinstance(image, Image.Image):
@@ -40,11 +40,11 @@ def read_part(part: Fields, kind: str) -> None:
         part.images.append(_image(image, part.where))
     elif kind == "image_url":
         raise RecordError(f"{part.where}: 'image_url' must be a text, or an object with the text 'url'")
-    # else it stands under 'images', in the order of these parts
+    # else the image is under 'images', in the order of these parts
 
 
 def _image(value: Any, what: str) -> Picture:
-    """A path or data: URI; of a file's bytes, as tables hold them, the latter."""
+    """A path or data: URI. The bytes of a file, as tables hold them, become a data: URI."""
     if isinstance(value, Mapping):
         if isinstance(content := value.get("bytes"), bytes):
             return f"data:;base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""What files of training data hold, whatever their keys are called: conversations and documents."""
+"""Records of training data, whatever their keys are called: conversations and documents."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from accessory.visual.images import Picture
 Role = Literal["user", "assistant", "tool"]
 Kind = Literal["conversations", "messages", "instruction", "text", "caption"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Each is told by the key of its name; of several, the first one counts."""
+"""A record is of the kind whose key it has; if it has several of these keys, the first in this order counts."""
 _OF_INSTRUCTIONS = ("instruction", "input", "output", "history")
 
 _ROLES: dict[str, Role] = {
@@ -30,7 +30,7 @@ _ROLES: dict[str, Role] = {
     "tool_response": "tool",
 }
 _CALLERS = ("function_call", "tool_call")
-"""Their text is a call, as JSON."""
+"""Roles whose text is a tool call, as JSON."""
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
     None: ("user",),
     "user": ("assistant",),
@@ -39,18 +39,18 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 }
 _QUESTIONS = ("question", "prompt", "problem", "query", "instruction", "input")
 _ANSWERS = ("answer", "completion", "solution", "response", "output")
-"""What other projects call them: for the sentence that says how to read such a file."""
+"""Other projects' names for questions and answers; an error message uses them to say how to read such a file."""
 
 
 @dataclass(frozen=True)
 class Turn:
     role: Role
     text: str
-    train: bool = True  # False: not to be learnt, even if answers are
+    train: bool = True  # False: not trained, even if answers are
     context: str = ""  # an instruction's input, which the alpaca template sets apart
-    calls: tuple[ToolCall, ...] = ()  # an assistant's, beside its text
-    tool: str = ""  # the name of the tool that speaks
-    call_id: str = ""  # of the call that the tool answers
+    calls: tuple[ToolCall, ...] = ()  # tool calls of an assistant, beside its text
+    tool: str = ""  # in a tool's turn, the name of the tool
+    call_id: str = ""  # in a tool's turn, the id of the call that it answers
 
     @property
     def question(self) -> str:
@@ -60,20 +60,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Questions and answers in turn; tool turns stand between an answer and the next. Ends with an answer to be trained on,
-    with a question to be answered."""
+    """Alternating questions and answers, with tool turns between an answer and the next. A training record ends with an
+    answer, a prompt with a question or a tool turn."""
 
     system: str | None
     turns: tuple[Turn, ...]
-    images: tuple[Picture, ...] = ()  # in the order of their IMAGE, if the text says where they stand
-    tools: tuple[Mapping[str, Any], ...] = ()  # that may be called, as OpenAI describes them
-    label: Any = None  # what a classifier should say of it
-    is_instruction: bool = field(default=False, compare=False)  # in the file
+    images: tuple[Picture, ...] = ()  # in the order of the IMAGE marks, if the text has them
+    tools: tuple[Mapping[str, Any], ...] = ()  # the tools that may be called, in OpenAI's form
+    label: Any = None  # the target of a classifier
+    is_instruction: bool = field(default=False, compare=False)  # whether the file has it as an instruction
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be learnt as it is; ``others``: of its images, each to be learnt in its place."""
+    """A text to be learnt as it is. ``others``: further captions of the same images, each a sample of its own."""
 
     text: str
     images: tuple[Picture, ...] = ()
@@ -86,7 +86,7 @@ Record = Conversation | Document
 
 @dataclass(frozen=True)
 class Columns:
-    """What a source's records call the keys that are read here; null: the same."""
+    """The names that a source's records use for the keys read here; null: the same name."""
 
     conversations: str | None = None
     messages: str | None = None
@@ -109,16 +109,16 @@ class Columns:
 
     @property
     def given(self) -> dict[str, str]:
-        """The records' names by ours."""
+        """The records' name for each key that is renamed."""
         return {key: column for key, column in vars(self).items() if column is not None}
 
 
 @dataclass(frozen=True)
 class RecordForm:
-    """How a source's records are read; what their tokens depend on.
+    """How a source's records are read.
 
     Attributes:
-        kind: None: told by their keys. ignore: keys that are left out, wherever in a record they stand.
+        kind: None: recognised from each record's keys. ignore: keys to leave out, at any level of a record.
     """
 
     kind: Kind | None = None
@@ -127,11 +127,11 @@ class RecordForm:
 
 
 def read_record(raw: Any, form: RecordForm = RecordForm()) -> Record:
-    """Check a record and bring it into one form.
+    """Check a record and convert it to a ``Conversation`` or ``Document``.
 
     Raises:
-        RecordError: it is of no known kind, breaks the rules of its kind, or says something that has no use here; says in
-            which turn.
+        RecordError: it is of no known kind, breaks the rules of its kind, or holds a key that nothing uses; the message
+            names the turn.
     """
     record = Fields(raw, form.ignore, form.columns.given)
     _refuse_preferences(record)
@@ -152,20 +152,20 @@ def read_record(raw: Any, form: RecordForm = RecordForm()) -> Record:
     else:
         system, turns = _conversation(record, kind)
         found = Conversation(system, turns, read_images(record), read_tools(record), label)
-    if form.kind:  # the record in other forms, which the mix entry decides against
+    if form.kind:  # the same record in other forms, which the mix entry did not choose
         for key in (*KINDS, *(_OF_INSTRUCTIONS if "instruction" in record.raw else ())):
             record.take(key)
     elif record.says("text") and all(text.strip() in str(record.raw["text"]) for text in record.texts):
-        record.take("text")  # Alpaca's is the whole record in its template
+        record.take("text")  # in Alpaca's files it is the whole record written in its template
     record.refuse_rest()
     return found
 
 
 def read_question(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
-    """Messages in OpenAI's form that are to be answered: the last is a question, or what a tool gave.
+    """Convert messages in OpenAI's form to a conversation to be answered: the last one is a question or a tool's result.
 
     Raises:
-        RecordError: they break the rules of a conversation, or say something that has no use here; says in which turn.
+        RecordError: they break the rules of a conversation, or hold a key that nothing uses; the message names the turn.
     """
     record = Fields({"messages": messages, "tools": tools})
     system, turns = _conversation(record, "messages", asks=True)
@@ -173,10 +173,11 @@ def read_question(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping
 
 
 def as_document(question: Conversation) -> Document:
-    """What a model of texts goes on with: the text of a single question, its images on no line of their own.
+    """The text that a model trained on documents continues: that of a single question, without the line breaks after its
+    images.
 
     Raises:
-        RecordError: there is more than that.
+        RecordError: there is anything but one question.
     """
     if question.system or question.tools or len(question.turns) > 1:
         raise RecordError("the model was trained on texts, and goes on with one: it has no place for turns")
@@ -184,7 +185,7 @@ def as_document(question: Conversation) -> Document:
 
 
 def _recognise(record: Fields) -> Kind:
-    """The kind of a record, by its keys."""
+    """The kind of a record, from its keys: the first whose key has a value, else the first whose key is there."""
     for kind in (*filter(record.says, KINDS), *KINDS):
         if kind in record.raw:
             return kind
@@ -199,12 +200,12 @@ _KTO = "it is a KTO record (its label says whether the answer is good), and ther
 
 
 def label_number(record: Record, labels: Sequence[str]) -> int | None:
-    """Which of a classifier's ``labels`` a record has, from 0; None if there are none: the run predicts the next token.
+    """The index of a record's label in a classifier's ``labels``; None if ``labels`` is empty, for next-token prediction.
 
-    A record says it by name; or by number, if no name is one.
+    A record gives its label by name, or by number if no name is a number.
 
     Raises:
-        RecordError: it has no label, or another; or has one that would be lost.
+        RecordError: the record has no label or an unknown one, or it has one and the run does not use labels.
     """
     if not labels:
         refuse_label(record)
@@ -223,7 +224,7 @@ def label_number(record: Record, labels: Sequence[str]) -> int | None:
 
 
 def refuse_label(record: Record) -> None:
-    """Of a run that learns to predict the next token."""
+    """Refuse a record with a label: the run trains next-token prediction."""
     if isinstance(record, Conversation) and _is_verdict(record.label):
         raise RecordError(f"{_KTO}: to learn every answer, good or bad, set ignore: [label] in the mix entry")
     if record.label is not None:
@@ -249,7 +250,7 @@ def _refuse_preferences(record: Fields) -> None:
 
 
 def _captions(record: Fields) -> tuple[str, ...]:
-    """A caption, or several of the same image."""
+    """One caption, or several of the same image."""
     value, name = record.take("caption"), record.name("caption")
     captions = value if isinstance(value, list | tuple) else [value]
     if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
@@ -282,7 +283,7 @@ def _instruction(record: Fields) -> tuple[Turn, ...]:
 
 
 def _conversation(record: Fields, kind: Kind, asks: bool = False) -> tuple[str | None, tuple[Turn, ...]]:
-    """The system prompt and the turns, which end with an answer, unless the conversation ``asks`` for one."""
+    """The system prompt and the turns, which end with an answer; if ``asks``, with a question or a tool's result."""
     items = record.take(kind)
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise RecordError(f"{record.name(kind)} must be a list of turns with at least one question and answer")
@@ -299,10 +300,10 @@ def _conversation(record: Fields, kind: Kind, asks: bool = False) -> tuple[str |
 
 
 def _turns(record: Fields, items: Sequence[Any], start: int, asks: bool) -> tuple[Turn, ...]:
-    """The turns from ``start`` on, whose order is checked."""
+    """Read the turns from ``start`` on, and check their order."""
     turns: list[Turn] = []
     calls: list[ToolCall] = []
-    waiting: list[ToolCall] = []  # for what the tool says
+    waiting: list[ToolCall] = []  # calls that no tool turn has answered yet
     for number, item in enumerate(items[start:], start + 1):
         if not isinstance(item, Mapping):
             raise RecordError(f"turn {number}{_NO_TURN}")
@@ -344,7 +345,7 @@ def _speaker(turn: Fields) -> str:
 
 
 def _answer(turn: Fields, said: str, number: int) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text and the calls of an assistant's turn, ``number`` calls having been before."""
+    """The text and the calls of an assistant's turn; ``number``: how many calls came before."""
     if said in _CALLERS:
         return "", parse_calls(_content(turn), turn, number)
     calls = read_calls(turn, number)
@@ -355,7 +356,7 @@ def _answer(turn: Fields, said: str, number: int) -> tuple[str, tuple[ToolCall, 
 
 
 def _content(turn: Fields) -> str:
-    """The text of a turn; OpenAI's may come in parts."""
+    """The text of a turn, which may be a list of parts as in OpenAI's form."""
     key = "value" if "value" in turn.raw else "content"
     value = turn.take(key)
     if isinstance(value, list | tuple):
@@ -384,7 +385,7 @@ def _part(turn: Fields, raw: Any, number: int) -> str:
 
 
 def _flag(turn: Fields) -> bool:
-    """Whether a turn says that it may be trained."""
+    """Whether a turn may be trained, by its ``train`` and ``weight``."""
     train, weight = turn.take("train"), turn.take("weight")
     if not isinstance(train, bool | None):
         raise RecordError(f"{turn.where}: 'train' must be true or false, found {train!r}")

@@ -1,6 +1,6 @@
-"""Where records come from: the entries of a YAML mix, their files, and the rows in them.
+"""The sources of records: the entries of a YAML mix, their files, and the rows in them.
 
-Files are .jsonl, .json (a list, or one object a line), .parquet, .csv, .tsv, .arrow and .txt (a document each), also
+Files are .jsonl, .json (a list, or one object per line), .parquet, .csv, .tsv, .arrow and .txt (one document each), also
 compressed as .gz or .zst.
 """
 
@@ -32,50 +32,50 @@ from accessory.parallel.watchdog import progressed
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst")
 _CHOOSING = ("path", "name", "split", "ratio", "epochs", "weight", "root")
-"""Settings of an entry that say which records are used, and how often."""
+"""Settings of an entry that say which records are used and how often."""
 _HERE = {
     "caption": "kind: caption",
     "single_turn_llava": "kind: conversations and template: alpaca",
     "None": "template: bare",
     **{name: f"template: {name}" for name in ("alpaca", "shortqa", "qg")},
 }
-"""How what the reference's mixes ask for under ``preprocess`` and ``prompt_type`` is said."""
+"""What to set instead of the reference's values of ``preprocess`` and ``prompt_type``."""
 MAX_RECORD = 16 * 2**20
-"""Bytes of a record: more is not a conversation, but a file that is not what it seems."""
+"""Bytes. A larger record is no conversation but a sign of a wrong file."""
 
 
 @dataclass(frozen=True)
 class MixEntry:
-    """One entry of META. Of ``ratio``, ``epochs`` and ``weight`` at most one is given."""
+    """One entry of META. At most one of ``ratio``, ``epochs`` and ``weight`` is given."""
 
     path: str  # file, directory or glob; relative to the mix; ~ and $VARIABLES are expanded
-    type: Literal["text", "image_text"] = "text"  # of the reference's mixes; here any record may have an image
+    type: Literal["text", "image_text"] = "text"  # for the reference's mixes; here any record may have an image
     name: str | None = None  # in reports; null: the path
-    kind: Kind | None = None  # conversations | messages | instruction | text | caption; null: told by the records' keys
-    # what the records call the keys that are read here: {instruction: question, output: answer}
+    kind: Kind | None = None  # conversations | messages | instruction | text | caption; null: from the records' keys
+    # the records' own names for the keys that are read: {instruction: question, output: answer}
     columns: Columns = field(default_factory=Columns)
-    ignore: tuple[str, ...] = ()  # keys of the records that are left out; else what has no use here is refused
+    ignore: tuple[str, ...] = ()  # keys of the records to leave out; any other key that nothing uses is refused
     # mixtral-instruct | dialog | alpaca | chatml | vicuna | shortqa | qg | bare | plain | chat_template;
     # null: dialog, alpaca, plain, by kind
     template: str | None = None
     train_on: TrainOn = "answers"  # or last_answer, or all
-    split: Literal["train", "validation"] = "train"  # validation: held out whole
+    split: Literal["train", "validation"] = "train"  # validation: all of it is held out
     ratio: float | None = None  # share of the records that an epoch uses, chosen by the seed: above 0, at most 1
     epochs: float | None = None  # how often an epoch of the run goes through them: 2.5 is twice and a half
     weight: float | None = None  # share of the epoch, relative to the other entries' weights (all or none have one)
-    # of the reference's mixes; what they ask for beyond the default is said with kind and template here
-    root: str | None = None  # where relative image paths begin, itself relative to the mix; null: beside their file
+    root: str | None = None  # what image paths are relative to, itself relative to the mix; null: the records' file
+    # for the reference's mixes; anything but "default" is set with kind and template here
     preprocess: str | None = None
     prompt_type: str | None = None
 
     @property
     def form(self) -> RecordForm:
-        """How its records are read."""
+        """The settings for reading its records."""
         return RecordForm(self.kind, self.columns, self.ignore)
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """All of it that a record's tokens depend on."""
+        """The settings that a record's tokens depend on."""
         return {key: value for key, value in asdict(self).items() if key not in _CHOOSING}
 
     def __post_init__(self) -> None:
@@ -102,26 +102,26 @@ class MixEntry:
 
 @dataclass(frozen=True)
 class MixSource:
-    """An entry with the files that it names."""
+    """An entry with its files."""
 
     entry: MixEntry
     files: tuple[Path, ...]
-    root: Path | None  # where relative image paths begin; None: beside the file that names them
+    root: Path | None  # what image paths are relative to; None: the directory of the file that names them
 
     @property
     def name(self) -> str:
         return self.entry.name or self.entry.path
 
     def folder(self, file: Path) -> Path:
-        """Where the paths of images begin that the records of ``file`` name."""
+        """The directory that image paths in the records of ``file`` are relative to."""
         return self.root or file.parent
 
 
 def read_sources(mix: str | Path) -> list[MixSource]:
-    """The sources of a YAML mix.
+    """Read the sources of a YAML mix.
 
     Raises:
-        UserError: the mix is not one, a path leads nowhere, or a file is named twice.
+        UserError: the file is not a mix, a path does not exist, or a file is named twice.
     """
     mix = Path(mix)
     if is_readable(mix) and file_kind(mix) != ".json":
@@ -170,7 +170,7 @@ def _find(path: str, home: Path, where: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below (and this one) with the names of its files; links are followed, none of them twice."""
+    """This folder and every one below it, with the names of its files. Links are followed; no folder is visited twice."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
@@ -186,7 +186,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _match(pattern: str) -> list[Path]:
-    """What matches a glob; ``**`` is any number of folders, but does not go in circles."""
+    """The paths that match a glob. ``**`` stands for any number of folders; cycles of links are not followed."""
     head, stars, tail = pattern.partition("/**/")
     if not stars:
         return [Path(name) for name in glob.glob(pattern)]
@@ -195,7 +195,7 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _expand(path: str, home: Path, where: str) -> Path:
-    """A path of the mix, whose variables and ~ stand for what they do; relative to ``home``."""
+    """A path of the mix with variables and ~ expanded; relative to ``home``."""
     expanded = os.path.expandvars(path)
     if "$" in expanded:
         raise UserError(f"{where}: {path}: the variable is not set in the environment")
@@ -207,29 +207,29 @@ def is_readable(file: Path) -> bool:
 
 
 def file_kind(file: Path) -> str:
-    """The file's suffix, that of a compression left out."""
+    """The file's suffix without that of a compression."""
     return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
 
 def how_read(file: Path) -> str:
-    """All of a file's name that its records depend on."""
+    """The part of a file's name that decides how it is read: its suffix with that of a compression."""
     return file_kind(file) + (file.suffix if file.suffix in COMPRESSED else "")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One record as it stands in its file: a parsed value, or bytes still to be parsed (``parse``), at a place."""
+    """One record of a file: a parsed value, or bytes still to be parsed (``parse``)."""
 
-    place: int  # a line, from 1; where the file has none, -1 - the number of the record
+    place: int  # the line, from 1; in a file without lines, -1 - the number of the record
     value: Any
 
     @property
     def size(self) -> int:
-        """About how many bytes it has."""
+        """Its approximate size in bytes."""
         return _size(self.value)
 
     def parse(self) -> Any:
-        """The record. Raises ValueError with the reason if it is no JSON."""
+        """The record. Raises ValueError with the reason if it is not valid JSON or too large."""
         if (size := self.size) > MAX_RECORD:
             raise ValueError(f"a record of {size / 1e6:.0f} MB; at most {MAX_RECORD / 1e6:.0f} MB are read")
         if not isinstance(self.value, bytes):
@@ -245,7 +245,7 @@ class SourceRow:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError if it says a key twice, of which Python would keep the last."""
+    """A JSON object. ValueError if a key stands in it twice: Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
@@ -270,7 +270,7 @@ def read_rows(file: Path) -> Iterator[SourceRow]:
     """Every record of a file, one after the other.
 
     Raises:
-        UserError: the file as a whole is not what its name says; a single bad line is told by ``SourceRow.parse``.
+        UserError: the file as a whole is not what its name says. ``SourceRow.parse`` reports a single bad line.
     """
     kind = file_kind(file)
     try:
@@ -296,7 +296,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _json(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
-    """A list of records; or, as many files with this name really are, one record a line."""
+    """A list of records; or one record per line, as in many files with this suffix."""
     beginning = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     stream.seek(0)
     if not beginning.startswith(b"["):
@@ -380,14 +380,14 @@ def _batches(batches: Any) -> Iterator[SourceRow]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A column that other records have is null in this one: leave it out, for a record's kind is told by its keys."""
+    """Leave out nulls: tables fill missing columns with them, and a record's kind depends on its keys."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def content_digest(file: Path) -> str:
-    """What the file holds, as a short name."""
+    """A digest of the file's content."""
     digest = hashlib.blake2b()
     try:
         with open(file, "rb") as stream:

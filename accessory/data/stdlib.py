@@ -1,6 +1,6 @@
-"""A real corpus that every Python machine holds: the docstrings and signatures of the standard library.
+"""A real corpus that every Python installation has: the docstrings and signatures of the standard library.
 
-Source files are parsed, never imported, so that nothing of them runs.
+Source files are parsed, never imported, so that none of their code runs.
 """
 
 import ast

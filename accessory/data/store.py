@@ -1,15 +1,15 @@
-"""Tokenised samples of one file, memory-mapped: made once, shared by all processes, found again by content.
+"""Tokenised samples of one file, memory-mapped: made once, shared by all processes, cached by content.
 
-CACHE/<key>/tokens.i32    tokens one behind the other; a token that is not trained is stored as its complement (~t)
+CACHE/<key>/tokens.i32    the tokens of all samples; a token that is not trained is stored as its complement (~t)
 CACHE/<key>/ends.i64      per sample: where its tokens end
-CACHE/<key>/places.i64    per sample: which record it is from
-CACHE/<key>/digests.u64   per sample: equal for equal tokens
+CACHE/<key>/places.i64    per sample: the place of its record in the file
+CACHE/<key>/digests.u64   per sample: equal for equal tokens and images
 CACHE/<key>/labels.i32    per sample: the number of its label, -1 if it has none
-CACHE/<key>/images.jsonl  per sample that has any: the names of its images, as its record has them
+CACHE/<key>/images.jsonl  per sample with images: their names as in its record
 CACHE/<key>/seen.i64      per sample: where its line of images.jsonl ends (if it has none, where the line before does)
-CACHE/<key>/dropped.jsonl the records (or parts of one) that are no sample, and why
+CACHE/<key>/dropped.jsonl the records (or parts of one) that give no sample, and why
 CACHE/<key>/bad.jsonl     the records that cannot be used, and why
-CACHE/<key>/report.json   what happened to the records, in numbers
+CACHE/<key>/report.json   counts of the records and samples
 """
 
 import hashlib
@@ -36,17 +36,17 @@ from accessory.parallel.launch import own_cores
 from accessory.visual.images import ImageError, is_data_uri
 
 VERSION = 7
-"""Of the files and of how samples are made; part of the key."""
+"""The version of the files' format and of how samples are made; part of the key."""
 FILES = (
     *("tokens.i32", "ends.i64", "places.i64", "digests.u64", "labels.i32"),
     *("images.jsonl", "seen.i64", "dropped.jsonl", "bad.jsonl"),
 )
-CHUNK = 2 * 2**20  # bytes of records that a worker takes at once
+CHUNK = 2 * 2**20  # bytes of records in a worker's chunk
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record, and which of them are trained: each [n]; PLACE stands for those of an image.
+    """The tokens of one sample, and which of them are trained, each [n]; tokens of an image are PLACE.
 
     ``label``: the number of its label. ``images``: paths and data: URIs, in the order of their places.
     """
@@ -59,13 +59,13 @@ class Sample:
 
 @dataclass
 class Report:
-    """What became of a file's records, in numbers."""
+    """Counts of a file's records and samples."""
 
     records: int = 0
-    targets: int = 0  # tokens, or labels, that are predicted
-    truncated: int = 0  # cut to fit
-    dropped: int = 0  # nothing trained was left in them, or an image did not fit
-    unseen: int = 0  # of these, those whose images did not fit
+    targets: int = 0  # tokens or labels that are predicted
+    truncated: int = 0  # samples longer than max_seq_len
+    dropped: int = 0  # samples without a trained token, or with an image that did not fit
+    unseen: int = 0  # those of the dropped samples whose images did not fit
     images: int = 0
     bad: int = 0
 
@@ -77,7 +77,7 @@ class Report:
 class Bad(NamedTuple):
     """A record that cannot be used.
 
-    ``image``: the file that is the reason, if one is, and its state then (``file_state``).
+    ``image``: if an image file is the reason, its path and its state then (``file_state``).
     """
 
     place: int
@@ -86,32 +86,32 @@ class Bad(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A record of which nothing is learnt."""
+    """A sample that was dropped: the place of its record, and why."""
 
     place: int
     reason: str
 
 
 Encoder = Callable[[object], list[Sample]]
-"""A record to its samples (several for a long document). Raises ValueError with the reason if it is bad."""
+"""Turns a record into its samples (several for a long document). Raises ValueError with the reason if the record is bad."""
 
 
 class Encoded(NamedTuple):
-    """What a worker made of some rows."""
+    """A worker's result for a chunk of rows."""
 
     values: np.ndarray  # int32, as stored
     ends: np.ndarray
     places: np.ndarray
     digests: np.ndarray
     labels: np.ndarray
-    images: list[bytes]  # a line each, empty where there is none
+    images: list[bytes]  # a line for each sample, empty if it has none
     dropped: list[Dropped]
     bad: list[Bad]
     report: Report
 
 
 def encode_rows(rows: list[SourceRow], encode: Encoder, max_seq_len: int) -> Encoded:
-    """Samples of some rows, cut to ``max_seq_len``, but never in front of an image's end: without it they are nothing."""
+    """Samples of some rows, cut to ``max_seq_len``. A sample whose images do not fit is dropped, not cut."""
     report, parts, places = Report(records=len(rows)), [np.zeros(0, np.int32)], []
     digests, labels, images, dropped, bad = [], [], [], [], []
     for row in rows:
@@ -124,7 +124,7 @@ def encode_rows(rows: list[SourceRow], encode: Encoder, max_seq_len: int) -> Enc
         for sample in samples:
             report.truncated += len(sample.tokens) > max_seq_len
             mask = sample.trained[:max_seq_len]
-            targets = int(mask[1:].sum()) + (sample.label is not None)  # <s> has no prediction
+            targets = int(mask[1:].sum()) + (sample.label is not None)  # the first token is not predicted
             unseen = (sample.tokens[max_seq_len:] == PLACE).any()
             if unseen or not targets:
                 reason = "an image does not fit" if unseen else "nothing to learn"
@@ -149,7 +149,7 @@ class Store:
     """The samples of one file, in the order of its records."""
 
     def __init__(self, directory: Path, file: Path, folder: Path | None = None):
-        """``folder``: where the paths of images begin."""
+        """``folder``: what paths of images are relative to; None: the file's directory."""
         self.file, self._directory, self._folder = file, directory, folder or file.parent
         self._values, self._ends = _map(directory / "tokens.i32", np.int32), _map(directory / "ends.i64", np.int64)
         self._places, self.digests = _map(directory / "places.i64", np.int64), _map(directory / "digests.u64", np.uint64)
@@ -167,13 +167,13 @@ class Store:
         return Sample(np.where(trained, values, ~values), trained, None if label < 0 else label, self.images(number))
 
     def images(self, number: int) -> tuple[str, ...]:
-        """Those of a sample, as paths or data: URIs."""
+        """The images of a sample, as paths or data: URIs."""
         start, end = (int(self._seen[number - 1]) if number else 0), int(self._seen[number])
         names = json.loads(self._lines[start:end].tobytes()) if start < end else ()
         return tuple(name if is_data_uri(name) else str(self._folder / name) for name in names)
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every sample, int32."""
+        """[samples] token counts, int32."""
         lengths = np.empty(len(self), np.int32)
         lengths[:1] = self._ends[:1]
         np.subtract(self._ends[1:], self._ends[:-1], out=lengths[1:], casting="same_kind")
@@ -181,32 +181,32 @@ class Store:
 
     @property
     def key(self) -> str:
-        """A digest of all that the samples were made of: the file's content, the tokenizer, the template, ..."""
+        """A digest of all that the samples depend on: the file's content, the tokenizer, the template, ..."""
         return self._directory.name
 
     def where(self, number: int) -> str:
-        """File and line of a sample's record."""
+        """The file and line of a sample's record."""
         return place_name(self.file, int(self._places[number]))
 
     def borders(self) -> np.ndarray:
-        """The first sample of every record (a long document has several), and one behind the last, int64."""
+        """The first sample of every record (a long document has several), and the number of samples at the end, int64."""
         first = np.ones(len(self) + 1, bool)
         np.not_equal(self._places[1:], self._places[:-1], out=first[1:-1])
         return np.flatnonzero(first)
 
     def retold(self) -> np.ndarray:
-        """Of every sample whether it is the one before in other words: another caption of the same images, bool."""
+        """[samples] whether each is another caption of the images of the sample before, bool."""
         same = np.zeros(len(self), bool)
-        np.equal(self._places[1:], self._places[:-1], out=same[1:])  # a text beside an image has no parts
+        np.equal(self._places[1:], self._places[:-1], out=same[1:])  # a text with images is never split
         same[1:] &= self._seen[1:] > self._seen[:-1]
         return same
 
     def dropped(self) -> Iterator[Dropped]:
-        """The records of which nothing is left."""
+        """The samples that were dropped, in order."""
         yield from itertools.starmap(Dropped, _lines(self._directory / "dropped.jsonl"))
 
     def bad(self) -> Iterator[Bad]:
-        """The records that cannot be used, in their order."""
+        """The records that cannot be used, in order."""
         yield from _bad_of(self._directory)
 
 
@@ -220,7 +220,7 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def file_state(path: str | Path) -> str:
-    """Changes when the file does."""
+    """A text that changes when the file does: its size and time of change, or why it cannot be read."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -239,14 +239,14 @@ def make_store(
     bar: Callable[[int], object],
     folder: Path | None = None,
 ) -> Store:
-    """The samples of ``file``, from the cache or made now by all cores this process may use.
+    """The samples of ``file``, from the cache, or made now on all cores that this process may use.
 
     Args:
-        settings: all that decides how a record becomes samples, ``max_seq_len`` among it; with the file's suffix
-            and content, the key.
+        settings: everything that decides how a record becomes samples, including ``max_seq_len``. Together with the file's
+            suffix and content they make the key.
         make_encoder: called in every worker; must be picklable.
-        bar: told the number of records as they are done.
-        folder: where the paths of images begin; None: beside the file.
+        bar: called with the number of records in each finished chunk.
+        folder: what paths of images are relative to; None: the file's directory.
     """
     described = {"version": VERSION, "suffix": how_read(file), "content": content_digest(file), **settings}
     directory = cache() / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
@@ -269,7 +269,7 @@ def make_store(
 
 
 def _is_outdated(directory: Path) -> bool:
-    """Whether an image has changed since because of which a record could not be used."""
+    """Whether an image that made a record bad has changed since."""
     return any(file_state(bad.image[0]) != bad.image[1] for bad in _bad_of(directory) if bad.image)
 
 
@@ -303,7 +303,7 @@ def _write(
 
 
 def _encoded(file: Path, make_encoder: Callable[[], Encoder], max_seq_len: int) -> Iterator[Encoded]:
-    """Every chunk of the file's rows, encoded, in their order; by several processes if there is more than one chunk."""
+    """The file's chunks of rows, encoded, in order; by several processes if there is more than one chunk."""
     chunks = _chunks(read_rows(file))
     first = next(chunks, None)
     if first is None:

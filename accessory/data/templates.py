@@ -1,8 +1,7 @@
-"""How a record becomes tokens: templates by name.
+"""Templates by name: how a record is written for the tokenizer.
 
-A template writes a conversation as segments of text and special tokens, of which the answers (with what ends them) are
-trained. What it writes for a conversation that ends with a question is what a model is given to answer it: the beginning
-of what it is trained on.
+A template writes a conversation as segments of text and special tokens; the answers and what ends them are trained. For a
+conversation that ends with a question it writes the model's prompt, which is the beginning of what the model is trained on.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +26,10 @@ class Template:
     """One way to write records.
 
     Attributes:
-        write: the segments of a record; what belongs to a turn is trained if the turn is (``Turn.train``).
-        stop: what ends an answer, if not ``</s>``; where generation stops.
+        write: the segments of a record; a turn's segments are trained if the turn is (``Turn.train``).
+        stop: texts that end an answer, if not ``</s>``; generation stops there.
         documents: whether it writes documents rather than conversations.
-        tools: what it has a place for of a conversation's tools, the calls of them, and what they give.
+        tools: which parts of tool use it has a place for: none, only the tools' results, or tools and calls as well.
         system: whether it has a place for a system prompt.
     """
 
@@ -45,7 +44,8 @@ class Template:
         """The segments of a record to be trained on.
 
         Args:
-            train_on: which answers; ``all``: questions and markup as well. Answers that say ``train: false`` never are.
+            train_on: what to train: answers, the last answer, or questions and markup as well (``all``). Answers with
+                ``train: false`` are never trained.
 
         Raises:
             RecordError: the template has no place for what the record holds.
@@ -67,7 +67,7 @@ class Template:
         return list(self.write(replace(record, turns=turns)))
 
     def prompt(self, asked: Record) -> list[Segment]:
-        """What a model is given to answer a conversation that ends with a question, or to go on with a text."""
+        """The segments of a prompt: a conversation that ends with a question, or a text to continue."""
         _refuse_images(asked)
         if self.documents and isinstance(asked, Document):
             return [_begin(), Segment(asked.text, False)]
@@ -97,13 +97,13 @@ class Template:
 
 
 def _refuse_images(record: Record) -> None:
-    """What a model sees is set apart before (``data/placement.py``)."""
+    """A visual model's images have been taken out of the record before (``data/placement.py``)."""
     if record.images:
         raise RecordError(f"it has an image ({shortened(str(record.images[0]))}), and this model reads text only")
 
 
 def default_template(record: Record) -> Template:
-    """What writes a record if no template is named."""
+    """The template for a record if none is named."""
     if isinstance(record, Document):
         return TEMPLATES["plain"]
     return TEMPLATES["alpaca" if record.is_instruction else "dialog"]
@@ -127,8 +127,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
 
 
 def model_template(trained: str | None, tokenizer: Tokenizer) -> Template:
-    """What a model is asked in, if nothing else is said: the template of its training, else its tokenizer's own, else the
-    reference project's."""
+    """The default template for prompts to a model: that of its training, else its tokenizer's own, else ``dialog``."""
     own = "chat_template" if has_chat_template(tokenizer) else "dialog"
     return get_template(trained or own, tokenizer)
 
@@ -158,7 +157,7 @@ ALPACA_CONTEXT = ", paired with an input that provides further context"
 
 
 def _alpaca(conversation: Conversation) -> Iterator[Segment]:
-    """Stanford Alpaca's, as the reference project has it; what follows an answer begins with a blank line."""
+    """Stanford Alpaca's, as in the reference project; a question after an answer begins with a blank line."""
     first = conversation.turns[0]
     yield _begin()
     before = ALPACA.format(context=ALPACA_CONTEXT if first.context else "")
@@ -180,11 +179,11 @@ PROMPTS = {
     ),
     "qg": ("Generate a question whose answer is:\n", "\n\nQuestion:\n"),
 }
-"""What the reference project's other prompt types write before a question and behind it."""
+"""The text before and after a question in other prompt types of the reference project."""
 
 
 def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
-    """By one of PROMPTS; what follows an answer begins with a blank line."""
+    """One of PROMPTS; a question after an answer begins with a blank line."""
     before, behind = PROMPTS[name]
     yield _begin()
     for number, turn in enumerate(conversation.turns):
@@ -196,7 +195,7 @@ def _prompted(name: str, conversation: Conversation) -> Iterator[Segment]:
 
 
 def _bare(conversation: Conversation) -> Iterator[Segment]:
-    """Nothing but what is said, encoded apart: no blank tells where the answer begins."""
+    """Questions and answers without markup. They are encoded apart, since no space says where the answer begins."""
     yield _begin()
     for turn in conversation.turns:
         yield Segment(turn.question, turn.train, apart=turn.role == "assistant")
@@ -205,8 +204,8 @@ def _bare(conversation: Conversation) -> Iterator[Segment]:
 
 
 def _mixtral_instruct(conversation: Conversation) -> Iterator[Segment]:
-    """As Mixtral 8x7B Instruct was trained: ``<s> [INST] q [/INST] a</s> [INST] ...``, the system prompt before the first
-    question. Questions and answers are encoded apart, as Mistral does it."""
+    """The format of Mixtral 8x7B Instruct: ``<s> [INST] q [/INST] a</s> [INST] ...``, with the system prompt before the
+    first question. Questions and answers are encoded apart, as Mistral does it."""
     yield _begin()
     system = f"{conversation.system}\n\n" if conversation.system else ""
     for turn in conversation.turns:
@@ -257,7 +256,7 @@ def _vicuna(conversation: Conversation) -> Iterator[Segment]:
 def _plain(document: Document) -> Iterator[Segment]:
     yield _begin()
     yield Segment(document.text, True)
-    if document.label is None:  # what is classified has no end to be learnt: as Hugging Face's tokenizers write it
+    if document.label is None:  # a text to classify has no </s>, as Hugging Face's tokenizers write it
         yield Segment(EOS, True, special=True)
 
 

@@ -1,4 +1,4 @@
-"""One class for tokenizers of both kinds; training one; whether one is a model's."""
+"""One class for tokenizers of both kinds; training a tokenizer; checking that one fits a model."""
 
 import re
 from bisect import bisect_right
@@ -15,9 +15,9 @@ from accessory.errors import UserError
 from accessory.files import check_file, check_writable, replacing
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-"""A tokenizer's file: of both, the first is read here, the last by transformers."""
+"""Names of a tokenizer's file. Of a directory with both, this program reads the first and transformers the last."""
 CHAT_TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Where transformers keeps a tokenizer's chat template, and the one for conversations with tools if that is another."""
+"""Where transformers keeps a tokenizer's chat template, and a separate one for conversations with tools if there is one."""
 
 
 class Tokenizer:
@@ -25,9 +25,9 @@ class Tokenizer:
     stays text.
 
     Attributes:
-        n_words: size of the vocabulary. bos_id, eos_id: -1 where it has none.
+        n_words: size of the vocabulary. bos_id, eos_id: -1 if the tokenizer has none.
         special: ids of special tokens by name.
-        settings: tokenizer_config.json, if it lies beside.
+        settings: the content of tokenizer_config.json, if that is beside the file.
     """
 
     def __init__(self, path: str | Path):
@@ -41,11 +41,11 @@ class Tokenizer:
         self._ids = self.special | {BOS: self.bos_id, EOS: self.eos_id}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.path,)  # by its file: ``tokenizers`` forgets in pickling that special tokens are text
+        return Tokenizer, (self.path,)  # pickled as its path: ``tokenizers`` loses ``encode_special_tokens`` in pickling
 
     @property
     def files(self) -> dict[str, Path]:
-        """What a checkpoint carries to have this tokenizer, by the names that it is known by there."""
+        """The files that a checkpoint needs to carry this tokenizer, by their names in the checkpoint."""
         names = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_TEMPLATES.values())
         beside = {name: self.path.parent / name for name in names}
         own = "tokenizer.json" if self.path.suffix == ".json" else "tokenizer.model"
@@ -56,26 +56,26 @@ class Tokenizer:
         return self.encode_segments(segments)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special ones."""
         return self._model.decode(list(ids))
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """What each token writes, by its number; nothing for special ones. Of a character's bytes each may be a token."""
+        """The bytes of each token by id, empty for special ones. A token may be a single byte of a character."""
         return self._model.pieces()
 
     def encode_within(self, text: str) -> list[int]:
-        """The tokens of a text that stands behind others."""
+        """The tokens of a text in the middle of a sequence: without the space that may be put before its beginning."""
         return self.encode_segments([Segment(EOS, False, special=True), Segment(text, False, joined=True)])[0][1:]
 
     def encode_segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Encode what segments make together; a token is trained if it ends inside a trained segment.
+        """Encode segments as one text; a token is trained if it ends inside a trained segment.
 
-        Tokens are those of the whole text, so that training sees what generation will; a token that reaches over the
-        border (the space before an answer) belongs to the answer. Only what stands ``apart`` is encoded by itself.
+        The text is tokenised as a whole, so that training sees the same tokens as generation. A token that crosses a border
+        (the space before an answer) belongs to the answer. Only segments marked ``apart`` are encoded by themselves.
 
         Returns:
-            Token ids, and for each whether it is trained.
+            Token ids, and whether each is trained.
 
         Raises:
             UserError: the tokenizer lacks a special token.
@@ -94,14 +94,14 @@ class Tokenizer:
         return ids, trained
 
     def _runs(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-        """The stretches that are encoded at once."""
+        """Split segments into the runs that are encoded as one text."""
         run: list[Segment] = []
         for segment in segments:
             if segment.special:
                 if segment.text not in self._ids:
                     raise UserError(f"{self.path}: has no special token {segment.text}, which the template needs")
                 if self._ids[segment.text] < 0:
-                    continue  # some tokenizers begin a text with nothing
+                    continue  # some tokenizers have no token that begins a text
             if segment.apart and run:
                 yield run
                 run = []
@@ -111,7 +111,7 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer that is not the model's: more pieces than rows, or so few that it is no padding."""
+    """Refuse a tokenizer that does not fit the model: more pieces than vocab_size, or fewer than padding explains."""
     if not vocab_size - 256 < tokenizer.n_words <= vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.n_words} pieces but the model's vocab_size is {vocab_size}: "
@@ -123,7 +123,7 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
     """Train a byte-fallback BPE model on ``lines`` and write it to ``out`` (``tokenizer.model``).
 
     Raises:
-        UserError: the text has not so many pieces in it, or has more characters; says how many are possible.
+        UserError: the text has too few pieces or too many characters for ``vocab_size``; the message says what is possible.
     """
     if not 0 < vocab_size < 2**31:
         raise UserError(f"a tokenizer has some thousands of pieces, or as many as its text allows; found {vocab_size}")
@@ -154,7 +154,7 @@ def train_tokenizer(lines: Iterable[str], out: str | Path, vocab_size: int) -> P
 
 
 def _why(error: str) -> str:
-    """SentencePiece's error in words that help."""
+    """Explain an error of SentencePiece."""
     if "sentences_.empty()" in error:
         return "it is empty"
     if most := re.search(r"set it to a value <= (\d+)", error):

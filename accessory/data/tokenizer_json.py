@@ -1,7 +1,7 @@
-"""A SentencePiece BPE model as the ``tokenizer.json`` that Hugging Face's libraries read.
+"""Writes a SentencePiece BPE model as a ``tokenizer.json``, which Hugging Face's libraries read.
 
-transformers can read a tokenizer.model too, but drops the space that SentencePiece puts before a text, so that every
-sequence begins with another token than the model was trained on.
+transformers can read a tokenizer.model, too, but drops the space that SentencePiece puts before a text, so that every
+sequence begins with another token than in training.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ from accessory.config import read_mapping, write_json
 
 _format: Any = sentencepiece_model_pb2
 ModelProto, TrainerSpec, Piece = _format.ModelProto, _format.TrainerSpec, _format.ModelProto.SentencePiece
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's letter for a space
 
 
 def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
-    """Write tokenizer.json and tokenizer_config.json, which encode as ``tokenizer_model`` does and put ``<s>`` in front.
+    """Write tokenizer.json and tokenizer_config.json, which encode like ``tokenizer_model`` and put ``<s>`` in front.
 
     Returns:
-        Whether that was possible: not unless it is byte-pair encoding that leaves the text as it is but for its spaces.
+        Whether that was possible. It is only for byte-pair encoding whose normalisation changes nothing but spaces.
     """
     model = ModelProto.FromString(tokenizer_model.read_bytes())
     pieces = [piece.piece for piece in model.pieces]
@@ -41,7 +41,7 @@ def write_tokenizer_json(tokenizer_model: Path, directory: Path) -> bool:
 
 
 def _tokenizer(model: Any, bos: str, unknown: str, joined: bool) -> dict[str, Any]:
-    """What tokenizer.json says; ``joined``: a text behind a special token does not get SentencePiece's space."""
+    """The content of tokenizer.json; ``joined``: no space is put before a text that follows a special token."""
     first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
     every = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     pieces = [piece.piece for piece in model.pieces]
@@ -101,7 +101,7 @@ def _tokenizer(model: Any, bos: str, unknown: str, joined: bool) -> dict[str, An
 
 
 def _merges(model: Any) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, the best-scored piece first: the order in which SentencePiece merges."""
+    """Every pair of pieces that joins to a piece, in SentencePiece's order of merging: the best-scored piece first."""
     known = {piece.piece: number for number, piece in enumerate(model.pieces)}
     found = []
     for number, piece in enumerate(model.pieces):

@@ -1,4 +1,4 @@
-"""How each kind of tokenizer file turns segments into tokens: SentencePiece's and Hugging Face's."""
+"""Encoding with the two kinds of tokenizer file: SentencePiece's and Hugging Face's."""
 
 import re
 import secrets
@@ -16,22 +16,22 @@ import tokenizers
 from accessory.errors import UserError
 
 BOS, EOS = "<bos>", "<eos>"
-"""How templates name the tokens that begin and end a text, whatever a tokenizer calls them."""
+"""Templates' names for the tokens that begin and end a text, whatever a tokenizer calls them."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a sample; ``trained``: the model learns to write it."""
+    """A piece of a sample's text; ``trained``: the model learns to write it."""
 
     text: str
     trained: bool
     special: bool = False  # the text is the name of one special token
     apart: bool = False  # encoded by itself, not as the continuation of the text before it
-    joined: bool = False  # behind a special token, it does not begin with the space that SentencePiece puts before a text
+    joined: bool = False  # after a special token, without the space that SentencePiece puts before a text
 
 
 class Model(Protocol):
-    """What a kind of tokenizer must do."""
+    """The interface of a kind of tokenizer."""
 
     size: int
     bos_id: int
@@ -41,15 +41,15 @@ class Model(Protocol):
     def __init__(self, path: Path, settings: dict[str, Any]): ...
 
     def written(self, segment: Segment) -> str:
-        """What stands for a segment in the text of its run."""
+        """The text that represents a segment in the text of its run."""
 
     def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        """Token ids, and where in the text of the run each of them ends."""
+        """Token ids, and where each ends in the text of the run."""
 
     def decode(self, ids: list[int]) -> str: ...
 
     def pieces(self) -> list[bytes]:
-        """What each token writes; nothing for special ones."""
+        """The bytes of each token, empty for special ones."""
 
 
 class SentencePiece:
@@ -81,17 +81,17 @@ class SentencePiece:
                 else:
                     found, offsets = self._text(text, joined=segments[0].joined and start > 0)
                     ids += found
-                    # of a character written in bytes, only the last byte has a width
+                    # where a character is written as bytes, only the last byte has a width
                     ends += [start + (end if end > begin else begin + 1) for begin, end in offsets]
                 start += len(text)
         return ids, ends
 
     def _text(self, text: str, joined: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and offsets of a text; ``joined``: without SentencePiece's space."""
+        """Token ids and offsets of a text; ``joined``: without the space that SentencePiece puts before it."""
         if not joined:
             encoded = self._model.encode(text, out_type="offset_mapping")
             return encoded["ids"], encoded["offsets"]
-        encoded = self._model.encode(f"\n{text}", out_type="offset_mapping")  # no piece of a text reaches over a line break
+        encoded = self._model.encode(f"\n{text}", out_type="offset_mapping")  # no piece crosses a line break
         first = sum(end <= 1 for _, end in encoded["offsets"])
         return encoded["ids"][first:], [(begin - 1, end - 1) for begin, end in encoded["offsets"][first:]]
 
@@ -105,11 +105,11 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """Special tokens are switched off in text. A template's own are written under private names, which no text can hold,
-    so that the whole of a run is encoded at once as Hugging Face's tokenizers do.
+    """A tokenizer.json. Names of special tokens in a text stay text. A template's own special tokens are written under
+    private names, which no text can hold, so that a whole run is encoded at once as Hugging Face's tokenizers do.
 
-    Where a tokenizer puts SentencePiece's blank before the first text alone (Metaspace, prepend_scheme "first"), it is put
-    before each text that follows a special token, too: the tokens are those of the tokenizer.model that it stands for.
+    Where a tokenizer puts SentencePiece's space before the first text only (Metaspace, prepend_scheme "first"), a space is
+    also put before each text that follows a special token: this gives the tokens of the tokenizer.model it was made from.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -125,7 +125,7 @@ class HuggingFace:
         if self.eos_id < 0:
             raise UserError(f"{path}: which token ends a text? Put the tokenizer_config.json with its eos_token beside it")
         self._model.add_special_tokens([name for name in names.values() if self._id(name) >= 0])
-        self._model.encode_special_tokens = True  # as text, that is
+        self._model.encode_special_tokens = True  # that is, as text
         added = self._model.get_added_tokens_decoder().values()
         special = [token for token in added if token.special or token.content in names.values()]
         self.special = {token.content: self._id(token.content) for token in special}
@@ -148,7 +148,7 @@ class HuggingFace:
         return self._private[segment.text] if segment.special else segment.text
 
     def encode(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        text, blanks = "", list[int]()  # where those are that are put here
+        text, blanks = "", list[int]()  # the places of the spaces that are added here
         begins = True
         for segment in run:
             if self._lacks_blank and begins and segment.text and not (segment.special or segment.joined):
@@ -158,12 +158,12 @@ class HuggingFace:
             text += self.written(segment)
         encoded = self._model.encode(text, add_special_tokens=False)
         ids, offsets = encoded.ids, encoded.offsets
-        ends = [max(end, begin + 2) if begin in blanks else end for begin, end in offsets]  # a blank belongs to its text
+        ends = [max(end, begin + 2) if begin in blanks else end for begin, end in offsets]  # a space belongs to its text
         if any(segment.special for segment in run):
             for index, number in enumerate(ids):
                 if number in self._public:
                     ids[index] = self._public[number]
-                    # some special tokens swallow the blanks around them, which do not move them into another segment
+                    # some special tokens take in the spaces around them; this must not move them into another segment
                     ends[index] = text.index("\0", text.index("\0", offsets[index][0]) + 1) + 1
         return ids, [end - bisect_left(blanks, end) for end in ends]
 
@@ -193,7 +193,7 @@ class HuggingFace:
 
 
 def _written(piece: str) -> bytes:
-    """What a piece of SentencePiece's kind writes."""
+    """The bytes of a piece in SentencePiece's notation."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         return bytes([int(byte[1], 16)])
     return piece.replace("\u2581", " ").encode()
@@ -202,11 +202,11 @@ def _written(piece: str) -> bytes:
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _INVISIBLE = sorted({*range(0x100)} - {*_VISIBLE})
 _BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + n): byte for n, byte in enumerate(_INVISIBLE)}
-"""The letter that stands for each byte in a tokenizer of bytes, as GPT-2's."""
+"""The letter for each byte in a byte-level tokenizer such as GPT-2's."""
 
 
 def special_names(settings: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, by key (``eos_token``); further ones under their own names."""
+    """The special tokens of a tokenizer_config.json by key (``eos_token``); additional ones by their own names."""
     named = {key: value for key, value in settings.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
         more = settings.get(key) or ()

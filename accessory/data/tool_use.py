@@ -1,4 +1,4 @@
-"""Tools in records: what a model may call, its calls, and what they gave, in the forms of OpenAI and ShareGPT."""
+"""Tools in records: descriptions of the tools, calls, and results, in the forms of OpenAI and ShareGPT."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from accessory.data.fields import Fields, RecordError
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What an assistant's turn asks for. ``id`` is named by the tool's turn that answers it."""
+    """A call in an assistant's turn. The tool's turn that answers it names its ``id``."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -18,8 +18,8 @@ class ToolCall:
 
 
 def read_tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
-    """The tools of a record, each as ``{"type": "function", "function": {"name": ..., ...}}``, which is what chat templates
-    expect; a record may hold bare functions too, and all of it as JSON in a text."""
+    """The tools of a record, each as ``{"type": "function", "function": {"name": ..., ...}}``, which chat templates expect.
+    A record may also hold bare functions, or the whole list as JSON in a text."""
     tools = fields.take("tools")
     if isinstance(tools, str) and tools:
         tools = _parsed(tools, "'tools'")
@@ -42,7 +42,7 @@ def read_calls(turn: Fields, number: int) -> tuple[ToolCall, ...]:
     """The calls of an assistant's turn in OpenAI's form: ``tool_calls``, or the older ``function_call``.
 
     Args:
-        number: how many calls there were in turns before: those without an id are numbered.
+        number: how many calls earlier turns have; calls without an id are numbered.
     """
     found, older = turn.take("tool_calls") or [], turn.take("function_call")
     if not isinstance(found, list | tuple):
@@ -61,7 +61,7 @@ def read_calls(turn: Fields, number: int) -> tuple[ToolCall, ...]:
 
 
 def parse_calls(text: str, turn: Fields, number: int) -> tuple[ToolCall, ...]:
-    """The calls of a ShareGPT turn from ``function_call``: JSON of one call, or of a list of them."""
+    """The calls of a ShareGPT turn from ``function_call``: JSON of one call or of a list of calls."""
     found = _parsed(text, f"{turn.where}, a function call,")
     found = found if isinstance(found, list) else [found]
     calls = enumerate(found, number + 1)
@@ -81,10 +81,10 @@ def _call(call: Fields, number: int, id: str = "") -> ToolCall:
 
 
 def answered_call(turn: Fields, waiting: list[ToolCall]) -> tuple[str, str]:
-    """What a tool's turn answers: the tool's name and the call's id, both empty if the record writes calls as text.
+    """Which call a tool's turn answers: the tool's name and the call's id, both empty if the record writes calls as text.
 
     Args:
-        waiting: the calls that have no answer yet; the one that is answered is taken out.
+        waiting: the calls without an answer; the answered one is removed.
     """
     name, id = turn.text("name"), turn.text("tool_call_id")
     fitting = [call for call in waiting if (call.id == id if id else name in ("", call.name))]
@@ -105,7 +105,7 @@ def _parsed(text: str, what: str) -> Any:
 
 
 def _check_writable(value: Any, what: str) -> None:
-    """A chat template writes it as JSON."""
+    """Refuse a value that chat templates could not write as JSON."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:

@@ -29,7 +29,7 @@ BIASED = ("attention", "experts")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a run trains: the model with its adapters, and the names of everything that ``trains``, adapters' too."""
+    """A run's model with its adapters, and the names of all tensors that train, including those of adapters."""
 
     logical: LogicalModel
     trains: frozenset[str]
@@ -39,7 +39,7 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapt
     """Apply the settings to a model's logical names.
 
     Args:
-        seed: of the run; dropout depends on it. given: the checkpoint's adapters; what is tied there stays tied.
+        seed: of the run; dropout depends on it. given: the checkpoint's adapters; tied ones stay tied.
 
     Raises:
         UserError: an entry matches nothing or changes nothing, or the settings contradict each other.
@@ -49,11 +49,11 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapt
     adapters = _adapters(section, plain.matrices, seed)
     for name in adapters.keys() & given.keys():
         first = adapters.get(f"{name[:-2]}w1")
-        if given[name].tied and first:  # one A, and so one dropout of what it is given
+        if given[name].tied and first:  # one A, and so one dropout of its input
             adapters[name] = replace(adapters[name], tied=True, seed=first.seed)
     full = not (section.lora or section.bias or section.train)
     chosen = set(names) if full else set().union(*(_matching(entry, names, "tuning.train") for entry in section.train))
-    chosen |= {SCORE} & set(names)  # a classifier's is new: without it nothing else could learn
+    chosen |= {SCORE} & set(names)  # a new classifier's head must train for anything else to learn
     frozen: set[str] = set()
     for entry in section.freeze:
         matched = _matching(entry, names, "tuning.freeze")
@@ -79,7 +79,7 @@ def resolve(section: TuningSection, args: ModelArgs, seed: int = 0, given: Adapt
 
 
 def _adapters(section: TuningSection, shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Adapter]:
-    """``shapes``: of the matrices that can have one."""
+    """The adapters to add. ``shapes``: of the matrices that can have one."""
     lora, matrices = section.lora, list(shapes)
     with_lora = set().union(*(_matching(t, matrices, "tuning.lora.targets") for t in lora.targets)) if lora else set()
     if lora and not with_lora:
@@ -123,11 +123,11 @@ def _matching(entry: str, names: Sequence[str], where: str) -> set[str]:
 
 
 def check_goes_on(given: Adapters, changed: Sequence[str], tuning: Tuning, keeps_base: bool) -> None:
-    """Refuse to go on from what was trained beside a base if the run would lose some of it when it saves.
+    """Refuse to continue training on a base with adapters if the run's saves would lose some of the earlier training.
 
     Args:
         given: the checkpoint's adapters. changed: the base's own tensors that were trained with them.
-        keeps_base: the run saves only what trains, beside the same base.
+        keeps_base: the run saves only what it trains, for use with the same base.
     """
     wanted = tuning.logical.adapters
     if keeps_base and (lost := sorted(set(changed) - tuning.trains)):

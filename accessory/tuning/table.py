@@ -1,4 +1,4 @@
-"""What trains, as a table a person reads before the first step."""
+"""The table of trained parameters that a run prints before the first step."""
 
 import torch
 
@@ -7,7 +7,7 @@ from accessory.tuning.spec import PRESETS, matches
 
 
 def tuning_table(model: Decoder) -> str:
-    """Parameters that train by group, with their share of the model and their dtype, and how many are frozen."""
+    """The trained parameters by group, with their share of the model and their dtype, and the number of frozen ones."""
     sizes = model.logical.sizes
     total = sum(sizes.values())
     groups: dict[tuple[str, torch.dtype], int] = {}

@@ -1,4 +1,4 @@
-"""Whether every adapter learns: one that gets no gradient would be trained, saved and served without any effect."""
+"""Checks that every adapter learns: one without a gradient would be trained, saved and served without any effect."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from accessory.parallel.mesh import local_part
 def watch_adapters(model: nn.Module, optimizer: Optimizer, names: Collection[str]) -> None:
     """Stop the run, before its first steps change a weight, if a parameter in ``names`` has no gradient on any rank.
 
-    A parameter is judged whole, over all ranks: that of an expert without a token is zero rightly. While B is zero, A's
-    gradient is too: A is judged in the first step that finds B changed. Then the watch ends, and costs nothing more.
+    Each parameter is judged as a whole, over all ranks, since a single expert's gradient is rightly zero if it got no token.
+    While B is zero, so is A's gradient: A is judged in the first step in which B is not zero. Then the check ends.
 
     Raises:
         UserError: (from the optimiser's step, on all ranks together) with the names.
@@ -44,7 +44,7 @@ def watch_adapters(model: nn.Module, optimizer: Optimizer, names: Collection[str
 
 
 def _not_zero_anywhere(tensors: Sequence[Tensor | None], device: torch.device) -> list[bool]:
-    """Whether each tensor has a value other than zero on any rank; None has none."""
+    """Whether each tensor has a value other than zero on any rank; None counts as zero."""
     flags = [(local_part(t) != 0).any() if t is not None else torch.zeros((), device=device) for t in tensors]
     result = torch.stack([flag.float() for flag in flags])
     dist.all_reduce(result, dist.ReduceOp.MAX)

@@ -1,1 +1,1 @@
-"""What the command line offers: a file for each kind of verb."""
+"""The verbs of the command line, in one file for each kind."""

@@ -13,7 +13,7 @@ from accessory.verbs.options import (
 )
 
 FORMATS = ["hf", "mistral", "mixtral", "mixtral_sparse"]
-PACKED = ["gptq", "awq"]  # of matrices in int4, or fewer bits
+PACKED = ["gptq", "awq"]  # formats for matrices in 4 bits or fewer
 
 
 def checkpoint_verbs(verbs: Verbs) -> None:

@@ -1,4 +1,4 @@
-"""What the verbs of the command line are made of: a verb, and options whose values are checked as they are read."""
+"""Building blocks of the command line: verbs, and options whose values are checked on parsing."""
 
 import argparse
 import importlib
@@ -18,7 +18,7 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Callable[[str], Any]:
-    """What makes a value of an option's text: within the limits of one of config.py's aliases, then by ``make``."""
+    """A parser for an option's text: checks it against the bounds of one of config.py's aliases, then applies ``make``."""
     kind, limits = typing.get_args(alias)
 
     def convert(text: str) -> Any:
@@ -37,7 +37,8 @@ def checked(alias: Any, make: Callable[[Any], Any] = lambda value: value) -> Cal
 
 
 def of_section(section: Any, name: str) -> Callable[[str], Any]:
-    """What makes a section of settings of an option's text: its name, as errors begin, argparse says already."""
+    """A parser of an option's text into a section of settings. Errors drop the section's name, since argparse names the
+    option."""
 
     def make(text: str) -> Any:
         try:
@@ -54,10 +55,10 @@ pieces_count = checked(Annotated[int, Bounds(least=260, below=10_000_000)])
 
 
 def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples: str) -> argparse.ArgumentParser:
-    """A verb.
+    """Add a verb.
 
     Args:
-        line: in the list of verbs. about: what it does, needs and writes. examples: its command lines.
+        line: its line in the list of verbs. about: what it does, needs and writes. examples: command lines.
     """
     verb: argparse.ArgumentParser = verbs.add_parser(
         name,
@@ -71,7 +72,7 @@ def add_verb(verbs: Verbs, name: str, run: Run, line: str, about: str, *examples
 
 
 def function_of(module: str, function: str, with_extra: str | None = None) -> Run:
-    """A verb whose function lies in ``module``, which is imported only if the verb is used.
+    """The function of a verb, from ``module``, which is imported only when the verb is used.
 
     ``with_extra``: the extra of this package that the module needs.
     """
@@ -85,7 +86,7 @@ def function_of(module: str, function: str, with_extra: str | None = None) -> Ru
 
 
 def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 4096) -> None:
-    """The model that a verb uses."""
+    """Add the options for the model that a verb uses."""
     verb.add_argument("checkpoint", type=a_path, help="directory")
     verb.add_argument("--adapter", type=a_path, action="append", default=[], help="directory laid over it; can be repeated")
     verb.add_argument(
@@ -120,7 +121,7 @@ def model_arguments(verb: argparse.ArgumentParser, max_seq_len: int | None = 409
 
 
 def sampling_arguments(verb: argparse.ArgumentParser, temperature: float) -> None:
-    """How it is asked, and how its answers are chosen."""
+    """Add the options for prompts and sampling."""
     verb.add_argument("--template", help="default: as the model was trained with, else its chat template, else dialog")
     verb.add_argument("--max-gen-len", type=a_count, default=512, help="tokens; default: %(default)s")
     verb.add_argument(

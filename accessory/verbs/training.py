@@ -52,7 +52,7 @@ def training_verbs(verbs: Verbs) -> None:
 
 
 def _before_a_run(verbs: Verbs) -> None:
-    """What says how it would go, and checks where it is to go."""
+    """Add the verbs to use before a run: ``plan``, ``doctor`` and ``config``."""
     verb = add_verb(
         verbs,
         "plan",

@@ -1,1 +1,1 @@
-"""From pictures to what a decoder sees of them: images -> views -> encoders -> features."""
+"""From images to the features that a decoder takes: images -> views -> encoders -> features."""

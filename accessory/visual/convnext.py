@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022), as open_clip's convnext_xxlarge trunk has it."""
+"""ConvNeXt (Liu et al. 2022), as in the trunk of open_clip's convnext_xxlarge."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvBlock(nn.Module):
-    """A 7 x 7 convolution of each channel, and an MLP over the channels of each cell."""
+    """A depthwise 7 x 7 convolution, and an MLP over the channels of each cell."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -33,7 +33,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvStage(nn.Module):
-    """Blocks of one width, behind a step down to half the side."""
+    """Downsampling to half the side, then blocks of one width."""
 
     def __init__(self, before: int, dim: int, depth: int):
         super().__init__()
@@ -49,7 +49,7 @@ class ConvStage(nn.Module):
 class ConvNeXt(nn.Module):
     """[n, 3, size, size] -> [n, 1 + cells, C]: the mean over cells of 32 x 32 pixels, then each of them row by row.
 
-    The head's norm is taken of each cell, as the reference does.
+    The head's norm is applied to each cell, as in the reference.
     """
 
     def __init__(self, args: EncoderArgs):
@@ -66,5 +66,5 @@ class ConvNeXt(nn.Module):
         return torch.cat([cells.mean(1, keepdim=True), cells], 1)
 
     def reference_name(self, own: str) -> str:
-        """What LLaMA2-Accessory's checkpoints call a parameter."""
+        """A parameter's name in LLaMA2-Accessory's checkpoints."""
         return f"openclip_convnext_xxl.{own}"

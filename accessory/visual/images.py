@@ -1,4 +1,4 @@
-"""Pictures from wherever they come, as RGB. What is none, or too large, is refused on its header, before pixels are read."""
+"""Opens images as RGB. A file that is no image or is too large is refused by its header, before pixels are read."""
 
 import base64
 import binascii
@@ -15,11 +15,11 @@ from accessory.errors import UserError
 from accessory.files import check_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Of the many that Pillow reads: what else comes is more often an attack than a picture."""
+"""The formats that are read. Pillow knows many more, but those are used more often for attacks than for pictures."""
 MOST_BYTES = 32 * 2**20
-"""Of a file."""
+"""The largest file."""
 MOST_PIXELS, MOST_SQUARE = 50_000_000, 200_000_000
-"""Of an image, and of the square that it is padded to: of a long strip that is much more."""
+"""The most pixels of an image, and of the square that it is padded to, which for a long strip has many more."""
 
 Picture = str | Path | bytes | Image.Image
 """A path, a data: URI, the bytes of a file, or an image of Pillow's."""
@@ -29,7 +29,7 @@ class ImageError(UserError):
     """An image that cannot be used; the message names it.
 
     Attributes:
-        file: its path; None: it is no file.
+        file: its path; None: it is not from a file.
     """
 
     def __init__(self, reason: str, file: Path | None = None):
@@ -46,22 +46,22 @@ def is_on_the_web(name: str) -> bool:
 
 
 def shortened(name: str) -> str:
-    """An image's name for a message: some are the whole image, as a data: URI."""
+    """An image's name, cut for messages: a data: URI holds the whole image."""
     name = name if len(name) <= 100 else f"{name[:100]}..."
     return name.replace("\n", " ")
 
 
 def check_image(picture: Picture) -> None:
-    """Raise ImageError if its header alone says that it cannot be used."""
+    """Raise ImageError if its header already shows that it cannot be used."""
     with _naming(picture):
         _header(picture)
 
 
 def open_image(picture: Picture) -> Image.Image:
-    """The picture in RGB, upright as its EXIF says, what is transparent on white; of an animation the first frame.
+    """The picture in RGB: turned as its EXIF says, transparent parts on white, and the first frame of an animation.
 
     Raises:
-        ImageError: it is not there, no image of FORMATS, too large, or damaged.
+        ImageError: it does not exist, is no image of FORMATS, is too large, or is damaged.
     """
     with _naming(picture):
         image = _header(picture)
@@ -71,7 +71,7 @@ def open_image(picture: Picture) -> Image.Image:
 
 @contextmanager
 def _naming(picture: Picture) -> Iterator[None]:
-    """Whatever goes wrong meanwhile is told of ``picture``: decoders of damaged files raise all sorts."""
+    """Turn any error inside into an ImageError that names ``picture``: decoders of damaged files raise all kinds."""
     name, file = "the image", None
     if isinstance(picture, str | Path):
         name = f"image {shortened(str(picture))}"
@@ -98,7 +98,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _header(picture: Picture) -> Image.Image:
-    """The image, its pixels still to be read."""
+    """The image, before its pixels are read."""
     if isinstance(picture, str) and is_data_uri(picture):
         picture = _decoded(picture)
     if isinstance(picture, Image.Image):
@@ -139,10 +139,10 @@ def _decoded(uri: str) -> bytes:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:  # else what a transparent pixel hides would be seen
+    if image.has_transparency_data:  # else the hidden colours of transparent pixels would show
         above = image.convert("RGBA")
         image = Image.new("RGBA", above.size, "white")
         image.alpha_composite(above)
-    elif image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+    elif image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

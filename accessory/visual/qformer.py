@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former (Li et al. 2023): learnt queries that look at an image."""
+"""BLIP-2's Q-Former (Li et al. 2023): learnt queries with cross-attention to an image."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from accessory.model.visual import EncoderArgs
 
 EPS = 1e-12
-CROSS_EVERY = 2  # layers that look at the image
+CROSS_EVERY = 2  # every second layer has cross-attention to the image
 
 
 class QueryAttention(nn.Module):
-    """Post-norm attention from queries to what they look at."""
+    """Post-norm attention of queries to ``seen``."""
 
     def __init__(self, dim: int, heads: int, seen: int):
         super().__init__()
@@ -32,7 +32,7 @@ class QueryAttention(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """Attention among the queries, to the image in some layers, and an MLP."""
+    """Self-attention of the queries, in some layers cross-attention to the image, and an MLP."""
 
     def __init__(self, dim: int, heads: int, hidden_dim: int, seen: int | None):
         super().__init__()
@@ -51,7 +51,7 @@ class QueryLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """[n, patches, seen] of the ViT -> [n, tokens, dim]."""
+    """[n, patches, seen] from the ViT -> [n, tokens, dim]."""
 
     def __init__(self, args: EncoderArgs, seen: int):
         super().__init__()
@@ -70,5 +70,5 @@ class QFormer(nn.Module):
         return x
 
     def reference_name(self, own: str) -> str:
-        """What LLaMA2-Accessory's checkpoints call a parameter."""
+        """A parameter's name in LLaMA2-Accessory's checkpoints."""
         return f"qformer.{own}"

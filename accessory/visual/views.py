@@ -1,4 +1,4 @@
-"""An image as encoders take it: a square, and the views that are cut of it."""
+"""An image in the form for encoders: a square, and the views cut from it."""
 
 import numpy as np
 import torch
@@ -7,12 +7,13 @@ from PIL import Image
 from torch import Tensor
 
 BACKGROUND = (122, 116, 104)
-"""Beside an image that is no square: CLIP's mean colour, as LLaMA2-Accessory rounds it."""
+"""The colour that pads an image to a square: CLIP's mean, rounded as in LLaMA2-Accessory."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def padded_resize(image: Image.Image, size: int) -> Tensor:
-    """uint8 [3, size, size] of an image in RGB: in the middle of a square of BACKGROUND, then resized (bicubic)."""
+    """Pad an image in RGB to a square with BACKGROUND, with the image in the middle, and resize that (bicubic): uint8
+    [3, size, size]."""
     width, height = image.size
     side = max(width, height)
     square = Image.new("RGB", (side, side), BACKGROUND)
@@ -21,7 +22,7 @@ def padded_resize(image: Image.Image, size: int) -> Tensor:
 
 
 def normalised(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., 3, S, S] as CLIP takes it, in ``dtype``."""
+    """uint8 [..., 3, S, S] -> normalised for CLIP, in ``dtype``."""
     mean, std = (torch.tensor(some, dtype=dtype, device=pixels.device).view(3, 1, 1) for some in (CLIP_MEAN, CLIP_STD))
     return (pixels.to(dtype) / 255 - mean) / std
 
@@ -30,8 +31,8 @@ def cut_views(pixels: Tensor, views: int, size: int, rounding: torch.dtype | Non
     """[N, 3, S, S] of ``normalised`` -> [N, views, 3, size, size].
 
     Args:
-        views: 1: the whole; 5: and then its quarters, from the top left by rows.
-        rounding: to which what is resized is rounded before and after; LLaMA2-Accessory takes torch.float16.
+        views: 1: the whole; 5: the whole, then its quarters row by row from the top left.
+        rounding: the dtype to which pixels are rounded before and after resizing; LLaMA2-Accessory uses torch.float16.
     """
 
     def resized(to: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The frozen encoders of a visual model: from pixels to the features that its connector takes."""
+"""The frozen encoders of a visual model: from pixels to the features for its connector."""
 
 import functools
 import hashlib
@@ -19,20 +19,20 @@ from accessory.visual.qformer import QFormer
 from accessory.visual.views import CLIP_MEAN, CLIP_STD, cut_views, normalised
 from accessory.visual.vit import ViT
 
-CHUNK = 16  # squares that go through the encoders at once
+CHUNK = 16  # views that go through the encoders at once
 NORMALISED = {"dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-"""Mean and standard deviation of the colours that an encoder takes, if they are not CLIP's."""
+"""Mean and standard deviation with which an encoder normalises colours, if they are not CLIP's."""
 Colour = tuple[float, float, float]
 Encoder = ViT | ConvNeXt | QFormer
 
 
 class Vision:
-    """The encoders, whole on every rank. No part of the decoder: nothing of them trains, is sharded, or saved with it.
+    """The encoders, whole on every rank. They are not part of the decoder: not trained, not sharded, not saved with it.
 
-    Of a micro-batch each model-parallel rank encodes a share of the images, and all get all features, bitwise the same.
+    Each model-parallel rank encodes a share of a micro-batch's images, and all ranks get all features, bitwise the same.
 
     Attributes:
-        names: what each parameter is called in a checkpoint.
+        names: each parameter's name in a checkpoint.
     """
 
     def __init__(self, args: VisualArgs, mp: Axis):
@@ -47,7 +47,7 @@ class Vision:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Images:
-        """The same with features in the place of pixels (a collective of the model-parallel ranks, if there are images)."""
+        """Replace pixels by features (a collective of the model-parallel ranks, if there are images)."""
         assert images.pixels is not None
         count = len(images.pixels)
         share = -(-count // self.mp.size)
@@ -57,12 +57,12 @@ class Vision:
         return Images(images.rows, features=features, words=images.words)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The encoders', by their names in a checkpoint."""
+        """The encoders' tensors, with their names in a checkpoint."""
         for own, parameter in self.encoders.named_parameters():
             yield self.names[own], parameter.detach()
 
     def _gathered(self, features: Tensor, share: int) -> Tensor:
-        """Of all model-parallel ranks, each of which has ``share`` or fewer."""
+        """The features of all model-parallel ranks, each of which has ``share`` or fewer."""
         if self.mp.size == 1 or not share:
             return features
         padded = features.new_zeros(share, *features.shape[1:])
@@ -72,7 +72,7 @@ class Vision:
         return torch.cat(parts)
 
     def _features(self, pixels: Tensor) -> list[Tensor]:
-        """uint8 [n, 3, size, size] -> of each group [n, views, tokens, width]."""
+        """uint8 [n, 3, size, size] -> for each group of encoders [n, views, tokens, width]."""
         dtype, preset, args = next(self.encoders.parameters()).dtype, PRESETS[self.args.preset], self.args
         x = normalised(pixels, at_least(dtype))
         rounding = torch.float16 if args.exact and len(preset.groups) > 1 else None
@@ -116,7 +116,7 @@ def _encoder(args: VisualArgs, kind: EncoderKind) -> Encoder:
 
 
 def _normalised_as(x: Tensor, mean: Colour, std: Colour) -> Tensor:
-    """What is normalised for CLIP, by another mean and standard deviation."""
+    """Renormalise pixels that were normalised for CLIP with another mean and standard deviation."""
     of_clip, own = (
         [torch.tensor(some, dtype=x.dtype, device=x.device).view(3, 1, 1) for some in both]
         for both in ((CLIP_MEAN, CLIP_STD), (mean, std))
@@ -126,20 +126,20 @@ def _normalised_as(x: Tensor, mean: Colour, std: Colour) -> Tensor:
 
 @functools.cache
 def vision_shapes(args: VisualArgs) -> dict[str, Shape]:
-    """The tensors of a model's encoders, under the names of LLaMA2-Accessory's checkpoints."""
+    """The shapes of a model's encoders, by their names in LLaMA2-Accessory's checkpoints."""
     with torch.device("meta"):
         vision = Vision(args, Axis())
     return {vision.names[name]: tuple(parameter.shape) for name, parameter in vision.encoders.named_parameters()}
 
 
 def count_of_encoders(args: VisualArgs | None) -> int:
-    """Numbers of what a model sees with; each rank has them all."""
+    """The number of parameters of a model's encoders; each rank has all of them."""
     return sum(map(math.prod, vision_shapes(args).values())) if args else 0
 
 
 @torch.no_grad()
 def make_vision(args: VisualArgs, source: Source, mp: Axis, dtype: torch.dtype, device: torch.device) -> Vision:
-    """A model's encoders, filled from ``source``."""
+    """A model's encoders with weights from ``source``."""
     with torch.device("meta"):
         vision = Vision(args, mp)
     vision.encoders.to(dtype).to_empty(device=device)
@@ -150,10 +150,10 @@ def make_vision(args: VisualArgs, source: Source, mp: Axis, dtype: torch.dtype, 
 
 
 class RandomEncoders:
-    """First weights of encoders, as a function of (seed, name), where no checkpoint has any.
+    """Random initial weights of encoders, as a function of (seed, name), if no checkpoint has any.
 
-    Matrices and convolutions are normal with variance 1 / inputs, so that what leaves a block depends on what enters it;
-    tables of tokens and positions are normal with standard deviation 0.02, norms and scales are one, biases zero.
+    Matrices and convolutions are normal with variance 1 / inputs, so that a block's output depends on its input. Tables of
+    tokens and positions are normal with standard deviation 0.02, norms and scales are one, and biases zero.
     """
 
     def __init__(self, args: VisualArgs, seed: int):

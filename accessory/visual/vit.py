@@ -1,7 +1,7 @@
-"""One vision transformer for CLIP, DINOv2, BLIP-2's EVA and SigLIP: what differs is in ``STYLES``.
+"""One vision transformer for CLIP, DINOv2, BLIP-2's EVA and SigLIP; ``STYLES`` holds the differences.
 
-``LLaMA2-Accessory`` takes each from another library, so that each has other names in its checkpoints; here they are the
-same module's, and ``reference_name`` says what they are called there. It has no SigLIP, whose names are like transformers'.
+LLaMA2-Accessory takes each of them from another library, so their names in its checkpoints differ. Here they are one module,
+and ``reference_name`` gives those names. LLaMA2-Accessory has no SigLIP; its names here are like transformers'.
 """
 
 import math
@@ -36,13 +36,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """What sets one kind of ViT apart, and what the reference calls its parts.
+    """The options of one kind of ViT, and the reference's names of its parts.
 
     Attributes:
-        eps: of its norms. bordered: its table of class token and positions has leading dimensions of 1.
-        classed: whether a token for all of the image stands before its patches.
-        patch_bias, pre_norm, scaled: whether patches have a bias, blocks a norm before the first, branches a LayerScale.
-        names: own name -> reference's; of what is in a block, behind ``block``. in_proj: "in_proj_weight", not "qkv.weight".
+        eps: of its norms. bordered: its class token and position table have leading dimensions of 1.
+        classed: whether it has a class token, before the patches.
+        patch_bias, pre_norm, scaled: whether it has a bias of patches, a norm before the first block, and LayerScale.
+        names: own name -> reference's name; parts of a block also get ``block`` and its number in front.
     """
 
     eps: float
@@ -169,11 +169,11 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """[n, 3, size, size] -> [n, 1 + patches, dim]: the class token, then patches row by row, through the last norm. SigLIP
-    has no such token.
+    """[n, 3, size, size] -> [n, 1 + patches, dim]: the class token (SigLIP has none), then patches row by row, after the
+    last norm.
 
     Args:
-        before_last: give what goes into the last block instead, and no norm (LLaVA's).
+        before_last: return the input of the last block instead, without the norm (for LLaVA).
     """
 
     cls: Tensor | None
@@ -205,11 +205,11 @@ class ViT(nn.Module):
         return y if self.before_last else self.post_norm(y)
 
     def projected(self, tokens: Tensor) -> Tensor:
-        """What CLIP compares with texts."""
+        """Tokens after CLIP's projection into the space shared with texts, if there is one."""
         return tokens if self.proj is None else tokens @ self.proj
 
     def _positions(self, side: int) -> Tensor:
-        """[1 + side x side, dim]: the table, stretched as DINOv2's own code does, by a little too much."""
+        """[1 + side x side, dim]: the table, interpolated as in DINOv2's own code, with its offset of 0.1."""
         table = self.positions.flatten(0, -2)
         cells = math.isqrt(len(table) - self.style.classed)
         if cells == side:
@@ -220,7 +220,7 @@ class ViT(nn.Module):
         return torch.cat([table[:1], stretched.flatten(2)[0].T.to(table.dtype)])
 
     def reference_name(self, own: str) -> str:
-        """What LLaMA2-Accessory's checkpoints call a parameter."""
+        """A parameter's name in LLaMA2-Accessory's checkpoints."""
         names, style = self.style.names, self.style
         before = ""
         if own.startswith("blocks."):
