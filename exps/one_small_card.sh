@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a checkpoint to a talk with it on one small card. Experts and attention are written in 4 bits, once; then as many
-# experts are on the card as fit in MEMORY beside all else, and the others in host memory, or on the disk of the directory DISK.
+# Chat with a checkpoint on one small card. Experts and attention are quantised to 4 bits, once. Then the card holds as many
+# experts as fit in MEMORY with everything else; the others are in host memory, or in the directory DISK.
 #
 #   bash exps/one_small_card.sh CHECKPOINT MEMORY [DISK]        e.g. mixtral-8x7b 14GB
 set -euo pipefail

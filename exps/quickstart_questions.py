@@ -3,8 +3,8 @@
     python exps/quickstart_questions.py write DIR
     accessory generate MODEL QUESTION ... | python exps/quickstart_questions.py check DIR
 
-Every function is asked about in six ways. One way, which depends on the length of its name, is held out: so a model answers
-questions that it was never asked in these words.
+Every function has six questions. One of them, chosen by the length of its name, is held out: a model is tested on wordings
+that it has not seen for the function.
 """
 
 import json
@@ -23,7 +23,7 @@ WAYS = (
     "Describe {} in a sentence.",
 )
 LATER = {"glob", "heapq", "secrets", "shutil", "statistics", "textwrap"}
-"""Modules that the first training leaves to the adapter."""
+"""Modules for the adapter only."""
 MIXES = {
     "first.yaml": """\
 META:

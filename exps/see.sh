@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A model that sees, in minutes: from a random, frozen encoder a small Mixtral learns to read real handwritten digits, in
-# both layouts. Digits that are held out are then asked with their own image, with another's, and with none.
-# Two processes on a CPU machine (gloo); every GPU where there are any (NCCL).
+# A model with images, in minutes: with a random, frozen encoder a small Mixtral learns to read real handwritten digits, in
+# both layouts. It is then asked for held-out digits with their own image, with another one, and with none.
+# Runs on up to two GPUs (NCCL), or without any on two CPU processes (gloo).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/see

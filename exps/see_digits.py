@@ -1,10 +1,10 @@
-"""Handwritten digits as a task for eyes: 1,797 real ones that scikit-learn carries, each with the question which it is.
+"""Handwritten digits as a visual task: the 1,797 real ones in scikit-learn, each with the question which digit it is.
 
     python exps/see_digits.py write DIR
     python exps/see_digits.py check DIR PICTURE RUN ...     # each has answers.jsonl
 
-What is held out is asked three times: with its own image, with that of another digit, and with none. Only who sees can be
-right with the first, and must not be better than chance with the others.
+Held-out questions are asked three times: with their own image, with another digit's, and with none. A model that sees is
+right with the first, and near chance with the others.
 """
 
 import gzip

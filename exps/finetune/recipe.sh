@@ -1,5 +1,5 @@
-# What every recipe does; a job that is requeued goes on where it was. Sourced by them:  . recipe.sh RUN_YAML [key.sub=value ...] -- "$@"
-# and the user gave "$@" = CKPT_DIR CONFIG_JSON TOKENIZER [key.sub=value ...]
+# The common part of all recipes; a requeued job resumes. They source it:  . recipe.sh RUN_YAML [key.sub=value ...] -- "$@"
+# where "$@" = CKPT_DIR CONFIG_JSON TOKENIZER [key.sub=value ...]
 set -euo pipefail
 settings=()
 while [ "$1" != -- ]; do settings+=("$1"); shift; done

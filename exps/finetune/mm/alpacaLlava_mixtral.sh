@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 2: all of the language model and the connector, on instructions; expert layout.
-# CKPT_DIR: of a model that sees, as SPHINX-MoE; of a text model, say besides model.checkpoint=[BASE, ENCODERS] (docs/images.md).
+# Stage 2: the whole language model and the connector, on instructions; expert layout.
+# CKPT_DIR: a visual model such as SPHINX-MoE; for a text model, add model.checkpoint=[BASE, ENCODERS] (docs/images.md).
 # srun -n32 --gres=gpu:8 --ntasks-per-node=8 --kill-on-bad-exit=1 bash $0 CKPT_DIR CONFIG_JSON TOKENIZER [key.sub=value ...]
 . "$(dirname "$0")/../recipe.sh" mm/stage2 \
     model.layout=mixtral out=runs/alpacaLlava_mixtral -- "$@"
