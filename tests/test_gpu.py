@@ -50,7 +50,7 @@ def alone():
 def test_kernel_equals_the_definition(kernel, dtype, rows):
     """An expert without rows and a rank without any among them."""
     if not KERNELS[kernel].runs(torch.empty(1, WIDTHS[0], dtype=dtype, device=GPU), WIDTHS[1]):
-        pytest.skip("cannot")
+        pytest.skip(f"the kernel {kernel} does not run in {dtype} on this GPU")
     KERNELS[kernel].load()
     tolerance = 0.01 if kernel == "megablocks" and dtype == torch.float32 else TOLERANCE[dtype]  # TF32
     ours, expected = run(kernel, rows, dtype, WIDTHS, device=GPU), run("reference", rows, torch.float64, WIDTHS)
@@ -153,7 +153,7 @@ def answering():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
     if not can_record(model):
-        pytest.skip("steps are no graphs here")
+        pytest.skip("CUDA graphs of single-token steps are not possible on this GPU")
     return model
 
 
